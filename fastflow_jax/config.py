@@ -1,0 +1,149 @@
+"""Configuration: the default fields, what depends on the backbone, and what a run folder keeps."""
+
+import difflib
+import json
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from fastflow_jax.backbones import check_layers, find_spec
+from fastflow_jax.errors import InputError
+from fastflow_jax.model import NORMS
+from fastflow_jax.parallel import KINDS
+
+
+def default() -> ConfigDict:
+    """The default recipe. Fields that are None are filled from the backbone by `fill`."""
+    c = ConfigDict()
+    c.seed = 0  # of weights, permutations and order
+    c.seeds = 1  # this many runs, from `seed` on; the table gives mean and deviation
+    c.parallel = "pmap"  # or "jit": how the devices of this machine share a batch
+
+    # Data
+    c.data = ConfigDict()
+    c.data.name = "folder"  # or elpv, synthetic
+    c.data.category = placeholder(str)  # of that data set
+    c.data.root = placeholder(str)  # folder of images
+    c.data.dir = placeholder(str)  # prepared tfds sets; unset: $TFDS_DATA_DIR, then tfds's default
+    c.data.holdout = 0.1  # part of the normal training images kept from the flow, for calibration
+
+    # Backbone
+    c.backbone = "tf_efficientnet_lite0"
+    c.weights = placeholder(str)  # a file, a timm tag, "random"; unset: that backbone's known source
+    c.image_size = placeholder(tuple)  # (height, width), or (side,)
+    c.layers = placeholder(tuple)  # feature maps, one flow each
+
+    # Flow
+    c.flow = ConfigDict()
+    c.flow.norm = "standardise"  # "layer" and "layer_plain" are per image, as the reference
+    c.flow.steps = placeholder(int)
+    c.flow.kernels = placeholder(tuple)  # taken in turn: (3,) or (3, 1)
+    c.flow.hidden_ratio = placeholder(float)  # hidden channels of a subnet over its input's
+    c.flow.clamp = 2.0  # bound of a coupling's log-scale
+    c.flow.coupling = "single"  # or "double"
+
+    # Training
+    c.train = ConfigDict()
+    c.train.epochs = 12
+    c.train.batch_size = 32
+    c.train.drop_last = False  # leave an epoch's short last batch out, as the reference does
+    c.train.loss = "per_dimension"  # or "sum": the reference's
+    c.train.optimizer = "adam"  # or "sgd"
+    c.train.learning_rate = 3e-3
+    c.train.schedule = "cosine"  # to zero; or "constant"
+    c.train.warmup = 0.1  # part of all steps over which the rate rises from zero
+    c.train.weight_decay = 0.0  # L2 inside the optimiser, as torch's Adam has it
+    c.train.clip = placeholder(float)  # bound of the gradient's global norm
+    c.train.cache = True  # compute the frozen features once
+
+    # From likelihood to map to score
+    c.map = ConfigDict()
+    c.map.form = "log"  # or "probability": the reference's
+    c.map.log_det = False  # let the log-determinant count
+    c.map.standardise = True  # scales in units of their spread over held-out normal images
+    c.score = ConfigDict()
+    c.score.form = "windows"  # see `model.image_score`; or "top_k"
+    c.score.top_k = 0.0  # mean of this part of the map's pixels; 0: the maximum
+
+    # What a run writes
+    c.checkpoint_every = 1  # epochs
+    c.evaluate_every = 0  # epochs; 0: at the end only. Fills "best_on_test", for study
+    c.heatmaps = 40  # pictures at the most
+    return c
+
+
+# What may differ between a run and its continuation: it changes no number.
+_FREE_TO_CHANGE = ("parallel", "checkpoint_every", "heatmaps", "data.root", "data.dir")
+
+
+def fill(config: ConfigDict) -> ConfigDict:
+    """A copy with every field that depends on the backbone set, and all values checked.
+
+    Raises:
+      InputError: a value that no run can have, named with what is possible.
+    """
+    c = config.copy_and_resolve_references()
+    c.unlock()
+    spec = find_spec(c.backbone)
+    c.image_size = _size(c.image_size or spec.image_size)
+    c.layers = check_layers(spec, c.layers or spec.layers)
+    for field, value in spec.flow.items():
+        if c.flow[field] is None:
+            c.flow[field] = value
+    _one_of("flow.norm", c.flow.norm, NORMS)
+    _one_of("flow.coupling", c.flow.coupling, ("single", "double"))
+    _one_of("train.loss", c.train.loss, ("per_dimension", "sum"))
+    _one_of("train.optimizer", c.train.optimizer, ("adam", "sgd"))
+    _one_of("train.schedule", c.train.schedule, ("cosine", "constant"))
+    _one_of("map.form", c.map.form, ("log", "probability"))
+    _one_of("score.form", c.score.form, ("windows", "top_k"))
+    _one_of("parallel", c.parallel, KINDS)
+    return c.lock()
+
+
+def _one_of(field: str, value: str, choices) -> None:
+    if value not in choices:
+        raise InputError(f"config.{field} is one of {', '.join(choices)}, not {value!r}")
+
+
+def _size(size) -> tuple[int, int]:
+    """(side,) or (height, width) -> (height, width)."""
+    if not all(isinstance(side, int) and side > 0 for side in size) or len(size) not in (1, 2):
+        raise InputError(f"config.image_size is a side or '(height, width)', not {tuple(size)}")
+    return (size[0], size[-1])
+
+
+def to_plain(config: ConfigDict) -> dict:
+    """The configuration as JSON has it: tuples become lists."""
+    return json.loads(config.to_json_best_effort())
+
+
+def differences(saved: dict, config: ConfigDict) -> list[str]:
+    """A line for each field in which a run folder's configuration differs from this one."""
+    old, new = _flat(saved), _flat(to_plain(config))
+    return [
+        f"{name}: {old.get(name, 'unset')} there, {new.get(name, 'unset')} asked for"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name not in _FREE_TO_CHANGE
+    ]
+
+
+def misspelt(config: ConfigDict, arguments: list[str]) -> str | None:
+    """What is wrong with the first `--config.<field>` that does not exist, with near names."""
+    fields = _flat(config.to_dict())
+    for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0].removeprefix("config.")
+        if argument.lstrip("-").startswith("config.") and name not in fields:
+            near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"fields: {', '.join(fields)}"
+            return f"--config.{name} is no field of the configuration; {hint}"
+    return None
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for name, value in tree.items():
+        nested = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else None
+        flat |= {f"{prefix}{name}": value} if nested is None else nested
+    return flat

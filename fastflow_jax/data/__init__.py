@@ -1,0 +1,34 @@
+"""Data sets: `open_dataset(config.data)` gives a training and a test source of images.
+
+Each data set is a module of this package with a function `open_dataset(config)`; a module is
+imported when its data set is asked for, so that a folder of images needs Pillow and numpy only.
+"""
+
+import importlib
+
+from ml_collections import ConfigDict
+
+from fastflow_jax.data.dataset import GOOD, Dataset, Example, Source, check_choice
+
+__all__ = ["DATASETS", "GOOD", "Dataset", "Example", "Source", "open_dataset"]
+
+DATASETS = ("elpv", "folder", "synthetic")
+
+
+def open_dataset(config: ConfigDict) -> Dataset:
+    """Opens the data set that `config.data` names; images are decoded later, one by one.
+
+    Args:
+        config: the fields
+            name: one of DATASETS;
+            category: str or None, the part of the set: its module lists them;
+            root: str or None, the folder of images or of the raw data;
+            dir: str or None, where prepared tfds sets live. Unset: the environment variable
+                TFDS_DATA_DIR, else tfds's own default.
+
+    Raises:
+        InputError: a name or category that does not exist, missing or bad data.
+    """
+    check_choice("data.name", config.name, DATASETS)
+    module = importlib.import_module(f"fastflow_jax.data.{config.name}")
+    return module.open_dataset(config)

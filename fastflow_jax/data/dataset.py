@@ -1,0 +1,65 @@
+"""What a data set is to the rest of the package: images with labels, read when asked for."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from fastflow_jax.errors import InputError
+
+GOOD = "good"  # the defect of an image without one
+
+
+class Example(NamedTuple):
+    """One image and what is known of it."""
+
+    image: np.ndarray  # uint8 [H, W, 3]
+    mask: np.ndarray | None  # bool [H, W], true where defective; None where the set has none
+    label: int  # 0 good, 1 defective
+    defect: str  # "good" or the kind of defect
+    name: str  # unique in its source, such as "crack/003.png"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """One split: names and defects at hand, images decoded by `source[i]`.
+
+    Either all examples of a source have masks or none has.
+    """
+
+    names: tuple[str, ...]
+    defects: tuple[str, ...]
+    load: Callable[[int], tuple[np.ndarray, np.ndarray | None]]  # index -> image, mask
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Example:
+        defect = self.defects[index]
+        image, mask = self.load(index)
+        return Example(image, mask, int(defect != GOOD), defect, self.names[index])
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """0 good, 1 defective: int32 [N], without decoding an image."""
+        return np.array([defect != GOOD for defect in self.defects], np.int32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Normal images to train on, images to test on, and where they came from (JSON-able)."""
+
+    name: str
+    train: Source
+    test: Source | None
+    provenance: dict
+
+
+def check_choice(field: str, value: str | None, choices: Iterable[str]) -> None:
+    """Raises an InputError that lists the choices unless `value` is one of them."""
+    choices = tuple(choices)
+    if value not in choices:
+        given = f"is {value!r}" if value is not None else "is not set"
+        raise InputError(f"{field} {given}; choose one of {', '.join(choices)}.")

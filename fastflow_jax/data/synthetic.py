@@ -1,0 +1,146 @@
+"""Real textures with painted defects and exact masks, for tests and first tries.
+
+Brick, grass and gravel are photographs (CC0) that come with scikit-image, 512 x 512 grey pixels
+each. Training images are crops of the left half, test images of the right half, so that no pixel
+is seen twice. Defects are painted: dark cracks, soft stains and patches of the same texture turned
+round. A mask holds exactly the pixels that were painted over. Figures on such images say whether
+the method works at all, and nothing of real defects.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image, ImageDraw
+
+from fastflow_jax.data.dataset import GOOD, Dataset, Source, check_choice
+from fastflow_jax.errors import InputError
+
+CATEGORIES = ("brick", "grass", "gravel")
+
+
+def open_dataset(config: ConfigDict) -> Dataset:
+    """Opens the texture `config.category`: brick, grass or gravel.
+
+    Raises:
+        InputError: no such texture, or scikit-image is not installed.
+    """
+    return paint_dataset(config.category)
+
+
+def paint_dataset(
+    category: str,
+    *,
+    side: int = 128,
+    train: int = 64,
+    good: int = 24,
+    defective: int = 48,
+    seed: int = 0,
+) -> Dataset:
+    """A data set of square crops, the same for the same arguments.
+
+    Args:
+        category: texture.
+        side: of the crops, in pixels, at most 256.
+        train: number of training images.
+        good: number of test images without a defect.
+        defective: number of test images with one, of the three kinds in turn.
+        seed: of the places of crops and defects.
+
+    Raises:
+        InputError: no such texture, or scikit-image is not installed.
+    """
+    check_choice("data.category", category, CATEGORIES)
+    texture = _read_texture(category)  # [512, 512]
+    left, right = np.split(texture, 2, axis=1)
+    kinds = [GOOD] * good + [list(DEFECTS)[i % len(DEFECTS)] for i in range(defective)]
+    name = f"{category}_synth"
+    return Dataset(
+        name,
+        _source(left, [GOOD] * train, side, (seed, 0)),
+        _source(right, kinds, side, (seed, 1)),
+        {
+            "source": f"scikit-image, {category}.png (CC0)",
+            "category": category,
+            "note": "defects are painted",
+            "seed": seed,
+            "train_images": train,
+            "test_images": good + defective,
+        },
+    )
+
+
+def _source(texture: np.ndarray, defects: list[str], side: int, seed: tuple[int, int]) -> Source:
+    def load(index: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng((*seed, index))
+        image = _crop(rng, texture, side)
+        mask = np.zeros(image.shape, bool)
+        if defects[index] != GOOD:
+            image, mask = DEFECTS[defects[index]](rng, image)
+        return np.repeat(image[..., None], 3, axis=-1), mask
+
+    names = tuple(f"{defect}/{i:03}.png" for i, defect in enumerate(defects))
+    return Source(names, tuple(defects), load)
+
+
+def _read_texture(category: str) -> np.ndarray:
+    package = importlib.util.find_spec("skimage")  # found, not imported: that takes a second
+    if package is None:
+        raise InputError(
+            "The synthetic data sets are painted on textures of a package that is not installed: "
+            "pip install scikit-image"
+        )
+    path = Path(package.submodule_search_locations[0], "data", f"{category}.png")
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def _crop(rng: np.random.Generator, texture: np.ndarray, side: int) -> np.ndarray:
+    top, left = (rng.integers(0, n - side, endpoint=True) for n in texture.shape)
+    return texture[top : top + side, left : left + side]
+
+
+def paint_crack(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A dark polyline across a part of the image; returns the image and its mask."""
+    side = len(image)
+    heading = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(0, 0.5, 8))
+    steps = np.stack([np.cos(heading), np.sin(heading)], axis=1) * side / 12
+    path = np.cumsum(steps, axis=0)
+    path += side / 2 - path.mean(axis=0) + rng.uniform(-side / 6, side / 6, 2)
+    canvas = Image.new("1", (side, side))
+    ImageDraw.Draw(canvas).line([tuple(point) for point in path], fill=1, width=max(2, side // 48))
+    mask = np.asarray(canvas)
+    return np.where(mask, image // 4, image), mask
+
+
+def paint_stain(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An ellipse that is darker or brighter towards its middle; returns image and mask."""
+    side = len(image)
+    centre = rng.uniform(side / 4, 3 * side / 4, 2)
+    radii = rng.uniform(side / 12, side / 5, 2)
+    ys, xs = np.mgrid[:side, :side]
+    distance = np.hypot((ys - centre[0]) / radii[0], (xs - centre[1]) / radii[1])
+    mask = distance < 1
+    target = rng.choice([0.0, 255.0])
+    weight = 0.7 * np.sqrt(np.clip(1 - distance, 0, 1))
+    stained = np.round(image + weight * (target - image)).astype(np.uint8)
+    return np.where(mask, stained, image), mask
+
+
+def paint_patch(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A square of the image turned by a quarter and its grey inverted; returns image and mask."""
+    side = len(image)
+    edge = int(rng.integers(side // 8, side // 4, endpoint=True))
+    top, left = rng.integers(0, side - edge, 2, endpoint=True)
+    square = np.s_[top : top + edge, left : left + edge]
+    mask = np.zeros(image.shape, bool)
+    mask[square] = True
+    patched = image.copy()
+    patched[square] = 255 - np.rot90(image[square])
+    return patched, mask
+
+
+Painter = Callable[[np.random.Generator, np.ndarray], tuple[np.ndarray, np.ndarray]]
+DEFECTS: dict[str, Painter] = {"crack": paint_crack, "stain": paint_stain, "patch": paint_patch}

@@ -1,0 +1,172 @@
+"""From the bytes of a file to arrays: decoding, resizing, normalising.
+
+Images stay uint8 until `normalise`, so that resizing is Pillow's own, as in torchvision's
+`Resize` on PIL images and in the reference code.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from fastflow_jax.errors import InputError
+
+_EXIF_ORIENTATION = 274
+_EXIF_SIDEWAYS = (5, 6, 7, 8)
+_TIFF_BITS_PER_SAMPLE = 258
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of an image file, as viewers show it, from its header.
+
+    A PNG may carry its EXIF orientation behind its pixels; that is seen by decoding only.
+
+    Raises:
+        InputError: Pillow cannot read it, or it has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+    """
+    with _open(path, str(path)) as image:
+        width, height = image.size
+        if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+            return height, width  # Pillow has turned a TIFF's; looking would decode a PNG
+        try:
+            sideways = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
+        except Exception as error:  # as in _open
+            raise _broken(path, error) from error
+        return (width, height) if sideways else (height, width)
+
+
+def check_image(data: bytes, name: str) -> None:
+    """Sees that the bytes of an image file are whole, at the least cost.
+
+    Raises:
+        InputError: as `decode_image`.
+    """
+    with _open(io.BytesIO(data), name) as image:
+        if image.format != "PNG":
+            decode_image(data, name)
+            return
+        try:
+            image.verify()  # the checksums: thirty times faster than decoding
+        except Exception as error:  # as in _open
+            raise _broken(name, error) from error
+
+
+def decode_image(data: bytes, name: str = "the image") -> np.ndarray:
+    """Decodes the bytes of an image file into uint8 RGB, [H, W, 3].
+
+    - The image is turned as its EXIF orientation says, so it comes out as viewers show it.
+    - Grey is repeated over the channels, palettes are looked up, and CMYK, YCbCr, HSV and LAB
+      are converted by Pillow.
+    - Transparent pixels are laid over black: the colour hidden under them is arbitrary.
+    - 16-bit images, grey or colour, keep their high byte: 65535 is white, whatever part of the
+      range a camera uses. TIFF files of 12 bits say so, and 4095 is white.
+    - Of several frames or pages the first is read.
+
+    Args:
+        data: content of the file.
+        name: what a message calls the image, best its path.
+
+    Raises:
+        InputError: broken, truncated or too large; or of 32-bit integers or floats, which do not
+            say which value is white.
+    """
+    return _rgb(_load(data, name), name)
+
+
+def decode_mask(data: bytes, name: str = "the mask") -> np.ndarray:
+    """Decodes the bytes of a mask file into bool, [H, W], true where the image is defective.
+
+    A pixel is defective unless it is black, so masks of 0 and 1, of 0 and 255 and of one colour
+    or palette entry a defect class all serve. JPEG leaves noise round edges: there the brightest
+    channel must exceed 127.
+
+    Raises:
+        InputError: broken, truncated or too large.
+    """
+    mask = _load(data, name)
+    levels = np.asarray(mask) if mask.mode[0] in "IF" else _rgb(mask, name).max(axis=-1)
+    return levels > (127 if mask.format in ("JPEG", "MPO") else 0)
+
+
+def _load(data: bytes, name: str) -> Image.Image:
+    with _open(io.BytesIO(data), name) as image:
+        try:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+        except Exception as error:  # as in _open
+            raise _broken(name, error) from error
+        return image
+
+
+def _open(file: Path | IO[bytes], name: str) -> Image.Image:
+    try:
+        image = Image.open(file)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{name} is too large: {error} Scale it down or cut it up.") from error
+    except PermissionError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}.") from error
+    except Exception as error:  # Pillow's readers raise almost anything on a damaged file
+        raise InputError(
+            f"{name} is not an image that Pillow can read: replace or remove it."
+        ) from error
+    width, height = image.size
+    limit = Image.MAX_IMAGE_PIXELS  # up to twice this limit Pillow only warns
+    if limit is not None and width * height > limit:
+        image.close()
+        raise InputError(
+            f"{name} is too large: {width} x {height} pixels exceed the limit of {limit} pixels "
+            "(PIL.Image.MAX_IMAGE_PIXELS). Scale it down or cut it up."
+        )
+    return image
+
+
+def _broken(name: str | Path, error: Exception) -> InputError:
+    return InputError(f"{name} is broken ({error}): replace or remove it.")
+
+
+def _rgb(image: Image.Image, name: str) -> np.ndarray:
+    if image.mode.startswith("I;16"):
+        bits = image.tag_v2[_TIFF_BITS_PER_SAMPLE][0] if image.format == "TIFF" else 16
+        return _repeat(np.asarray(image) >> (bits - 8))
+    if image.mode == "I" and image.format == "PPM":  # scaled to 16 bits by Pillow
+        return _repeat(np.asarray(image) >> 8)
+    if image.mode in ("I", "F"):
+        kind = "floats" if image.mode == "F" else "32-bit or signed integers"
+        raise InputError(
+            f"{name} holds {kind}, which do not say which value is white: "
+            "save it with 8 or 16 unsigned bits a channel."
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    return np.asarray(image.convert("RGB"))
+
+
+def _repeat(grey: np.ndarray) -> np.ndarray:
+    return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes uint8 [H, W, 3] to `size` = (height, width), bilinear and antialiased (Pillow)."""
+    return _resize(image, size, Image.Resampling.BILINEAR)
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes bool [H, W] to `size` = (height, width) by the nearest pixel centre (Pillow)."""
+    return _resize(mask.astype(np.uint8), size, Image.Resampling.NEAREST).astype(bool)
+
+
+def _resize(array, size, resample):
+    if array.shape[:2] == size:
+        return array
+    height, width = size
+    return np.asarray(Image.fromarray(array).resize((width, height), resample))
+
+
+def normalise(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """uint8 [..., 3] to float32: scaled to [0, 1], then less `mean`, over `std`, by channel."""
+    scaled = image.astype(np.float32) / np.float32(255)
+    return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)

@@ -1,0 +1,74 @@
+"""What a configuration builds, without data, weights or network."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from fastflow_jax.backbones import find_spec
+from fastflow_jax.model import FastFlow, negative_log_likelihood
+
+
+def describe(config) -> str:
+    """Scales, shapes, trainable numbers, operations and memory of a filled configuration.
+
+    Operations are counted by XLA, two for a multiplication with its addition. Memory of training
+    is what XLA plans for one step on one device: values that live until the backward pass.
+    """
+    spec = find_spec(config.backbone)
+    backbone = spec.module(tuple(config.layers))
+    model = flow_model(config)
+    images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
+    key = jax.random.key(0)
+    backbone_variables = jax.eval_shape(backbone.init, key, images)
+    maps = jax.eval_shape(backbone.apply, backbone_variables, images)
+    variables = jax.eval_shape(model.init, key, maps)
+
+    batch = config.train.batch_size
+    features = tuple(jax.ShapeDtypeStruct((batch, *m.shape[1:]), m.dtype) for m in maps)
+
+    def loss(params, constants, features):
+        latents = model.apply({"params": params, **constants}, features)
+        return negative_log_likelihood(latents, per_dimension=True).mean()
+
+    constants = {k: v for k, v in variables.items() if k != "params"}
+    step = jax.jit(jax.grad(loss)).lower(variables["params"], constants, features).compile()
+    memory = step.memory_analysis()
+
+    lines = [f"{config.backbone} at {config.image_size[0]}x{config.image_size[1]}"]
+    lines.append(f"{'layer':<12}{'map':>16}{'stride':>8}{'trainable':>14}")
+    for i, (layer, m) in enumerate(zip(config.layers, maps, strict=True)):
+        shape = "x".join(map(str, m.shape[1:]))
+        numbers = sum(
+            _numbers(variables["params"].get(name, {})) for name in (f"flow_{i}", f"norm_{i}")
+        )
+        lines.append(f"{layer:<12}{shape:>16}{spec.maps[layer][1]:>8}{numbers:>14,}")
+    rows = {
+        "trainable numbers": f"{_numbers(variables['params']):,}",
+        "frozen numbers (backbone)": f"{_numbers(backbone_variables):,}",
+        "operations, backbone, an image": _operations(backbone.apply, backbone_variables, images),
+        "operations, flow, an image": _operations(model.apply, variables, maps),
+        "features, an image": _bytes(sum(math.prod(m.shape) * 4 for m in maps)),
+        "weights": _bytes(4 * (_numbers(variables["params"]) + _numbers(backbone_variables))),
+        f"a training step of {batch}": _bytes(memory.temp_size_in_bytes) + " beside its arguments",
+    }
+    width = max(map(len, rows)) + 2
+    return "\n".join(lines + [f"{name:<{width}}{value}" for name, value in rows.items()])
+
+
+def flow_model(config) -> FastFlow:
+    """The flows of a filled configuration."""
+    return FastFlow(**{k: tuple(v) if k == "kernels" else v for k, v in config.flow.items()})
+
+
+def _numbers(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _operations(apply, variables, inputs) -> str:
+    flops = jax.jit(apply).lower(variables, inputs).cost_analysis()["flops"]
+    return f"{flops / 1e9:.2f} G"
+
+
+def _bytes(n: float) -> str:
+    return f"{n / 2**20:.1f} MiB"

@@ -1,0 +1,148 @@
+"""FastFlow: feature maps -> flows -> likelihood -> anomaly map and score.
+
+Yu et al., FastFlow: Unsupervised Anomaly Detection and Localization via 2D Normalizing Flows
+(arXiv 2111.07677).
+"""
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fastflow_jax.flows import Flow
+
+NORMS = ("standardise", "layer", "layer_plain")
+Latents = tuple[tuple[jax.Array, jax.Array], ...]  # one (z [B, h, w, C], log_det [B, h, w]) a scale
+
+
+class FeatureNorm(nn.Module):
+    """What stands between the frozen backbone and the flow of one scale, [B, h, w, C] -> same.
+
+    Attributes:
+      kind: "standardise" takes each channel to mean 0 and deviation 1 over the training set; its
+        numbers lie in the collection "statistics". "layer" is the reference's layer norm of each
+        image over h, w and C, with a trainable scale and offset for every place and channel, which
+        ties the model to one input size; "layer_plain" is the same without them.
+    """
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.kind == "standardise":
+            channels = (x.shape[-1],)
+            mean = self.variable("statistics", "mean", jnp.zeros, channels).value
+            std = self.variable("statistics", "std", jnp.ones, channels).value
+            return (x - mean) / std
+        affine = self.kind == "layer"
+        axes = (-3, -2, -1)
+        return nn.LayerNorm(
+            epsilon=1e-5,
+            use_scale=affine,
+            use_bias=affine,
+            reduction_axes=axes,
+            feature_axes=axes,
+            use_fast_variance=False,
+        )(x)
+
+
+class FastFlow(nn.Module):
+    """A flow for each scale of a backbone's features; call it with the tuple of maps.
+
+    Attributes:
+      norm: see `FeatureNorm`.
+      steps, kernels, hidden_ratio, clamp, coupling, dtype: see `flows.Flow`.
+    """
+
+    norm: str = "standardise"
+    steps: int = 8
+    kernels: tuple[int, ...] = (3, 1)
+    hidden_ratio: float = 1.0
+    clamp: float = 2.0
+    coupling: str = "single"
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, features: Sequence[jax.Array]) -> Latents:
+        """Map features, [B, h, w, C] a scale, to (z [B, h, w, C], log_det [B, h, w]) a scale."""
+        latents = []
+        for i, x in enumerate(features):
+            flow = Flow(
+                self.steps,
+                tuple(self.kernels),
+                self.hidden_ratio,
+                self.clamp,
+                self.coupling,
+                self.dtype,
+                name=f"flow_{i}",
+            )
+            latents.append(flow(FeatureNorm(self.norm, name=f"norm_{i}")(x.astype(jnp.float32))))
+        return tuple(latents)
+
+
+def negative_log_likelihood(latents: Latents, *, per_dimension: bool) -> jax.Array:
+    """-log p of each image's features, in nats, [B] (section 3.3, equations 2 and 3).
+
+    Args:
+      latents: see `FastFlow`.
+      per_dimension: the mean over all dimensions of all scales, constant included, so that it
+        compares across input sizes; otherwise the reference's loss, the sum over all dimensions
+        without the constant (order 1e5, and negative once the flow has learnt: a density may
+        exceed 1).
+    """
+    energy = sum(
+        0.5 * jnp.sum(z**2, axis=(1, 2, 3)) - jnp.sum(log_det, axis=(1, 2))
+        for z, log_det in latents
+    )  # [B]
+    if not per_dimension:
+        return energy
+    return energy / sum(math.prod(z.shape[1:]) for z, _ in latents) + 0.5 * math.log(2 * math.pi)
+
+
+def location_scores(z: jax.Array, log_det: jax.Array, *, form: str, use_log_det: bool) -> jax.Array:
+    """How unlikely each location of one scale is, [B, h, w]; higher is more anomalous.
+
+    Args:
+      z: [B, h, w, C].
+      log_det: [B, h, w].
+      form: "log" is -log p per channel without the constant; "probability" is -exp of the negative
+        of that, in [-1, 0] without log-det: the reference's map, which saturates where z is large.
+      use_log_det: let the log-determinant count, as a likelihood has it; the reference leaves it.
+    """
+    energy = 0.5 * jnp.sum(z**2, axis=-1)
+    if use_log_det:
+        energy -= log_det
+    energy /= z.shape[-1]
+    return -jnp.exp(-energy) if form == "probability" else energy
+
+
+def resize_map(scores: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """[B, h, w] -> [B, *size], bilinear with half-pixel centres (torch's align_corners=False)."""
+    return jax.image.resize(scores, (scores.shape[0], *size), "bilinear", antialias=False)
+
+
+def top_mean(anomaly_map: jax.Array, part: float) -> jax.Array:
+    """Mean of the highest `part` of each map [B, H, W], [B]; the maximum for 0."""
+    pixels = anomaly_map.reshape(len(anomaly_map), -1)
+    return jax.lax.top_k(pixels, max(1, round(part * pixels.shape[1])))[0].mean(-1)
+
+
+def window_maxima(scores: jax.Array) -> jax.Array:
+    """The highest average of [B, h, w] over square windows of sides 1, 2, 4, ..., and over all.
+
+    A scan statistic: a small defect stands out in small windows, a large and faint one in large
+    ones. Windows are placed at every location.
+
+    Returns:
+      [B, K], from the single location to the whole map.
+    """
+    maxima = []
+    side = 1
+    while side < min(scores.shape[1:]):
+        windows = nn.avg_pool(scores[..., None], (side, side), padding="VALID")
+        maxima.append(windows.max((1, 2, 3)))
+        side *= 2
+    maxima.append(scores.mean((1, 2)))
+    return jnp.stack(maxima, axis=-1)

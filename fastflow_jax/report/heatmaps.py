@@ -1,0 +1,207 @@
+"""Heat maps: a photograph, where it is anomalous, and where its defect is, side by side.
+
+    picture = draw_heatmap(image, anomaly_map, low=0.0, high=4.0, mask=mask, title="crack/003.png")
+    save_picture("heatmaps/crack_003.png", picture)
+
+The heat is laid over the photograph without its colours, so that hue means heat alone, and it
+grows more opaque as it grows hotter, so that the normal part stays visible. `low` and `high` are
+the ends of the colours: take the same for all images of a set, or pictures cannot be compared.
+"""
+
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from fastflow_jax.errors import InputError
+
+# Lightness rises evenly from black over violet and red to pale yellow (the "inferno" map of
+# matplotlib, CC0, at nine points), so that hotter is lighter in print and to the colour-blind too.
+_COLOURS = np.array(
+    [
+        (0, 0, 4),
+        (31, 12, 72),
+        (85, 15, 109),
+        (136, 34, 106),
+        (186, 54, 85),
+        (227, 89, 51),
+        (249, 140, 10),
+        (249, 201, 50),
+        (252, 255, 164),
+    ],
+    np.float32,
+)
+_OPACITY = 0.85  # at the hottest
+_OUTLINE = (0, 255, 170)
+_INK, _FAINT, _PAPER = (32, 32, 36), (112, 112, 120), (255, 255, 255)
+_SIDES = (256, 512)  # pixels of a panel's longer side, at least and at most
+_MARGIN, _GAP, _BAR = 12, 10, 14
+_TITLE, _CAPTION = 15, 13  # font sizes
+
+
+def draw_heatmap(
+    image: np.ndarray,
+    anomaly_map: np.ndarray,
+    *,
+    low: float,
+    high: float,
+    mask: np.ndarray | None = None,
+    title: str = "",
+) -> Image.Image:
+    """Photograph, heat and, where there is a mask, the outline of the defect, with a colour bar.
+
+    Args:
+        image: uint8 [H, W, 3], shown in its own proportions, 256 to 512 pixels long.
+        anomaly_map: [h, w], of any size; stretched over the image.
+        low: the value, in the map's units, of no heat; lower ones look the same.
+        high: the value of full heat; higher ones look the same.
+        mask: bool [H', W'], True where the image is defective; all False for a good image.
+        title: a line above the panels, such as the image's name and score.
+
+    Raises:
+        InputError: where `high` is below `low` or either is not finite, or the map holds NaN.
+    """
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        raise InputError(f"heat from {low} to {high}: give two finite numbers, the lower first")
+    anomaly_map = np.asarray(anomaly_map, np.float32)
+    if np.isnan(anomaly_map).any():
+        raise InputError(f"the anomaly map of {title or 'an image'} holds NaN: train it again")
+    photograph = _fit(Image.fromarray(image))
+    panels = [("image", photograph), ("anomaly map", _overlay(photograph, anomaly_map, low, high))]
+    if mask is not None:
+        panels.append(
+            ("defect" if mask.any() else "no defect", _outline(photograph, np.asarray(mask)))
+        )
+    return _compose(panels, _colour_bar(photograph.height, low, high), title)
+
+
+def stack_pictures(pictures: Sequence[Image.Image], columns: int = 1) -> Image.Image:
+    """Several pictures as one, row by row, left-aligned."""
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    width = max(sum(picture.width for picture in row) for row in rows)
+    heights = [max(picture.height for picture in row) for row in rows]
+    sheet = Image.new("RGB", (width, sum(heights)), _PAPER)
+    y = 0
+    for row, height in zip(rows, heights, strict=True):
+        x = 0
+        for picture in row:
+            sheet.paste(picture, (x, y))
+            x += picture.width
+        y += height
+    return sheet
+
+
+def save_picture(path: str | os.PathLike, picture: Image.Image) -> None:
+    """Write a PNG file in one step, so that an interrupted run leaves no broken picture."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        picture.save(part, format="PNG")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _fit(photograph: Image.Image) -> Image.Image:
+    """The photograph with its longer side within the limits."""
+    side = max(photograph.size)
+    scale = min(max(side, _SIDES[0]), _SIDES[1]) / side
+    if scale == 1:
+        return photograph
+    size = [max(1, round(length * scale)) for length in photograph.size]
+    return photograph.resize(size, Image.Resampling.BICUBIC)
+
+
+def _heat(values: np.ndarray, under: np.ndarray) -> np.ndarray:  # [..., 3] uint8
+    """Lay the heat of values in [0, 1] over grey levels in [0, 255] of the same shape."""
+    stops = np.linspace(0, 1, len(_COLOURS))
+    colours = np.stack([np.interp(values, stops, channel) for channel in _COLOURS.T], axis=-1)
+    opacity = _OPACITY * np.sqrt(values)[..., None]
+    return np.round(opacity * colours + (1 - opacity) * under[..., None]).astype(np.uint8)
+
+
+def _overlay(
+    photograph: Image.Image, anomaly_map: np.ndarray, low: float, high: float
+) -> Image.Image:
+    heat = (np.clip(anomaly_map, low, high) - low) / (high - low if high > low else 1)
+    heat = Image.fromarray(heat.astype(np.float32))
+    stretched = heat.resize(photograph.size, Image.Resampling.BILINEAR)
+    grey = np.asarray(photograph.convert("L"), np.float32)
+    return Image.fromarray(_heat(np.clip(np.asarray(stretched), 0, 1), grey))
+
+
+def _outline(photograph: Image.Image, mask: np.ndarray) -> Image.Image:
+    """The photograph with a line around the defect, and a dark one around that for contrast."""
+    shares = Image.fromarray(mask.astype(np.float32))
+    # Not the nearest pixel: a defect of a few must not vanish where a large image is shrunk.
+    inside = np.asarray(shares.resize(photograph.size, Image.Resampling.BOX)) > 0
+    border = np.ones_like(inside)
+    border[2:-2, 2:-2] = False  # where a defect leaves the picture, its line runs along the edge
+    outside = _grow(_grow(inside))
+    line = (outside & ~inside) | (inside & border)
+    pixels = np.array(photograph)
+    pixels[_grow(outside) & ~outside] = 0
+    pixels[line] = _OUTLINE
+    return Image.fromarray(pixels)
+
+
+def _grow(mask: np.ndarray) -> np.ndarray:
+    """The mask and its neighbours, by one pixel."""
+    padded = np.pad(mask, 1)
+    return (
+        mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+    )  # [H, W]
+
+
+def _ticks(low: float, high: float) -> dict[float, str]:
+    """Two to six round values within the range, ascending, and their text."""
+    if high == low:
+        return {low: f"{low:.3g}"}
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9))
+    values = step * np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    return {float(v): f"{v + 0.0:.{digits}f}" if 1e-4 <= step < 1e4 else f"{v:.3g}" for v in values}
+
+
+def _colour_bar(height: int, low: float, high: float) -> Image.Image:
+    """The heat from bottom to top as it looks over mid-grey, with numbers to its right."""
+    font, ticks = ImageFont.load_default(_CAPTION), _ticks(low, high)
+    width = _BAR + 7 + math.ceil(max(font.getlength(text) for text in ticks.values()))
+    bar = Image.new("RGB", (width, height), _PAPER)
+    values = np.broadcast_to(np.linspace(1, 0, height)[:, None], (height, _BAR))
+    bar.paste(Image.fromarray(_heat(values, np.full(values.shape, 128.0))), (0, 0))
+    draw, last = ImageDraw.Draw(bar), math.inf
+    for value, text in ticks.items():
+        y = (height - 1) * (1 - ((value - low) / (high - low) if high > low else 0))
+        middle = min(max(y, _CAPTION / 2), height - _CAPTION / 2)
+        if last - middle >= _CAPTION:  # a low picture has no room for all
+            draw.line([(_BAR, y), (_BAR + 3, y)], fill=_FAINT)
+            draw.text((_BAR + 7, middle), text, fill=_FAINT, font=font, anchor="lm")
+            last = middle
+    return bar
+
+
+def _compose(panels: list[tuple[str, Image.Image]], bar: Image.Image, title: str) -> Image.Image:
+    """Panels from left to right under a title, each with its caption below, and the bar."""
+    title_font, font = ImageFont.load_default(_TITLE), ImageFont.load_default(_CAPTION)
+    cells = [max(panel.width, math.ceil(font.getlength(name))) for name, panel in panels]
+    top = _MARGIN + (_TITLE + 9 if title else 0)
+    width = 2 * _MARGIN + max(
+        sum(cells) + _GAP * len(panels) + bar.width, math.ceil(title_font.getlength(title))
+    )
+    picture = Image.new("RGB", (width, top + bar.height + 8 + _CAPTION + _MARGIN), _PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.text((_MARGIN, _MARGIN), title, fill=_INK, font=title_font)
+    x = _MARGIN
+    for (name, panel), cell in zip(panels, cells, strict=True):
+        picture.paste(panel, (x, top))
+        draw.text((x, top + panel.height + 6), name, fill=_FAINT, font=font)
+        x += cell + _GAP
+    picture.paste(bar, (x, top))
+    return picture

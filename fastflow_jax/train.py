@@ -1,0 +1,365 @@
+"""Training: one pure step, epochs over cached features, resume."""
+
+import contextlib
+import json
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from fastflow_jax import parallel
+from fastflow_jax.checkpoints import Checkpoints
+from fastflow_jax.errors import InputError
+from fastflow_jax.features import Features, TrainingFeatures
+from fastflow_jax.model import FastFlow, negative_log_likelihood
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training changes, and the numbers that the flow needs but never trains."""
+
+    step: jax.Array  # int32
+    params: Any
+    constants: Any  # collections "permutations" and "statistics"
+    optimizer: Any
+    epoch_loss: jax.Array  # sum over the images of this epoch so far
+    epoch_images: jax.Array
+
+    @property
+    def variables(self) -> dict:
+        """What `FastFlow.apply` takes."""
+        return {"params": self.params, **self.constants}
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C: the state is saved, and the same command goes on from there."""
+
+    def __init__(self, signum: int, epoch: float):
+        super().__init__(f"interrupted at epoch {epoch:.1f}; saved")
+        self.exit_code = 128 + signum
+
+
+def create_optimizer(config, steps: int) -> optax.GradientTransformation:
+    """The optimiser of `config.train` for a run of `steps` steps.
+
+    Weight decay is added to the gradient before Adam's scaling, as torch's Adam does (L2, not
+    AdamW): the reference's recipe.
+    """
+    warmup = round(config.warmup * steps)
+    if config.schedule == "cosine":
+        rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(steps, 1))
+    else:
+        rate = optax.linear_schedule(0.0, config.learning_rate, warmup)
+        rate = rate if warmup else config.learning_rate
+    return optax.chain(
+        optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip),
+        optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity(),
+        optax.scale_by_adam() if config.optimizer == "adam" else optax.identity(),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def create_state(
+    model: FastFlow, optimizer: optax.GradientTransformation, shapes, statistics: dict, seed: int
+) -> TrainState:
+    """A fresh state.
+
+    Args:
+      model: the flows.
+      optimizer: see `create_optimizer`.
+      shapes: (h, w, C) of each scale.
+      statistics: see `features.channel_statistics`; unused by the norms per image.
+      seed: of parameters and permutations.
+    """
+    features = tuple(jnp.zeros((1, *shape)) for shape in shapes)
+    constants = dict(jax.jit(model.init)(jax.random.key(seed), features))
+    params = constants.pop("params")
+    if "statistics" in constants:
+        constants["statistics"] = jax.tree.map(jnp.asarray, statistics)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        constants=constants,
+        optimizer=jax.jit(optimizer.init)(params),
+        epoch_loss=jnp.zeros(()),
+        epoch_images=jnp.zeros(()),
+    )
+
+
+def train_step(
+    state: TrainState,
+    features: tuple[jax.Array, ...],
+    weight: jax.Array,
+    *,
+    model: FastFlow,
+    optimizer: optax.GradientTransformation,
+    per_dimension: bool,
+    axis_name: str | None = None,
+) -> TrainState:
+    """One step on the negative log-likelihood, averaged over the global batch.
+
+    Args:
+      state: before the step.
+      features: [B, h, w, C] a scale.
+      weight: [B]; 0 leaves an example of padding out.
+      model: the flows.
+      optimizer: see `create_optimizer`.
+      per_dimension: see `model.negative_log_likelihood`.
+      axis_name: the named axis that the batch is split over, if any.
+    """
+    images = parallel.total(weight.sum(), axis_name)
+
+    def mean_loss(params):
+        latents = model.apply({"params": params, **state.constants}, features)
+        loss = negative_log_likelihood(latents, per_dimension=per_dimension)  # [B]
+        return jnp.sum(weight * loss) / images
+
+    # The sum over devices is taken of the gradient, not inside the differentiated function.
+    loss, grads = parallel.total(jax.value_and_grad(mean_loss)(state.params), axis_name)
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+    return state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        optimizer=optimizer_state,
+        epoch_loss=state.epoch_loss + loss * images,
+        epoch_images=state.epoch_images + images,
+    )
+
+
+def epoch_order(
+    n: int, batch_size: int, *, seed: int, epoch: int, drop_last: bool, multiple: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The batches of one epoch: a function of seed and epoch alone, so that resuming is exact.
+
+    Returns:
+      Indices of images and their weights, both [steps, B], where B is `batch_size` rounded up to
+      `multiple`; weight 0 pads what n does not fill. With `drop_last` the short last batch is left
+      out, unless it is the only one.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(n)
+    steps = n // batch_size if drop_last and n >= batch_size else -(-n // batch_size)
+    order = order[: steps * batch_size]
+    width = -(-batch_size // multiple) * multiple
+    index = np.zeros((steps, width), np.int32)
+    weight = np.zeros((steps, width), np.float32)
+    for row in range(steps):
+        batch = order[row * batch_size : (row + 1) * batch_size]
+        index[row, : len(batch)] = batch
+        weight[row, : len(batch)] = 1.0
+    return index, weight
+
+
+def train_epoch(
+    state: TrainState,
+    cache: tuple[jax.Array, ...],
+    index: jax.Array,
+    weight: jax.Array,
+    *,
+    step: Callable,
+    axis_name: str | None = None,
+) -> TrainState:
+    """All steps of one epoch in one program, for devices that hold the whole feature cache.
+
+    Args:
+      state: before the epoch.
+      cache: features of all images, [N, h, w, C] a scale.
+      index: [steps, B], into the cache.
+      weight: [steps, B].
+      step: `train_step` with everything but state, features, weight and axis bound.
+      axis_name: see `train_step`.
+    """
+
+    def body(state, batch):
+        rows, weight = batch
+        features = tuple(jnp.take(maps, rows, axis=0) for maps in cache)
+        return step(state, features, weight, axis_name=axis_name), None
+
+    return jax.lax.scan(body, state, (index, weight))[0]
+
+
+@contextlib.contextmanager
+def signals_set_a_flag() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT in a list; a second one acts at once, as it did before."""
+    received: list[int] = []
+    previous = {}
+
+    def handler(signum, frame):
+        received.append(signum)
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, handler)
+    except ValueError:  # not the main thread, as in some notebooks: signals stay as they are
+        pass
+    try:
+        yield received
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def train(
+    config,
+    model: FastFlow,
+    features: TrainingFeatures,
+    holdout: Features | None,
+    *,
+    seed: int,
+    checkpoints: Checkpoints,
+    metrics_file: pathlib.Path,
+    on_epoch: Callable[[int, TrainState], None] = lambda epoch, state: None,
+    progress: str = "train",
+) -> TrainState:
+    """Train for `config.train.epochs`, from the latest checkpoint where there is one.
+
+    Args:
+      config: filled, see `config.fill`.
+      model: the flows.
+      features: of the training images.
+      holdout: features of held-out normal images; their likelihood picks the best checkpoint.
+      seed: of parameters, permutations and order.
+      checkpoints: of this run.
+      metrics_file: gets a JSON line an epoch, each epoch once however often the run is resumed.
+      on_epoch: called after each epoch with its number, from 1 on.
+      progress: label of the progress bar.
+
+    Raises:
+      Interrupted: SIGTERM or SIGINT came; the state is saved.
+      InputError: the loss is no longer finite.
+    """
+    order = partial(
+        epoch_order,
+        features.n,
+        config.train.batch_size,
+        seed=seed,
+        drop_last=config.train.drop_last,
+        multiple=jax.local_device_count(),
+    )
+    epochs, steps = config.train.epochs, len(order(epoch=0)[0])
+    optimizer = create_optimizer(config.train, epochs * steps)
+    state = create_state(model, optimizer, features.shapes, features.statistics, seed)
+    if checkpoints.latest is not None:
+        state = checkpoints.restore(checkpoints.latest, state)
+    first, position = divmod(int(state.step), steps)
+    _keep_epochs(metrics_file, first)
+
+    holdout_nll = _holdout_nll(config, model, holdout)
+    run_epoch = _epoch_runner(config, model, optimizer, features)
+    bar = tqdm(
+        total=epochs * steps,
+        initial=int(state.step),
+        desc=progress,
+        unit="step",
+        dynamic_ncols=True,
+    )
+    with bar, signals_set_a_flag() as received:
+        for epoch in range(first, epochs):
+            start = time.perf_counter()
+            index, weight = order(epoch=epoch)
+            if position == 0:
+                state = state.replace(epoch_loss=jnp.zeros(()), epoch_images=jnp.zeros(()))
+            for state in run_epoch(state, epoch, index[position:], weight[position:]):
+                done = int(state.step) - epoch * steps
+                bar.update(done - position)
+                position = done
+                if received and position < steps:
+                    checkpoints.save(int(state.step), state)
+                    raise Interrupted(received[0], epoch + position / steps)
+            position = 0
+            line = {"epoch": epoch + 1, "step": int(state.step)}
+            line["loss"] = float(state.epoch_loss / state.epoch_images)
+            if holdout is not None:
+                line["holdout_nll"] = holdout_nll(state)
+            if not np.isfinite(list(line.values())).all():
+                raise InputError(
+                    f"training diverged in epoch {epoch + 1} (loss {line['loss']}): lower "
+                    "--config.train.learning_rate, or set --config.train.clip=1.0"
+                )
+            line["seconds"] = round(time.perf_counter() - start, 3)
+            bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, loss {line['loss']:.4g}", False)
+            # The line stands before its checkpoint does, so that no saved epoch can lack one.
+            with metrics_file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            last = epoch + 1 == epochs
+            if last or received or (epoch + 1) % config.checkpoint_every == 0:
+                checkpoints.save(int(state.step), state, line.get("holdout_nll"))
+            if received and not last:
+                raise Interrupted(received[0], epoch + 1)
+            on_epoch(epoch + 1, state)
+    return state
+
+
+def _epoch_runner(config, model, optimizer, features):
+    """`(state, epoch, index, weight)` -> an iterator of states, each step or once an epoch.
+
+    One program runs a whole epoch where the devices hold the features; but not on CPUs, where
+    convolutions in a loop are ten times slower.
+    """
+    per_dimension = config.train.loss == "per_dimension"
+    step = partial(train_step, model=model, optimizer=optimizer, per_dimension=per_dimension)
+    if features.cached is not None and jax.default_backend() != "cpu":
+        whole = parallel.epoch(partial(train_epoch, step=step), config.parallel)
+        on_device = tuple(map(jnp.asarray, features.cached))
+
+        def run(state, epoch, index, weight):
+            yield jax.block_until_ready(whole(state, on_device, index, weight))
+
+        return run
+
+    single = parallel.step(step, config.parallel)
+
+    def run(state, epoch, index, weight):
+        for batch, batch_weight in zip(features.stream(epoch, index), weight, strict=True):
+            state = single(state, batch, batch_weight)
+            yield state
+
+    return run
+
+
+def _holdout_nll(config, model, holdout):
+    """State -> nats per dimension of the held-out normal images."""
+    if holdout is None:
+        return None
+
+    def nll(variables, features):
+        return negative_log_likelihood(model.apply(variables, features), per_dimension=True)
+
+    size = config.train.batch_size
+    run = parallel.per_example(nll, config.parallel, size)
+    n = len(holdout[0])
+
+    def mean(state):
+        parts = [
+            run(state.variables, tuple(maps[i : i + size] for maps in holdout))
+            for i in range(0, n, size)
+        ]
+        return float(np.concatenate(parts).mean(dtype=np.float64))
+
+    return mean
+
+
+def _keep_epochs(file: pathlib.Path, epochs: int) -> None:
+    """Drop the lines of epochs that a killed process wrote but did not save."""
+    if not file.exists():
+        return
+    lines = []
+    for line in file.read_text().splitlines(keepends=True):
+        try:
+            if json.loads(line)["epoch"] <= epochs and line.endswith("\n"):
+                lines.append(line)
+        except json.JSONDecodeError:  # cut off in the middle
+            continue
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(lines))
+    temporary.replace(file)

@@ -1,0 +1,87 @@
+"""timm's feature maps for seeded numbers that need no torch to be made again."""
+
+import importlib
+import sys
+import warnings
+import zlib
+
+import numpy as np
+
+from fastflow_jax.backbones import BACKBONES, porting
+
+
+def seeded_state(name: str, layers: tuple[str, ...], seed: int = 0) -> dict[str, np.ndarray]:
+    """Tensors by timm's names for all up to `layers`, batch statistics included."""
+    spec = BACKBONES[name]
+    state = {}
+    for key, slot in porting.slots(spec.module(layers), spec.image_size).items():
+        rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
+        shape = slot.timm_shape
+        if key.endswith("running_var") or (key.endswith("weight") and len(shape) == 1):
+            state[key] = rng.uniform(0.5, 1.5, shape).astype(np.float32)
+        elif key.endswith("weight"):
+            deviation = np.prod(shape[1:]) ** -0.5
+            state[key] = (rng.standard_normal(shape) * deviation).astype(np.float32)
+        else:
+            state[key] = (rng.standard_normal(shape) * 0.2).astype(np.float32)
+    return state
+
+
+def seeded_images(height: int, width: int) -> np.ndarray:
+    """Two images [2, H, W, 3], smooth enough that padding and alignment show."""
+    rng = np.random.default_rng([height, width])
+    coarse = rng.standard_normal((2, height // 16 + 2, width // 16 + 2, 3))
+    y, x = np.arange(height) / 16, np.arange(width) / 16
+    smooth = coarse[:, y.astype(int)][:, :, x.astype(int)]
+    return (smooth + 0.5 * rng.standard_normal((2, height, width, 3))).astype(np.float32)
+
+
+def sample(maps: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+    """A few channels and places of each map, the corners among them."""
+    picked = []
+    for m in maps:
+        _, h, w, c = m.shape
+        rows, columns = np.linspace(0, h - 1, 4).astype(int), np.linspace(0, w - 1, 4).astype(int)
+        channels = np.linspace(0, c - 1, 6).astype(int)
+        picked.append(np.asarray(m)[np.ix_([0, 1], rows, columns, channels)])
+    return picked
+
+
+def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+def import_timm():
+    """timm on torch's CPU build, where torchvision's operators do not load."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import torchvision  # noqa: F401
+        except RuntimeError:
+            # Declared, the operators need not be there to be named.
+            import_timm.library = torch.library.Library("torchvision", "DEF")
+            for operator in ("nms", "qnms"):
+                schema = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                import_timm.library.define(schema)
+            for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+                del sys.modules[module]
+        return importlib.import_module("timm")
+
+
+def timm_maps(name: str, state: dict, images: np.ndarray, layers: tuple[str, ...]) -> tuple:
+    """What timm computes at `layers`, as [B, h, w, C]."""
+    timm = import_timm()
+    import torch
+
+    model = timm.create_model(name, pretrained=False).eval()
+    tensors = {key: torch.from_numpy(x) for key, x in state.items()}
+    assert not model.load_state_dict(tensors, strict=False).unexpected_keys
+    found = {}
+    modules = dict(model.named_modules())
+    for layer in layers:
+        modules[layer].register_forward_hook(lambda *a, layer=layer: found.update({layer: a[2]}))
+    with torch.inference_mode():
+        model.forward_features(torch.from_numpy(images).permute(0, 3, 1, 2))
+    return tuple(found[layer].permute(0, 2, 3, 1).numpy() for layer in layers)

@@ -1,0 +1,31 @@
+"""Small image files in temporary folders."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+
+@pytest.fixture
+def write_image() -> Callable[..., Path]:
+    """write(path, value=0, size=(height, width)): an image of one grey level."""
+
+    def write(path: Path, value: int = 0, size: tuple[int, int] = (6, 8)) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full(size, value, np.uint8)).save(path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def data_config() -> Callable[..., ConfigDict]:
+    """`config.data` with the given fields, the others None."""
+
+    def make(name: str, **fields) -> ConfigDict:
+        return ConfigDict({"name": name, "category": None, "root": None, "dir": None} | fields)
+
+    return make

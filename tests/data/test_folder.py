@@ -1,0 +1,347 @@
+"""A folder of images: what is read, and one message for everything that is not as it should be."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastflow_jax.data import open_dataset
+from fastflow_jax.data.pipeline import batches
+from fastflow_jax.errors import InputError
+
+
+@pytest.fixture
+def tree(tmp_path, write_image):
+    """root/ with 3 training images, 2 good and 3 defective test images, and masks.
+
+    The grey level of an image says which it is; masks are defective in one pixel more each.
+    """
+    root = tmp_path / "screws"
+    for i in range(3):
+        write_image(root / f"train/good/{i}.png", 10 + i)
+    for i in range(2):
+        write_image(root / f"test/good/{i}.bmp", 20 + i)
+    write_image(root / "test/crack/a.png", 30)
+    write_image(root / "test/crack/b.png", 31)
+    write_image(root / "test/hole/a.png", 32)
+    for i, name in enumerate(("crack/a", "crack/b", "hole/a")):
+        mask = np.zeros((6, 8), np.uint8)
+        mask[0, : i + 1] = 255
+        path = root / f"ground_truth/{name}_mask.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(path)
+    return root
+
+
+@pytest.fixture
+def open_folder(data_config):
+    return lambda root: open_dataset(data_config("folder", root=str(root)))
+
+
+@pytest.fixture
+def message(open_folder):
+    """The message that opening `root` ends with."""
+
+    def read(root):
+        with pytest.raises(InputError) as error:
+            open_folder(root)
+        text = str(error.value)
+        assert "\n" not in text
+        return text
+
+    return read
+
+
+def test_names_labels_and_pixels(tree, open_folder):
+    dataset = open_folder(tree)
+    assert dataset.name == "folder"
+    assert dataset.provenance == {
+        "source": str(tree),
+        "train_images": 3,
+        "test_images": 5,
+    }
+    assert dataset.train.names == ("good/0.png", "good/1.png", "good/2.png")
+    assert dataset.train.labels.tolist() == [0, 0, 0]
+    assert [example.mask for example in dataset.train] == [None] * 3
+    assert dataset.test.names == (
+        *("crack/a.png", "crack/b.png"),
+        *("good/0.bmp", "good/1.bmp"),
+        "hole/a.png",
+    )
+    assert dataset.test.defects == ("crack", "crack", "good", "good", "hole")
+    assert dataset.test.labels.tolist() == [1, 1, 0, 0, 1]
+    examples = list(dataset.test)
+    assert [example.name for example in examples] == list(dataset.test.names)
+    assert [example.label for example in examples] == [1, 1, 0, 0, 1]
+    assert [int(example.image[0, 0, 0]) for example in examples] == [30, 31, 20, 21, 32]
+    assert [int(example.mask.sum()) for example in examples] == [1, 2, 0, 0, 3]
+    for example in examples:
+        assert example.image.shape == (6, 8, 3)
+        assert example.mask.shape == (6, 8)
+        assert example.mask.dtype == bool
+
+
+def test_batches_of_a_folder(tree, open_folder):
+    options = {"image_size": (4, 4), "mean": (0, 0, 0), "std": (1, 1, 1), "batch_size": 3}
+    first, second = batches(open_folder(tree).test, **options)
+    assert first.image.shape == (3, 4, 4, 3)
+    assert second.mask.shape == (2, 4, 4)
+    np.testing.assert_allclose(second.image[:, 0, 0, 0] * 255, [21, 32], rtol=1e-6)
+
+
+def test_without_masks(tree, open_folder):
+    shutil.rmtree(tree / "ground_truth")
+    assert [example.mask for example in open_folder(tree).test] == [None] * 5
+
+
+def test_without_test_images(tree, open_folder):
+    shutil.rmtree(tree / "ground_truth")
+    shutil.rmtree(tree / "test")
+    dataset = open_folder(tree)
+    assert dataset.test is None
+    assert dataset.provenance["test_images"] == 0
+
+
+def test_a_bare_folder_is_all_normal(tmp_path, write_image, open_folder):
+    for name in ("b.JPG", "a.tif", "c.webp"):
+        write_image(tmp_path / name, 7)
+    dataset = open_folder(tmp_path)
+    assert dataset.train.names == ("good/a.tif", "good/b.JPG", "good/c.webp")
+    assert dataset.train.labels.tolist() == [0, 0, 0]
+    assert dataset.test is None
+
+
+def test_what_belongs_to_nobody_is_passed_over(tree, open_folder):
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (tree / "train/good" / name).write_bytes(b"?")
+        (tree / "test" / name).write_bytes(b"?")
+    (tree / ".ipynb_checkpoints").mkdir()
+    (tree / "license.txt").write_text("of the data set")
+    assert len(open_folder(tree).train) == 3
+
+
+def test_links_are_followed(tree, tmp_path, open_folder):
+    (tmp_path / "link").symlink_to(tree, target_is_directory=True)
+    (tree / "train/good/3.png").symlink_to(tree / "train/good/0.png")
+    assert len(open_folder(tmp_path / "link").train) == 4
+
+
+def test_masks_of_any_format_and_of_good_images(tree, write_image, open_folder):
+    (tree / "ground_truth/hole/a_mask.png").unlink()
+    write_image(tree / "ground_truth/hole/a_mask.bmp", 255)
+    write_image(tree / "ground_truth/good/0_mask.png", 0)
+    examples = list(open_folder(tree).test)
+    assert [int(example.mask.sum()) for example in examples] == [1, 2, 0, 0, 48]
+
+
+def test_the_mask_of_a_turned_image_is_as_viewers_show_it(tree, write_image, open_folder, message):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(np.zeros((8, 6), np.uint8)).save(tree / "test/hole/a.jpg", exif=exif)
+    (tree / "test/hole/a.png").unlink()
+    assert open_folder(tree).test[4].image.shape == (6, 8, 3)
+    write_image(tree / "ground_truth/hole/a_mask.png", 255, size=(8, 6))
+    assert "a_mask.png is 6 x 8 pixels, but its image" in message(tree)
+
+
+def test_exif_behind_the_pixels_of_a_png_is_seen_at_the_latest_when_decoding(tree, open_folder):
+    path = tree / "test/hole/a.png"
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.open(path).save(path, exif=exif)
+    data = path.read_bytes()
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    tail = data.index(b"IEND") - 4
+    path.write_bytes(data[:start] + data[end:tail] + data[start:end] + data[tail:])
+    source = open_folder(tree).test
+    with pytest.raises(InputError, match=r"a_mask\.png is 8 x 6 pixels, but its image .* 6 x 8"):
+        source[4]
+
+
+def test_a_missing_root(tmp_path, message):
+    assert message(tmp_path / "nothing") == (
+        f"data.root {tmp_path / 'nothing'} does not exist: give the folder of your images."
+    )
+
+
+def test_a_root_that_is_a_file(tmp_path, message, write_image):
+    path = write_image(tmp_path / "a.png")
+    assert message(path).startswith(f"data.root {path} is not a folder")
+
+
+def test_no_root(data_config):
+    with pytest.raises(InputError, match=r"^data\.root is not set"):
+        open_dataset(data_config("folder"))
+
+
+def test_a_category(data_config, tree):
+    with pytest.raises(InputError, match=r"^data\.category is 'bottle', but a folder has no"):
+        open_dataset(data_config("folder", root=str(tree), category="bottle"))
+
+
+@pytest.mark.parametrize("inner", ["", "train/good", "test/crack", "ground_truth/crack"])
+def test_an_empty_folder(tree, message, inner):
+    shutil.rmtree(tree / inner)
+    (tree / inner).mkdir()
+    assert message(tree).startswith(f"{tree / inner} holds no images")
+
+
+@pytest.mark.parametrize("inner", ["train", "test", "ground_truth"])
+def test_an_empty_split(tree, message, inner):
+    shutil.rmtree(tree / inner)
+    (tree / inner).mkdir()
+    assert message(tree) == f"{tree / inner} is empty: fill it or remove it."
+
+
+def test_folders_without_train(tree, message):
+    shutil.rmtree(tree / "train")
+    assert message(tree).startswith(f"{tree} holds folders (ground_truth, test) but no train")
+
+
+def test_defective_training_images(tree, message):
+    shutil.copytree(tree / "test/crack", tree / "train/crack")
+    assert message(tree) == (
+        f"{tree / 'train'} must hold the one folder good, as training images are normal; "
+        "it holds crack, good."
+    )
+
+
+def broken_header(tree):
+    (tree / "train/good/1.png").write_bytes(b"no image")
+    return "train/good/1.png", "is not an image that Pillow can read"
+
+
+def stray_file(tree):
+    (tree / "test/crack/notes.txt").write_text("?")
+    return "test/crack/notes.txt", "is not an image that Pillow knows"
+
+
+def stray_file_beside_folders(tree):
+    (tree / "test/notes.txt").write_text("?")
+    return "test/notes.txt", "lies beside the folders of"
+
+
+def stray_image_beside_train(tree):
+    shutil.copy(tree / "train/good/1.png", tree / "more.png")
+    return "more.png", "lies beside train"
+
+
+def stray_folder(tree):
+    (tree / "validation").mkdir()
+    return "validation", "is unexpected"
+
+
+def folder_among_images(tree):
+    (tree / "train/good/more").mkdir()
+    return "train/good/more", "is a folder among images"
+
+
+def link_to_nothing(tree):
+    (tree / "train/good/9.png").symlink_to(tree / "gone.png")
+    return "train/good/9.png", "is a link to nothing"
+
+
+def mask_of_another_size(tree):
+    Image.new("L", (8, 7)).save(tree / "ground_truth/crack/b_mask.png")
+    return "ground_truth/crack/b_mask.png", "is 8 x 7 pixels, but its image .* is 8 x 6"
+
+
+def missing_mask(tree):
+    (tree / "ground_truth/crack/b_mask.png").unlink()
+    return "test/crack/b.png", r"has no mask: add it as ground_truth/crack/b_mask\.png, or remove"
+
+
+def missing_masks(tree):
+    shutil.rmtree(tree / "ground_truth/crack")
+    return "test/crack/a.png", r"has no mask \(nor have 1 others\)"
+
+
+def mask_without_image(tree):
+    (tree / "test/crack/b.png").unlink()
+    return "ground_truth/crack/b_mask.png", "is a mask without an image"
+
+
+def mask_with_a_name_of_its_own(tree):
+    shutil.copy(tree / "ground_truth/hole/a_mask.png", tree / "ground_truth/hole/a.png")
+    return "ground_truth/hole/a.png", r"must be named after one in test/hole, <name>_mask\.png"
+
+
+def mask_of_a_defect_without_images(tree):
+    shutil.rmtree(tree / "test/hole")
+    return "ground_truth/hole/a_mask.png", "is a mask without an image"
+
+
+def masks_without_test(tree):
+    shutil.rmtree(tree / "test")
+    return "ground_truth/crack/a_mask.png", "is a mask without an image"
+
+
+def two_images_of_one_stem(tree):
+    Image.new("L", (8, 6)).save(tree / "test/crack/a.bmp")
+    return "test/crack/a.bmp", "have the same name but for the extension"
+
+
+def two_masks_of_one_stem(tree):
+    Image.new("L", (8, 6)).save(tree / "ground_truth/crack/a_mask.bmp")
+    return "ground_truth/crack/a_mask.bmp", "have the same name but for the extension"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        broken_header,
+        stray_file,
+        stray_file_beside_folders,
+        stray_image_beside_train,
+        stray_folder,
+        folder_among_images,
+        link_to_nothing,
+        mask_of_another_size,
+        missing_mask,
+        missing_masks,
+        mask_without_image,
+        mask_with_a_name_of_its_own,
+        mask_of_a_defect_without_images,
+        masks_without_test,
+        two_images_of_one_stem,
+        two_masks_of_one_stem,
+    ],
+)
+def test_what_does_not_belong_is_named(tree, message, spoil):
+    path, says = spoil(tree)
+    text = message(tree)
+    assert str(tree / path) in text
+    assert re.search(says, text)
+
+
+def test_an_absurdly_large_image(tree, message, monkeypatch, write_image):
+    path = write_image(tree / "train/good/large.png", size=(10, 10))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+    assert message(tree).startswith(f"{path} is too large")
+
+
+def test_a_truncated_image_is_named_when_it_is_decoded(tree, open_folder):
+    path = tree / "train/good/1.png"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    source = open_folder(tree).train
+    options = {"image_size": (4, 4), "mean": (0, 0, 0), "std": (1, 1, 1), "batch_size": 3}
+    with pytest.raises(InputError, match=rf"^{re.escape(str(path))} is broken .*replace or remove"):
+        list(batches(source, **options))
+
+
+def test_an_image_that_vanishes(tree, open_folder):
+    source = open_folder(tree).train
+    (tree / "train/good/1.png").unlink()
+    with pytest.raises(InputError, match=r"1\.png cannot be read: No such file"):
+        source[1]
+
+
+def test_a_good_image_with_a_defect_in_its_mask(tree, open_folder, write_image):
+    path = write_image(tree / "ground_truth/good/0_mask.png", 255)
+    with pytest.raises(InputError, match=rf"^{re.escape(str(path))} marks a defect in an image of"):
+        list(open_folder(tree).test)

@@ -1,0 +1,107 @@
+"""Batches: order, sizes, values, and what happens to errors."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from fastflow_jax.data import Source
+from fastflow_jax.data.pipeline import batches
+from fastflow_jax.errors import InputError
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
+
+
+def make_source(n, *, masks=True, broken=(), delay=0.0):
+    """Image i is of grey level i and another size than its neighbours."""
+
+    def load(index):
+        time.sleep(delay * (n - index))
+        if index in broken:
+            raise InputError(f"image {index} is broken")
+        size = (4 + index % 3, 5 + index % 2)
+        image = np.full((*size, 3), index, np.uint8)
+        return image, np.full(size, index % 2 == 1) if masks else None
+
+    defects = tuple("good" if i % 2 == 0 else "hole" for i in range(n))
+    return Source(tuple(f"{defects[i]}/{i}.png" for i in range(n)), defects, load)
+
+
+def read(source, **options):
+    defaults = {"image_size": (6, 4), "mean": MEAN, "std": STD, "batch_size": 4}
+    return batches(source, **(defaults | options))
+
+
+def test_batches_hold_every_example_once_and_in_order():
+    read_batches = list(read(make_source(10)))
+    assert [len(batch.image) for batch in read_batches] == [4, 4, 2]
+    for batch in read_batches:
+        n = len(batch.index)
+        assert batch.image.shape == (n, 6, 4, 3)
+        assert batch.image.dtype == np.float32
+        assert batch.mask.shape == (n, 6, 4)
+        assert batch.mask.dtype == bool
+        expected = (batch.index[:, None] / 255 - MEAN) / STD
+        np.testing.assert_allclose(batch.image[:, 0, 0], expected, rtol=1e-5)
+        np.testing.assert_array_equal(batch.mask.all(axis=(1, 2)), batch.label == 1)
+        np.testing.assert_array_equal(batch.label, batch.index % 2)
+    indices = np.concatenate([batch.index for batch in read_batches])
+    np.testing.assert_array_equal(indices, np.arange(10))
+
+
+@pytest.mark.parametrize("indices", [[7, 2, 2, 9, 0], np.array([3, 1]), range(5, 1, -1), []])
+def test_indices_are_read_in_their_order(indices):
+    read_indices = [i for batch in read(make_source(10), indices=indices) for i in batch.index]
+    assert read_indices == list(indices)
+
+
+def test_the_order_does_not_hang_on_the_threads():
+    # Late images are quick to load here, early ones slow.
+    source = make_source(12, delay=0.002)
+    indices = np.concatenate([batch.index for batch in read(source)])
+    np.testing.assert_array_equal(indices, np.arange(12))
+
+
+def test_a_source_without_masks():
+    assert all(batch.mask is None for batch in read(make_source(5, masks=False)))
+
+
+def test_an_error_is_raised_as_it_is_when_its_batch_is_due():
+    reading = read(make_source(12, broken=[6]))
+    np.testing.assert_array_equal(next(reading).index, range(4))
+    with pytest.raises(InputError) as error:
+        next(reading)
+    assert str(error.value) == "image 6 is broken"
+
+
+def test_images_are_decoded_ahead_of_their_use():
+    loaded = []
+    plain = make_source(40)
+
+    def load(index):
+        loaded.append(index)
+        return plain.load(index)
+
+    reading = read(Source(plain.names, plain.defects, load))
+    next(reading)
+    deadline = time.monotonic() + 5
+    while len(loaded) < 12 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(loaded) >= 12, "the first batch has 4 images, and two more are decoded meanwhile"
+    assert len(loaded) < 40, "but not the whole source"
+    reading.close()
+
+
+def test_threads_end_with_the_reading():
+    before = set(threading.enumerate())
+    assert len(list(read(make_source(40)))) == 10
+    with pytest.raises(InputError):
+        list(read(make_source(40, broken=[3])))
+    abandoned = read(make_source(40))
+    next(abandoned)
+    abandoned.close()
+    deadline = time.monotonic() + 5
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert set(threading.enumerate()) <= before

@@ -1,0 +1,352 @@
+"""Decoding, resizing and normalising against Pillow's files, numpy and torchvision."""
+
+import contextlib
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastflow_jax.data.transforms import (
+    check_image,
+    decode_image,
+    decode_mask,
+    image_size,
+    normalise,
+    resize,
+    resize_mask,
+)
+from fastflow_jax.errors import InputError
+
+RNG = np.random.default_rng(0)
+COLOUR = RNG.integers(0, 256, (5, 7, 3), np.uint8)  # [H, W, 3]
+GREY = RNG.integers(0, 256, (5, 7), np.uint8)
+ALPHA = RNG.integers(0, 256, (5, 7), np.uint8)
+GREY16 = RNG.integers(0, 2**16, (5, 7), np.uint16)
+
+
+def encode(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png(bit_depth, colour_type, rows, *chunks):
+    """A PNG by hand, for what Pillow does not write."""
+
+    def chunk(kind, content):
+        crc = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+    height, width = rows.shape[:2]
+    header = struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
+    pixels = b"".join(b"\0" + row.tobytes() for row in rows)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + b"".join(chunk(*each) for each in chunks)
+        + chunk(b"IDAT", zlib.compress(pixels))
+        + chunk(b"IEND", b"")
+    )
+
+
+def tiff12(values):
+    """A 12-bit grey TIFF by hand: two pixels in three bytes, rows padded to bytes."""
+    height, width = values.shape
+    rows = []
+    for row in values:
+        bits = "".join(f"{value:012b}" for value in row)
+        bits += "0" * (-len(bits) % 8)
+        rows.append(int(bits, 2).to_bytes(len(bits) // 8, "big"))
+    pixels = b"".join(rows)
+    short, long = 3, 4
+    tags = [
+        (256, short, width),
+        (257, short, height),
+        (258, short, 12),
+        (259, short, 1),
+        (262, short, 1),
+        (273, long, 8),
+        (277, short, 1),
+        (278, short, height),
+        (279, long, len(pixels)),
+    ]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    return struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels + directory
+
+
+def repeat(grey):
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
+def over_black(colour, alpha):
+    return np.round(colour * (alpha[..., None] / 255.0))
+
+
+def with_alpha(colour):
+    return Image.fromarray(np.dstack([colour, ALPHA]))
+
+
+def palette_image(transparency=None):
+    image = Image.fromarray(GREY % 3).convert("L")
+    image = Image.frombytes("P", image.size, image.tobytes())
+    image.putpalette([255, 0, 0, 0, 200, 0, 10, 20, 30])
+    options = {} if transparency is None else {"transparency": transparency}
+    return encode(image, **options)
+
+
+PALETTE = np.array([[255, 0, 0], [0, 200, 0], [10, 20, 30]])
+
+DECODED = {
+    "colour": (encode(Image.fromarray(COLOUR)), COLOUR),
+    "colour in a BMP": (encode(Image.fromarray(COLOUR), "BMP"), COLOUR),
+    "grey": (encode(Image.fromarray(GREY)), repeat(GREY)),
+    "1-bit": (encode(Image.fromarray(GREY > 99)), repeat((GREY > 99) * 255)),
+    "palette": (palette_image(), PALETTE[GREY % 3]),
+    "palette, a colour transparent": (
+        palette_image(transparency=1),
+        np.where(GREY[..., None] % 3 == 1, 0, PALETTE[GREY % 3]),
+    ),
+    "palette, an alpha a colour": (
+        palette_image(transparency=bytes([255, 100, 0])),
+        over_black(PALETTE[GREY % 3], np.array([255, 100, 0])[GREY % 3]),
+    ),
+    "alpha": (encode(with_alpha(COLOUR)), over_black(COLOUR, ALPHA)),
+    "grey and alpha": (
+        encode(Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(ALPHA)])),
+        over_black(repeat(GREY), ALPHA),
+    ),
+    "grey, one level transparent": (
+        encode(Image.fromarray(GREY), transparency=int(GREY[2, 3])),
+        repeat(np.where(GREY[2, 3] == GREY, 0, GREY)),
+    ),
+    "16-bit grey PNG": (encode(Image.fromarray(GREY16)), repeat(GREY16 >> 8)),
+    "16-bit grey TIFF": (encode(Image.fromarray(GREY16), "TIFF"), repeat(GREY16 >> 8)),
+    "16-bit grey TIFF, big-endian": (
+        encode(Image.frombytes("I;16B", (7, 5), GREY16.astype(">u2").tobytes()), "TIFF"),
+        repeat(GREY16 >> 8),
+    ),
+    "16-bit grey PGM": (
+        b"P5 7 5 65535\n" + GREY16.astype(">u2").tobytes(),
+        repeat(GREY16 >> 8),
+    ),
+    "16-bit colour PNG": (
+        png(16, 2, np.dstack([GREY16, GREY16 // 2, GREY16 // 3]).astype(">u2")),
+        np.dstack([GREY16, GREY16 // 2, GREY16 // 3]) >> 8,
+    ),
+    "12-bit grey TIFF": (tiff12(GREY16 >> 4), repeat(GREY16 >> 8)),
+}
+
+
+@pytest.mark.parametrize("kind", DECODED)
+def test_decode_image_gives_rgb(kind):
+    data, expected = DECODED[kind]
+    image = decode_image(data)
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, expected)
+
+
+def test_cmyk_jpeg_becomes_rgb():
+    ink = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    image = decode_image(encode(ink, "JPEG", quality=95))
+    np.testing.assert_allclose(image, np.broadcast_to([255, 0, 0], (16, 16, 3)), atol=4)
+
+
+# EXIF orientation -> how the stored pixels are turned for display (EXIF 2.3, section 4.6.4).
+TURNED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_exif_orientation_is_undone(orientation, kind, tmp_path):
+    blocks = np.kron(COLOUR[:2, :3], np.ones((16, 16, 1), np.uint8))  # [32, 48, 3]
+    exif = Image.Exif()
+    exif[274] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    if kind == "JPEG":
+        options = {"quality": 100, "subsampling": 0}
+    path = tmp_path / "image"
+    path.write_bytes(encode(Image.fromarray(blocks), kind, exif=exif, **options))
+
+    expected = TURNED[orientation](blocks)
+    image = decode_image(path.read_bytes())
+    assert image.shape == expected.shape
+    np.testing.assert_allclose(image.astype(int), expected, atol=3 if kind == "JPEG" else 0)
+    assert image_size(path) == expected.shape[:2]
+    mask = encode(Image.fromarray(blocks[..., 0] > 99), "PNG", exif=exif)
+    np.testing.assert_array_equal(decode_mask(mask), expected[..., 0] > 99)
+
+
+def test_image_size_is_height_and_width(tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(encode(Image.fromarray(COLOUR)))
+    assert image_size(path) == (5, 7)
+
+
+DEFECTIVE = GREY > 128
+PALETTE_MASK = Image.frombytes("P", (7, 5), DEFECTIVE.astype(np.uint8).tobytes())
+PALETTE_MASK.putpalette([0, 0, 0, 128, 0, 0])
+MASKS = {
+    "0 and 255": encode(Image.fromarray(DEFECTIVE * np.uint8(255))),
+    "0 and 1": encode(Image.fromarray(DEFECTIVE * np.uint8(1))),
+    "1-bit": encode(Image.fromarray(DEFECTIVE)),
+    "a colour": encode(Image.fromarray(DEFECTIVE[..., None] * np.array([0, 90, 9], np.uint8))),
+    "palette": encode(PALETTE_MASK),
+    "white on transparent": encode(
+        Image.fromarray(np.dstack([np.full((5, 7, 3), 255, np.uint8), DEFECTIVE * np.uint8(255)]))
+    ),
+    "16 bits, low byte only": encode(Image.fromarray(DEFECTIVE * np.uint16(3))),
+    "32 bits": encode(Image.fromarray(DEFECTIVE * np.int32(7)), "TIFF"),
+    "floats": encode(Image.fromarray(DEFECTIVE * np.float32(0.5)), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_decode_mask_finds_what_is_not_black(kind):
+    mask = decode_mask(MASKS[kind])
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(mask, DEFECTIVE)
+
+
+def test_decode_mask_is_not_fooled_by_jpeg_noise():
+    blocks = np.kron(DEFECTIVE, np.ones((21, 21), bool))
+    data = encode(Image.fromarray(blocks * np.uint8(255)), "JPEG", quality=30)
+    noisy = np.asarray(Image.open(io.BytesIO(data)))
+    assert ((noisy > 0) != blocks).any(), "the noise that this test is about"
+    np.testing.assert_array_equal(decode_mask(data), blocks)
+
+
+def test_a_truncated_image_is_named():
+    data = encode(Image.fromarray(np.tile(GREY, (9, 9))), "JPEG")
+    with pytest.raises(InputError, match=r"^a/b\.jpg is broken .*truncated.*replace or remove it"):
+        decode_image(data[:-200], "a/b.jpg")
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"\x89PNG\r\n\x1a\n"])
+def test_what_is_no_image_is_named(data):
+    with pytest.raises(InputError, match=r"^a/b\.png is not an image that Pillow can read"):
+        decode_image(data, "a/b.png")
+
+
+@pytest.mark.parametrize(
+    ("array", "kind"), [(GREY.astype(np.float32), "floats"), (GREY.astype(np.int32), "32-bit")]
+)
+def test_values_without_a_white_are_refused(array, kind):
+    with pytest.raises(InputError, match=rf"^x\.tif holds {kind}.*save it with 8 or 16"):
+        decode_image(encode(Image.fromarray(array), "TIFF"), "x.tif")
+
+
+@pytest.mark.parametrize("limit", [34, 20, 10])  # Pillow warns from one limit on, raises at two
+def test_a_decompression_bomb_is_named_with_its_size(limit, monkeypatch):
+    data = encode(Image.fromarray(COLOUR))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(InputError, match=r"^big\.png is too large: .*Scale it down"):
+        decode_image(data, "big.png")
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_large_image_is_refused_where_pillow_only_warns(monkeypatch):
+    data = encode(Image.fromarray(COLOUR))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 34)
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(InputError, match="7 x 5 pixels exceed the limit of 34 pixels"),
+    ):
+        decode_image(data, "big.png")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
+def test_check_image_finds_what_is_cut_off(kind):
+    data = encode(Image.fromarray(np.tile(COLOUR, (9, 9, 1))), kind)
+    check_image(data, "whole")
+    with pytest.raises(InputError, match=r"^cut off is "):
+        check_image(data[: len(data) * 2 // 3], "cut off")
+
+
+def test_check_image_finds_damaged_pixels():
+    data = bytearray(encode(Image.fromarray(COLOUR)))
+    data[data.index(b"IDAT") + 20] ^= 1
+    with pytest.raises(InputError, match=r"^it is broken"):
+        check_image(bytes(data), "it")
+
+
+def bilinear(image, size):
+    """Antialiased bilinear resizing in float64: a triangle as wide as the scale asks for."""
+    for axis, n in enumerate(size):
+        scale = image.shape[axis] / n
+        support = max(scale, 1.0)
+        centres = (np.arange(n) + 0.5) * scale
+        distance = np.abs(np.arange(image.shape[axis]) + 0.5 - centres[:, None]) / support
+        weights = np.clip(1 - distance, 0, None)
+        weights /= weights.sum(axis=1, keepdims=True)
+        image = np.moveaxis(np.tensordot(weights, image, (1, axis)), 0, axis)
+    return image
+
+
+SIZES = [(8, 8), (23, 31), (61, 40), (5, 100)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_resize_is_antialiased_bilinear_within_a_grey_level(size):
+    image = RNG.integers(0, 256, (40, 57, 3), np.uint8)
+    resized = resize(image, size)
+    assert resized.dtype == np.uint8
+    np.testing.assert_allclose(resized.astype(float), bilinear(image, size), atol=1)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_resize_is_torchvision(size, torchvision):
+    image = RNG.integers(0, 256, (40, 57, 3), np.uint8)
+    mask = image[..., 0] > 128
+    modes = torchvision.transforms.InterpolationMode
+    theirs = torchvision.transforms.Resize(size)(Image.fromarray(image))
+    np.testing.assert_array_equal(resize(image, size), np.asarray(theirs))
+    theirs = torchvision.transforms.Resize(size, modes.NEAREST)(Image.fromarray(mask))
+    np.testing.assert_array_equal(resize_mask(mask, size), np.asarray(theirs))
+
+
+@pytest.fixture(scope="module")
+def torchvision():
+    torch = pytest.importorskip("torch", reason="torchvision needs torch")
+    # Two operators that torchvision asks for and that CPU builds of it lack.
+    library = torch.library.Library("torchvision", "DEF")
+    with contextlib.suppress(RuntimeError):  # where they are there
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return pytest.importorskip("torchvision", reason="the oracle of these tests")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_resize_mask_takes_the_nearest_centre(size):
+    mask = RNG.random((40, 57)) > 0.5
+    rows, columns = (
+        ((np.arange(n) + 0.5) * old / n).astype(int)
+        for n, old in zip(size, mask.shape, strict=True)
+    )
+    resized = resize_mask(mask, size)
+    assert resized.dtype == bool
+    np.testing.assert_array_equal(resized, mask[np.ix_(rows, columns)])
+
+
+def test_resize_to_the_same_size_changes_nothing():
+    np.testing.assert_array_equal(resize(COLOUR, (5, 7)), COLOUR)
+
+
+def test_normalise():
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    normalised = normalise(COLOUR, mean, std)
+    assert normalised.dtype == np.float32
+    expected = (COLOUR.astype(np.float64) / 255 - mean) / std
+    np.testing.assert_allclose(normalised, expected, atol=1e-6)

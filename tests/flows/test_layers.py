@@ -1,0 +1,178 @@
+"""One law for every layer: inverse undoes forward, and log_det is the Jacobian's."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastflow_jax import flows
+
+LAYERS = {
+    "coupling": flows.AffineCoupling,
+    "coupling_swapped": partial(flows.AffineCoupling, swap=True),
+    "global_affine": flows.GlobalAffine,
+    "permute": flows.Permute,
+    "step": flows.FlowStep,
+    "flow_3x3_1x1": partial(flows.Flow, steps=3, kernels=(3, 1)),
+    "flow_double": partial(flows.Flow, steps=2, kernels=(3,), coupling="double"),
+}
+SHAPES = [(2, 3, 2, 5), (1, 4, 3, 4)]  # odd and even channel counts, maps that are not square
+
+
+def randomised(layer, x, seed=0):
+    """Variables with every parameter away from its start: a fresh GlobalAffine hides mistakes."""
+    variables = layer.init(jax.random.key(seed), x)
+    rng = np.random.default_rng(seed)
+    return {
+        collection: jax.tree.map(
+            lambda leaf: leaf if leaf.dtype == jnp.int32 else leaf + rng.normal(0, 0.5, leaf.shape),
+            tree,
+        )
+        for collection, tree in variables.items()
+    }
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_inverse_and_jacobian_in_float64(name, shape):
+    layer = LAYERS[name]()
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(1).normal(size=shape))
+        variables = randomised(layer, x)
+        variables = jax.tree.map(
+            lambda a: a.astype(jnp.float64) if a.dtype == jnp.float32 else a, variables
+        )
+        y, log_det = jax.jit(layer.apply)(variables, x)
+        back, inverse_log_det = jax.jit(partial(layer.apply, inverse=True))(variables, y)
+        np.testing.assert_allclose(back, x, atol=1e-9)
+        np.testing.assert_allclose(inverse_log_det, -log_det, atol=1e-9)
+        assert log_det.shape == shape[:-1]
+
+        def flat(values):
+            return layer.apply(variables, values.reshape(1, *shape[1:]))[0].ravel()
+
+        for i in range(shape[0]):
+            jacobian = jax.jit(jax.jacrev(flat))(x[i].ravel())
+            expected = np.linalg.slogdet(np.asarray(jacobian))[1]
+            np.testing.assert_allclose(log_det[i].sum(), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_inverse_in_float32(name):
+    layer = LAYERS[name]()
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 5, 3, 7)), jnp.float32)
+    variables = layer.init(jax.random.key(0), x)
+    y, log_det = layer.apply(variables, x)
+    back, _ = layer.apply(variables, y, inverse=True)
+    np.testing.assert_allclose(back, x, atol=1e-5)
+    assert y.dtype == log_det.dtype == jnp.float32
+
+
+def test_a_fresh_flow_of_eight_steps_inverts_in_float32():
+    flow = flows.Flow(steps=8, kernels=(3, 1))
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 6, 5, 24)), jnp.float32)
+    variables = flow.init(jax.random.key(0), x)
+    z, _ = flow.apply(variables, x)
+    back, _ = flow.apply(variables, z, inverse=True)
+    np.testing.assert_allclose(back, x, atol=1e-5)
+    assert not np.allclose(z, x)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 6).flatmap(
+        lambda n: st.lists(st.floats(-5, 5, width=32), min_size=3 * n, max_size=3 * n)
+    ),
+    st.floats(0.1, 4.0),
+)
+def test_coupling_function_inverts_and_is_bounded(values, clamp):
+    x, a, b = np.split(np.asarray(values, np.float32)[None], 3, axis=-1)
+    scale_shift = np.concatenate([10 * a, b], -1)
+    y, log_det = flows.affine_coupling(x, scale_shift, clamp=clamp)
+    back, _ = flows.affine_coupling(y, scale_shift, clamp=clamp, inverse=True)
+    # The scale is at least exp(-4): an error of y grows by exp(4) at the most.
+    np.testing.assert_allclose(back, x, atol=1e-4)
+    assert np.all(np.abs(log_det) <= clamp * x.shape[-1] * (1 + 1e-6))
+
+
+def test_soft_clamp_is_the_old_form():
+    # Raw 10, times 0.1, is 1: clamp * tanh(1) = 1.5232, not 2 * tanh(1/2) = 0.9242.
+    _, log_det = flows.affine_coupling(jnp.ones((1, 1)), jnp.array([[10.0, 0.0]]), clamp=2.0)
+    np.testing.assert_allclose(log_det, [1.5232], atol=1e-4)
+
+
+def test_passive_half_passes_and_a_fresh_affine_is_the_identity():
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(1, 3, 3, 5)), jnp.float32)
+    y, _ = flows.AffineCoupling().init_with_output(jax.random.key(0), x)[0]
+    np.testing.assert_array_equal(y[..., :3], x[..., :3])  # C - C//2 passive channels
+    assert not np.any(y[..., 3:] == x[..., 3:])
+    (y, log_det), _ = flows.GlobalAffine().init_with_output(jax.random.key(0), x)
+    np.testing.assert_allclose(y, x, atol=1e-6)
+    np.testing.assert_allclose(log_det, 0, atol=1e-5)
+
+
+def test_a_zero_subnet_leaves_a_pure_permutation():
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(1, 2, 3, 6)), jnp.float32)
+    step = flows.FlowStep()
+    variables = step.init(jax.random.key(0), x)
+    coupling = jax.tree.map(jnp.zeros_like, variables["params"]["coupling"])
+    variables["params"]["coupling"] = coupling
+    y, log_det = step.apply(variables, x)
+    index = variables["permutations"]["permute"]["index"]
+    assert sorted(index.tolist()) == list(range(6))
+    np.testing.assert_allclose(y, x[..., index], atol=1e-6)
+    np.testing.assert_allclose(log_det, 0, atol=1e-5)
+
+
+def test_permutations_come_from_the_seed_and_are_no_parameters():
+    x = jnp.zeros((1, 1, 1, 64))
+    draw = [flows.Permute().init(jax.random.key(seed), x)["permutations"] for seed in (0, 0, 1)]
+    assert jax.tree.all(jax.tree.map(np.array_equal, draw[0], draw[1]))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, draw[0], draw[2]))
+    assert "params" not in flows.Permute().init(jax.random.key(0), x)
+
+
+def test_the_gradient_of_a_permutation_is_its_inverse():
+    x = jnp.arange(5.0)
+    index = jnp.array([3, 0, 4, 1, 2])
+    weights = jnp.array([1.0, 10.0, 100.0, 1000.0, 10000.0])
+    gradient = jax.grad(lambda x: (flows.permute(x, index) * weights).sum())(x)
+    np.testing.assert_array_equal(gradient, weights[np.argsort(index)])
+
+
+def test_a_condition_changes_the_active_half_only():
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(1, 2, 2, 4)), jnp.float32)
+    layer = flows.AffineCoupling()
+    variables = layer.init(jax.random.key(0), x, jnp.zeros((1, 2, 2, 3)))
+    one, _ = layer.apply(variables, x, jnp.zeros((1, 2, 2, 3)))
+    two, _ = layer.apply(variables, x, jnp.ones((1, 2, 2, 3)))
+    np.testing.assert_array_equal(one[..., :2], two[..., :2])
+    assert not np.allclose(one[..., 2:], two[..., 2:])
+
+
+def test_likelihoods_stay_float32_when_convolutions_are_bfloat16():
+    x = jnp.asarray(np.random.default_rng(7).normal(size=(1, 4, 4, 6)), jnp.float32)
+    flow = flows.Flow(steps=2, dtype=jnp.bfloat16)
+    variables = flow.init(jax.random.key(0), x)
+    z, log_det = flow.apply(variables, x)
+    assert z.dtype == log_det.dtype == jnp.float32
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables["params"])} == {"float32"}
+    # Exact inversion does not depend on the type that the subnets compute in.
+    back, _ = flow.apply(variables, z, inverse=True)
+    np.testing.assert_allclose(back, x, atol=1e-2)
+
+
+def test_bad_arguments_are_named():
+    x = jnp.zeros((1, 2, 2, 1))
+    with pytest.raises(ValueError, match="two channels or more, not 1"):
+        flows.AffineCoupling().init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="not 'triple'"):
+        flows.FlowStep(coupling="triple").init(jax.random.key(0), jnp.zeros((1, 2, 2, 4)))
+    with pytest.raises(ValueError, match="no hidden channel"):
+        flows.ConvSubnet(features=2, hidden_ratio=0.1).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="5 channels; 2 active channels need 4"):
+        flows.affine_coupling(jnp.zeros((1, 2)), jnp.zeros((1, 5)))

@@ -1,0 +1,154 @@
+"""Heat maps show the photograph, the heat where the map is high, and the outline of the defect."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from PIL import Image
+
+from fastflow_jax.errors import InputError
+from fastflow_jax.report import heatmaps
+from fastflow_jax.report.heatmaps import draw_heatmap, save_picture, stack_pictures
+
+OUTLINE = (0, 255, 170)
+
+
+def photograph(height=260, width=300, seed=0):
+    """A colour photograph of noise between 40 and 215."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(40, 216, (height, width, 3), dtype=np.uint8)
+
+
+def panels(picture, image):
+    """The panels of an untitled picture whose image was not resized, each [H, W, 3]."""
+    height, width = image.shape[:2]
+    pixels = np.asarray(picture)[12 : 12 + height]
+    starts = range(12, pixels.shape[1] - width, width + 10)
+    return [pixels[:, x : x + width] for x in starts]
+
+
+def test_the_photograph_is_shown_as_it_is_and_a_cold_map_leaves_it_grey():
+    image = photograph()
+    shown, heat = panels(draw_heatmap(image, np.zeros((8, 8)), low=0, high=1), image)
+    np.testing.assert_array_equal(shown, image)
+    np.testing.assert_array_equal(
+        heat, np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
+    )
+
+
+def test_heat_lies_where_the_map_is_high_on_an_oblong_image():
+    image = np.full((260, 400, 3), 90, np.uint8)
+    anomaly_map = np.zeros((16, 16), np.float32)
+    anomaly_map[12, 3] = 5
+    _, heat = panels(draw_heatmap(image, anomaly_map, low=0, high=5), image)
+    hot = np.argwhere(heat.sum(-1) == heat.sum(-1).max()).mean(0)
+    np.testing.assert_allclose(hot, [12.5 * 260 / 16, 3.5 * 400 / 16], atol=2)
+    assert (heat[:100, 200:] == 90).all()
+
+
+def test_hotter_is_lighter_and_values_out_of_range_look_like_its_ends():
+    image = np.zeros((256, 300, 3), np.uint8)
+    ramp = np.broadcast_to(np.linspace(-1, 2, 300, dtype=np.float32), (256, 300))
+    _, heat = panels(draw_heatmap(image, ramp, low=0, high=1), image)
+    lightness = np.asarray(Image.fromarray(heat).convert("L"))[0].astype(int)
+    inside = lightness[105:195]
+    assert (np.diff(inside) >= 0).all()
+    assert inside[-1] > inside[0] + 150
+    assert (lightness[:98] == lightness[0]).all()
+    assert (lightness[202:] == lightness[-1]).all()
+
+
+def test_the_outline_goes_around_the_defect_and_covers_none_of_it():
+    image = photograph()
+    mask = np.zeros(image.shape[:2], bool)
+    mask[100:140, 200:260] = True
+    picture = draw_heatmap(image, np.zeros((4, 4)), low=0, high=1, mask=mask)
+    _, _, outlined = panels(picture, image)
+    green = (outlined == OUTLINE).all(-1)
+    np.testing.assert_array_equal(outlined[mask], image[mask])
+    assert green[99, 200:260].all()
+    assert green[100:140, 260].all()
+    assert not green[:90].any()
+    changed = (outlined != image).any(-1)
+    assert not changed[:96].any()
+    assert not changed[:, :196].any()
+
+
+def test_one_defective_pixel_of_a_large_image_is_outlined():
+    image = photograph(1500, 2000)
+    mask = np.zeros(image.shape[:2], bool)
+    mask[701, 1203] = True
+    picture = draw_heatmap(image, np.zeros((4, 4)), low=0, high=1, mask=mask)
+    assert picture.width < 3 * 512 + 150
+    assert (np.asarray(picture) == OUTLINE).all(-1).any()
+
+
+def test_a_defect_over_the_whole_image_is_framed_and_none_is_not_outlined():
+    image = photograph()
+    for defective in (True, False):
+        mask = np.full(image.shape[:2], defective)
+        picture = draw_heatmap(image, np.zeros((4, 4)), low=0, high=1, mask=mask)
+        _, _, outlined = panels(picture, image)
+        green = (outlined == OUTLINE).all(-1)
+        assert green[0].all() == green[:, -1].all() == defective
+        assert not green[5:-5, 5:-5].any()
+    assert len(panels(draw_heatmap(image, np.zeros((4, 4)), low=0, high=1), image)) == 2
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (32, 32), (20, 900), (900, 20), (3000, 100)])
+def test_any_size_of_image_and_a_constant_map_can_be_drawn(shape):
+    image = photograph(*shape)
+    picture = draw_heatmap(
+        image, np.full((3, 5), 7.0), low=7, high=7, mask=np.ones(shape, bool), title="x" * 200
+    )
+    assert picture.height <= 512 + 80
+    assert picture.width >= 200 * 5  # the title fits
+
+
+@settings(deadline=None)
+@given(st.floats(-100, 100), st.floats(1e-3, 1e5))
+def test_the_numbers_on_the_colour_bar_are_round_and_within_its_range(low, extent):
+    high = low + extent
+    ticks = heatmaps._ticks(low, high)
+    assert 2 <= len(ticks) <= 6
+    assert len(set(ticks.values())) == len(ticks)
+    for value, text in ticks.items():
+        assert low - 1e-6 * extent <= value <= high + 1e-6 * extent
+        assert float(text) == pytest.approx(value, abs=1e-6 * extent)
+
+
+def test_bad_ranges_and_nan_are_named():
+    image = photograph()
+    for low, high in ((1, 0), (0, np.inf), (np.nan, 1)):
+        with pytest.raises(InputError, match="two finite numbers"):
+            draw_heatmap(image, np.zeros((4, 4)), low=low, high=high)
+    with pytest.raises(InputError, match=r"crack/1\.png holds NaN"):
+        draw_heatmap(image, np.full((4, 4), np.nan), low=0, high=1, title="crack/1.png")
+
+
+def test_saving_replaces_the_whole_file_and_leaves_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "heatmaps" / "a.png"
+    picture = Image.new("RGB", (20, 10), (1, 2, 3))
+    save_picture(path, picture)
+    before = path.read_bytes()
+    with Image.open(path) as read:
+        np.testing.assert_array_equal(np.asarray(read), np.asarray(picture))
+
+    def fill_the_disk(file, **_):
+        file.write_bytes(before[:30])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(picture, "save", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_picture(path, picture)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+
+
+def test_pictures_of_several_sizes_stack_in_rows():
+    sizes = [(30, 10), (20, 25), (50, 5)]
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    pictures = [Image.new("RGB", size, c) for size, c in zip(sizes, colours, strict=True)]
+    sheet = stack_pictures(pictures, columns=2)
+    assert sheet.size == (50, 30)
+    assert [sheet.getpixel(at) for at in [(0, 0), (30, 24), (49, 29)]] == colours

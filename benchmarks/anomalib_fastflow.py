@@ -350,23 +350,23 @@ def main() -> None:
     write_json(args.out, result)
 
     optimizer, loss_fn = make_optimizer(model), FastflowLoss()
-    train_seconds = 0.0
+    seconds = []
     for epoch in range(1, args.epochs + 1):
-        start = time.perf_counter()
         model.train()
-        order = torch.randperm(len(train))
-        losses = [
-            train_step(model, optimizer, loss_fn, batch)
-            for batch in batches(train_data, order, args.batch)
-        ]
-        train_seconds += time.perf_counter() - start
+        losses = []
+        stream = batches(train_data, torch.randperm(len(train)), args.batch)
+        for _ in range(-(-len(train) // args.batch)):
+            start = time.perf_counter()
+            losses.append(train_step(model, optimizer, loss_fn, next(stream)))
+            seconds.append(time.perf_counter() - start)
         if epoch % args.evaluate_every and epoch not in (1, args.epochs):
             continue
         scores, maps = score(model, test_data, len(test))
         row = {
             "epoch": epoch,
             "steps": epoch * len(losses),
-            "train_seconds": round(train_seconds, 2),
+            "train_seconds": round(sum(seconds), 2),
+            "step_median_seconds": round(statistics.median(seconds), 4),
             "loss": statistics.fmean(losses),
             "image_auroc": auroc(scores, labels),
             "pixel_auroc": auroc(maps, masks) if masks is not None else None,

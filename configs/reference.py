@@ -1,7 +1,7 @@
 """FastFlow as published (arXiv 2111.07677), in the form of its PyTorch reference.
 
     python -m fastflow_jax.main --config=configs/reference.py:bottle
-    python -m fastflow_jax.main --config=configs/reference.py:bottle --config.backbone=wide_resnet50_2
+    python -m fastflow_jax.main --config=configs/reference.py --config.backbone=wide_resnet50_2
 
 Layer norm of each image with trainable scale and offset, one flow a scale with couplings of old
 clamp 2, the summed loss, Adam at 1e-3 with L2 decay for 500 epochs, a map of probabilities without
@@ -21,12 +21,16 @@ def get_config(category: str | None = None):
     c.data.holdout = 0.0
     c.backbone = "resnet18"
     c.flow.norm = "layer"
+    c.flow.affine = "softplus"
+    c.flow.zero_init = False
     c.train.epochs = 500
     c.train.batch_size = 32
     c.train.drop_last = True
     c.train.loss = "sum"
     c.train.learning_rate = 1e-3
+    c.train.beta2 = 0.999
     c.train.weight_decay = 1e-5
+    c.train.clip = 0.0
     c.train.schedule = "constant"
     c.train.warmup = 0.0
     c.map.form = "probability"

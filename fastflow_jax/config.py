@@ -29,31 +29,35 @@ def default() -> ConfigDict:
 
     # Backbone
     c.backbone = "tf_efficientnet_lite0"
-    c.weights = placeholder(str)  # a file, a timm tag, "random"; unset: that backbone's known source
+    c.weights = placeholder(str)  # a file, a timm tag or "random"; unset: the known source
     c.image_size = placeholder(tuple)  # (height, width), or (side,)
     c.layers = placeholder(tuple)  # feature maps, one flow each
 
     # Flow
     c.flow = ConfigDict()
-    c.flow.norm = "standardise"  # "layer" and "layer_plain" are per image, as the reference
+    c.flow.norm = "whiten"  # or "standardise"; "layer", "layer_plain": per image
     c.flow.steps = placeholder(int)
     c.flow.kernels = placeholder(tuple)  # taken in turn: (3,) or (3, 1)
     c.flow.hidden_ratio = placeholder(float)  # hidden channels of a subnet over its input's
     c.flow.clamp = 2.0  # bound of a coupling's log-scale
     c.flow.coupling = "single"  # or "double"
+    c.flow.affine = "exp"  # form of the learned scale; "softplus": the reference's
+    c.flow.zero_init = True  # a fresh flow is the identity but for shuffles; False: the reference's
 
     # Training
     c.train = ConfigDict()
-    c.train.epochs = 12
+    c.train.steps = 250  # rounded to whole epochs
+    c.train.epochs = placeholder(int)  # overrides steps
     c.train.batch_size = 32
     c.train.drop_last = False  # leave an epoch's short last batch out, as the reference does
     c.train.loss = "per_dimension"  # or "sum": the reference's
     c.train.optimizer = "adam"  # or "sgd"
+    c.train.beta2 = 0.99  # Adam's memory of squared gradients; short runs want a short one
     c.train.learning_rate = 3e-3
     c.train.schedule = "cosine"  # to zero; or "constant"
     c.train.warmup = 0.1  # part of all steps over which the rate rises from zero
     c.train.weight_decay = 0.0  # L2 inside the optimiser, as torch's Adam has it
-    c.train.clip = placeholder(float)  # bound of the gradient's global norm
+    c.train.clip = 1.0  # bound of the gradient's global norm; 0: none
     c.train.cache = True  # compute the frozen features once
 
     # From likelihood to map to score

@@ -6,7 +6,6 @@ from functools import partial
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fastflow_jax import parallel
@@ -50,20 +49,17 @@ class FastFlowDetector:
             backbone_variables, variables, calibration = state
             features = self.backbone.module.apply(backbone_variables, images)
             maps = _location_maps(self.config, self.model, variables, features)
-            fused = fuse(maps, calibration)
-            anomaly_map = resize_map(fused, images.shape[1:3])
+            anomaly_map = fuse(maps, calibration, images.shape[1:3])
             if self.config.score.form == "top_k":
                 return top_mean(anomaly_map, self.config.score.top_k), anomaly_map
-            windows = window_maxima(fused)
+            windows = window_maxima(fuse_finest(maps, calibration))
             windows = (windows - calibration.window_mean) / calibration.window_std
             return windows.mean(-1), anomaly_map
 
         return parallel.per_example(score, self.config.parallel, self.config.train.batch_size)
 
 
-def calibrate(
-    config, model: FastFlow, variables: dict, holdout: Features | None
-) -> Calibration:
+def calibrate(config, model: FastFlow, variables: dict, holdout: Features | None) -> Calibration:
     """The calibration by held-out normal features.
 
     Without held-out images, or where the configuration does not ask for it, a calibration that
@@ -87,11 +83,12 @@ def calibrate(
         scale_std = np.array([m.std(dtype=np.float64) for m in maps], np.float32)
     calibration = Calibration(scale_mean, scale_std, np.zeros(()), np.ones(()))
     if n and config.score.form == "windows":
-        windows = over_holdout(
-            lambda variables, features: window_maxima(
-                fuse(_location_maps(config, model, variables, features), calibration)
-            )
-        )
+
+        def windows_of(variables, features):
+            maps = _location_maps(config, model, variables, features)
+            return window_maxima(fuse_finest(maps, calibration))
+
+        windows = over_holdout(windows_of)
         calibration = calibration.replace(
             window_mean=windows.mean(0), window_std=windows.std(0) + 1e-6
         )
@@ -106,11 +103,15 @@ def _location_maps(config, model, variables, features) -> tuple[jax.Array, ...]:
     )
 
 
-def fuse(maps: tuple[jax.Array, ...], calibration: Calibration) -> jax.Array:
-    """Mean over the scales, each in its calibrated units, at the resolution of the finest."""
-    finest = max((m.shape[1:] for m in maps))
+def fuse(maps: tuple[jax.Array, ...], calibration: Calibration, size: tuple[int, int]) -> jax.Array:
+    """Mean over the scales, each in its calibrated units, [B, h, w] a scale -> [B, *size]."""
     standard = [
-        resize_map((m - mean) / std, finest)
+        resize_map((m - mean) / std, size)
         for m, mean, std in zip(maps, calibration.scale_mean, calibration.scale_std, strict=True)
     ]
     return sum(standard) / len(standard)
+
+
+def fuse_finest(maps: tuple[jax.Array, ...], calibration: Calibration) -> jax.Array:
+    """`fuse` at the resolution of the finest scale."""
+    return fuse(maps, calibration, max(m.shape[1:] for m in maps))

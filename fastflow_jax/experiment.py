@@ -67,18 +67,19 @@ def run(config, workdir: str | pathlib.Path) -> dict:
             results = json.loads(results_file.read_text())
             print(f"{workdir} holds this run, finished:\n\n{format_table(results)}")
             return results
-        categories = (config.data.category or "").split(",")
+        categories = data.categories(config.data)
         seeds = [config.seed + i for i in range(config.seeds)]
         parts = []
         for category in categories:
             prepare = functools.cache(functools.partial(_prepare, config, category))
+            name = category or config.data.name
             for seed in seeds:
                 folder = workdir
                 if len(categories) > 1:
                     folder /= category
                 if len(seeds) > 1:
                     folder /= f"seed_{seed}"
-                parts.append(_run_part(config, prepare, seed, folder))
+                parts.append(_run_part(config, prepare, name, seed, folder))
         results = _summarise(config, parts)
         _write_json(results_file, results)
         print(f"\n{format_table(results)}\n\nRun folder: {workdir}")
@@ -114,7 +115,7 @@ def _prepare(config, category: str | None) -> _Prepared:
     """Open the data, then fetch weights, then compute the features once."""
     start = time.perf_counter()
     section = config.data.copy_and_resolve_references()
-    section.category = category or None
+    section.category = category
     dataset = data.open_dataset(section)
     backbone = create_backbone(
         config.backbone, weights=config.weights, layers=config.layers, seed=config.seed
@@ -127,13 +128,16 @@ def _prepare(config, category: str | None) -> _Prepared:
 
     def cached(indices, what):
         batches = stream(indices, config.train.batch_size)
-        return cache(extract, batches, len(indices), progress=f"{dataset.name}: {what}")
+        return cache(extract, batches, len(indices), progress=f"{category or dataset.name}: {what}")
 
     if config.train.cache:
-        features = cached_features(cached(train, "features"))
+        features = cached_features(cached(train, "features"), config.flow.norm)
     else:
         features = recomputed_features(
-            len(train), lambda epoch, rows, size: stream(train[rows], size), extract
+            len(train),
+            lambda epoch, rows, size: stream(train[rows], size),
+            extract,
+            config.flow.norm,
         )
     holdout = cached(held_out, "held-out features") if len(held_out) else None
     return _Prepared(dataset, backbone, features, holdout, time.perf_counter() - start)
@@ -151,7 +155,7 @@ def _batches(config, backbone: Backbone, source: data.Source, indices=None, batc
     )
 
 
-def _run_part(config, prepare, seed: int, folder: pathlib.Path) -> dict:
+def _run_part(config, prepare, name: str, seed: int, folder: pathlib.Path) -> dict:
     """Train and evaluate one category with one seed, or read what an earlier process left."""
     part_file = folder / "part.json"
     if part_file.exists():
@@ -184,12 +188,12 @@ def _run_part(config, prepare, seed: int, folder: pathlib.Path) -> dict:
             checkpoints=checkpoints,
             metrics_file=folder / "metrics.jsonl",
             on_epoch=on_epoch,
-            progress=f"{dataset.name}: train",
+            progress=f"{name}: train",
         )
         best_step = checkpoints.best
     trained = time.perf_counter()
     part = {
-        "name": dataset.name,
+        "name": name,
         "seed": seed,
         "figures": dict.fromkeys(METRICS),
         "best_on_test": _best_on_test(folder / "test_curve.jsonl"),
@@ -199,7 +203,7 @@ def _run_part(config, prepare, seed: int, folder: pathlib.Path) -> dict:
         "seconds": {"features": prepared.seconds, "train": trained - start},
     }
     if dataset.test:
-        scored = score_test(state, f"{dataset.name}: test")
+        scored = score_test(state, f"{name}: test")
         part["figures"] = measure(scored)
         part["seconds"]["evaluate"] = time.perf_counter() - trained
         _write_heatmaps(config, dataset.test, scored, folder / "heatmaps")
@@ -261,7 +265,9 @@ def _summarise(config, parts: list[dict]) -> dict:
         "categories": categories,
         "mean": mean(list(categories.values())),
         "std": std,
-        "seeds": {str(s): {p["name"]: p["figures"] for p in parts if p["seed"] == s} for s in seeds},
+        "seeds": {
+            str(s): {p["name"]: p["figures"] for p in parts if p["seed"] == s} for s in seeds
+        },
         "best_on_test": {n: mean(rows) for n, rows in best.items()} if all(best.values()) else None,
         "protocol": {
             "epoch": "last",
@@ -276,9 +282,7 @@ def _summarise(config, parts: list[dict]) -> dict:
             "seeds": seeds,
             "data": {name: of(name, "data")[0] for name in names},
         },
-        "seconds": {
-            "/".join((p["name"], str(p["seed"]))): p["seconds"] for p in parts
-        },
+        "seconds": {"/".join((p["name"], str(p["seed"]))): p["seconds"] for p in parts},
         "versions": {
             "python": platform.python_version(),
             **{p: importlib.metadata.version(p) for p in ("fastflow-jax", "jax", "flax", "optax")},

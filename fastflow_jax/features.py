@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 from fastflow_jax import parallel
@@ -48,18 +47,23 @@ class TrainingFeatures:
     cached: Features | None  # all of them, where they do not change from epoch to epoch
 
 
-def cached_features(maps: Features) -> TrainingFeatures:
-    """Training features that lie in memory."""
+def cached_features(maps: Features, norm: str) -> TrainingFeatures:
+    """Training features that lie in memory; for `norm` see `channel_statistics`."""
 
     def stream(epoch, index):
         return (tuple(m[rows] for m in maps) for rows in index)
 
+    n = len(maps[0])
+    blocks = (tuple(m[i : i + 32] for m in maps) for i in range(0, n, 32))
     shapes = tuple(m.shape[1:] for m in maps)
-    return TrainingFeatures(len(maps[0]), shapes, channel_statistics([maps]), stream, maps)
+    return TrainingFeatures(n, shapes, channel_statistics(blocks, norm), stream, maps)
 
 
 def recomputed_features(
-    n: int, batches_of: Callable[[int, np.ndarray, int], Iterable[Batch]], extract: Callable
+    n: int,
+    batches_of: Callable[[int, np.ndarray, int], Iterable[Batch]],
+    extract: Callable,
+    norm: str,
 ) -> TrainingFeatures:
     """Training features that come from the images again in every epoch.
 
@@ -68,6 +72,7 @@ def recomputed_features(
       batches_of: (epoch, rows [M], batch size) -> batches of those images, as they are to be seen
         in that epoch.
       extract: see `extractor`.
+      norm: see `channel_statistics`.
     """
 
     def stream(epoch, index):
@@ -79,23 +84,57 @@ def recomputed_features(
             yield extract(batch.image)
 
     shapes = tuple(m.shape[1:] for m in next(once()))
-    return TrainingFeatures(n, shapes, channel_statistics(once()), stream, None)
+    return TrainingFeatures(n, shapes, channel_statistics(once(), norm), stream, None)
 
 
-def channel_statistics(parts: Iterable[Features]) -> dict:
-    """Mean and deviation of each channel over all images and places, in one pass.
+def channel_statistics(parts: Iterable[Features], norm: str) -> dict:
+    """What `model.FeatureNorm` has to know of the training set, in one pass.
+
+    Args:
+      parts: features of some images each.
+      norm: "whiten" or "standardise"; the norms of single images need nothing.
 
     Returns:
-      The collection "statistics" of `model.FastFlow`, float32. A channel that never changes gets
-      the deviation 1.
+      The collection "statistics" of `model.FastFlow`, float32: the mean of each channel, and its
+      deviation or the symmetric matrix that whitens (ZCA). Directions in which the channels hardly
+      vary are whitened only so far: a hundredth of the mean variance is added to each, lest they
+      turn to noise.
     """
-    scalers = None
+    if norm not in ("whiten", "standardise"):
+        return {}
+    moments = None
     for maps in parts:
-        scalers = scalers or [StandardScaler() for _ in maps]
-        for scaler, m in zip(scalers, maps, strict=True):
-            for image in m:
-                scaler.partial_fit(image.reshape(-1, m.shape[-1]).astype(np.float64))
-    return {
-        f"norm_{i}": {"mean": np.float32(scaler.mean_), "std": np.float32(scaler.scale_)}
-        for i, scaler in enumerate(scalers)
-    }
+        moments = moments or [_Moments(m[0].mean((0, 1), dtype=np.float64)) for m in maps]
+        for moment, m in zip(moments, maps, strict=True):
+            moment.add(m)
+    statistics = {}
+    for i, moment in enumerate(moments):
+        mean, covariance = moment.result()
+        std = np.sqrt(np.diag(covariance))
+        std = np.where(std > 0, std, 1.0)  # a channel that never changes stays 0
+        if norm == "standardise":
+            scale = {"std": std}
+        else:
+            values, vectors = np.linalg.eigh(covariance / np.outer(std, std))
+            root = vectors / np.sqrt(values.clip(0) + 0.01 * values.mean())
+            scale = {"whitening": (root @ vectors.T) / std[:, None]}
+        statistics[f"norm_{i}"] = {k: np.float32(v) for k, v in {"mean": mean, **scale}.items()}
+    return statistics
+
+
+class _Moments:
+    """Mean and covariance of vectors in float64, of sums about a guess at the mean."""
+
+    def __init__(self, guess: np.ndarray):
+        self.guess, self.n, self.sum, self.outer = guess, 0, 0.0, 0.0
+
+    def add(self, maps: np.ndarray) -> None:
+        """[b, h, w, C]: all its vectors."""
+        x = maps.reshape(-1, maps.shape[-1]) - self.guess
+        self.n += len(x)
+        self.sum += x.sum(0)
+        self.outer += x.T @ x
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        mean = self.sum / self.n
+        return self.guess + mean, self.outer / self.n - np.outer(mean, mean)

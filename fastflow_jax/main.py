@@ -1,9 +1,12 @@
 """python -m fastflow_jax.main --config=configs/demo.py [--config.seed=1 ...] [--workdir=DIR]."""
 
 import errno
+import os
+import pathlib
 import sys
+from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -17,65 +20,73 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", "describe"], "What to do")
 
 def main(argv: list[str]) -> None:
     """Read the flags, call one function."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; flags begin with two dashes")
-    if _CONFIG.value is None:
-        raise app.UsageError("name an experiment: --config=configs/demo.py")
     # Imported here, so that --help answers at once.
+    import jax
+
     from fastflow_jax import describe, experiment
     from fastflow_jax.config import fill
+    from fastflow_jax.errors import InputError
 
-    if _MODE.value == "describe":
-        print(describe.describe(fill(_CONFIG.value)))
-        return
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
+    if len(argv) > 1:
+        raise InputError(f"unknown argument {argv[1]!r}: flags begin with two dashes")
+    if _CONFIG.value is None:
+        raise InputError("name an experiment, such as --config=configs/demo.py")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # compile once, not at every start
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "fastflow_jax"))
     config = fill(_CONFIG.value)
-    name = flags.FLAGS["config"].config_filename
-    experiment.run(config, _WORKDIR.value or experiment.default_workdir(name, config))
+    if _MODE.value == "describe":
+        print(describe.describe(config))
+    else:
+        name = config_flags.get_config_filename(flags.FLAGS["config"])
+        experiment.run(config, _WORKDIR.value or experiment.default_workdir(name, config))
+
+
+def _run(argv: list[str]) -> None:
+    """`main`; what a user can put right ends in one message and a status, not in a traceback."""
+    from fastflow_jax.errors import InputError
+    from fastflow_jax.train import Interrupted
+
+    try:
+        main(argv)
+    except InputError as error:
+        _fail(str(error), 2)
+    except Interrupted as stop:
+        _fail(f"{stop}; the same command goes on from there", stop.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; there was nothing new to save", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        _fail(f"{error}: make room, or choose another --workdir", 2)
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Parse flags; a misspelt config field is the user's to put right, not a traceback."""
+    """Parse the flags; a misspelt field of the configuration is named with its neighbours."""
     from fastflow_jax.config import misspelt
     from fastflow_jax.errors import InputError
 
+    given = [a.removeprefix("-").removeprefix("-config=") for a in argv if "-config=" in a]
+    if given and not pathlib.Path(file := given[-1].partition(":")[0]).is_file():
+        _fail(f"there is no configuration {file}: name a file such as configs/demo.py", 2)
     try:
         return flags.FLAGS(argv)
     except (flags.Error, InputError) as error:
-        sys.exit(_fail(str(error), 2))
+        _fail(str(error), 2)
     except AttributeError:
-        message = misspelt(flags.FLAGS["config"].value, argv)
+        # Once more without the overrides, for the names that there are.
+        flags.FLAGS([a for a in argv if not a.lstrip("-").startswith("config.")])
+        message = misspelt(_CONFIG.value, argv)
         if message is None:
             raise
-        sys.exit(_fail(message, 2))
+        _fail(message, 2)
 
 
-def cli() -> None:
-    """Run `main`; what a user can put right ends in one message and status 2."""
-    from fastflow_jax.errors import InputError
-
-    def run(argv):
-        from fastflow_jax.train import Interrupted
-
-        try:
-            main(argv)
-        except InputError as error:
-            sys.exit(_fail(str(error), 2))
-        except Interrupted as stop:
-            sys.exit(_fail(f"{stop}; the same command goes on from there", stop.exit_code))
-        except KeyboardInterrupt:
-            sys.exit(_fail("interrupted before anything was to be saved", 130))
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-                raise
-            sys.exit(_fail(f"{error}: free some space or choose another --workdir", 2))
-
-    app.run(run, flags_parser=_parse)
-
-
-def _fail(message: str, code: int) -> int:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    return code
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    cli()
+    app.run(_run, flags_parser=_parse)

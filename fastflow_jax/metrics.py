@@ -124,7 +124,7 @@ def aupro(maps: ArrayLike, masks: ArrayLike | None, fpr_limit: float = 0.3) -> f
     one. It is integrated by trapezoids over the false-positive rate of all normal pixels, from 0 to
     `fpr_limit`, where it is interpolated, and divided by `fpr_limit`.
 
-    Source: Bergmann et al., The MVTec Anomaly Detection Dataset, IJCV 129 (2021), section 4.
+    Source: Bergmann et al., The MVTec Anomaly Detection Dataset, IJCV 129 (2021).
 
     Args:
         maps: anomaly maps [B, H, W].

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from fastflow_jax.flows import Flow
 
-NORMS = ("standardise", "layer", "layer_plain")
+NORMS = ("whiten", "standardise", "layer", "layer_plain")
 Latents = tuple[tuple[jax.Array, jax.Array], ...]  # one (z [B, h, w, C], log_det [B, h, w]) a scale
 
 
@@ -21,21 +21,23 @@ class FeatureNorm(nn.Module):
     """What stands between the frozen backbone and the flow of one scale, [B, h, w, C] -> same.
 
     Attributes:
-      kind: "standardise" takes each channel to mean 0 and deviation 1 over the training set; its
-        numbers lie in the collection "statistics". "layer" is the reference's layer norm of each
-        image over h, w and C, with a trainable scale and offset for every place and channel, which
-        ties the model to one input size; "layer_plain" is the same without them.
+      kind: "whiten" makes the channels uncorrelated, with mean 0 and deviation 1 over the
+        training set, and "standardise" only the latter; their numbers lie in the collection
+        "statistics", see `features.channel_statistics`. "layer" is the reference's layer norm of
+        each image over h, w and C, with a trainable scale and offset for every place and channel,
+        which ties the model to one input size; "layer_plain" is the same without them.
     """
 
     kind: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.kind == "standardise":
-            channels = (x.shape[-1],)
-            mean = self.variable("statistics", "mean", jnp.zeros, channels).value
-            std = self.variable("statistics", "std", jnp.ones, channels).value
-            return (x - mean) / std
+        channels = x.shape[-1]
+        if self.kind in ("whiten", "standardise"):
+            mean = self.variable("statistics", "mean", jnp.zeros, (channels,)).value
+            if self.kind == "standardise":
+                return (x - mean) / self.variable("statistics", "std", jnp.ones, (channels,)).value
+            return (x - mean) @ self.variable("statistics", "whitening", jnp.eye, channels).value
         affine = self.kind == "layer"
         axes = (-3, -2, -1)
         return nn.LayerNorm(
@@ -53,15 +55,17 @@ class FastFlow(nn.Module):
 
     Attributes:
       norm: see `FeatureNorm`.
-      steps, kernels, hidden_ratio, clamp, coupling, dtype: see `flows.Flow`.
+      steps, kernels, hidden_ratio, clamp, coupling, affine, zero_init, dtype: see `flows.Flow`.
     """
 
-    norm: str = "standardise"
+    norm: str = "whiten"
     steps: int = 8
     kernels: tuple[int, ...] = (3, 1)
     hidden_ratio: float = 1.0
     clamp: float = 2.0
     coupling: str = "single"
+    affine: str = "softplus"
+    zero_init: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
@@ -75,6 +79,8 @@ class FastFlow(nn.Module):
                 self.hidden_ratio,
                 self.clamp,
                 self.coupling,
+                self.affine,
+                self.zero_init,
                 self.dtype,
                 name=f"flow_{i}",
             )

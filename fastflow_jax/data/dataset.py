@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,15 @@ class Example(NamedTuple):
     label: int  # 0 good, 1 defective
     defect: str  # "good" or the kind of defect
     name: str  # unique in its source, such as "crack/003.png"
+
+
+class Record(NamedTuple):
+    """Where the files of one example lie."""
+
+    image: Path
+    mask: Path | None
+    defect: str
+    name: str  # unique in its source
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,3 +74,13 @@ def check_choice(field: str, value: str | None, choices: Iterable[str]) -> None:
     if value not in choices:
         given = f"is {value!r}" if value is not None else "is not set"
         raise InputError(f"{field} {given}; choose one of {', '.join(choices)}.")
+
+
+def check_counts(title: str, counts: tuple[int, int], official: tuple[int, int]) -> None:
+    """Warns unless a data set has as many training and test images as were published."""
+    if counts != official:
+        warnings.warn(
+            f"{title} has {counts[0]} training and {counts[1]} test images, officially "
+            f"{official[0]} and {official[1]}: figures on it do not compare to published ones.",
+            stacklevel=3,
+        )

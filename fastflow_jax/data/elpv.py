@@ -19,8 +19,10 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from fastflow_jax.data import prepared
-from fastflow_jax.data.dataset import GOOD, Dataset
+from fastflow_jax.data.dataset import GOOD, Dataset, Record, check_choice
 from fastflow_jax.errors import InputError
+
+CATEGORIES = ("mono", "poly")  # monocrystalline, polycrystalline
 
 _PACKAGE = "elpv-dataset"
 _LIST = "labels.csv"
@@ -31,10 +33,7 @@ class Elpv(tfds.core.GeneratorBasedBuilder):
     """`<manual_dir>/labels.csv` lists path, probability of a defect and type of each cell."""
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [  # noqa: RUF012 (as tfds has it)
-        tfds.core.BuilderConfig(name="mono", description="Monocrystalline cells."),
-        tfds.core.BuilderConfig(name="poly", description="Polycrystalline cells."),
-    ]
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in CATEGORIES]  # noqa: RUF012
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         f"pip install {_PACKAGE}; manual_dir is the folder data of the package."
     )
@@ -42,17 +41,18 @@ class Elpv(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return prepared.dataset_info(
             self,
+            masks=False,
             description=__doc__,
             homepage="https://github.com/zae-bayern/elpv-dataset",
             citation="doi:10.1016/j.solener.2019.02.067",
         )
 
     def _split_generators(self, dl_manager):
-        splits = split(dl_manager.manual_dir / _LIST, self.builder_config.name)
+        splits = split(Path(dl_manager.manual_dir, _LIST), self.builder_config.name)
         return {name: self._generate_examples(records) for name, records in splits.items()}
 
     def _generate_examples(self, records):
-        return prepared.examples(records, f"elpv/{self.builder_config.name}")
+        return prepared.examples(records, f"elpv/{self.builder_config.name}", masks=False)
 
 
 def open_dataset(config: ConfigDict) -> Dataset:
@@ -63,9 +63,11 @@ def open_dataset(config: ConfigDict) -> Dataset:
     Raises:
         InputError: no such type, the package is not installed, or its files are damaged.
     """
-    builder = prepared.prepare(Elpv, config, _find_raw)
+    check_choice("data.category", config.category, CATEGORIES)
+    builder = prepared.prepare(Elpv, config.category, config, _find_raw)
     train, test = prepared.source(builder, "train"), prepared.source(builder, "test")
     provenance = prepared.provenance(builder) | {
+        "category": config.category,
         "licence": "CC BY-NC-SA 4.0",
         "split": "in file order every fifth good cell (probability 0) is a test image, "
         "probability 1 is defective, .33 and .67 are left out",
@@ -73,7 +75,7 @@ def open_dataset(config: ConfigDict) -> Dataset:
     return Dataset("elpv", train, test, provenance)
 
 
-def split(path: Path, cell_type: str) -> dict[str, list[prepared.Record]]:
+def split(path: Path, cell_type: str) -> dict[str, list[Record]]:
     """The training and test images of one cell type, from labels.csv.
 
     Raises:
@@ -86,7 +88,7 @@ def split(path: Path, cell_type: str) -> dict[str, list[prepared.Record]]:
         raise InputError(f"{path} lists too few {cell_type} cells: {_REINSTALL}.")
 
     def records(defect, images):
-        return [prepared.Record(image, defect, f"{defect}/{image.name}") for image in images]
+        return [Record(image, None, defect, f"{defect}/{image.name}") for image in images]
 
     train = [image for i, image in enumerate(good) if i % 5 != 4]
     test = good[4::5]
@@ -112,11 +114,13 @@ def _read(path: Path) -> Iterator[tuple[Path, float, str]]:
             raise InputError(f"{path} is damaged in line {number}: {_REINSTALL}.") from error
 
 
-def _find_raw(root: str | None) -> prepared.Raw:
-    if root is not None:
-        folder = Path(root).expanduser().resolve()
+def _find_raw(config: ConfigDict) -> prepared.Raw:
+    if config.root is not None:
+        folder = Path(config.root).expanduser().resolve()
         if not (folder / _LIST).is_file():
-            raise InputError(f"data.root {root} holds no {_LIST}: give the folder that does.")
+            raise InputError(
+                f"data.root {config.root} holds no {_LIST}: give the folder that does."
+            )
         return prepared.Raw(folder, str(folder))
     try:
         package = importlib.metadata.distribution(_PACKAGE)

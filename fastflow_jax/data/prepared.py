@@ -1,10 +1,11 @@
 """Data sets that tfds prepares once and keeps as array_record, without TensorFlow.
 
-A builder lists `Record`s per split; the functions here are the rest of it: what a prepared
+A builder lists the files of its examples; the functions here are the rest of it: what a prepared
 example holds (`dataset_info`, `examples`), preparing (`prepare`) and reading (`source`).
 """
 
 import contextlib
+import functools
 import io
 import os
 import shutil
@@ -15,19 +16,18 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
+from PIL import Image
 from tqdm import tqdm
 
-from fastflow_jax.data.dataset import GOOD, Source, check_choice
-from fastflow_jax.data.transforms import check_image, decode_image
+from fastflow_jax.data.dataset import GOOD, Record, Source
+from fastflow_jax.data.transforms import (
+    check_image,
+    decode_image,
+    decode_mask,
+    image_size,
+    read_file,
+)
 from fastflow_jax.errors import InputError
-
-
-class Record(NamedTuple):
-    """One image to prepare; its file is copied byte for byte."""
-
-    image: Path
-    defect: str
-    name: str  # unique in its split
 
 
 class Raw(NamedTuple):
@@ -38,88 +38,114 @@ class Raw(NamedTuple):
 
 
 def dataset_info(
-    builder: tfds.core.DatasetBuilder, *, description: str, homepage: str, citation: str
+    builder: tfds.core.DatasetBuilder,
+    *,
+    masks: bool,
+    description: str,
+    homepage: str,
+    citation: str,
 ) -> tfds.core.DatasetInfo:
-    """What every prepared data set holds, in the order in which it was generated."""
+    """What a prepared data set holds, in the order of its files."""
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": tfds.features.ClassLabel(names=["good", "anomalous"]),
+        "defect": tfds.features.Text(),
+        "name": tfds.features.Text(),
+    }
+    if masks:
+        features["mask"] = tfds.features.Image(shape=(None, None, 1))
     return tfds.core.DatasetInfo(
         builder=builder,
         description=description,
         homepage=homepage,
         citation=citation,
-        features=tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Image(shape=(None, None, 3)),
-                "label": tfds.features.ClassLabel(names=["good", "anomalous"]),
-                "defect": tfds.features.Text(),
-                "name": tfds.features.Text(),
-            }
-        ),
+        features=tfds.features.FeaturesDict(features),
         supervised_keys=("image", "label"),
         disable_shuffling=True,
         metadata=tfds.core.MetadataDict(),
     )
 
 
-def examples(records: Sequence[Record], title: str) -> Iterator[tuple[int, dict]]:
-    """The examples that tfds writes; each image is seen to be whole."""
+def examples(
+    records: Sequence[Record], title: str, *, masks: bool
+) -> Iterator[tuple[int, dict[str, object]]]:
+    """What tfds writes: files byte for byte, each seen to be whole, blank masks where none is."""
     for key, record in enumerate(tqdm(records, desc=f"preparing {title}", unit="image", delay=1)):
-        try:
-            image = record.image.read_bytes()
-        except OSError as error:
-            raise InputError(f"{record.image} cannot be read: {error.strerror}.") from error
-        check_image(image, str(record.image))
-        yield (
-            key,
-            {
-                "image": image,
-                "label": int(record.defect != GOOD),
-                "defect": record.defect,
-                "name": record.name,
-            },
-        )
+        example = {
+            "image": _read_whole(record.image),
+            "label": int(record.defect != GOOD),
+            "defect": record.defect,
+            "name": record.name,
+        }
+        if masks:
+            mask = record.mask
+            example["mask"] = _read_whole(mask) if mask else _blank(image_size(record.image))
+        yield key, example
+
+
+def _read_whole(path: Path) -> bytes:
+    data = read_file(path)
+    check_image(data, str(path))
+    return data
+
+
+@functools.lru_cache(maxsize=16)
+def _blank(size: tuple[int, int]) -> bytes:
+    height, width = size
+    file = io.BytesIO()
+    Image.new("L", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def data_dir(config: ConfigDict) -> Path:
+    """Where prepared data sets live: `config.dir`, else TFDS_DATA_DIR, else tfds's default."""
+    folder = config.dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return Path(folder).expanduser()
 
 
 def prepare(
     builder_class: type[tfds.core.GeneratorBasedBuilder],
+    builder_config: str | None,
     config: ConfigDict,
-    find_raw: Callable[[str | None], Raw],
+    find_raw: Callable[[ConfigDict], Raw],
 ) -> tfds.core.DatasetBuilder:
-    """The builder of `config.category`, its data set prepared now if it is not yet.
+    """A builder whose data set is prepared, now if it was not yet.
 
     tfds writes into a folder of another name and renames it when all is written, so that an
     interrupted preparation is never taken for a whole one.
 
     Args:
-        builder_class: has one builder config a category.
+        builder_class: makes the builder.
+        builder_config: which of its configs, if it has any.
         config: `config.data`.
-        find_raw: from `config.root` to the raw files; called only if they are needed.
+        find_raw: from `config.data` to the raw files; called only if they are needed.
 
     Raises:
-        InputError: no such category, no raw data, a broken image, or no place to write.
+        InputError: no raw data, a broken image, no place to write, or data of another root.
     """
-    check_choice("data.category", config.category, builder_class.builder_configs)
-    data_dir = config.dir or os.environ.get("TFDS_DATA_DIR")  # None: tfds's default
+    folder = data_dir(config)
 
     def make_builder():
-        return builder_class(
-            data_dir=data_dir and os.path.expanduser(data_dir),
-            config=config.category,
-            file_format="array_record",
-        )
+        try:
+            return builder_class(data_dir=folder, config=builder_config)
+        except Exception as error:  # protobuf, json and tfds each raise their own
+            raise _damaged(folder / builder_class.name / (builder_config or ""), error) from error
 
     builder = make_builder()
     if builder.data_path.exists():
-        _check_source(builder, config.root)
+        _check_prepared(builder, config.root)
         return builder
 
-    raw = find_raw(config.root)
+    raw = find_raw(config)
     builder.info.metadata["source"] = raw.source
-    download_config = tfds.download.DownloadConfig(manual_dir=raw.folder)
     try:
         # What tfds itself shows is of downloads, which there are none of.
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(download_config=download_config)
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(manual_dir=raw.folder),
+                file_format="array_record",
+            )
     except (OSError, RuntimeError) as error:  # array_record meets a full disk with the latter
         if not builder.data_path.exists():  # unless another process was faster
             raise InputError(
@@ -133,9 +159,14 @@ def prepare(
     return make_builder()
 
 
-def _check_source(builder: tfds.core.DatasetBuilder, root: str | None) -> None:
-    """Sees that a prepared data set is the one asked for, if one in particular is."""
-    source = builder.info.metadata.get("source")
+def _check_prepared(builder: tfds.core.DatasetBuilder, root: str | None) -> None:
+    file_format = builder.info.file_format.value
+    if file_format != "array_record":
+        raise InputError(
+            f"{builder.data_dir} is prepared as {file_format}, and only array_record is read "
+            "without TensorFlow: set data.dir to another place to have it prepared there."
+        )
+    source = (builder.info.metadata or {}).get("source", "elsewhere")
     if root is not None and source != str(Path(root).expanduser().resolve()):
         raise InputError(
             f"{builder.data_dir} was prepared from {source}, not from data.root {root}: "
@@ -143,25 +174,51 @@ def _check_source(builder: tfds.core.DatasetBuilder, root: str | None) -> None:
         )
 
 
-def source(builder: tfds.core.DatasetBuilder, split: str) -> Source:
-    """One split of a prepared data set.
+def _damaged(folder: os.PathLike | str, error: Exception) -> InputError:
+    first_line = str(error).partition("\n")[0]
+    return InputError(
+        f"The prepared data set in {folder} is damaged ({first_line}): remove it and run again."
+    )
+
+
+def read(builder: tfds.core.DatasetBuilder, split: str) -> tuple[Sequence[dict], list[dict]]:
+    """The examples of a split, read when asked for, and all but the images of each, read now.
+
+    Images and masks are the bytes of their files.
 
     Raises:
         InputError: the prepared files are damaged.
     """
-    title = builder.info.full_name
+    images = [name for name in ("image", "mask") if name in builder.info.features]
+    decoders = {name: tfds.decode.SkipDecoding() for name in images}
     try:
-        data = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-        texts = [(record["name"].decode(), record["defect"].decode()) for record in data]
+        data = builder.as_data_source(split, decoders=decoders)
+        rest = [{k: v for k, v in example.items() if k not in images} for example in data]
     except Exception as error:  # array_record, protobuf and tfds each raise their own
-        raise InputError(
-            f"The prepared data set {builder.data_dir} is damaged ({error}): "
-            "remove this folder and run again."
-        ) from error
-    names, defects = zip(*texts, strict=True)
+        raise _damaged(builder.data_dir, error) from error
+    return data, rest
 
-    def load(index: int) -> tuple[np.ndarray, None]:
-        return decode_image(data[index]["image"], f"{title}: {names[index]}"), None
+
+def source(builder: tfds.core.DatasetBuilder, split: str) -> Source:
+    """The source of one split; training images have no masks.
+
+    Raises:
+        InputError: the prepared files are damaged.
+    """
+    data, rest = read(builder, split)
+    names = tuple(example["name"].decode() for example in rest)
+    defects = tuple(example["defect"].decode() for example in rest)
+    has_masks = split == "test" and "mask" in builder.info.features
+
+    def load(index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        example, name = data[index], f"{builder.info.full_name}: {names[index]}"
+        image = decode_image(example["image"], name)
+        if not has_masks:
+            return image, None
+        if defects[index] == GOOD:
+            return image, np.zeros(image.shape[:2], bool)
+        mask = decode_mask(example["mask"], f"the mask of {name}")
+        return image, mask
 
     return Source(names, defects, load)
 
@@ -169,9 +226,5 @@ def source(builder: tfds.core.DatasetBuilder, split: str) -> Source:
 def provenance(builder: tfds.core.DatasetBuilder) -> dict:
     """Where a prepared data set came from, where it lies and how many images it has."""
     counts = {f"{name}_images": split.num_examples for name, split in builder.info.splits.items()}
-    return {
-        "source": builder.info.metadata["source"],
-        "prepared": os.fspath(builder.data_dir),
-        "category": builder.builder_config.name,
-        **counts,
-    }
+    source = (builder.info.metadata or {}).get("source", "elsewhere")
+    return {"source": source, "prepared": os.fspath(builder.data_dir)} | counts

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
 from fastflow_jax.data.dataset import GOOD, Dataset, Source, check_choice
+from fastflow_jax.data.transforms import decode_image, read_file
 from fastflow_jax.errors import InputError
 
 CATEGORIES = ("brick", "grass", "gravel")
@@ -93,8 +94,7 @@ def _read_texture(category: str) -> np.ndarray:
             "pip install scikit-image"
         )
     path = Path(package.submodule_search_locations[0], "data", f"{category}.png")
-    with Image.open(path) as image:
-        return np.asarray(image)
+    return decode_image(read_file(path), str(path))[..., 0]
 
 
 def _crop(rng: np.random.Generator, texture: np.ndarray, side: int) -> np.ndarray:

@@ -19,6 +19,18 @@ _EXIF_SIDEWAYS = (5, 6, 7, 8)
 _TIFF_BITS_PER_SAMPLE = 258
 
 
+def read_file(path: Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) of an image file, as viewers show it, from its header.
 

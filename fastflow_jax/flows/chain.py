@@ -22,6 +22,8 @@ class FlowStep(nn.Module):
       clamp: bound of a coupling's log-scale.
       coupling: "single" transforms half of the channels, "double" the second half and then, given
         it, the first.
+      affine: form of `GlobalAffine`.
+      zero_init: see `ConvSubnet`.
       dtype: type that the convolutions compute in.
     """
 
@@ -29,6 +31,8 @@ class FlowStep(nn.Module):
     hidden_ratio: float = 1.0
     clamp: float = 2.0
     coupling: str = "single"
+    affine: str = "softplus"
+    zero_init: bool = False
     dtype: jnp.dtype | None = None
 
     def setup(self):
@@ -38,12 +42,14 @@ class FlowStep(nn.Module):
             ConvSubnet,
             hidden_ratio=self.hidden_ratio,
             kernel_size=self.kernel_size,
+            zero_init=self.zero_init,
             dtype=self.dtype,
         )
         couplings = [AffineCoupling(subnet, self.clamp, name="coupling")]
         if self.coupling == "double":
             couplings.append(AffineCoupling(subnet, self.clamp, swap=True, name="coupling_swapped"))
-        self.layers = [*couplings, GlobalAffine(name="affine"), Permute(name="permute")]
+        affine = GlobalAffine(self.affine, name="affine")
+        self.layers = [*couplings, affine, Permute(name="permute")]
 
     def __call__(self, x: jax.Array, *, inverse: bool = False) -> tuple[jax.Array, jax.Array]:
         """Transform x [B, h, w, C]; log_det [B, h, w]."""
@@ -59,7 +65,7 @@ class Flow(nn.Module):
     Attributes:
       steps: number of steps.
       kernels: kernel sides, taken in turn.
-      hidden_ratio, clamp, coupling, dtype: see `FlowStep`.
+      hidden_ratio, clamp, coupling, affine, zero_init, dtype: see `FlowStep`.
     """
 
     steps: int = 8
@@ -67,6 +73,8 @@ class Flow(nn.Module):
     hidden_ratio: float = 1.0
     clamp: float = 2.0
     coupling: str = "single"
+    affine: str = "softplus"
+    zero_init: bool = False
     dtype: jnp.dtype | None = None
 
     def setup(self):
@@ -76,6 +84,8 @@ class Flow(nn.Module):
                 hidden_ratio=self.hidden_ratio,
                 clamp=self.clamp,
                 coupling=self.coupling,
+                affine=self.affine,
+                zero_init=self.zero_init,
                 dtype=self.dtype,
             )
             for i in range(self.steps)

@@ -72,12 +72,15 @@ class ConvSubnet(nn.Module):
       features: channels that come out.
       hidden_ratio: channels between the convolutions, relative to those that come in.
       kernel_size: side of both kernels: 3 or 1 in the paper.
+      zero_init: begin with zeros in the last convolution, so that a fresh coupling is the identity
+        (Glow, section 3.3); otherwise with the reference's small random numbers.
       dtype: type that the convolutions compute in; parameters are float32.
     """
 
     features: int
     hidden_ratio: float = 1.0
     kernel_size: int = 3
+    zero_init: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
@@ -88,18 +91,17 @@ class ConvSubnet(nn.Module):
                 f"hidden_ratio {self.hidden_ratio} leaves no hidden channel of {x.shape[-1]}"
             )
 
-        def conv(inputs, features, name):
-            init = _fan_in_uniform(inputs.shape[-1] * self.kernel_size**2)
-            return nn.Conv(
-                features,
-                (self.kernel_size, self.kernel_size),
-                kernel_init=init,
-                bias_init=init,
-                dtype=self.dtype,
-                name=name,
-            )(inputs)
+        def conv(inputs, features, init, name):
+            kernel = (self.kernel_size, self.kernel_size)
+            layer = nn.Conv(
+                features, kernel, kernel_init=init, bias_init=init, dtype=self.dtype, name=name
+            )
+            return layer(inputs)
 
-        return conv(nn.relu(conv(x, hidden, "conv_in")), self.features, "conv_out")
+        taps = self.kernel_size**2
+        h = nn.relu(conv(x, hidden, _fan_in_uniform(x.shape[-1] * taps), "conv_in"))
+        init = nn.initializers.zeros if self.zero_init else _fan_in_uniform(hidden * taps)
+        return conv(h, self.features, init, "conv_out")
 
 
 class AffineCoupling(nn.Module):

@@ -64,6 +64,7 @@ def draw_heatmap(
     Raises:
         InputError: where `high` is below `low` or either is not finite, or the map holds NaN.
     """
+    low, high = float(low), float(high)
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):
         raise InputError(f"heat from {low} to {high}: give two finite numbers, the lower first")
     anomaly_map = np.asarray(anomaly_map, np.float32)
@@ -131,7 +132,7 @@ def _overlay(
     heat = Image.fromarray(heat.astype(np.float32))
     stretched = heat.resize(photograph.size, Image.Resampling.BILINEAR)
     grey = np.asarray(photograph.convert("L"), np.float32)
-    return Image.fromarray(_heat(np.clip(np.asarray(stretched), 0, 1), grey))
+    return Image.fromarray(_heat(np.asarray(stretched), grey))
 
 
 def _outline(photograph: Image.Image, mask: np.ndarray) -> Image.Image:

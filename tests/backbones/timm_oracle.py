@@ -52,7 +52,7 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def import_timm():
-    """timm on torch's CPU build, where torchvision's operators do not load."""
+    """The oracle, on torch's CPU build, where torchvision's operators do not load."""
     import torch
 
     with warnings.catch_warnings():
@@ -71,17 +71,31 @@ def import_timm():
 
 
 def timm_maps(name: str, state: dict, images: np.ndarray, layers: tuple[str, ...]) -> tuple:
-    """What timm computes at `layers`, as [B, h, w, C]."""
+    """What timm computes at `layers`, as [B, h, w, C]; tokens go through the model's norm."""
     timm = import_timm()
     import torch
 
-    model = timm.create_model(name, pretrained=False).eval()
     tensors = {key: torch.from_numpy(x) for key, x in state.items()}
+    size = {}
+    if name.startswith(("vit", "deit")):
+        size = {"dynamic_img_size": True}
+    elif name.startswith("cait"):  # has one size; timm's function for the others
+        size = {"img_size": images.shape[1:3]}
+        grid = [side // 16 for side in images.shape[1:3]]
+        tensors["pos_embed"] = timm.layers.resample_abs_pos_embed(
+            tensors["pos_embed"], grid, num_prefix_tokens=0
+        )
+    model = timm.create_model(name, pretrained=False, **size).eval()
     assert not model.load_state_dict(tensors, strict=False).unexpected_keys
+
     found = {}
     modules = dict(model.named_modules())
     for layer in layers:
         modules[layer].register_forward_hook(lambda *a, layer=layer: found.update({layer: a[2]}))
     with torch.inference_mode():
         model.forward_features(torch.from_numpy(images).permute(0, 3, 1, 2))
-    return tuple(found[layer].permute(0, 2, 3, 1).numpy() for layer in layers)
+        if not size:
+            return tuple(found[layer].permute(0, 2, 3, 1).numpy() for layer in layers)
+        stride = BACKBONES[name].maps[layers[0]][1]
+        b, h, w = len(images), images.shape[1] // stride, images.shape[2] // stride
+        return tuple(model.norm(found[x])[:, -h * w :].reshape(b, h, w, -1).numpy() for x in layers)

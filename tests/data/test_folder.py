@@ -251,12 +251,15 @@ def mask_of_another_size(tree):
 
 def missing_mask(tree):
     (tree / "ground_truth/crack/b_mask.png").unlink()
-    return "test/crack/b.png", r"has no mask: add it as ground_truth/crack/b_mask\.png, or remove"
+    return (
+        "test/crack/b.png",
+        r"has no mask \(missing: 1 of 3\): add it as .*/crack/b_mask\.png, or",
+    )
 
 
 def missing_masks(tree):
     shutil.rmtree(tree / "ground_truth/crack")
-    return "test/crack/a.png", r"has no mask \(nor have 1 others\)"
+    return "test/crack/a.png", r"has no mask \(missing: 2 of 3\)"
 
 
 def mask_without_image(tree):
@@ -343,5 +346,7 @@ def test_an_image_that_vanishes(tree, open_folder):
 
 def test_a_good_image_with_a_defect_in_its_mask(tree, open_folder, write_image):
     path = write_image(tree / "ground_truth/good/0_mask.png", 255)
-    with pytest.raises(InputError, match=rf"^{re.escape(str(path))} marks a defect in an image of"):
+    with pytest.raises(
+        InputError, match=rf"^{re.escape(str(path))} marks a defect in a good image"
+    ):
         list(open_folder(tree).test)

@@ -15,6 +15,7 @@ LAYERS = {
     "coupling": flows.AffineCoupling,
     "coupling_swapped": partial(flows.AffineCoupling, swap=True),
     "global_affine": flows.GlobalAffine,
+    "global_affine_exp": partial(flows.GlobalAffine, "exp"),
     "permute": flows.Permute,
     "step": flows.FlowStep,
     "flow_3x3_1x1": partial(flows.Flow, steps=3, kernels=(3, 1)),

@@ -15,19 +15,22 @@ from timm_oracle import sample, seeded_images, seeded_state, timm_maps  # noqa: 
 
 from fastflow_jax.backbones import BACKBONES  # noqa: E402
 
-CONVOLUTIONAL = ((256, 256), (192, 320))
-CASES = {
-    "resnet18": CONVOLUTIONAL,
-    "wide_resnet50_2": CONVOLUTIONAL,
-    "tf_efficientnet_lite0": CONVOLUTIONAL,
-}
+
+def sizes(spec) -> list[tuple[int, int]]:
+    """The size that the weights are for, and one that is not square."""
+    if not hasattr(spec, "native"):
+        return [(256, 256), (192, 320)]
+    stride = spec.maps[spec.layers[0]][1]
+    return [(spec.native, spec.native), (10 * stride, 16 * stride)]
+
 
 if __name__ == "__main__":
     goldens = {}
-    for name, sizes in CASES.items():
-        layers = BACKBONES[name].layers
-        for height, width in sizes:
+    for name, spec in BACKBONES.items():
+        layers = spec.layers
+        for height, width in sizes(spec):
             maps = timm_maps(name, seeded_state(name, layers), seeded_images(height, width), layers)
+            print(name, height, width)
             for layer, picked in zip(layers, sample(maps), strict=True):
                 goldens[f"{name}/{height}x{width}/{layer}"] = picked
     np.savez_compressed(HERE / "backbones.npz", **goldens)

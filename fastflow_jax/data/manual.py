@@ -1,0 +1,118 @@
+"""Data sets that users download by hand: found packed or unpacked, and unpacked where needed."""
+
+import contextlib
+import lzma
+import shutil
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from fastflow_jax.data.prepared import Raw, data_dir
+from fastflow_jax.errors import InputError
+
+_SCRATCH = ".unpacking-"
+
+
+def manual_dir(config: ConfigDict) -> Path:
+    """Where raw files are looked for: `config.root`, else downloads/manual/<name> in `data_dir`."""
+    if config.root is not None:
+        return Path(config.root).expanduser().resolve()
+    return (data_dir(config) / "downloads/manual" / config.name).resolve()
+
+
+def find_raw(config: ConfigDict, archives: Sequence[str], download: str) -> Raw:
+    """The folder of `config.category`, in the manual folder or one level deeper.
+
+    Of the archives that are there the first one is unpacked if the category is missing.
+
+    Args:
+        config: `config.data`.
+        archives: names of files that may hold the category.
+        download: what to download, for the message.
+
+    Raises:
+        InputError: it is not there, an archive is damaged, or there is no room to unpack it.
+    """
+    folder = manual_dir(config)
+    found = _find_category(folder, config.category)
+    present = [folder / archive for archive in archives if (folder / archive).is_file()]
+    if found is None and present:
+        target = _target(present[0])
+        if target.exists():
+            raise InputError(
+                f"{target} lacks {config.category}: remove it, and {present[0]} is unpacked anew."
+            )
+        unpack(present[0])
+        found = _find_category(folder, config.category)
+    if found is None:
+        raise InputError(f"{config.name} ({config.category}) is not in {folder}. {download}")
+    return Raw(found, str(folder))
+
+
+def _find_category(folder: Path, category: str) -> Path | None:
+    for candidate in (folder, *sorted(folder.glob("*"))):
+        if (candidate / category / "train").is_dir():
+            return candidate / category
+    return None
+
+
+def unpack(archive: Path) -> None:
+    """Unpacks a tar or zip file beside itself, into a folder of its name without extensions.
+
+    If the archive holds one folder only, this takes the name. The folder appears when it is whole.
+
+    Raises:
+        InputError: the archive is damaged, or there is no room.
+    """
+    target = _target(archive)
+    try:
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=archive.parent) as scratch:
+            content = Path(scratch, "content")
+            with open_archive(archive) as packed:
+                if isinstance(packed, tarfile.TarFile):
+                    packed.extractall(content, filter="data")
+                else:
+                    packed.extractall(content)
+            inner = [path for path in content.iterdir() if path.name != "__MACOSX"]
+            is_wrapped = len(inner) == 1 and inner[0].is_dir()
+            (inner[0] if is_wrapped else content).rename(target)
+    except OSError as error:
+        if not target.exists():  # unless another process was faster
+            raise InputError(
+                f"{archive} cannot be unpacked ({error}): make room there, "
+                "or unpack it elsewhere and set data.root to that folder."
+            ) from error
+    for leftover in archive.parent.glob(f"{_SCRATCH}*"):  # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _target(archive: Path) -> Path:
+    return archive.parent / archive.name.partition(".")[0]
+
+
+@contextlib.contextmanager
+def open_archive(archive: Path) -> Iterator[tarfile.TarFile | zipfile.ZipFile]:
+    """A tar or zip file to be read once, from its start to its end, with its progress shown.
+
+    Raises:
+        InputError: the archive is damaged.
+    """
+    size = archive.stat().st_size
+    title = f"unpacking {archive.name}"
+    try:
+        with (
+            open(archive, "rb") as file,
+            tqdm.wrapattr(file, "read", size, desc=title, delay=1) as stream,
+            zipfile.ZipFile(stream)
+            if archive.suffix == ".zip"
+            else tarfile.open(fileobj=stream, mode="r|*") as packed,
+        ):
+            yield packed
+    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError) as error:
+        raise InputError(f"{archive} is damaged ({error}): download it once more.") from error

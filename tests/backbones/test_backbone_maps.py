@@ -1,0 +1,193 @@
+"""Feature maps equal timm's, folded or not, whatever layers are asked for."""
+
+import functools
+import importlib.util
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from timm_oracle import (
+    import_timm,
+    relative_error,
+    sample,
+    seeded_images,
+    seeded_state,
+    timm_maps,
+)
+
+from fastflow_jax.backbones import BACKBONES, convolution, create_backbone, porting, vit
+from fastflow_jax.errors import InputError
+
+unusual = pytest.mark.skipif(
+    not os.environ.get("FASTFLOW_ALL_BACKBONES"), reason="FASTFLOW_ALL_BACKBONES is not set"
+)
+GOLDENS = np.load(Path(__file__).parents[1] / "goldens" / "backbones.npz")
+
+# One of each kind; FASTFLOW_ALL_BACKBONES=1 tests all at their own sizes, which takes an hour.
+USUAL = {
+    "resnet18": ("256x256", "192x320"),
+    "wide_resnet50_2": ("256x256", "192x320"),
+    "tf_efficientnet_lite0": ("256x256", "192x320"),
+    "deit_tiny_patch16_224": ("224x224",),
+    "deit_tiny_distilled_patch16_224": ("160x256",),
+    "vit_small_patch14_dinov2": ("140x224",),
+    "cait_xxs24_224": ("160x256",),
+}
+CASES = [
+    pytest.param(name, size, marks=() if size in USUAL.get(name, ()) else unusual)
+    for name, size in dict.fromkeys(tuple(key.split("/")[:2]) for key in GOLDENS.files)
+]
+
+TOLERANCE = 2e-5  # of the largest number of a map; what float32 leaves is 2e-6
+HAS_TIMM = all(importlib.util.find_spec(m) for m in ("torch", "torchvision", "timm"))
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    """A backbone of seeded numbers, by name; each is made once and the last few are kept."""
+
+    @functools.lru_cache(3)
+    def create(name):
+        layers = BACKBONES[name].layers
+        path = tmp_path_factory.mktemp(name) / "seeded.npz"
+        np.savez(path, **seeded_state(name, layers))
+        created = create_backbone(name, weights=str(path))
+        path.unlink()
+        return created
+
+    return create
+
+
+@pytest.fixture(scope="module")
+def maps(backbone):
+    """Its maps of the seeded images of a size; each is compiled once."""
+    return functools.lru_cache(8)(
+        lambda name, size: [np.asarray(m) for m in backbone(name)(seeded_images(*size))]
+    )
+
+
+def parse(size: str) -> tuple[int, int]:
+    height, width = size.split("x")
+    return int(height), int(width)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's
+@pytest.mark.parametrize(("name", "size"), CASES)
+def test_equals_timm(maps, name, size):
+    """A few channels and places against what timm gave, then all against timm if it is here."""
+    layers = BACKBONES[name].layers
+    ours = maps(name, parse(size))
+    for layer, picked in zip(layers, sample(ours), strict=True):
+        assert relative_error(picked, GOLDENS[f"{name}/{size}/{layer}"]) < TOLERANCE
+    if HAS_TIMM:
+        theirs = timm_maps(name, seeded_state(name, layers), seeded_images(*parse(size)), layers)
+        for mine, their in zip(ours, theirs, strict=True):
+            assert mine.shape == their.shape
+            assert relative_error(mine, their) < TOLERANCE
+
+
+@pytest.mark.skipif(not HAS_TIMM, reason="timm, the oracle, needs torch")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", BACKBONES)
+def test_spec_is_timm_s(name):
+    """Every tensor with its shape, the heads, the normalisation of the tag."""
+    timm = import_timm()
+    import torch
+
+    spec = BACKBONES[name]
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == spec.parameters
+    whole = porting.slots(spec.module(tuple(spec.maps)[-1:]), spec.image_size)
+    theirs = {key: tuple(x.shape) for key, x in model.state_dict().items()}
+    rest = {key for key in theirs if key.startswith(spec.unused) or key.endswith("batches_tracked")}
+    assert {key: slot.timm_shape for key, slot in whole.items()} == {
+        key: shape for key, shape in theirs.items() if key not in rest
+    }
+    if hasattr(spec, "heads"):
+        assert model.blocks[0].attn.num_heads == spec.heads
+        assert model.norm.eps == vit.LayerNorm.keywords["epsilon"]
+    config = timm.get_pretrained_cfg(f"{name}.{spec.tag}")
+    assert (config.mean, config.std) == (spec.mean, spec.std)
+    assert getattr(spec, "native", config.input_size[1]) == config.input_size[1]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0"])
+def test_channels_and_strides_are_as_the_spec_says(maps, backbone, name):
+    height, width = 192, 320
+    b = backbone(name)
+    for m, channels, stride in zip(maps(name, (height, width)), b.channels, b.strides, strict=True):
+        assert m.shape == (2, height // stride, width // stride, channels)
+        assert m.dtype == np.float32
+    assert (b.channels, b.strides) == tuple(zip(*(b.spec.maps[x] for x in b.layers), strict=True))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "tf_efficientnet_lite0"])
+def test_folded_batch_norm_changes_nothing(name):
+    spec = BACKBONES[name]
+    layer = tuple(spec.maps)[1:2]
+    state = seeded_state(name, layer)
+    module = spec.module(layer)
+    slots = porting.slots(module, spec.image_size)
+    variables = porting.port(slots, state, may_hold=lambda _: False, title="")
+    folded, without = convolution.fold_batch_norm(module, variables)
+    assert set(without) == {"params"}
+    images = seeded_images(32, 48)
+    (before,), (after,) = (
+        jax.jit(module.apply)(variables, images),
+        jax.jit(folded.apply)(without, images),
+    )
+    assert relative_error(after, np.asarray(before)) < 1e-5
+
+
+def test_layers_come_in_the_order_asked_and_no_later_one_is_held():
+    one = create_backbone("resnet18", weights="random", layers=("layer1",))
+    assert not any(name.startswith("layer2") for name in one.variables["params"])
+    two = create_backbone("resnet18", weights="random", layers=("layer2", "layer1"))
+    assert two.channels == (128, 64)
+    images = jnp.asarray(seeded_images(32, 32))
+    coarse, fine = two(images)
+    assert (coarse.shape[1], fine.shape[1]) == (4, 8)
+    # The same seed means the same numbers, whatever else is asked for.
+    np.testing.assert_array_equal(fine, one(images)[0])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "deit_tiny_patch16_224"])
+def test_bfloat16_computes_nearly_the_same(name):
+    layers = tuple(BACKBONES[name].maps)[:1]
+    images = seeded_images(32, 32)
+    exact, rough = (
+        create_backbone(name, weights="random", layers=layers, dtype=dtype)(images)[0]
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    assert rough.dtype == jnp.float32
+    assert 1e-4 < relative_error(rough, np.asarray(exact)) < 0.03
+
+
+def test_images_that_do_not_divide_into_patches_are_told():
+    backbone = create_backbone("vit_small_patch14_dinov2", weights="random", layers=("blocks.0",))
+    with pytest.raises(InputError, match="256x252 do not divide into patches of 14"):
+        backbone(np.zeros((1, 256, 252, 3), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, "SAME"), (5, 2, "SAME")]
+)
+@pytest.mark.parametrize("size", [(7, 10), (8, 9)])
+def test_depthwise_sum_of_shifts_is_the_native_convolution(kernel, stride, padding, size):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, *size, 6)), jnp.float32)
+    k = jnp.asarray(rng.standard_normal((kernel, kernel, 1, 6)), jnp.float32)
+    native = jax.lax.conv_general_dilated(
+        x,
+        k,
+        (stride, stride),
+        padding if padding == "SAME" else [(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=6,
+    )
+    ours = convolution._sum_of_shifts(x, k, stride, padding)
+    np.testing.assert_allclose(ours, native, atol=1e-5)

@@ -1,0 +1,120 @@
+"""BTAD on miniature trees with the official names: ok and ko, .bmp and .png."""
+
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastflow_jax.data import btad, open_dataset
+from fastflow_jax.errors import InputError
+
+# Extensions of the images and of the masks of each product.
+KINDS = {"01": ("bmp", "png"), "02": ("png", "png"), "03": ("bmp", "bmp")}
+
+
+@pytest.fixture(autouse=True)
+def miniature(monkeypatch):
+    monkeypatch.setattr(btad, "COUNTS", dict.fromkeys(btad.CATEGORIES, (2, 3)))
+
+
+@pytest.fixture
+def make_products():
+    def make(folder):
+        for product, (kind, mask_kind) in KINDS.items():
+            for path, value in (
+                *((f"train/ok/000{i}.{kind}", 10 + i) for i in range(2)),
+                (f"test/ok/0000.{kind}", 20),
+                *((f"test/ko/000{i}.{kind}", 30 + i) for i in range(2)),
+            ):
+                path = folder / product / path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 6), (value, 0, int(product))).save(path)
+            for i in range(2):
+                mask = np.zeros((6, 8), np.uint8)
+                mask[0, : i + 1] = 255
+                path = folder / product / f"ground_truth/ko/000{i}.{mask_kind}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(mask).save(path)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def raw(tmp_path):
+    folder = tmp_path / "data/downloads/manual/btad"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def open_btad(data_config, tmp_path):
+    return lambda category: open_dataset(
+        data_config("btad", category=category, dir=str(tmp_path / "data"))
+    )
+
+
+@pytest.mark.parametrize("product", KINDS)
+def test_names_labels_and_pixels(raw, make_products, open_btad, product):
+    make_products(raw / "BTech_Dataset_transformed")
+    dataset = open_btad(product)
+    kind = KINDS[product][0]
+    assert dataset.name == "btad"
+    assert dataset.train.names == (f"ok/0000.{kind}", f"ok/0001.{kind}")
+    assert dataset.train.labels.tolist() == [0, 0]
+    assert dataset.test.names == (f"ko/0000.{kind}", f"ko/0001.{kind}", f"ok/0000.{kind}")
+    assert dataset.test.defects == ("ko", "ko", "good")
+    assert dataset.test.labels.tolist() == [1, 1, 0]
+    examples = list(dataset.test)
+    assert [example.image[0, 0].tolist() for example in examples] == [
+        [value, 0, int(product)] for value in (30, 31, 20)
+    ]
+    assert [int(example.mask.sum()) for example in examples] == [1, 2, 0]
+
+
+@pytest.mark.parametrize("top", ["BTech_Dataset_transformed", "any name", None])
+def test_the_archive(raw, make_products, open_btad, tmp_path, top):
+    made = make_products(tmp_path / "made")
+    with zipfile.ZipFile(raw / "btad.zip", "w") as packed:
+        for path in sorted(made.rglob("*")):
+            name = path.relative_to(made)
+            packed.write(path, name if top is None else f"{top}/{name}")
+        if top is not None:
+            packed.writestr(f"__MACOSX/{top}/._01", b"?")
+    assert [int(example.mask.sum()) for example in open_btad("03").test] == [1, 2, 0]
+    assert len(open_btad("01").train) == 2
+
+
+def test_a_damaged_archive(raw, make_products, open_btad):
+    (raw / "btad.zip").write_bytes(b"PK\3\4 and so on")
+    with pytest.raises(InputError, match=r"btad\.zip is damaged .*: download it once more"):
+        open_btad("01")
+
+
+def test_a_missing_mask(raw, make_products, open_btad):
+    make_products(raw)
+    (raw / "01/ground_truth/ko/0001.png").unlink()
+    with pytest.raises(InputError, match=rf"^{raw}/01/test/ko/0001\.bmp has no mask"):
+        open_btad("01")
+
+
+def test_other_counts_than_the_official_ones_are_a_warning(
+    raw, make_products, open_btad, monkeypatch
+):
+    monkeypatch.setitem(btad.COUNTS, "02", (399, 230))
+    make_products(raw)
+    with pytest.warns(UserWarning, match="2 training and 3 test images, officially 399 and 230"):
+        open_btad("02")
+
+
+def test_missing_data_says_what_to_do(raw, open_btad):
+    with pytest.raises(InputError) as error:
+        open_btad("01")
+    for part in (f"btad (01) is not in {raw}", "btad.zip", "1.2 GB", "licence", "uniud.it"):
+        assert part in str(error.value)
+
+
+def test_an_unknown_product(open_btad):
+    with pytest.raises(InputError, match=r"data\.category is '1'; choose one of 01, 02, 03"):
+        open_btad("1")

@@ -1,0 +1,84 @@
+"""Configurations: what is filled from the backbone, and what is refused."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+from fastflow_jax.config import default, differences, fill, misspelt, to_plain
+from fastflow_jax.describe import describe
+from fastflow_jax.errors import InputError
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def load(name, *arguments):
+    path = next(path for path in CONFIGS if path.stem == name)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*arguments)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_fills(path):
+    filled = fill(load(path.stem))
+    assert None not in (filled.image_size, filled.layers, *filled.flow.values())
+
+
+def test_values_given_by_hand_stay():
+    c = default()
+    c.layers = ("blocks.2",)
+    c.image_size = (96,)
+    c.flow.steps = 3
+    filled = fill(c)
+    assert (filled.layers, filled.image_size, filled.flow.steps) == (("blocks.2",), (96, 96), 3)
+    assert c.flow.kernels is None  # a copy was filled
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("backbone", "resnet19", "no backbone 'resnet19'; there is resnet18"),
+        ("layers", ("layer9",), "no layer 'layer9'; it has"),
+        ("flow.norm", "batch", "config.flow.norm is one of whiten, .*, not 'batch'"),
+        ("map.form", "logit", "config.map.form is one of log, probability, not 'logit'"),
+        ("image_size", ("big",), "config.image_size is a side or"),
+        ("image_size", (1, 2, 3), "config.image_size is a side or"),
+        ("parallel", "pjit", "config.parallel is one of pmap, jit"),
+    ],
+)
+def test_impossible_values_are_named(field, value, message):
+    c = default()
+    c.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError, match=message):
+        fill(c)
+
+
+def test_differences_name_fields_and_skip_what_changes_no_number():
+    one, two = fill(default()), default()
+    two.seed, two.flow.clamp, two.parallel, two.heatmaps = 3, 1.5, "jit", 0
+    lines = differences(to_plain(one), fill(two))
+    assert lines == ["flow.clamp: 2.0 there, 1.5 asked for", "seed: 0 there, 3 asked for"]
+    assert differences(to_plain(one), one) == []
+
+
+def test_a_misspelt_field_is_named_with_its_neighbours():
+    message = misspelt(default(), ["main", "--config=x.py", "--config.train.epoch=3"])
+    assert message.startswith("--config.train.epoch is no field")
+    assert "train.epochs" in message
+    assert misspelt(default(), ["main", "--config.train.epochs=3"]) is None
+
+
+# The trainable numbers of the published form at 256x256, from its formula and the reference's log.
+@pytest.mark.parametrize(
+    ("backbone", "numbers"), [("resnet18", "5,574,912"), ("wide_resnet50_2", "45,007,872")]
+)
+def test_reference_has_the_published_number_of_parameters(backbone, numbers):
+    c = load("reference", "bottle")
+    c.backbone = backbone
+    c.train.batch_size = 1
+    text = describe(fill(c))
+    assert f"trainable numbers {numbers}" in " ".join(text.split())
+    assert "64x64x" in text
+    assert "operations, backbone" in text

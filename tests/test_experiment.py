@@ -1,0 +1,132 @@
+"""Whole runs on painted textures: the run folder, several seeds, and who may write there."""
+
+import fcntl
+import json
+
+import numpy as np
+import pytest
+
+from fastflow_jax import experiment
+from fastflow_jax.config import default, fill
+from fastflow_jax.errors import InputError
+from fastflow_jax.evaluate import METRICS
+
+
+def tiny(**fields):
+    """A run of seconds: one map of a small image, random weights."""
+    pytest.importorskip("skimage", reason="the textures come with scikit-image")
+    c = default()
+    c.data.name, c.data.category = "synthetic", "brick"
+    c.weights, c.image_size, c.layers = "random", (64,), ("blocks.2",)
+    c.flow.steps, c.flow.kernels, c.flow.hidden_ratio = 1, (3,), 0.5
+    c.train.epochs, c.heatmaps = 1, 4
+    c.update_from_flattened_dict(fields)
+    return fill(c)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "brick"
+    return folder, experiment.run(tiny(), folder)
+
+
+def test_the_run_folder_holds_everything(finished):
+    folder, results = finished
+    names = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
+    expected = {"config.json", "checkpoints", "metrics.jsonl", "results.json", "heatmaps"}
+    assert expected <= names
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert json.loads((folder / "config.json").read_text())["layers"] == ["blocks.2"]
+    assert len(list((folder / "heatmaps").glob("*.png"))) == 4
+
+
+def test_results_say_what_was_done(finished):
+    _, results = finished
+    assert set(results["categories"]) == {"brick"}
+    assert results["categories"]["brick"] == results["mean"]
+    assert all(0 <= results["mean"][metric] <= 1 for metric in METRICS)
+    assert results["std"] is None
+    assert results["best_on_test"] is None
+    protocol = results["protocol"]
+    assert protocol["epoch"] == "last"
+    assert protocol["weights"]["source"] == "random"
+    assert protocol["seeds"] == [0]
+    assert set(results["seconds"]["brick/0"]) == {"features", "train", "evaluate"}
+    assert "jax" in results["versions"]
+
+
+def test_a_finished_run_is_found(finished, capsys):
+    folder, results = finished
+    before = (folder / "results.json").stat().st_mtime_ns
+    assert experiment.run(tiny(), folder) == results
+    assert "finished" in capsys.readouterr().out
+    assert (folder / "results.json").stat().st_mtime_ns == before
+
+
+def test_other_settings_are_refused(finished):
+    folder, _ = finished
+    with pytest.raises(InputError, match=r"flow\.clamp: 2\.0 there, 1\.0 asked for"):
+        experiment.run(tiny(**{"flow.clamp": 1.0}), folder)
+
+
+def test_a_folder_in_use_is_refused(finished):
+    folder, _ = finished
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="in use by another process"):
+            experiment.run(tiny(), folder)
+
+
+def test_seeds_and_the_curve_on_test_images(tmp_path):
+    results = experiment.run(tiny(seeds=2, evaluate_every=1), tmp_path / "run")
+    rows = [results["seeds"][seed]["brick"] for seed in ("0", "1")]
+    scores = [row["image_auroc"] for row in rows]
+    assert results["mean"]["image_auroc"] == pytest.approx(np.mean(scores))
+    assert results["std"]["image_auroc"] == pytest.approx(np.std(scores, ddof=1))
+    # One epoch: the best epoch is the last.
+    assert results["best_on_test"]["brick"] == pytest.approx(results["mean"])
+    assert (tmp_path / "run" / "seed_1" / "metrics.jsonl").exists()
+
+
+def test_uncached_features_train_the_same(finished, tmp_path):
+    _, cached = finished
+    results = experiment.run(tiny(**{"train.cache": False}), tmp_path / "run")
+    for metric in METRICS:
+        assert results["mean"][metric] == pytest.approx(cached["mean"][metric], abs=1e-4)
+
+
+def test_an_empty_map_of_figures_for_normal_images_alone(tmp_path):
+    """A bare folder of photographs trains, and has no figures."""
+    from PIL import Image
+
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        pixels = rng.integers(0, 255, (40, 50, 3), np.uint8)
+        Image.fromarray(pixels).save(photographs / f"{i}.jpg")
+    config = tiny(**{"data.name": "folder", "data.category": None, "data.root": str(photographs)})
+    results = experiment.run(config, tmp_path / "run")
+    assert set(results["mean"].values()) == {None}
+
+
+def test_data_is_looked_for_before_weights(tmp_path):
+    config = tiny(**{"data.name": "folder", "data.category": None, "weights": "no/such/file.pth"})
+    config.unlock()
+    config.data.root = str(tmp_path / "missing")
+    with pytest.raises(InputError, match="missing"):
+        experiment.run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("n", "part", "held"), [(10, 0.1, [9]), (11, 0.25, [3, 7]), (3, 0.1, [2]), (10, 0.0, [])]
+)
+def test_every_so_many_th_image_is_held_out(n, part, held):
+    train, holdout = experiment.split_holdout(n, part)
+    assert holdout.tolist() == held
+    assert sorted([*train, *holdout]) == list(range(n))
+
+
+def test_a_share_beyond_half_is_refused():
+    with pytest.raises(InputError, match=r"data\.holdout.*not 0\.7"):
+        experiment.split_holdout(10, 0.7)

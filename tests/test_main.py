@@ -1,0 +1,144 @@
+"""The command line: exit codes, messages, and processes that are killed."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+TINY = [
+    "--config=configs/synthetic.py:gravel",
+    "--config.weights=random",
+    "--config.image_size=64",
+    "--config.layers=('blocks.2',)",
+    "--config.flow.steps=1",
+    "--config.flow.kernels=(3,)",
+    "--config.flow.hidden_ratio=0.5",
+    "--config.train.epochs=6",
+    "--config.heatmaps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One device, and one compilation for all the processes of this module."""
+    variables = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return variables | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla"))}
+
+
+def start(arguments, environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastflow_jax.main", *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def numbers(folder):
+    results = json.loads((folder / "results.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return results["categories"], [{k: v for k, v in x.items() if k != "seconds"} for x in lines]
+
+
+def wait_for_epochs(folder, epochs, process):
+    file = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (file.exists() and file.read_text().count("\n") >= epochs):
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(environment, tmp_path_factory):
+    pytest.importorskip("skimage", reason="the textures come with scikit-image")
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    code, out, err = finish(start([*TINY, f"--workdir={folder}"], environment))
+    assert code == 0, err
+    assert "image AUROC" in out
+    return folder
+
+
+def test_a_killed_run_goes_on_bit_for_bit(undisturbed, environment, tmp_path):
+    arguments = [*TINY, f"--workdir={tmp_path}/run"]
+    process = start(arguments, environment)
+    wait_for_epochs(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    code, _, err = finish(start(arguments, environment))
+    assert code == 0, err
+    assert numbers(tmp_path / "run") == numbers(undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_says_so_and_goes_on(undisturbed, environment, tmp_path, number):
+    arguments = [*TINY, f"--workdir={tmp_path}/run"]
+    process = start(arguments, environment)
+    wait_for_epochs(tmp_path / "run", 1, process)
+    process.send_signal(number)
+    code, _, err = finish(process)
+    assert code == 128 + number, err
+    assert "the same command goes on from there" in err
+    assert "Traceback" not in err
+    code, _, err = finish(start(arguments, environment))
+    assert code == 0, err
+    assert numbers(tmp_path / "run") == numbers(undisturbed)
+
+
+def test_the_same_command_again_finds_the_finished_run(undisturbed, environment):
+    code, out, err = finish(start([*TINY, f"--workdir={undisturbed}"], environment))
+    assert code == 0, err
+    assert "holds this run, finished" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/folder.py", "--config.train.epoch=1"], "did you mean train.epochs"),
+        (["--config=configs/folder.py", "--config.seed=x"], "seed"),
+        (["--config=configs/nosuch.py"], "configs/nosuch.py"),
+        (["--config=configs/synthetic.py:marble"], "marble"),
+        (["--config=configs/folder.py", "--config.data.root=no/such/folder"], "no/such/folder"),
+        (["--config=configs/folder.py", "--bogus=1"], "bogus"),
+        ([], "--config"),
+    ],
+)
+def test_bad_input_ends_in_one_message(arguments, message, environment, tmp_path):
+    code, _, err = finish(start([*arguments, f"--workdir={tmp_path}/run"], environment))
+    assert code != 0
+    assert message in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) <= 3, err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_ends_in_one_message(environment, tmp_path):
+    pytest.importorskip("skimage", reason="the textures come with scikit-image")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.tmp").symlink_to("/dev/full")
+    code, _, err = finish(start([*TINY, f"--workdir={folder}"], environment))
+    assert code == 2
+    assert "No space left on device" in err
+    assert "Traceback" not in err
+
+
+def test_describe_needs_no_data_and_no_weights(environment):
+    arguments = ["--mode=describe", "--config=configs/folder.py", "--config.train.batch_size=2"]
+    code, out, err = finish(start(arguments, environment))
+    assert code == 0, err
+    assert "trainable numbers" in out
+    assert any(line.startswith("blocks.") for line in out.splitlines())

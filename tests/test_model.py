@@ -1,0 +1,179 @@
+"""The model against anomalib's FastflowModel and numpy."""
+
+import pathlib
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from fastflow_jax.config import default
+from fastflow_jax.detector import Calibration, fuse
+from fastflow_jax.features import channel_statistics
+from fastflow_jax.model import (
+    FastFlow,
+    FeatureNorm,
+    location_scores,
+    negative_log_likelihood,
+    resize_map,
+    top_mean,
+    window_maxima,
+)
+from fastflow_jax.train import TrainState, create_optimizer, train_step
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+sys.path.insert(0, str(GOLDENS))
+import make_anomalib as anomalib  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The reference's form with the golden file's parameters."""
+    model = FastFlow(norm="layer", steps=anomalib.STEPS, kernels=(3,))
+    params, permutations = {}, {}
+    for i, scale in enumerate(anomalib.parameters()):
+        params[f"norm_{i}"] = {"LayerNorm_0": scale["norm"]}
+        params[f"flow_{i}"], permutations[f"flow_{i}"] = {}, {}
+        for j, step in enumerate(scale["steps"]):
+            subnet = {
+                name: {part: step[f"{name}_{part}"] for part in ("kernel", "bias")}
+                for name in ("conv_in", "conv_out")
+            }
+            affine = {"scale": step["scale"], "offset": step["offset"]}
+            params[f"flow_{i}"][f"step_{j}"] = {"coupling": {"subnet": subnet}, "affine": affine}
+            permutations[f"flow_{i}"][f"step_{j}"] = {"permute": {"index": step["index"]}}
+    to_jax = partial(jax.tree.map, jnp.asarray)
+    with np.load(GOLDENS / "anomalib.npz") as golden:
+        return model, to_jax(params), {"permutations": to_jax(permutations)}, dict(golden)
+
+
+def test_map_and_score_equal_anomalib(reference):
+    model, params, constants, golden = reference
+    latents = model.apply({"params": params, **constants}, anomalib.features(0))
+    maps = [location_scores(z, ld, form="probability", use_log_det=False) for z, ld in latents]
+    calibration = Calibration(np.zeros(3), np.ones(3), np.zeros(()), np.ones(()))
+    anomaly_map = fuse(maps, calibration, (anomalib.IMAGE, anomalib.IMAGE))
+    np.testing.assert_allclose(anomaly_map, golden["map"], atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(top_mean(anomaly_map, 0.0), golden["score"], rtol=1e-4)
+
+
+def test_twenty_adam_steps_follow_anomalib(reference):
+    model, params, constants, golden = reference
+    config = default().train
+    config.update({"learning_rate": 1e-3, "beta2": 0.999, "weight_decay": 1e-5, "clip": 0.0})
+    config.update({"schedule": "constant", "warmup": 0.0})
+    optimizer = create_optimizer(config, 20)
+    zero = jnp.zeros(())
+    state = TrainState(zero, params, constants, optimizer.init(params), zero, zero)
+    step = jax.jit(partial(train_step, model=model, optimizer=optimizer, per_dimension=False))
+    losses = []
+    for batch in range(20):
+        features = tuple(map(jnp.asarray, anomalib.features(batch)))
+        state = step(state.replace(epoch_loss=zero), features, jnp.ones(anomalib.BATCH))
+        losses.append(state.epoch_loss / anomalib.BATCH)
+    np.testing.assert_allclose(losses[0], golden["losses"][0], rtol=1e-4)
+    np.testing.assert_allclose(losses, golden["losses"], rtol=1e-3)
+
+
+def test_likelihood_is_the_gaussian_of_z_plus_the_log_det():
+    rng = np.random.default_rng(0)
+    latents = [
+        (rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(2, 3, 4))),
+        (rng.normal(size=(2, 2, 2, 3)), rng.normal(size=(2, 2, 2))),
+    ]
+    expected = -sum(stats.norm.logpdf(z).sum((1, 2, 3)) + ld.sum((1, 2)) for z, ld in latents)
+    dimensions = 3 * 4 * 5 + 2 * 2 * 3
+    per_dimension = negative_log_likelihood(latents, per_dimension=True)
+    np.testing.assert_allclose(per_dimension, expected / dimensions, rtol=1e-5)
+    total = negative_log_likelihood(latents, per_dimension=False)  # without the constant
+    constant = 0.5 * dimensions * np.log(2 * np.pi)
+    np.testing.assert_allclose(total, expected - constant, rtol=1e-5)
+
+
+def test_location_scores_in_both_forms():
+    rng = np.random.default_rng(1)
+    z, log_det = rng.normal(size=(1, 2, 2, 4)), rng.normal(size=(1, 2, 2))
+    energy = (0.5 * (z**2).sum(-1) - log_det) / 4
+    score = partial(location_scores, z, log_det)
+    np.testing.assert_allclose(score(form="log", use_log_det=True), energy, rtol=1e-5)
+    np.testing.assert_allclose(
+        score(form="probability", use_log_det=False), -np.exp(-0.5 * (z**2).mean(-1)), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("norm", ["whiten", "standardise"])
+def test_training_statistics_make_channels_standard(norm):
+    rng = np.random.default_rng(2)
+    mixing = rng.normal(size=(4, 4))
+    maps = (100 + rng.normal(size=(40, 6, 5, 4)) @ mixing * [1, 10, 0.1, 1]).astype(np.float32)
+    statistics = channel_statistics(((maps[i : i + 7],) for i in range(0, 40, 7)), norm)
+    layer = FeatureNorm(norm)
+    flat = layer.apply({"statistics": statistics["norm_0"]}, maps).reshape(-1, 4)
+    np.testing.assert_allclose(flat.mean(0), 0, atol=1e-3)
+    covariance = np.cov(flat.T, bias=True)
+    if norm == "standardise":
+        np.testing.assert_allclose(np.diag(covariance), 1, rtol=1e-3)
+        return
+    # Whitened but for the hundredth of the mean variance added in each direction.
+    values = np.linalg.eigvalsh(np.corrcoef(maps.reshape(-1, 4).T))
+    np.testing.assert_allclose(
+        np.sort(np.linalg.eigvalsh(covariance)), np.sort(values / (values + 0.01)), rtol=1e-2
+    )
+    assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 0.1
+
+
+def test_a_constant_channel_stays_finite():
+    maps = np.random.default_rng(3).normal(size=(4, 3, 3, 3)).astype(np.float32)
+    maps[..., 1] = 5.0
+    for norm in ("whiten", "standardise"):
+        statistics = channel_statistics([(maps,)], norm)["norm_0"]
+        y = FeatureNorm(norm).apply({"statistics": statistics}, maps)
+        assert np.isfinite(y).all()
+        np.testing.assert_allclose(y[..., 1], 0, atol=1e-5)
+
+
+def test_layer_norms_are_per_image():
+    x = np.random.default_rng(4).normal(3, 2, (2, 4, 3, 5)).astype(np.float32)
+    plain = FeatureNorm("layer_plain").apply({}, x)
+    np.testing.assert_allclose(plain.mean((1, 2, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(plain.std((1, 2, 3)), 1, atol=1e-4)
+    variables = FeatureNorm("layer").init(jax.random.key(0), x)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == 2 * 4 * 3 * 5
+    np.testing.assert_allclose(FeatureNorm("layer").apply(variables, x), plain, atol=1e-6)
+
+
+def test_one_model_takes_any_size():
+    model = FastFlow(steps=2)
+    small = (jnp.ones((1, 4, 4, 6)),)
+    variables = jax.jit(model.init)(jax.random.key(0), small)
+    ((z, log_det),) = model.apply(variables, (jnp.ones((2, 5, 9, 6)),))
+    assert z.shape == (2, 5, 9, 6)
+    assert log_det.shape == (2, 5, 9)
+
+
+def test_resize_is_bilinear_with_half_pixel_centres():
+    torch = pytest.importorskip("torch", reason="torch's interpolate is the oracle")
+    x = np.random.default_rng(5).normal(size=(2, 3, 5)).astype(np.float32)
+    expected = torch.nn.functional.interpolate(
+        torch.tensor(x)[:, None], (12, 17), mode="bilinear", align_corners=False
+    )[:, 0]
+    np.testing.assert_allclose(resize_map(x, (12, 17)), expected.numpy(), atol=1e-5)
+
+
+def test_top_mean_and_windows_against_numpy():
+    x = np.random.default_rng(6).normal(size=(3, 8, 10)).astype(np.float32)
+    np.testing.assert_allclose(top_mean(x, 0.0), x.max((1, 2)))
+    tenth = np.sort(x.reshape(3, -1))[:, -8:].mean(1)
+    np.testing.assert_allclose(top_mean(x, 0.1), tenth, rtol=1e-6)
+
+    def highest(side):
+        windows = np.lib.stride_tricks.sliding_window_view(x, (side, side), axis=(1, 2))
+        return windows.mean((-1, -2)).max((1, 2))
+
+    expected = np.stack([highest(1), highest(2), highest(4), x.mean((1, 2))], -1)
+    np.testing.assert_allclose(window_maxima(x), expected, rtol=1e-4, atol=1e-6)
+    # A map of one location has one window.
+    np.testing.assert_allclose(window_maxima(x[:, :1, :1]), x[:, 0, :1])

@@ -1,0 +1,271 @@
+"""Training: devices, caching and interruptions change nothing; one step does what SGD does."""
+
+import json
+import os
+import signal
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastflow_jax import parallel
+from fastflow_jax.checkpoints import Checkpoints
+from fastflow_jax.config import default
+from fastflow_jax.errors import InputError
+from fastflow_jax.features import TrainingFeatures, cached_features
+from fastflow_jax.model import FastFlow, negative_log_likelihood
+from fastflow_jax.train import (
+    Interrupted,
+    create_optimizer,
+    create_state,
+    epoch_order,
+    train,
+    train_epoch,
+    train_step,
+)
+
+N = 11  # neither the batch size nor the number of devices divides it
+MODEL = FastFlow(steps=1, kernels=(3,))
+
+
+def images(n=N):
+    rng = np.random.default_rng(0)
+    return tuple(rng.normal(size=(n, *s)).astype(np.float32) for s in [(3, 2, 4), (2, 2, 5)])
+
+
+@pytest.fixture
+def config():
+    c = default()
+    c.train.epochs = 3
+    c.train.batch_size = 4
+    c.train.optimizer = "sgd"  # Adam would hide a gradient that is wrong by a factor
+    c.train.learning_rate = 0.05
+    c.parallel = "jit"
+    return c
+
+
+def run(config, folder, features=None, **arguments):
+    """Train in `folder`; returns the state and the lines of metrics.jsonl."""
+    folder.mkdir(exist_ok=True)
+    metrics = folder / "metrics.jsonl"
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        state = train(
+            config,
+            MODEL,
+            features or cached_features(images(), "whiten"),
+            images(3),
+            seed=0,
+            checkpoints=checkpoints,
+            metrics_file=metrics,
+            **arguments,
+        )
+    return state, [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def assert_close(one, two, rtol=1e-5):
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=1e-6), one, two)
+
+
+def assert_same(one, two):
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+@pytest.fixture(scope="module")
+def step_setup():
+    config = default().train
+    config.update({"optimizer": "sgd", "learning_rate": 0.05, "clip": 0.0})
+    config.update({"schedule": "constant", "warmup": 0.0})
+    optimizer = create_optimizer(config, 10)
+    features = cached_features(images(), "whiten")
+    state = create_state(MODEL, optimizer, features.shapes, features.statistics, seed=0)
+    step = partial(train_step, model=MODEL, optimizer=optimizer, per_dimension=True)
+    # One device, eight images.
+    expected = jax.jit(step)(state, tuple(m[:8] for m in images()), np.ones(8, np.float32))
+    return step, state, expected
+
+
+def test_a_step_is_plain_gradient_descent(step_setup):
+    _, state, after = step_setup
+
+    def loss(params):
+        latents = MODEL.apply({"params": params, **state.constants}, tuple(m[:8] for m in images()))
+        return negative_log_likelihood(latents, per_dimension=True).mean()
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(state.params)
+    expected = jax.tree.map(lambda p, g: p - 0.05 * g, state.params, grads)
+    assert_close(after.params, expected)
+    assert after.epoch_loss / after.epoch_images == pytest.approx(float(value), rel=1e-6)
+    assert int(after.step) == 1
+    assert_same(after.constants, state.constants)
+
+
+@pytest.mark.parametrize("kind", parallel.KINDS)
+def test_four_devices_agree_with_one(step_setup, kind):
+    assert jax.local_device_count() == 4
+    step, state, expected = step_setup
+    compiled = parallel.step(step, kind)
+    one = compiled(state, tuple(m[:8] for m in images()), np.ones(8, np.float32))
+    assert_close(one.params, expected.params)
+    # Padding of weight zero changes nothing.
+    rows = np.array([*range(8), 0, 0, 0, 0])
+    padded = compiled(state, tuple(m[rows] for m in images()), np.float32(np.arange(12) < 8))
+    assert_close(padded.params, expected.params)
+    assert float(padded.epoch_images) == 8
+
+
+@pytest.mark.parametrize("kind", parallel.KINDS)
+def test_an_epoch_in_one_program_is_its_steps(step_setup, kind):
+    step, state, _ = step_setup
+    index, weight = epoch_order(N, 4, seed=0, epoch=0, drop_last=False, multiple=4)
+    whole = parallel.epoch(partial(train_epoch, step=step), kind)
+    one = whole(state, tuple(map(jnp.asarray, images())), index, weight)
+    single = jax.jit(step)
+    for rows, row_weight in zip(index, weight, strict=True):
+        state = single(state, tuple(m[rows] for m in images()), row_weight)
+    assert_close(one.params, state.params)
+    assert float(one.epoch_images) == N
+
+
+@pytest.mark.parametrize("kind", parallel.KINDS)
+def test_scoring_pads_and_cuts(kind):
+    double = parallel.per_example(lambda state, x: (state * x, x.sum(-1)), kind, 6)
+    for n in (6, 5, 1):
+        x = np.arange(n * 3, dtype=np.float32).reshape(n, 3)
+        y, total = double(jnp.float32(2), x)
+        np.testing.assert_array_equal(y, 2 * x)
+        np.testing.assert_array_equal(total, x.sum(-1))
+
+
+def test_parallel_names_a_wrong_kind():
+    with pytest.raises(InputError, match="parallel is one of pmap, jit, not 'pjit'"):
+        parallel.step(lambda *a, axis_name: a[0], "pjit")
+
+
+@given(st.integers(1, 50), st.integers(1, 20), st.booleans(), st.integers(1, 4), st.integers(0, 3))
+def test_every_image_comes_once_an_epoch(n, batch_size, drop_last, multiple, epoch):
+    index, weight = epoch_order(
+        n, batch_size, seed=1, epoch=epoch, drop_last=drop_last, multiple=multiple
+    )
+    seen = index[weight == 1]
+    assert len(set(seen)) == len(seen)
+    assert index.shape == weight.shape
+    assert index.shape[1] % multiple == 0
+    assert np.all(weight.sum(1) <= batch_size)
+    if drop_last and n >= batch_size:
+        assert len(seen) == n // batch_size * batch_size
+    else:
+        assert len(seen) == n
+
+
+def test_order_follows_seed_and_epoch():
+    order = partial(epoch_order, 30, 8, drop_last=False, multiple=1)
+    one = order(seed=0, epoch=0)[0]
+    np.testing.assert_array_equal(one, order(seed=0, epoch=0)[0])
+    assert not np.array_equal(one, order(seed=0, epoch=1)[0])
+    assert not np.array_equal(one, order(seed=1, epoch=0)[0])
+
+
+def test_streamed_features_train_as_cached_ones_do(config, tmp_path):
+    cached = cached_features(images(), "whiten")
+    streamed = TrainingFeatures(cached.n, cached.shapes, cached.statistics, cached.stream, None)
+    one, _ = run(config, tmp_path / "cached", cached)
+    two, _ = run(config, tmp_path / "streamed", streamed)
+    assert_close(one.params, two.params)
+
+
+def test_metrics_checkpoints_and_best(config, tmp_path):
+    state, lines = run(config, tmp_path / "run")
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["step"] for line in lines] == [3, 6, 9]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        assert checkpoints.latest == 9
+        best = min(lines, key=lambda line: line["holdout_nll"])
+        assert checkpoints.best == best["step"]
+        assert_same(checkpoints.restore(9, state), state)
+
+
+def test_the_newest_stays_where_an_older_one_is_best(tmp_path):
+    state = {"x": jnp.arange(3.0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, nll in [(1, 2.0), (2, 1.0), (3, 5.0), (4, None), (5, 3.0)]:
+            checkpoints.save(step, {"x": state["x"] + step}, nll)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert (checkpoints.latest, checkpoints.best) == (5, 2)
+        np.testing.assert_array_equal(checkpoints.restore(2, state)["x"], state["x"] + 2)
+
+
+@pytest.mark.parametrize("stop_at", [4, 6])  # in the middle of an epoch, and at its end
+def test_interrupted_and_resumed_equals_undisturbed(config, tmp_path, stop_at):
+    undisturbed, lines = run(config, tmp_path / "one")
+    cached = cached_features(images(), "whiten")
+    count = 0
+
+    def stream(epoch, index):
+        nonlocal count
+        for features in cached.stream(epoch, index):
+            count += 1
+            if count == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield features
+
+    stopping = TrainingFeatures(cached.n, cached.shapes, cached.statistics, stream, None)
+    with pytest.raises(Interrupted) as stop:
+        run(config, tmp_path / "two", stopping)
+    assert stop.value.exit_code == 128 + signal.SIGTERM
+    with Checkpoints(tmp_path / "two" / "checkpoints") as checkpoints:
+        assert checkpoints.latest == stop_at
+    resumed, resumed_lines = run(config, tmp_path / "two")
+    assert_same(resumed, undisturbed)
+
+    def numbers(lines):
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+    assert numbers(resumed_lines) == numbers(lines)
+
+
+def test_lines_without_a_checkpoint_are_written_once(config, tmp_path):
+    config.train.epochs = 2
+    run(config, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with metrics.open("a") as file:  # as a killed process leaves them
+        file.write('{"epoch": 3, "step": 9, "loss": 0.0}\n{"epoch": 4, "st')
+    config.train.epochs = 3
+    _, lines = run(config, tmp_path / "run")
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert lines[2]["loss"] != 0.0
+
+
+def test_diverging_training_says_what_to_do(config, tmp_path):
+    config.train.learning_rate = 1e9
+    with pytest.raises(InputError, match=r"diverged.*lower --config\.train\.learning_rate"):
+        run(config, tmp_path / "run")
+
+
+def test_schedule_warms_up_and_ends_at_zero():
+    config = default().train
+    config.update({"optimizer": "sgd", "learning_rate": 1.0, "warmup": 0.2, "schedule": "cosine"})
+    optimizer = create_optimizer(config, 10)
+    state, rates = optimizer.init(jnp.zeros(())), []
+    for _ in range(11):
+        update, state = optimizer.update(jnp.ones(()), state, jnp.zeros(()))
+        rates.append(-float(update))
+    assert rates[0] == 0.0
+    assert rates[2] == pytest.approx(1.0)
+    assert rates[10] == pytest.approx(0.0, abs=1e-6)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_weight_decay_is_inside_adam():
+    config = default().train
+    config.update({"learning_rate": 1e-3, "weight_decay": 0.1})
+    config.update({"schedule": "constant", "warmup": 0.0})
+    optimizer = create_optimizer(config, 10)
+    # Where the gradient is the decay's alone, Adam's first step is the rate, whatever the decay.
+    params = jnp.array([1.0, -3.0])
+    updates, _ = optimizer.update(jnp.zeros(2), optimizer.init(params), params)
+    np.testing.assert_allclose(updates, [-1e-3, 1e-3], rtol=1e-4)

@@ -27,11 +27,15 @@ def default() -> ConfigDict:
     c.data.dir = placeholder(str)  # prepared tfds sets; unset: $TFDS_DATA_DIR, then tfds's default
     c.data.holdout = 0.1  # part of the normal training images kept from the flow, for calibration
 
+    # What fields that are None become: the recipe's values, or those published for the backbone
+    c.published = False
+
     # Backbone
     c.backbone = "tf_efficientnet_lite0"
     c.weights = placeholder(str)  # a file, a timm tag or "random"; unset: the known source
     c.image_size = placeholder(tuple)  # (height, width), or (side,)
     c.layers = placeholder(tuple)  # feature maps, one flow each
+    c.length_power = 0.25  # of each feature vector's length, see `features.compress`; 1: as it is
 
     # Flow
     c.flow = ConfigDict()
@@ -63,7 +67,7 @@ def default() -> ConfigDict:
     # From likelihood to map to score
     c.map = ConfigDict()
     c.map.form = "log"  # or "probability": the reference's
-    c.map.log_det = False  # let the log-determinant count
+    c.map.log_det = 0.25  # weight of the log-determinant: 1 in a likelihood, 0 in the reference
     c.map.standardise = True  # scales in units of their spread over held-out normal images
     c.score = ConfigDict()
     c.score.form = "windows"  # see `model.image_score`; or "top_k"
@@ -90,8 +94,10 @@ def fill(config: ConfigDict) -> ConfigDict:
     c.unlock()
     spec = find_spec(c.backbone)
     c.image_size = _size(c.image_size or spec.image_size)
-    c.layers = check_layers(spec, c.layers or spec.layers)
-    for field, value in spec.flow.items():
+    layers = spec.layers if c.published else _recipe_layers(spec)
+    flow = spec.flow if c.published else {"steps": 4, "kernels": (3, 1), "hidden_ratio": 2.0}
+    c.layers = check_layers(spec, c.layers or layers)
+    for field, value in flow.items():
         if c.flow[field] is None:
             c.flow[field] = value
     _one_of("flow.norm", c.flow.norm, NORMS)
@@ -103,6 +109,18 @@ def fill(config: ConfigDict) -> ConfigDict:
     _one_of("score.form", c.score.form, ("windows", "top_k"))
     _one_of("parallel", c.parallel, KINDS)
     return c.lock()
+
+
+def _recipe_layers(spec) -> tuple[str, ...]:
+    """The deepest map of stride 16 and the first of stride 32: what is there, and what it is.
+
+    The published cut where a backbone has one stride alone, as transformers do.
+    """
+
+    def of(stride):
+        return [name for name, (_, s) in spec.maps.items() if s == stride]
+
+    return (of(16)[-1], of(32)[0]) if of(16) and of(32) else spec.layers
 
 
 def _one_of(field: str, value: str, choices) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastflow_jax import parallel
 from fastflow_jax.backbones import Backbone
-from fastflow_jax.features import Features
+from fastflow_jax.features import Features, maps_of
 from fastflow_jax.model import FastFlow, location_scores, resize_map, top_mean, window_maxima
 
 
@@ -47,7 +47,7 @@ class FastFlowDetector:
     def _run(self):
         def score(state, images):
             backbone_variables, variables, calibration = state
-            features = self.backbone.module.apply(backbone_variables, images)
+            features = maps_of(self.backbone, self.config.length_power)(backbone_variables, images)
             maps = _location_maps(self.config, self.model, variables, features)
             anomaly_map = fuse(maps, calibration, images.shape[1:3])
             if self.config.score.form == "top_k":
@@ -98,7 +98,7 @@ def calibrate(config, model: FastFlow, variables: dict, holdout: Features | None
 def _location_maps(config, model, variables, features) -> tuple[jax.Array, ...]:
     """Location scores [B, h, w] of each scale."""
     return tuple(
-        location_scores(z, log_det, form=config.map.form, use_log_det=config.map.log_det)
+        location_scores(z, log_det, form=config.map.form, log_det_weight=config.map.log_det)
         for z, log_det in model.apply(variables, features)
     )
 

@@ -121,7 +121,7 @@ def _prepare(config, category: str | None) -> _Prepared:
         config.backbone, weights=config.weights, layers=config.layers, seed=config.seed
     )
     train, held_out = split_holdout(len(dataset.train), config.data.holdout)
-    extract = extractor(backbone, config.parallel, config.train.batch_size)
+    extract = extractor(backbone, config.length_power, config.parallel, config.train.batch_size)
 
     def stream(indices, batch_size):
         return _batches(config, backbone, dataset.train, indices, batch_size)
@@ -239,7 +239,8 @@ def _write_heatmaps(config, source: data.Source, scored: Scored, folder: pathlib
             mask=example.mask,
             title=f"{example.name}  score {scored.scores[i]:.3f}",
         )
-        save_picture(folder / f"{example.name.replace('/', '_')}.png", picture)
+        name = pathlib.PurePath(example.name.replace("/", "_")).with_suffix(".png")
+        save_picture(folder / name, picture)
 
 
 def _summarise(config, parts: list[dict]) -> dict:

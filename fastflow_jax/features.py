@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -13,9 +15,32 @@ from fastflow_jax.data.pipeline import Batch
 Features = tuple[np.ndarray, ...]  # one [N, h, w, C] a scale
 
 
-def extractor(backbone: Backbone, kind: str, batch_size: int) -> Callable[[np.ndarray], Features]:
-    """Images [b, H, W, 3] -> the backbone's feature maps, on all devices; b up to `batch_size`."""
-    run = parallel.per_example(backbone.module.apply, kind, batch_size)
+def compress(maps: jax.Array, power: float) -> jax.Array:
+    """X -> x |x|^(power - 1) for each feature vector of [B, h, w, C]: its length to the power.
+
+    The direction of a deep feature says what is there, its length how strongly; contrast and
+    exposure move lengths far and directions little. A power below 1 keeps both, invertibly, in
+    proportions that a likelihood can use. Zero would leave directions alone, 1 changes nothing.
+    """
+    if power == 1:
+        return maps
+    return maps * (jnp.linalg.norm(maps, axis=-1, keepdims=True) + 1e-6) ** (power - 1)
+
+
+def maps_of(backbone: Backbone, length_power: float) -> Callable:
+    """`(variables, images [B, H, W, 3])` -> what the flows see of the images, purely."""
+
+    def run(variables, images):
+        return tuple(compress(m, length_power) for m in backbone.module.apply(variables, images))
+
+    return run
+
+
+def extractor(
+    backbone: Backbone, length_power: float, kind: str, batch_size: int
+) -> Callable[[np.ndarray], Features]:
+    """Images [b, H, W, 3] -> `maps_of` them, on all devices; b up to `batch_size`."""
+    run = parallel.per_example(maps_of(backbone, length_power), kind, batch_size)
     return lambda images: run(backbone.variables, images)
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import runpy
 import sys
 from typing import NoReturn
 
@@ -67,17 +68,17 @@ def _parse(argv: list[str]) -> list[str]:
     from fastflow_jax.config import misspelt
     from fastflow_jax.errors import InputError
 
-    given = [a.removeprefix("-").removeprefix("-config=") for a in argv if "-config=" in a]
-    if given and not pathlib.Path(file := given[-1].partition(":")[0]).is_file():
+    given = [a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config=")]
+    file, _, argument = given[-1].partition(":") if given else ("", "", "")
+    if given and not pathlib.Path(file).is_file():
         _fail(f"there is no configuration {file}: name a file such as configs/demo.py", 2)
     try:
         return flags.FLAGS(argv)
     except (flags.Error, InputError) as error:
         _fail(str(error), 2)
-    except AttributeError:
-        # Once more without the overrides, for the names that there are.
-        flags.FLAGS([a for a in argv if not a.lstrip("-").startswith("config.")])
-        message = misspelt(_CONFIG.value, argv)
+    except (AttributeError, KeyError):
+        config = runpy.run_path(file)["get_config"](*([argument] if argument else []))
+        message = misspelt(config, argv)
         if message is None:
             raise
         _fail(message, 2)

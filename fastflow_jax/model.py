@@ -107,7 +107,9 @@ def negative_log_likelihood(latents: Latents, *, per_dimension: bool) -> jax.Arr
     return energy / sum(math.prod(z.shape[1:]) for z, _ in latents) + 0.5 * math.log(2 * math.pi)
 
 
-def location_scores(z: jax.Array, log_det: jax.Array, *, form: str, use_log_det: bool) -> jax.Array:
+def location_scores(
+    z: jax.Array, log_det: jax.Array, *, form: str, log_det_weight: float
+) -> jax.Array:
     """How unlikely each location of one scale is, [B, h, w]; higher is more anomalous.
 
     Args:
@@ -115,12 +117,10 @@ def location_scores(z: jax.Array, log_det: jax.Array, *, form: str, use_log_det:
       log_det: [B, h, w].
       form: "log" is -log p per channel without the constant; "probability" is -exp of the negative
         of that, in [-1, 0] without log-det: the reference's map, which saturates where z is large.
-      use_log_det: let the log-determinant count, as a likelihood has it; the reference leaves it.
+      log_det_weight: how far the log-determinant counts: 1 in a likelihood, 0 in the reference,
+        which asks how far z lies from the centre and not how dense features lie there.
     """
-    energy = 0.5 * jnp.sum(z**2, axis=-1)
-    if use_log_det:
-        energy -= log_det
-    energy /= z.shape[-1]
+    energy = (0.5 * jnp.sum(z**2, axis=-1) - log_det_weight * log_det) / z.shape[-1]
     return -jnp.exp(-energy) if form == "probability" else energy
 
 

@@ -108,6 +108,7 @@ def test_the_same_command_again_finds_the_finished_run(undisturbed, environment)
     ("arguments", "message"),
     [
         (["--config=configs/folder.py", "--config.train.epoch=1"], "did you mean train.epochs"),
+        (["--config=configs/folder.py", "--config.trane.epochs=1"], "did you mean train.epochs"),
         (["--config=configs/folder.py", "--config.seed=x"], "seed"),
         (["--config=configs/nosuch.py"], "configs/nosuch.py"),
         (["--config=configs/synthetic.py:marble"], "marble"),

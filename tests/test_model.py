@@ -53,7 +53,7 @@ def reference():
 def test_map_and_score_equal_anomalib(reference):
     model, params, constants, golden = reference
     latents = model.apply({"params": params, **constants}, anomalib.features(0))
-    maps = [location_scores(z, ld, form="probability", use_log_det=False) for z, ld in latents]
+    maps = [location_scores(z, ld, form="probability", log_det_weight=0.0) for z, ld in latents]
     calibration = Calibration(np.zeros(3), np.ones(3), np.zeros(()), np.ones(()))
     anomaly_map = fuse(maps, calibration, (anomalib.IMAGE, anomalib.IMAGE))
     np.testing.assert_allclose(anomaly_map, golden["map"], atol=1e-5, rtol=1e-4)
@@ -98,9 +98,9 @@ def test_location_scores_in_both_forms():
     z, log_det = rng.normal(size=(1, 2, 2, 4)), rng.normal(size=(1, 2, 2))
     energy = (0.5 * (z**2).sum(-1) - log_det) / 4
     score = partial(location_scores, z, log_det)
-    np.testing.assert_allclose(score(form="log", use_log_det=True), energy, rtol=1e-5)
+    np.testing.assert_allclose(score(form="log", log_det_weight=1.0), energy, rtol=1e-5)
     np.testing.assert_allclose(
-        score(form="probability", use_log_det=False), -np.exp(-0.5 * (z**2).mean(-1)), rtol=1e-5
+        score(form="probability", log_det_weight=0.0), -np.exp(-0.5 * (z**2).mean(-1)), rtol=1e-5
     )
 
 

@@ -26,7 +26,7 @@ unusual = pytest.mark.skipif(
 )
 GOLDENS = np.load(Path(__file__).parents[1] / "goldens" / "backbones.npz")
 
-# One of each kind; FASTFLOW_ALL_BACKBONES=1 tests all at their own sizes, which takes an hour.
+# One of each kind; FASTFLOW_ALL_BACKBONES=1 tests all, which takes ten minutes.
 USUAL = {
     "resnet18": ("256x256", "192x320"),
     "wide_resnet50_2": ("256x256", "192x320"),

@@ -1,0 +1,97 @@
+"""Calibration by held-out normal features, and scores of images."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastflow_jax.backbones import create_backbone
+from fastflow_jax.config import default, fill
+from fastflow_jax.describe import flow_model
+from fastflow_jax.detector import FastFlowDetector, calibrate, fuse, fuse_finest
+from fastflow_jax.features import compress
+from fastflow_jax.model import location_scores, window_maxima
+
+
+@pytest.fixture(scope="module")
+def setup():
+    c = default()
+    c.weights, c.image_size, c.layers = "random", (32, 48), ("blocks.1", "blocks.2")
+    c.flow.steps, c.train.batch_size = 1, 4
+    c.flow.zero_init = False
+    config = fill(c)
+    backbone = create_backbone(config.backbone, weights="random", layers=config.layers)
+    model = flow_model(config)
+    images = np.random.default_rng(0).normal(size=(11, 32, 48, 3)).astype(np.float32)
+    features = tuple(np.asarray(compress(m, config.length_power)) for m in backbone(images))
+    variables = jax.jit(model.init)(jax.random.key(0), tuple(m[:1] for m in features))
+    return config, backbone, model, variables, images, features
+
+
+def location_maps(setup, config):
+    _, _, model, variables, _, features = setup
+    latents = jax.jit(model.apply)(variables, features)
+    return [
+        location_scores(z, ld, form=config.map.form, log_det_weight=config.map.log_det)
+        for z, ld in latents
+    ]
+
+
+def test_held_out_maps_and_windows_become_standard(setup):
+    config, _, model, variables, _, features = setup
+    calibration = calibrate(config, model, variables, features)
+    maps = location_maps(setup, config)
+    for m, mean, std in zip(maps, calibration.scale_mean, calibration.scale_std, strict=True):
+        standard = (np.asarray(m) - mean) / std
+        assert standard.mean() == pytest.approx(0, abs=1e-3)
+        assert standard.std() == pytest.approx(1, abs=1e-3)
+    windows = window_maxima(fuse_finest(maps, calibration))
+    standard = (windows - calibration.window_mean) / calibration.window_std
+    np.testing.assert_allclose(standard.mean(0), 0, atol=1e-3)
+    np.testing.assert_allclose(standard.std(0), 1, atol=1e-2)
+
+
+def test_without_held_out_images_scores_stay_as_they_are(setup):
+    config, _, model, variables, _, _ = setup
+    calibration = calibrate(config, model, variables, None)
+    maps = location_maps(setup, config)
+    resized = [jax.image.resize(m, (11, 32, 48), "bilinear") for m in maps]
+    np.testing.assert_allclose(
+        fuse(maps, calibration, (32, 48)), (resized[0] + resized[1]) / 2, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("form", ["windows", "top_k"])
+def test_scores_of_images_follow_from_their_features(setup, form):
+    config, backbone, model, variables, images, features = setup
+    config = config.copy_and_resolve_references()
+    config.score.form = form
+    calibration = calibrate(config, model, variables, features)
+    detector = FastFlowDetector(config, backbone, model, variables, calibration)
+    scores, anomaly_maps = [
+        np.concatenate(parts)
+        for parts in zip(*map(detector.score, np.split(images, [4, 8])), strict=True)
+    ]
+    maps = location_maps(setup, config)
+    np.testing.assert_allclose(anomaly_maps, fuse(maps, calibration, (32, 48)), atol=2e-3)
+    if form == "top_k":
+        expected = anomaly_maps.max((1, 2))  # top_k is 0: the maximum
+    else:
+        windows = window_maxima(fuse_finest(maps, calibration))
+        expected = ((windows - calibration.window_mean) / calibration.window_std).mean(-1)
+    np.testing.assert_allclose(scores, expected, atol=5e-3)
+
+
+def test_what_normal_images_do_not_show_scores_higher(setup):
+    config, backbone, model, variables, images, features = setup
+    calibration = calibrate(config, model, variables, features)
+    detector = FastFlowDetector(config, backbone, model, variables, calibration)
+    spoilt = images[:4].copy()
+    spoilt[:, 8:24, 16:32] += 6.0
+    before, _ = detector.score(images[:4])
+    after, anomaly_map = detector.score(spoilt)
+    assert np.all(after > before)
+    inside = np.zeros((32, 48), bool)
+    inside[8:24, 16:32] = True
+    assert anomaly_map[:, inside].mean() > anomaly_map[:, ~inside].mean()
+    assert anomaly_map.dtype == jnp.float32

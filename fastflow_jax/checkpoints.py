@@ -1,10 +1,13 @@
 """Orbax checkpoints of a run: the latest, to resume from, and the best by held-out likelihood."""
 
+import contextlib
 import pathlib
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
+
+from fastflow_jax.errors import InputError
 
 _policies = ocp.training.preservation_policies
 
@@ -37,7 +40,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exc):
-        self._orbax.close()  # waits for what is being written
+        with self._full_disk_is_named():
+            self._orbax.close()  # waits for what is being written
 
     @property
     def latest(self) -> int | None:
@@ -55,7 +59,20 @@ class Checkpoints:
         if step == self.latest:
             return
         metrics = None if holdout_nll is None else {"holdout_nll": holdout_nll}
-        self._orbax.save_async(step, state, metrics=metrics, force=True)
+        with self._full_disk_is_named():
+            self._orbax.save_async(step, state, metrics=metrics, force=True)
+
+    @contextlib.contextmanager
+    def _full_disk_is_named(self):
+        try:
+            yield
+        except Exception as error:  # of whatever library met it first
+            if "No space left on device" not in str(error):
+                raise
+            raise InputError(
+                f"no space left to write {self._orbax.directory}: make room, and the same command "
+                "goes on from the checkpoint before"
+            ) from error
 
     def restore(self, step: int, template: Any) -> Any:
         """Read a checkpoint onto the default device, whatever devices wrote it.

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import pathlib
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -15,7 +16,7 @@ from fastflow_jax.parallel import KINDS
 def default() -> ConfigDict:
     """The default recipe. Fields that are None are filled from the backbone by `fill`."""
     c = ConfigDict()
-    c.seed = 0  # of weights, permutations and order
+    c.seed = 0  # of the flow's weights, permutations and order, and of random backbones
     c.seeds = 1  # this many runs, from `seed` on; the table gives mean and deviation
     c.parallel = "pmap"  # or "jit": how the devices of this machine share a batch
 
@@ -80,8 +81,32 @@ def default() -> ConfigDict:
     return c
 
 
-# What may differ between a run and its continuation: it changes no number.
-_FREE_TO_CHANGE = ("parallel", "checkpoint_every", "heatmaps", "data.root", "data.dir")
+# What may differ between a run and its continuation.
+_FREE_TO_CHANGE = ("parallel", "heatmaps", "data.dir")
+
+# Lowest and highest values of numbers.
+_BOUNDS = {
+    "seed": (0, 2**31),
+    "seeds": (1, 1000),
+    "data.holdout": (0, 0.5),
+    "length_power": (0, 1),
+    "flow.steps": (1, 1000),
+    "flow.hidden_ratio": (1e-3, 100),
+    "flow.clamp": (1e-3, 100),
+    "train.steps": (1, 10**9),
+    "train.epochs": (1, 10**9),
+    "train.batch_size": (1, 10**6),
+    "train.learning_rate": (0, 1e12),
+    "train.warmup": (0, 0.9),
+    "train.weight_decay": (0, 1e6),
+    "train.clip": (0, 1e12),
+    "train.beta2": (0, 1 - 1e-9),
+    "map.log_det": (0, 1),
+    "score.top_k": (0, 1),
+    "checkpoint_every": (1, 10**9),
+    "evaluate_every": (0, 10**9),
+    "heatmaps": (0, 10**6),
+}
 
 
 def fill(config: ConfigDict) -> ConfigDict:
@@ -101,6 +126,7 @@ def fill(config: ConfigDict) -> ConfigDict:
         if c.flow[field] is None:
             c.flow[field] = value
     _one_of("flow.norm", c.flow.norm, NORMS)
+    _one_of("flow.affine", c.flow.affine, ("exp", "softplus"))
     _one_of("flow.coupling", c.flow.coupling, ("single", "double"))
     _one_of("train.loss", c.train.loss, ("per_dimension", "sum"))
     _one_of("train.optimizer", c.train.optimizer, ("adam", "sgd"))
@@ -108,6 +134,14 @@ def fill(config: ConfigDict) -> ConfigDict:
     _one_of("map.form", c.map.form, ("log", "probability"))
     _one_of("score.form", c.score.form, ("windows", "top_k"))
     _one_of("parallel", c.parallel, KINDS)
+    if not c.flow.kernels or not all(k in (1, 3, 5, 7) for k in c.flow.kernels):
+        raise InputError(f"config.flow.kernels are of 1, 3, 5 and 7, not {c.flow.kernels}")
+    values = _flat(c.to_dict())
+    for field, (low, high) in _BOUNDS.items():
+        if values[field] is not None and not low <= values[field] <= high:
+            raise InputError(f"config.{field} is from {low} to {high}, not {values[field]}")
+    if c.data.root is not None:
+        c.data.root = str(pathlib.Path(c.data.root).expanduser().resolve())
     return c.lock()
 
 

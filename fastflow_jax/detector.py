@@ -80,7 +80,7 @@ def calibrate(config, model: FastFlow, variables: dict, holdout: Features | None
     if n and config.map.standardise:
         maps = over_holdout(partial(_location_maps, config, model))
         scale_mean = np.array([m.mean(dtype=np.float64) for m in maps], np.float32)
-        scale_std = np.array([m.std(dtype=np.float64) for m in maps], np.float32)
+        scale_std = np.array([m.std(dtype=np.float64) or 1.0 for m in maps], np.float32)
     calibration = Calibration(scale_mean, scale_std, np.zeros(()), np.ones(()))
     if n and config.score.form == "windows":
 
@@ -89,9 +89,10 @@ def calibrate(config, model: FastFlow, variables: dict, holdout: Features | None
             return window_maxima(fuse_finest(maps, calibration))
 
         windows = over_holdout(windows_of)
-        calibration = calibration.replace(
-            window_mean=windows.mean(0), window_std=windows.std(0) + 1e-6
-        )
+        # Few images may agree in one window by chance: no window counts ten times the others.
+        spread = windows.std(0)
+        spread = np.maximum(spread, 0.1 * spread.mean()) if spread.any() else np.ones_like(spread)
+        calibration = calibration.replace(window_mean=windows.mean(0), window_std=spread)
     return calibration
 
 

@@ -1,28 +1,25 @@
 """One experiment: data, features, training, evaluation, and the run folder that keeps them."""
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import importlib.metadata
+import itertools
 import json
 import pathlib
 import platform
 import time
-from collections.abc import Iterator
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+import fastflow_jax
 from fastflow_jax import data
 from fastflow_jax.backbones import Backbone, create_backbone
 from fastflow_jax.checkpoints import Checkpoints
-from fastflow_jax.config import differences, to_plain
 from fastflow_jax.data.pipeline import batches
 from fastflow_jax.describe import flow_model
 from fastflow_jax.detector import FastFlowDetector, calibrate
-from fastflow_jax.errors import InputError
 from fastflow_jax.evaluate import METRICS, Scored, measure, score_split
 from fastflow_jax.features import (
     Features,
@@ -34,6 +31,7 @@ from fastflow_jax.features import (
 )
 from fastflow_jax.report.heatmaps import draw_heatmap, save_picture
 from fastflow_jax.report.table import format_table
+from fastflow_jax.run_folder import check_same_data, claim, write_json
 from fastflow_jax.train import TrainState, train
 
 
@@ -61,7 +59,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
       Interrupted: SIGTERM or SIGINT came while training; the state is saved.
     """
     workdir = pathlib.Path(workdir)
-    with _claimed(workdir, config):
+    with claim(workdir, config):
         results_file = workdir / "results.json"
         if results_file.exists():
             results = json.loads(results_file.read_text())
@@ -71,7 +69,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         seeds = [config.seed + i for i in range(config.seeds)]
         parts = []
         for category in categories:
-            prepare = functools.cache(functools.partial(_prepare, config, category))
+            prepare = functools.lru_cache(1)(functools.partial(_prepare, config, category))
             name = category or config.data.name
             for seed in seeds:
                 folder = workdir
@@ -81,7 +79,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
                     folder /= f"seed_{seed}"
                 parts.append(_run_part(config, prepare, name, seed, folder))
         results = _summarise(config, parts)
-        _write_json(results_file, results)
+        write_json(results_file, results)
         print(f"\n{format_table(results)}\n\nRun folder: {workdir}")
         return results
 
@@ -102,8 +100,6 @@ def split_holdout(n: int, part: float) -> tuple[np.ndarray, np.ndarray]:
 
     A fixed choice, the same for all seeds. At least one image is left on either side.
     """
-    if not 0 <= part <= 0.5:
-        raise InputError(f"data.holdout is a part of the training images, 0 to 0.5, not {part}")
     if part == 0 or n < 2:
         return np.arange(n), np.arange(0)
     every = min(round(1 / part), n)
@@ -111,14 +107,17 @@ def split_holdout(n: int, part: float) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def _prepare(config, category: str | None) -> _Prepared:
-    """Open the data, then fetch weights, then compute the features once."""
+def _prepare(config, category: str | None, weights_seed: int) -> _Prepared:
+    """Open the data, then fetch weights, then compute the features once.
+
+    `weights_seed` is that of random weights, where these are asked for.
+    """
     start = time.perf_counter()
     section = config.data.copy_and_resolve_references()
     section.category = category
     dataset = data.open_dataset(section)
     backbone = create_backbone(
-        config.backbone, weights=config.weights, layers=config.layers, seed=config.seed
+        config.backbone, weights=config.weights, layers=config.layers, seed=weights_seed
     )
     train, held_out = split_holdout(len(dataset.train), config.data.holdout)
     extract = extractor(backbone, config.length_power, config.parallel, config.train.batch_size)
@@ -138,6 +137,7 @@ def _prepare(config, category: str | None) -> _Prepared:
             lambda epoch, rows, size: stream(train[rows], size),
             extract,
             config.flow.norm,
+            config.train.batch_size,
         )
     holdout = cached(held_out, "held-out features") if len(held_out) else None
     return _Prepared(dataset, backbone, features, holdout, time.perf_counter() - start)
@@ -161,8 +161,10 @@ def _run_part(config, prepare, name: str, seed: int, folder: pathlib.Path) -> di
     if part_file.exists():
         return json.loads(part_file.read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    prepared: _Prepared = prepare()
+    # Each seed of the control has an untrained backbone of its own.
+    prepared: _Prepared = prepare(seed if config.weights == "random" else config.seed)
     dataset = prepared.dataset
+    check_same_data(folder, list(dataset.train.names))
     model = flow_model(config)
 
     def score_test(state: TrainState, progress: str) -> Scored:
@@ -171,13 +173,12 @@ def _run_part(config, prepare, name: str, seed: int, folder: pathlib.Path) -> di
         stream = _batches(config, prepared.backbone, dataset.test)
         return score_split(detector.score, stream, len(dataset.test), progress=progress)
 
-    def on_epoch(epoch: int, state: TrainState) -> None:
+    def on_epoch(epoch: int, state: TrainState) -> dict:
         if dataset.test and config.evaluate_every and epoch % config.evaluate_every == 0:
-            figures = measure(score_test(state, f"epoch {epoch}"))
-            with (folder / "test_curve.jsonl").open("a") as file:
-                file.write(json.dumps({"epoch": epoch, **figures}) + "\n")
+            return {"test": measure(score_test(state, f"{name}: epoch {epoch}"))}
+        return {}
 
-    start = time.perf_counter()
+    metrics_file = folder / "metrics.jsonl"
     with Checkpoints(folder / "checkpoints") as checkpoints:
         state = train(
             config,
@@ -186,46 +187,52 @@ def _run_part(config, prepare, name: str, seed: int, folder: pathlib.Path) -> di
             prepared.holdout,
             seed=seed,
             checkpoints=checkpoints,
-            metrics_file=folder / "metrics.jsonl",
+            metrics_file=metrics_file,
             on_epoch=on_epoch,
             progress=f"{name}: train",
         )
         best_step = checkpoints.best
-    trained = time.perf_counter()
+    epochs = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     part = {
         "name": name,
         "seed": seed,
         "figures": dict.fromkeys(METRICS),
-        "best_on_test": _best_on_test(folder / "test_curve.jsonl"),
+        "best_on_test": _best_on_test(epochs),
         "best_holdout_step": best_step,
-        "data": dataset.provenance,
+        "data": dataset.provenance
+        | {
+            "trained_on": prepared.train.n,
+            "held_out": len(prepared.holdout[0]) if prepared.holdout else 0,
+        },
         "weights": prepared.backbone.weights,
-        "seconds": {"features": prepared.seconds, "train": trained - start},
+        "seconds": {"features": prepared.seconds, "train": sum(e["seconds"] for e in epochs)},
     }
     if dataset.test:
+        start = time.perf_counter()
         scored = score_test(state, f"{name}: test")
         part["figures"] = measure(scored)
-        part["seconds"]["evaluate"] = time.perf_counter() - trained
+        part["seconds"]["evaluate"] = time.perf_counter() - start
         _write_heatmaps(config, dataset.test, scored, folder / "heatmaps")
     part["seconds"] = {k: round(v, 2) for k, v in part["seconds"].items()}
-    _write_json(part_file, part)
+    write_json(part_file, part)
     return part
 
 
-def _best_on_test(curve: pathlib.Path) -> dict | None:
+def _best_on_test(epochs: list[dict]) -> dict | None:
     """The best figure of each metric over the epochs that were tested: not an honest result."""
-    if not curve.exists():
+    rows = [epoch["test"] for epoch in epochs if "test" in epoch]
+    if not rows:
         return None
-    rows = [json.loads(line) for line in curve.read_text().splitlines()]
     values = {m: [row[m] for row in rows if row[m] is not None] for m in METRICS}
     return {m: max(v, default=None) for m, v in values.items()}
 
 
 def _write_heatmaps(config, source: data.Source, scored: Scored, folder: pathlib.Path) -> None:
-    """Pictures of the highest scores, half of them defective, half good, on one colour scale."""
-    half = config.heatmaps // 2
+    """Pictures of the highest scores, defective and good in turn, on one colour scale."""
     ranked = np.argsort(-scored.scores, kind="stable")
-    chosen = [i for label in (1, 0) for i in ranked[scored.labels[ranked] == label][:half]]
+    good, bad = (ranked[scored.labels[ranked] == label] for label in (0, 1))
+    turns = itertools.zip_longest(bad, good)
+    chosen = [i for turn in turns for i in turn if i is not None][: config.heatmaps]
     # From the typical pixel to the highest that a good image reaches, but for outliers.
     normal = scored.maps[scored.labels == 0] if (scored.labels == 0).any() else scored.maps
     low, high = np.quantile(normal, 0.5), np.quantile(normal, 0.999)
@@ -239,8 +246,7 @@ def _write_heatmaps(config, source: data.Source, scored: Scored, folder: pathlib
             mask=example.mask,
             title=f"{example.name}  score {scored.scores[i]:.3f}",
         )
-        name = pathlib.PurePath(example.name.replace("/", "_")).with_suffix(".png")
-        save_picture(folder / name, picture)
+        save_picture((folder / example.name).with_suffix(".png"), picture)
 
 
 def _summarise(config, parts: list[dict]) -> dict:
@@ -277,47 +283,18 @@ def _summarise(config, parts: list[dict]) -> dict:
             "aupro_fpr_limit": 0.3,
             "std": "over seeds, of the mean over categories (n - 1)",
             "backbone": config.backbone,
-            "weights": parts[0]["weights"],
+            "weights": parts[0]["weights"],  # of the first seed, where they are random
             "image_size": list(config.image_size),
             "holdout": config.data.holdout,
             "seeds": seeds,
             "data": {name: of(name, "data")[0] for name in names},
         },
+        # Features are computed once for all seeds of a category, and told with each.
         "seconds": {"/".join((p["name"], str(p["seed"]))): p["seconds"] for p in parts},
         "versions": {
             "python": platform.python_version(),
-            **{p: importlib.metadata.version(p) for p in ("fastflow-jax", "jax", "flax", "optax")},
+            "fastflow-jax": fastflow_jax.__version__,
+            **{p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")},
             "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
         },
     }
-
-
-@contextlib.contextmanager
-def _claimed(workdir: pathlib.Path, config) -> Iterator[None]:
-    """Hold the run folder for this process and this configuration."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(
-                f"{workdir} is in use by another process: wait for it, or choose another --workdir"
-            ) from error
-        config_file = workdir / "config.json"
-        if config_file.exists():
-            if changed := differences(json.loads(config_file.read_text()), config):
-                raise InputError(
-                    f"{workdir} holds a run with other settings:\n  "
-                    + "\n  ".join(changed)
-                    + "\nchoose another --workdir, or remove that folder"
-                )
-        else:
-            _write_json(config_file, to_plain(config))
-        yield
-
-
-def _write_json(file: pathlib.Path, content: dict) -> None:
-    """Write a whole file or none."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(file)

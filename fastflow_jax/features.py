@@ -89,6 +89,7 @@ def recomputed_features(
     batches_of: Callable[[int, np.ndarray, int], Iterable[Batch]],
     extract: Callable,
     norm: str,
+    batch_size: int,
 ) -> TrainingFeatures:
     """Training features that come from the images again in every epoch.
 
@@ -98,6 +99,7 @@ def recomputed_features(
         in that epoch.
       extract: see `extractor`.
       norm: see `channel_statistics`.
+      batch_size: that `extract` is made for.
     """
 
     def stream(epoch, index):
@@ -105,7 +107,7 @@ def recomputed_features(
             yield extract(batch.image)
 
     def once():
-        for batch in batches_of(0, np.arange(n), min(n, 32)):
+        for batch in batches_of(0, np.arange(n), batch_size):
             yield extract(batch.image)
 
     shapes = tuple(m.shape[1:] for m in next(once()))

@@ -1,6 +1,7 @@
 """python -m fastflow_jax.main --config=configs/demo.py [--config.seed=1 ...] [--workdir=DIR]."""
 
 import errno
+import itertools
 import os
 import pathlib
 import runpy
@@ -56,7 +57,7 @@ def _run(argv: list[str]) -> None:
     except Interrupted as stop:
         _fail(f"{stop}; the same command goes on from there", stop.exit_code)
     except KeyboardInterrupt:
-        _fail("interrupted; there was nothing new to save", 130)
+        _fail("interrupted; the same command goes on from the last checkpoint, if any", 130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
@@ -68,7 +69,8 @@ def _parse(argv: list[str]) -> list[str]:
     from fastflow_jax.config import misspelt
     from fastflow_jax.errors import InputError
 
-    given = [a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config=")]
+    words = [word for a in argv for word in a.split("=", 1)]  # --config=FILE or --config FILE
+    given = [b for a, b in itertools.pairwise(words) if a in ("--config", "-config")]
     file, _, argument = given[-1].partition(":") if given else ("", "", "")
     if given and not pathlib.Path(file).is_file():
         _fail(f"there is no configuration {file}: name a file such as configs/demo.py", 2)
@@ -77,6 +79,8 @@ def _parse(argv: list[str]) -> list[str]:
     except (flags.Error, InputError) as error:
         _fail(str(error), 2)
     except (AttributeError, KeyError):
+        if not file:
+            _fail("name an experiment before its fields: --config=configs/demo.py", 2)
         config = runpy.run_path(file)["get_config"](*([argument] if argument else []))
         message = misspelt(config, argv)
         if message is None:

@@ -146,7 +146,7 @@ def window_maxima(scores: jax.Array) -> jax.Array:
     """
     maxima = []
     side = 1
-    while side < min(scores.shape[1:]):
+    while side <= min(scores.shape[1:]) and side**2 < scores[0].size:
         windows = nn.avg_pool(scores[..., None], (side, side), padding="VALID")
         maxima.append(windows.max((1, 2, 3)))
         side *= 2

@@ -218,7 +218,7 @@ def train(
     seed: int,
     checkpoints: Checkpoints,
     metrics_file: pathlib.Path,
-    on_epoch: Callable[[int, TrainState], None] = lambda epoch, state: None,
+    on_epoch: Callable[[int, TrainState], dict] = lambda epoch, state: {},
     progress: str = "train",
 ) -> TrainState:
     """Train to the end of the configuration, from the latest checkpoint where there is one.
@@ -231,7 +231,8 @@ def train(
       seed: of parameters, permutations and order.
       checkpoints: of this run.
       metrics_file: gets a JSON line an epoch, each epoch once however often the run is resumed.
-      on_epoch: called after each epoch with its number, from 1 on.
+      on_epoch: called after each epoch with its number, from 1 on; what it returns goes into the
+        epoch's line.
       progress: label of the progress bar.
 
     Raises:
@@ -247,7 +248,9 @@ def train(
         multiple=jax.local_device_count(),
     )
     steps = len(order(epoch=0)[0])
-    epochs = config.train.epochs or max(1, round(config.train.steps / steps))
+    epochs = config.train.epochs
+    if epochs is None:
+        epochs = max(1, round(config.train.steps / steps))
     optimizer = create_optimizer(config.train, epochs * steps)
     state = create_state(model, optimizer, features.shapes, features.statistics, seed)
     if checkpoints.latest is not None:
@@ -285,10 +288,11 @@ def train(
                 line["holdout_nll"] = holdout_nll(state)
             if not np.isfinite(list(line.values())).all():
                 raise InputError(
-                    f"training diverged in epoch {epoch + 1} (loss {line['loss']}): lower "
-                    "--config.train.learning_rate, or set --config.train.clip=1.0"
+                    f"training diverged in epoch {epoch + 1} (loss {line['loss']}): in a new "
+                    "--workdir, lower --config.train.learning_rate or set --config.train.clip=1.0"
                 )
             line["seconds"] = round(time.perf_counter() - start, 3)
+            line |= on_epoch(epoch + 1, state)
             bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, loss {line['loss']:.4g}", False)
             # The line stands before its checkpoint does, so that no saved epoch can lack one.
             with metrics_file.open("a") as file:
@@ -296,9 +300,8 @@ def train(
             last = epoch + 1 == epochs
             if last or received or (epoch + 1) % config.checkpoint_every == 0:
                 checkpoints.save(int(state.step), state, line.get("holdout_nll"))
-            if received and not last:
+            if received:
                 raise Interrupted(received[0], epoch + 1)
-            on_epoch(epoch + 1, state)
     return state
 
 

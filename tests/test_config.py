@@ -45,6 +45,14 @@ def test_values_given_by_hand_stay():
         ("map.form", "logit", "config.map.form is one of log, probability, not 'logit'"),
         ("image_size", ("big",), "config.image_size is a side or"),
         ("image_size", (1, 2, 3), "config.image_size is a side or"),
+        ("flow.affine", "linear", "config.flow.affine is one of exp, softplus"),
+        ("flow.kernels", (), "config.flow.kernels are of 1, 3, 5 and 7"),
+        ("flow.steps", 0, "config.flow.steps is from 1 to 1000, not 0"),
+        ("seeds", 0, "config.seeds is from 1"),
+        ("train.epochs", 0, "config.train.epochs is from 1"),
+        ("train.warmup", 1.0, "config.train.warmup is from 0 to 0.9"),
+        ("checkpoint_every", 0, "config.checkpoint_every is from 1"),
+        ("data.holdout", 0.7, "config.data.holdout is from 0 to 0.5, not 0.7"),
         ("parallel", "pjit", "config.parallel is one of pmap, jit"),
     ],
 )
@@ -61,6 +69,14 @@ def test_differences_name_fields_and_skip_what_changes_no_number():
     lines = differences(to_plain(one), fill(two))
     assert lines == ["flow.clamp: 2.0 there, 1.5 asked for", "seed: 0 there, 3 asked for"]
     assert differences(to_plain(one), one) == []
+
+
+def test_another_folder_of_images_is_another_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, two, three = default(), default(), default()
+    one.data.root, two.data.root, three.data.root = "a", str(tmp_path / "a"), "b"
+    assert differences(to_plain(fill(one)), fill(two)) == []
+    assert differences(to_plain(fill(one)), fill(three))[0].startswith("data.root: ")
 
 
 def test_a_misspelt_field_is_named_with_its_neighbours():

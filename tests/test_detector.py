@@ -61,6 +61,16 @@ def test_without_held_out_images_scores_stay_as_they_are(setup):
     )
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_few_held_out_images_leave_scores_finite_and_balanced(setup, n):
+    config, _, model, variables, _, features = setup
+    calibration = calibrate(config, model, variables, tuple(m[:n] for m in features))
+    spread = calibration.window_std
+    assert np.all(np.isfinite(spread))
+    assert spread.min() >= 0.09 * spread.mean()
+    assert np.all(calibration.scale_std > 0)
+
+
 @pytest.mark.parametrize("form", ["windows", "top_k"])
 def test_scores_of_images_follow_from_their_features(setup, form):
     config, backbone, model, variables, images, features = setup

@@ -10,6 +10,7 @@ from fastflow_jax import experiment
 from fastflow_jax.config import default, fill
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluate import METRICS
+from fastflow_jax.run_folder import check_same_data
 
 
 def tiny(**fields):
@@ -37,7 +38,7 @@ def test_the_run_folder_holds_everything(finished):
     assert expected <= names
     assert json.loads((folder / "results.json").read_text()) == results
     assert json.loads((folder / "config.json").read_text())["layers"] == ["blocks.2"]
-    assert len(list((folder / "heatmaps").glob("*.png"))) == 4
+    assert len(list((folder / "heatmaps").glob("*/*.png"))) == 4
 
 
 def test_results_say_what_was_done(finished):
@@ -85,7 +86,8 @@ def test_seeds_and_the_curve_on_test_images(tmp_path):
     assert results["std"]["image_auroc"] == pytest.approx(np.std(scores, ddof=1))
     # One epoch: the best epoch is the last.
     assert results["best_on_test"]["brick"] == pytest.approx(results["mean"])
-    assert (tmp_path / "run" / "seed_1" / "metrics.jsonl").exists()
+    lines = (tmp_path / "run" / "seed_1" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["test"] == pytest.approx(results["seeds"]["1"]["brick"])
 
 
 def test_uncached_features_train_the_same(finished, tmp_path):
@@ -127,6 +129,63 @@ def test_every_so_many_th_image_is_held_out(n, part, held):
     assert sorted([*train, *holdout]) == list(range(n))
 
 
-def test_a_share_beyond_half_is_refused():
-    with pytest.raises(InputError, match=r"data\.holdout.*not 0\.7"):
-        experiment.split_holdout(10, 0.7)
+def test_categories_and_seeds_go_on_where_they_stopped(tmp_path, monkeypatch):
+    fields = {"data.category": "gravel,brick", "seeds": 2}
+    undisturbed = experiment.run(tiny(**fields), tmp_path / "one")
+    assert list(undisturbed["categories"]) == ["gravel", "brick"]
+    scores = {
+        (seed, name): row["pixel_auroc"]
+        for seed, rows in undisturbed["seeds"].items()
+        for name, row in rows.items()
+    }
+    assert undisturbed["mean"]["pixel_auroc"] == pytest.approx(np.mean(list(scores.values())))
+    by_seed = [np.mean([scores[s, name] for name in ("gravel", "brick")]) for s in ("0", "1")]
+    assert undisturbed["std"]["pixel_auroc"] == pytest.approx(np.std(by_seed, ddof=1))
+
+    run_part, parts = experiment._run_part, []
+
+    def killed_in_the_third(*arguments):
+        if len(parts) == 2:
+            raise RuntimeError("killed")
+        parts.append(run_part(*arguments))
+        return parts[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "_run_part", killed_in_the_third)
+        with pytest.raises(RuntimeError, match="killed"):
+            experiment.run(tiny(**fields), tmp_path / "two")
+    first = (tmp_path / "two" / "gravel" / "seed_0" / "part.json").stat().st_mtime_ns
+    resumed = experiment.run(tiny(**fields), tmp_path / "two")
+    assert (tmp_path / "two" / "gravel" / "seed_0" / "part.json").stat().st_mtime_ns == first
+    for key in ("categories", "mean", "std", "seeds"):
+        assert resumed[key] == undisturbed[key]
+
+
+def test_each_seed_of_the_control_has_a_backbone_of_its_own(tmp_path):
+    experiment.run(tiny(seeds=2), tmp_path / "run")
+    parts = [
+        json.loads((tmp_path / "run" / f"seed_{seed}" / "part.json").read_text()) for seed in (0, 1)
+    ]
+    assert [part["weights"]["seed"] for part in parts] == [0, 1]
+
+
+def test_settings_may_change_until_training_begins(tmp_path):
+    with pytest.raises(InputError):
+        experiment.run(tiny(weights="no/such/file.pth"), tmp_path / "run")
+    results = experiment.run(tiny(), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["weights"] == "random"
+    assert results["protocol"]["weights"]["source"] == "random"
+
+
+def test_other_training_images_are_refused(tmp_path):
+    check_same_data(tmp_path, ["a.png", "b.png"])
+    check_same_data(tmp_path, ["a.png", "b.png"])
+    with pytest.raises(InputError, match="no longer those"):
+        check_same_data(tmp_path, ["a.png"])
+
+
+def test_a_file_in_the_way_of_the_run_folder_is_named(tmp_path):
+    (tmp_path / "run").write_text("")
+    for workdir in (tmp_path / "run", tmp_path / "run" / "below"):
+        with pytest.raises(InputError, match="a file is in the way"):
+            experiment.run(tiny(), workdir)

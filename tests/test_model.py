@@ -12,7 +12,7 @@ from scipy import stats
 
 from fastflow_jax.config import default
 from fastflow_jax.detector import Calibration, fuse
-from fastflow_jax.features import channel_statistics
+from fastflow_jax.features import channel_statistics, compress
 from fastflow_jax.model import (
     FastFlow,
     FeatureNorm,
@@ -135,6 +135,20 @@ def test_a_constant_channel_stays_finite():
         np.testing.assert_allclose(y[..., 1], 0, atol=1e-5)
 
 
+def test_compressed_vectors_keep_direction_and_order_of_length():
+    x = np.random.default_rng(7).normal(size=(2, 3, 3, 5)).astype(np.float32)
+    x *= np.geomspace(0.01, 100, 18).reshape(2, 3, 3, 1)
+    y = compress(x, 0.25)
+
+    def length(v):
+        return np.linalg.norm(v, axis=-1, keepdims=True)
+
+    np.testing.assert_allclose(length(y), length(x) ** 0.25, rtol=1e-3)
+    np.testing.assert_allclose(y / length(y), x / length(x), atol=1e-5)
+    np.testing.assert_array_equal(compress(x, 1.0), x)
+    assert np.isfinite(compress(np.zeros((1, 1, 1, 4), np.float32), 0.25)).all()
+
+
 def test_layer_norms_are_per_image():
     x = np.random.default_rng(4).normal(3, 2, (2, 4, 3, 5)).astype(np.float32)
     plain = FeatureNorm("layer_plain").apply({}, x)
@@ -175,5 +189,7 @@ def test_top_mean_and_windows_against_numpy():
 
     expected = np.stack([highest(1), highest(2), highest(4), x.mean((1, 2))], -1)
     np.testing.assert_allclose(window_maxima(x), expected, rtol=1e-4, atol=1e-6)
-    # A map of one location has one window.
+    # A strip has its single locations, and a map of one location has one window.
+    strip = np.stack([x[:, 0].max(1), x[:, 0].mean(1)], -1)
+    np.testing.assert_allclose(window_maxima(x[:, :1]), strip, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(window_maxima(x[:, :1, :1]), x[:, 0, :1])

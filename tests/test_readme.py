@@ -23,3 +23,10 @@ def test_the_example_builds_a_density_model():
     (features,) = names["backbone"](image)
     log_likelihood, _ = jax.jit(names["Head"]().init_with_output)(jax.random.key(0), features)
     assert log_likelihood.shape == features.shape[:3] == (1, 4, 4)
+
+
+def test_every_linked_file_is_there():
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README.read_text())
+    assert links
+    for link in links:
+        assert (README.parent / link).exists(), link

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from fastflow_jax import parallel
 from fastflow_jax.checkpoints import Checkpoints
 from fastflow_jax.config import default
+from fastflow_jax.data.pipeline import Batch
 from fastflow_jax.errors import InputError
-from fastflow_jax.features import TrainingFeatures, cached_features
+from fastflow_jax.features import TrainingFeatures, cached_features, recomputed_features
 from fastflow_jax.model import FastFlow, negative_log_likelihood
 from fastflow_jax.train import (
     Interrupted,
@@ -169,12 +170,25 @@ def test_order_follows_seed_and_epoch():
     assert not np.array_equal(one, order(seed=1, epoch=0)[0])
 
 
-def test_streamed_features_train_as_cached_ones_do(config, tmp_path):
-    cached = cached_features(images(), "whiten")
-    streamed = TrainingFeatures(cached.n, cached.shapes, cached.statistics, cached.stream, None)
-    one, _ = run(config, tmp_path / "cached", cached)
-    two, _ = run(config, tmp_path / "streamed", streamed)
+def test_recomputed_features_train_as_cached_ones_do(config, tmp_path):
+    pixels = images()[0]
+
+    def extract(batch):  # stands for a backbone; takes what its batch size allows, no more
+        assert len(batch) <= 4
+        return batch, np.concatenate([batch[:, :2], batch[:, 1:, :, :1]], -1) ** 2
+
+    def batches_of(epoch, rows, size):
+        for i in range(0, len(rows), size):
+            part = rows[i : i + size]
+            yield Batch(pixels[part], None, np.zeros(len(part)), part)
+
+    whole = tuple(map(np.concatenate, zip(*map(extract, np.array_split(pixels, 3)), strict=True)))
+    one, _ = run(config, tmp_path / "cached", cached_features(whole, "whiten"))
+    recomputed = recomputed_features(N, batches_of, extract, "whiten", 4)
+    assert recomputed.cached is None
+    two, _ = run(config, tmp_path / "recomputed", recomputed)
     assert_close(one.params, two.params)
+    assert_close(one.constants, two.constants)
 
 
 def test_metrics_checkpoints_and_best(config, tmp_path):
@@ -199,7 +213,18 @@ def test_the_newest_stays_where_an_older_one_is_best(tmp_path):
         np.testing.assert_array_equal(checkpoints.restore(2, state)["x"], state["x"] + 2)
 
 
-@pytest.mark.parametrize("stop_at", [4, 6])  # in the middle of an epoch, and at its end
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+
+        def fail(*arguments, **keywords):
+            raise ValueError("RESOURCE_EXHAUSTED: Error: No space left on device [os_error_code]")
+
+        monkeypatch.setattr(checkpoints._orbax, "save_async", fail)
+        with pytest.raises(InputError, match=r"no space left to write .*make room"):
+            checkpoints.save(1, {"x": jnp.zeros(1)})
+
+
+@pytest.mark.parametrize("stop_at", [4, 6, 9])  # within an epoch, at its end, at the very end
 def test_interrupted_and_resumed_equals_undisturbed(config, tmp_path, stop_at):
     undisturbed, lines = run(config, tmp_path / "one")
     cached = cached_features(images(), "whiten")
@@ -241,8 +266,10 @@ def test_lines_without_a_checkpoint_are_written_once(config, tmp_path):
 
 
 def test_diverging_training_says_what_to_do(config, tmp_path):
-    config.train.learning_rate = 1e9
-    with pytest.raises(InputError, match=r"diverged.*lower --config\.train\.learning_rate"):
+    config.train.learning_rate, config.train.clip = 1e9, 0.0
+    with pytest.raises(
+        InputError, match=r"diverged in epoch .*lower --config\.train\.learning_rate"
+    ):
         run(config, tmp_path / "run")
 
 

@@ -52,7 +52,8 @@ def default() -> ConfigDict:
     # Training
     c.train = ConfigDict()
     c.train.steps = 250  # rounded to whole epochs
-    c.train.epochs = placeholder(int)  # overrides steps
+    c.train.max_epochs = 20  # few images take fewer steps: more would learn them by heart
+    c.train.epochs = placeholder(int)  # overrides both
     c.train.batch_size = 32
     c.train.drop_last = False  # leave an epoch's short last batch out, as the reference does
     c.train.loss = "per_dimension"  # or "sum": the reference's
@@ -95,6 +96,7 @@ _BOUNDS = {
     "flow.clamp": (1e-3, 100),
     "train.steps": (1, 10**9),
     "train.epochs": (1, 10**9),
+    "train.max_epochs": (1, 10**9),
     "train.batch_size": (1, 10**6),
     "train.learning_rate": (0, 1e12),
     "train.warmup": (0, 0.9),

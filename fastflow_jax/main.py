@@ -79,8 +79,6 @@ def _parse(argv: list[str]) -> list[str]:
     except (flags.Error, InputError) as error:
         _fail(str(error), 2)
     except (AttributeError, KeyError):
-        if not file:
-            _fail("name an experiment before its fields: --config=configs/demo.py", 2)
         config = runpy.run_path(file)["get_config"](*([argument] if argument else []))
         message = misspelt(config, argv)
         if message is None:

@@ -250,7 +250,7 @@ def train(
     steps = len(order(epoch=0)[0])
     epochs = config.train.epochs
     if epochs is None:
-        epochs = max(1, round(config.train.steps / steps))
+        epochs = min(config.train.max_epochs, max(1, round(config.train.steps / steps)))
     optimizer = create_optimizer(config.train, epochs * steps)
     state = create_state(model, optimizer, features.shapes, features.statistics, seed)
     if checkpoints.latest is not None:

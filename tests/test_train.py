@@ -203,6 +203,13 @@ def test_metrics_checkpoints_and_best(config, tmp_path):
         assert_same(checkpoints.restore(9, state), state)
 
 
+def test_steps_become_whole_epochs_and_few_images_take_few(config, tmp_path):
+    config.train.epochs, config.train.steps = None, 7  # 3 steps an epoch
+    assert int(run(config, tmp_path / "one")[0].step) == 6
+    config.train.steps, config.train.max_epochs = 1000, 4
+    assert int(run(config, tmp_path / "two")[0].step) == 12
+
+
 def test_the_newest_stays_where_an_older_one_is_best(tmp_path):
     state = {"x": jnp.arange(3.0)}
     with Checkpoints(tmp_path) as checkpoints:

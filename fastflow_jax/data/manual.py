@@ -101,7 +101,7 @@ def open_archive(archive: Path) -> Iterator[tarfile.TarFile | zipfile.ZipFile]:
     """A tar or zip file to be read once, from its start to its end, with its progress shown.
 
     Raises:
-        InputError: the archive is damaged.
+        InputError: the archive is damaged or was cut off.
     """
     size = archive.stat().st_size
     title = f"unpacking {archive.name}"
@@ -111,8 +111,14 @@ def open_archive(archive: Path) -> Iterator[tarfile.TarFile | zipfile.ZipFile]:
             tqdm.wrapattr(file, "read", size, desc=title, delay=1) as stream,
             zipfile.ZipFile(stream)
             if archive.suffix == ".zip"
-            else tarfile.open(fileobj=stream, mode="r|*") as packed,
+            else tarfile.open(fileobj=stream, mode="r:*") as packed,
         ):
             yield packed
+            if isinstance(packed, tarfile.TarFile):
+                # An archive cut off between two members looks like a shorter one to tarfile; only
+                # the end of the compressed stream, with its checksum, tells them apart.
+                while packed.fileobj.read(1 << 20):
+                    pass
     except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError) as error:
-        raise InputError(f"{archive} is damaged ({error}): download it once more.") from error
+        problem = " ".join(str(error).split())  # tarfile's messages may run over several lines
+        raise InputError(f"{archive} is damaged ({problem}): download it once more.") from error

@@ -1,11 +1,11 @@
 """timm's feature maps for seeded numbers that need no torch to be made again."""
 
 import importlib
-import sys
 import warnings
 import zlib
 
 import numpy as np
+from torchvision_oracle import import_torchvision
 
 from fastflow_jax.backbones import BACKBONES, porting
 
@@ -52,21 +52,10 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def import_timm():
-    """The oracle, on torch's CPU build, where torchvision's operators do not load."""
-    import torch
-
+    """The oracle; it needs torchvision only to be importable."""
+    import_torchvision()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            import torchvision  # noqa: F401
-        except RuntimeError:
-            # Declared, the operators need not be there to be named.
-            import_timm.library = torch.library.Library("torchvision", "DEF")
-            for operator in ("nms", "qnms"):
-                schema = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                import_timm.library.define(schema)
-            for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-                del sys.modules[module]
         return importlib.import_module("timm")
 
 

@@ -254,6 +254,24 @@ def test_a_damaged_archive(raw, make_category, open_mvtec, damage):
     assert len(open_mvtec().train) == 3
 
 
+def test_an_archive_cut_off_anywhere(tmp_path):
+    whole = tmp_path / "whole"
+    for name in "abc":
+        (whole / name).mkdir(parents=True)
+        (whole / name / "noise").write_bytes(np.random.default_rng(0).bytes(900))
+    path = tmp_path / "cut.tar.xz"
+    pack(path, sorted(whole.iterdir()))
+    data = path.read_bytes()
+    for length in range(0, len(data), 4):
+        path.write_bytes(data[:length])
+        with pytest.raises(InputError, match="is damaged"):
+            manual.unpack(path)
+        assert not (tmp_path / "cut").exists()
+    path.write_bytes(data)
+    manual.unpack(path)
+    assert sorted(each.name for each in (tmp_path / "cut").iterdir()) == ["a", "b", "c"]
+
+
 def test_an_archive_writes_nowhere_else(raw, make_category, open_mvtec):
     with tarfile.open(raw / "mvtec_anomaly_detection.tar.xz", "w:xz") as packed:
         packed.add(make_category(raw.parent / "made/bottle"), "../../outside")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "backbones"))
+sys.path[:0] = [str(HERE.parent / "backbones"), str(HERE.parent)]
 
 from timm_oracle import sample, seeded_images, seeded_state, timm_maps  # noqa: E402
 

@@ -2,12 +2,23 @@
 
     python -m fastflow_jax.main --config=configs/reference.py:bottle
     python -m fastflow_jax.main --config=configs/reference.py --config.backbone=wide_resnet50_2
+    python -m fastflow_jax.main --config=configs/reference.py \
+        --config.backbone=deit_base_distilled_patch16_384     # or cait_m48_448
 
-Layer norm of each image with trainable scale and offset, one flow a scale with couplings of old
-clamp 2, the summed loss, Adam at 1e-3 with L2 decay for 500 epochs, a map of probabilities without
-the log-determinant, averaged over the scales, and its maximum for a score. Every image trains the
-flow: nothing is held out. Trainable numbers at 256x256: 5,574,912 (resnet18), 45,007,872
-(wide_resnet50_2).
+The couplings' old clamp of 2, the summed loss, Adam at 1e-3 with L2 decay for 500 epochs, a map of
+probabilities without the log-determinant, averaged over the scales, and its maximum for a score.
+Every image trains the flow: nothing is held out. What depends on the backbone:
+
+    backbone                         input  features          norm  steps  kernels  ratio  trainable
+    resnet18                           256  layer1 to layer3  layer     8  3          1    5,574,912
+    wide_resnet50_2                    256  layer1 to layer3  layer     8  3 and 1    1   45,007,872
+    deit_base_distilled_patch16_384    384  block 7           none     20  3 and 1  .16    7,074,500
+    cait_m48_448                       448  block 40          none     20  3 and 1  .16    7,074,500
+
+Blocks are counted from 0, and their tokens go through the transformer's own last norm; the layer
+norm of the others is of each image, with a trainable scale and offset for every place and channel.
+With `--config.flow.hidden_ratio=0.33334` the transformers' flows have 128 hidden channels and
+14,794,240 trainable numbers, about as many as the paper tells of.
 """
 
 from fastflow_jax.config import default
@@ -22,7 +33,6 @@ def get_config(category: str | None = None):
     c.published = True
     c.backbone = "resnet18"
     c.length_power = 1.0
-    c.flow.norm = "layer"
     c.flow.affine = "softplus"
     c.flow.zero_init = False
     c.train.epochs = 500

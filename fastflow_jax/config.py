@@ -40,7 +40,7 @@ def default() -> ConfigDict:
 
     # Flow
     c.flow = ConfigDict()
-    c.flow.norm = "whiten"  # or "standardise"; "layer", "layer_plain": per image
+    c.flow.norm = placeholder(str)  # "whiten", "standardise", "layer", "layer_plain" or "none"
     c.flow.steps = placeholder(int)
     c.flow.kernels = placeholder(tuple)  # taken in turn: (3,) or (3, 1)
     c.flow.hidden_ratio = placeholder(float)  # hidden channels of a subnet over its input's
@@ -122,7 +122,7 @@ def fill(config: ConfigDict) -> ConfigDict:
     spec = find_spec(c.backbone)
     c.image_size = _size(c.image_size or spec.image_size)
     layers = spec.layers if c.published else _recipe_layers(spec)
-    flow = spec.flow if c.published else {"steps": 4, "kernels": (3, 1), "hidden_ratio": 2.0}
+    flow = spec.flow if c.published else _RECIPE_FLOW
     c.layers = check_layers(spec, c.layers or layers)
     for field, value in flow.items():
         if c.flow[field] is None:
@@ -145,6 +145,9 @@ def fill(config: ConfigDict) -> ConfigDict:
     if c.data.root is not None:
         c.data.root = str(pathlib.Path(c.data.root).expanduser().resolve())
     return c.lock()
+
+
+_RECIPE_FLOW = {"norm": "whiten", "steps": 4, "kernels": (3, 1), "hidden_ratio": 2.0}
 
 
 def _recipe_layers(spec) -> tuple[str, ...]:

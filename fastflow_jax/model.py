@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from fastflow_jax.flows import Flow
 
-NORMS = ("whiten", "standardise", "layer", "layer_plain")
+NORMS = ("whiten", "standardise", "layer", "layer_plain", "none")
 Latents = tuple[tuple[jax.Array, jax.Array], ...]  # one (z [B, h, w, C], log_det [B, h, w]) a scale
 
 
@@ -25,13 +25,16 @@ class FeatureNorm(nn.Module):
         training set, and "standardise" only the latter; their numbers lie in the collection
         "statistics", see `features.channel_statistics`. "layer" is the reference's layer norm of
         each image over h, w and C, with a trainable scale and offset for every place and channel,
-        which ties the model to one input size; "layer_plain" is the same without them.
+        which ties the model to one input size; "layer_plain" is the same without them. "none"
+        leaves features as they are: the reference's way with transformers, which end in a norm.
     """
 
     kind: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.kind == "none":
+            return x
         channels = x.shape[-1]
         if self.kind in ("whiten", "standardise"):
             mean = self.variable("statistics", "mean", jnp.zeros, (channels,)).value

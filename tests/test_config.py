@@ -3,10 +3,13 @@
 import importlib.util
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from fastflow_jax.backbones import find_spec
 from fastflow_jax.config import default, differences, fill, misspelt, to_plain
-from fastflow_jax.describe import describe
+from fastflow_jax.describe import describe, flow_model
 from fastflow_jax.errors import InputError
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -86,15 +89,35 @@ def test_a_misspelt_field_is_named_with_its_neighbours():
     assert misspelt(default(), ["main", "--config.train.epochs=3"]) is None
 
 
-# The trainable numbers of the published form at 256x256, from its formula and the reference's log.
+# The trainable numbers of the published form, from its formula and the reference's log.
 @pytest.mark.parametrize(
-    ("backbone", "numbers"), [("resnet18", "5,574,912"), ("wide_resnet50_2", "45,007,872")]
+    ("backbone", "fields", "numbers"),
+    [
+        ("resnet18", {}, 5_574_912),
+        ("wide_resnet50_2", {}, 45_007_872),
+        ("deit_base_distilled_patch16_384", {}, 7_074_500),
+        ("cait_m48_448", {}, 7_074_500),
+        ("cait_m48_448", {"flow.hidden_ratio": 1 / 3}, 14_794_240),
+    ],
 )
-def test_reference_has_the_published_number_of_parameters(backbone, numbers):
+def test_reference_has_the_published_number_of_parameters(backbone, fields, numbers):
     c = load("reference", "bottle")
     c.backbone = backbone
+    c.update_from_flattened_dict(fields)
+    c = fill(c)
+    height, width = c.image_size
+    maps = [find_spec(backbone).maps[layer] for layer in c.layers]
+    shapes = [(1, height // stride, width // stride, channels) for channels, stride in maps]
+    features = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    params = jax.eval_shape(flow_model(c).init, jax.random.key(0), features)["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == numbers
+
+
+def test_describe_prints_scales_numbers_operations_and_memory():
+    c = load("reference", "bottle")
     c.train.batch_size = 1
-    text = describe(fill(c))
-    assert f"trainable numbers {numbers}" in " ".join(text.split())
-    assert "64x64x" in text
-    assert "operations, backbone" in text
+    text = " ".join(describe(fill(c)).split())
+    assert "trainable numbers 5,574,912" in text
+    assert "layer1 64x64x64 4 " in text
+    assert "operations, backbone, an image " in text
+    assert "a training step of 1 " in text

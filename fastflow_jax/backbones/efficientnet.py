@@ -105,7 +105,7 @@ class EfficientNetSpec:
     @property
     def flow(self) -> dict:
         """FastFlow's settings for this backbone."""
-        return {"steps": 8, "kernels": (3, 1), "hidden_ratio": 1.0}
+        return {"norm": "layer", "steps": 8, "kernels": (3, 1), "hidden_ratio": 1.0}
 
     @property
     def maps(self) -> dict[str, tuple[int, int]]:

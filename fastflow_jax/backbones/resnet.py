@@ -102,7 +102,7 @@ class ResNetSpec:
     @property
     def flow(self) -> dict:
         """FastFlow's settings for this backbone."""
-        return {"steps": 8, "kernels": self.kernels, "hidden_ratio": 1.0}
+        return {"norm": "layer", "steps": 8, "kernels": self.kernels, "hidden_ratio": 1.0}
 
     @property
     def maps(self) -> dict[str, tuple[int, int]]:

@@ -182,8 +182,8 @@ class ViTSpec:
 
     @property
     def flow(self) -> dict:
-        """FastFlow's settings for this backbone."""
-        return {"steps": 20, "kernels": (3, 1), "hidden_ratio": 0.16}
+        """FastFlow's settings for this backbone, whose own last norm stands before the flow."""
+        return {"norm": "none", "steps": 20, "kernels": (3, 1), "hidden_ratio": 0.16}
 
     @property
     def maps(self) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,204 @@
+"""How fast do the backbones run here beside timm in torch, on the same weights and images?
+
+    pip install torch==2.13.0
+    pip install --no-deps timm==1.0.31 torchvision==0.28.0
+    pip install huggingface_hub pyyaml
+
+    python benchmarks/backbones.py --quick
+    python benchmarks/backbones.py --out backbones.json
+    python benchmarks/backbones.py --backbones cait_m48_448 --batches 1 --repeats 3
+
+Both sides compute the feature maps that FastFlow takes, and nothing after them, from the same
+random weights (speed does not depend on them), and are checked to agree. They take turns, so that
+whatever else the machine does hits both. timm runs in inference mode and in the memory format,
+plain or channels last, that is faster for it. On a GPU both run in float32 and in bfloat16, and
+every run is waited for.
+
+Each line `ratio <name> <number>` is timm's median seconds over ours: above 1, we are faster.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+import torch
+
+from fastflow_jax.backbones import create_backbone
+
+FAMILIES = (
+    "resnet18",
+    "wide_resnet50_2",
+    "tf_efficientnet_lite0",
+    "deit_base_distilled_patch16_384",
+    "cait_xxs24_224",
+)
+QUICK = ("resnet18", "tf_efficientnet_lite0", "deit_tiny_distilled_patch16_224", "cait_xxs24_224")
+
+
+def import_timm():
+    """timm; where torchvision's compiled operators do not load, they are declared beforehand."""
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        import_timm.library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            schema = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            import_timm.library.define(schema)
+        for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+            del sys.modules[module]
+    return importlib.import_module("timm")
+
+
+class Peer(torch.nn.Module):
+    """timm's model up to the last of the layers; images [B, 3, H, W] -> maps [B, C, h, w]."""
+
+    def __init__(self, name: str, layers: tuple[str, ...]):
+        super().__init__()
+        self.model = import_timm().create_model(name, pretrained=False).eval()
+        if name.startswith(("vit", "deit", "cait")):
+            self.indices = [int(layer.rpartition(".")[2]) for layer in layers]
+            return
+        modules = [info["module"] for info in self.model.feature_info]
+        self.indices = [modules.index(layer) for layer in layers]
+
+    def forward(self, images):
+        """The maps, tokens through the model's norm."""
+        maps = self.model.forward_intermediates(
+            images, indices=self.indices, norm=True, stop_early=True, intermediates_only=True
+        )
+        return [m[0] if isinstance(m, tuple) else m for m in maps]
+
+
+def seconds_of(run: Callable[[], None]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def compare(name: str, batch: int, dtype: str, repeats: int, device: str) -> dict:
+    """Median seconds of both sides for one batch, in turns, after both are warm."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder, f"{name}.safetensors")
+        torch.manual_seed(0)
+        layers = create_backbone(name, weights="random").layers
+        peer = Peer(name, layers)
+        state = {k: v.numpy() for k, v in peer.model.state_dict().items()}
+        safetensors.numpy.save_file(state, file)
+        ours = create_backbone(name, weights=str(file), dtype=getattr(jnp, dtype))
+
+    height, width = ours.spec.image_size
+    images = np.random.default_rng(0).standard_normal((batch, height, width, 3), np.float32)
+    on_device = jax.device_put(images)
+    formats = {
+        "plain": torch.contiguous_format,
+        "channels last": torch.channels_last,
+    }
+    peer = peer.to(device, getattr(torch, dtype))
+    theirs = torch.from_numpy(images).permute(0, 3, 1, 2).to(device, getattr(torch, dtype))
+
+    def run_ours():
+        return jax.block_until_ready(ours(on_device))
+
+    def runner(memory_format):
+        model = peer.to(memory_format=memory_format)
+        tensor = theirs.contiguous(memory_format=memory_format)
+
+        def run():
+            with torch.inference_mode():
+                maps = model(tensor)
+            if device != "cpu":
+                torch.cuda.synchronize()
+            return maps
+
+        return run
+
+    ours_maps = run_ours()
+    trials = {}
+    for kind, memory_format in formats.items():
+        run = runner(memory_format)
+        their_maps = run()
+        trials[kind] = min(seconds_of(run) for _ in range(2))
+    kind = min(trials, key=trials.get)
+    run_theirs = runner(formats[kind])
+
+    error = 0.0
+    for one, two in zip(ours_maps, their_maps, strict=True):
+        two = two.permute(0, 2, 3, 1).float().cpu().numpy()
+        error = max(error, float(np.abs(np.asarray(one) - two).max() / np.abs(two).max()))
+    if error > (1e-3 if dtype == "float32" else 0.1):
+        sys.exit(f"{name}: the two sides differ by {error:.1e} of the largest feature")
+
+    run_ours(), run_theirs()
+    times = [(seconds_of(run_ours), seconds_of(run_theirs)) for _ in range(repeats)]
+    our_median, their_median = (statistics.median(side) for side in zip(*times, strict=True))
+    return {
+        "backbone": name,
+        "input": [height, width],
+        "layers": list(layers),
+        "batch": batch,
+        "dtype": dtype,
+        "ours_seconds": our_median,
+        "timm_seconds": their_median,
+        "timm_memory_format": kind,
+        "difference": error,
+        "ratio": their_median / our_median,
+    }
+
+
+def main() -> None:
+    """Compare all, print a line each and the ratios, write them where asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backbones", nargs="+", help="timm's names")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="small models, under five minutes")
+    parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write")
+    args = parser.parse_args()
+
+    on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
+    device, dtypes = ("cuda", ["float32", "bfloat16"]) if on_gpu else ("cpu", ["float32"])
+    names = args.backbones or (QUICK if args.quick else FAMILIES)
+    rows = []
+    for name in names:
+        for dtype in dtypes:
+            for batch in args.batches:
+                row = compare(name, batch, dtype, 5 if args.quick else args.repeats, device)
+                rows.append(row)
+                print(
+                    f"{name} {dtype} batch {batch}: ours {row['ours_seconds'] * 1e3:.1f} ms, "
+                    f"timm {row['timm_seconds'] * 1e3:.1f} ms ({row['timm_memory_format']})",
+                    flush=True,
+                )
+    for row in rows:
+        name = f"{row['backbone']}_{row['dtype']}_batch{row['batch']}"
+        print(f"ratio {name} {row['ratio']:.2f}")
+    if args.out:
+        machine = jax.devices()[0].device_kind if on_gpu else platform.machine()
+        versions = {"jax": jax.__version__, "torch": torch.__version__}
+        versions["timm"] = import_timm().__version__
+        result = {
+            "question": __doc__.partition("\n")[0],
+            "machine": f"{machine}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+            "versions": versions,
+            "rows": rows,
+        }
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

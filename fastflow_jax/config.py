@@ -122,8 +122,8 @@ def fill(config: ConfigDict) -> ConfigDict:
     spec = find_spec(c.backbone)
     c.image_size = _size(c.image_size or spec.image_size)
     layers = spec.layers if c.published else _recipe_layers(spec)
-    flow = spec.flow if c.published else _RECIPE_FLOW
     c.layers = check_layers(spec, c.layers or layers)
+    flow = spec.flow if c.published else _recipe_flow(spec, c.layers)
     for field, value in flow.items():
         if c.flow[field] is None:
             c.flow[field] = value
@@ -147,7 +147,15 @@ def fill(config: ConfigDict) -> ConfigDict:
     return c.lock()
 
 
-_RECIPE_FLOW = {"norm": "whiten", "steps": 4, "kernels": (3, 1), "hidden_ratio": 2.0}
+def _recipe_flow(spec, layers: tuple[str, ...]) -> dict:
+    """Four steps on whitened features, their subnets as wide as a step's time allows.
+
+    A convolution's work grows with its channels in and out: where the widest map has more than
+    EfficientNet-Lite0's 192, hidden channels are fewer by as much, down to the paper's 0.16.
+    """
+    widest = max(spec.maps[layer][0] for layer in layers)
+    ratio = 2.0 * min(1.0, 192 / widest) ** 2
+    return {"norm": "whiten", "steps": 4, "kernels": (3, 1), "hidden_ratio": max(ratio, 0.16)}
 
 
 def _recipe_layers(spec) -> tuple[str, ...]:

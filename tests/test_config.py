@@ -29,6 +29,20 @@ def test_every_config_fills(path):
     assert None not in (filled.image_size, filled.layers, *filled.flow.values())
 
 
+@pytest.mark.parametrize(
+    ("backbone", "ratio"),
+    [
+        ("tf_efficientnet_lite0", 2.0),
+        ("vit_small_patch14_dinov2", 0.5),
+        ("wide_resnet50_2", 0.16),
+    ],
+)
+def test_wide_maps_have_narrow_subnets(backbone, ratio):
+    c = default()
+    c.backbone = backbone
+    assert fill(c).flow.hidden_ratio == pytest.approx(ratio)
+
+
 def test_values_given_by_hand_stay():
     c = default()
     c.layers = ("blocks.2",)

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from fastflow_jax.backbones import check_layers, find_spec
+from fastflow_jax.data.transforms import MASK_RESIZES, RESIZES
 from fastflow_jax.errors import InputError
 from fastflow_jax.model import NORMS
 from fastflow_jax.parallel import KINDS
@@ -22,11 +23,13 @@ def default() -> ConfigDict:
 
     # Data
     c.data = ConfigDict()
-    c.data.name = "folder"  # or elpv, synthetic
+    c.data.name = "folder"  # or btad, cifar10, elpv, mvtec_ad, synthetic
     c.data.category = placeholder(str)  # of that data set
     c.data.root = placeholder(str)  # folder of images
     c.data.dir = placeholder(str)  # prepared tfds sets; unset: $TFDS_DATA_DIR, then tfds's default
     c.data.holdout = 0.1  # part of the normal training images kept from the flow, for calibration
+    c.data.resize = "square"  # stretch to the input; "crop", "pad": see `transforms.placement`
+    c.data.mask_resize = "nearest"  # or "floor", "threshold": see `transforms.resize_mask`
 
     # What fields that are None become: the recipe's values, or those published for the backbone
     c.published = False
@@ -136,6 +139,8 @@ def fill(config: ConfigDict) -> ConfigDict:
     _one_of("map.form", c.map.form, ("log", "probability"))
     _one_of("score.form", c.score.form, ("windows", "top_k"))
     _one_of("parallel", c.parallel, KINDS)
+    _one_of("data.resize", c.data.resize, RESIZES)
+    _one_of("data.mask_resize", c.data.mask_resize, MASK_RESIZES)
     if not c.flow.kernels or not all(k in (1, 3, 5, 7) for k in c.flow.kernels):
         raise InputError(f"config.flow.kernels are of 1, 3, 5 and 7, not {c.flow.kernels}")
     values = _flat(c.to_dict())

@@ -17,14 +17,15 @@ from tqdm import tqdm
 import fastflow_jax
 from fastflow_jax import data
 from fastflow_jax.checkpoints import Checkpoints
+from fastflow_jax.config import to_plain, variants, without
 from fastflow_jax.data.transforms import placement, seen_part
 from fastflow_jax.describe import flow_model
 from fastflow_jax.detector import FastFlowDetector, calibrate
 from fastflow_jax.evaluate import METRICS, Score, Scored, measure, score_split
 from fastflow_jax.prepare import Prepared, image_batches, preparer, seen_by
 from fastflow_jax.report.heatmaps import draw_heatmap, save_picture
-from fastflow_jax.report.table import format_table
-from fastflow_jax.run_folder import check_same_data, claim, write_json
+from fastflow_jax.report.table import format_csv, format_markdown, format_table
+from fastflow_jax.run_folder import check_same_data, claim, write_json, write_text
 from fastflow_jax.train import TrainState, train
 
 _SCALE_IMAGES = 500  # good images, evenly chosen, that set the colours of heat maps
@@ -42,9 +43,9 @@ def run(config, workdir: str | pathlib.Path) -> dict:
 
     Args:
       config: see `config.fill`.
-      workdir: the run folder: `config.json`, `results.json`, and, in it or in a sub-folder for
-        each category and seed where there are several, `checkpoints/`, `metrics.jsonl` and
-        `heatmaps/`.
+      workdir: the run folder: `config.json`, `results.json`, its table as `table.md` and
+        `table.csv`, and, in it or in a sub-folder for each category and seed where there are
+        several, `checkpoints/`, `metrics.jsonl` and `heatmaps/`.
 
     Returns:
       What stands in `results.json`.
@@ -73,6 +74,8 @@ def run(config, workdir: str | pathlib.Path) -> dict:
                     parts.append(_run_part(part, prepare))
                     progress.update()
         results = _summarise(config, parts)
+        write_text(workdir / "table.md", format_markdown(results))
+        write_text(workdir / "table.csv", format_csv(results))
         write_json(results_file, results)
         print(f"\n{format_table(results)}\n\nRun folder: {workdir}")
         return results
@@ -82,10 +85,12 @@ def run(config, workdir: str | pathlib.Path) -> dict:
 class _Part:
     """One training and its evaluation."""
 
-    config: ConfigDict
+    config: ConfigDict  # the variant's
+    variant: str | None
     category: str | None
     seed: int
     folder: pathlib.Path
+    training: pathlib.Path  # its folder, or that of an earlier part that trains the very same
 
     @property
     def file(self) -> pathlib.Path:
@@ -96,32 +101,47 @@ class _Part:
     def name(self) -> str:
         return self.category or self.config.data.name
 
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.variant}" if self.variant else self.name
+
+
+# What a training does not hang on.
+_AFTER_TRAINING = ("data.tamper", "data.mask_resize", "map", "score", "heatmaps", "parallel")
+
 
 def _plan(config, workdir: pathlib.Path) -> list[_Part]:
-    """All parts of a run; those that share features follow upon each other."""
+    """All parts of a run; those that share most follow upon each other."""
     categories = data.categories(config.data)
     seeds = [config.seed + i for i in range(config.seeds)]
-    plan = []
-    for category, seed in itertools.product(categories, seeds):
+    plan, trainings = [], {}
+    for category, (variant, changed), seed in itertools.product(
+        categories, variants(config).items(), seeds
+    ):
         folder = workdir
         if len(categories) > 1:
             folder /= category
+        if variant:
+            folder /= variant
         if len(seeds) > 1:
             folder /= f"seed_{seed}"
-        plan.append(_Part(config, category, seed, folder))
-    keys = [seen_by(part.config, part.seed) for part in plan]
-    return sorted(plan, key=lambda part: keys.index(seen_by(part.config, part.seed)))
+        key = json.dumps([category, seed, without(changed, _AFTER_TRAINING)])
+        training = trainings.setdefault(key, folder)
+        plan.append(_Part(changed, variant, category, seed, folder, training))
+    features = [seen_by(part.config, part.seed) for part in plan]
+    order = sorted(range(len(plan)), key=lambda i: features.index(features[i]))
+    return [plan[i] for i in order]
 
 
 def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
     """Train and evaluate; returns what stands in `part.json`."""
-    config, folder, name = part.config, part.folder, part.name
-    folder.mkdir(parents=True, exist_ok=True)
+    config = part.config
+    part.folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     prepared = prepare(config, part.category, part.seed)
     seconds = {"features": time.perf_counter() - start}
     dataset = prepared.dataset
-    check_same_data(folder, list(dataset.train.names))
+    check_same_data(part.training, list(dataset.train.names))
     model = flow_model(config)
 
     def detector(state: TrainState) -> FastFlowDetector:
@@ -136,11 +156,11 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
     def on_epoch(epoch: int, state: TrainState) -> dict:
         if dataset.test and config.evaluate_every and epoch % config.evaluate_every == 0:
             score = detector(state).score_features
-            return {"test": measure(score_test(score, f"{name}: epoch {epoch}"))}
+            return {"test": measure(score_test(score, f"{part.title}: epoch {epoch}"))}
         return {}
 
-    metrics_file = folder / "metrics.jsonl"
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    metrics_file = part.training / "metrics.jsonl"
+    with Checkpoints(part.training / "checkpoints") as checkpoints:
         state = train(
             config,
             model,
@@ -150,16 +170,17 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
             checkpoints=checkpoints,
             metrics_file=metrics_file,
             on_epoch=on_epoch,
-            progress=f"{name}: train",
+            progress=f"{part.title}: train",
         )
         best_step = checkpoints.best
     epochs = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     seconds["train"] = sum(epoch["seconds"] for epoch in epochs)
     results = {
-        "name": name,
+        "name": part.name,
+        "variant": part.variant,
         "seed": part.seed,
         "figures": dict.fromkeys(METRICS),
-        "best_on_test": _best_on_test(epochs),
+        "best_on_test": _best_on_test(epochs) if part.training == part.folder else None,
         "best_holdout_step": best_step,
         "data": dataset.provenance
         | {
@@ -172,10 +193,10 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
     if dataset.test:
         start = time.perf_counter()
         last = detector(state)
-        scored = score_test(last.score_features, f"{name}: test")
+        scored = score_test(last.score_features, f"{part.title}: test")
         results["figures"] = measure(scored)
         seconds["evaluate"] = time.perf_counter() - start
-        _write_heatmaps(config, prepared, last, scored, folder / "heatmaps")
+        _write_heatmaps(config, prepared, last, scored, part.folder / "heatmaps")
     results["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
     write_json(part.file, results)
     return results
@@ -233,7 +254,55 @@ def _write_heatmaps(
 
 
 def _summarise(config, parts: list[dict]) -> dict:
-    """What `results.json` holds, from the parts of all categories and seeds."""
+    """What `results.json` holds, from all parts of a run.
+
+    Of an ablation the figures of each variant stand in "variants", and those of the first one
+    where they stand in every run.
+    """
+    names = list(dict.fromkeys(part["variant"] for part in parts))
+    figures = {name: _figures([p for p in parts if p["variant"] == name]) for name in names}
+    categories = list(figures[names[0]]["categories"])
+    changes = to_plain(config)["variants"]
+    return {
+        **figures[names[0]],
+        "variants": {name: each | {"changes": changes[name]} for name, each in figures.items()}
+        if changes
+        else None,
+        "protocol": {
+            "epoch": "last",
+            "chosen_on_test_data": "nothing",
+            "resize": config.data.resize,
+            "masks": f"resized to the input size, {config.data.mask_resize}",
+            "aupro_fpr_limit": 0.3,
+            "dataset": config.data.name,
+            "std": "over seeds, of the mean over categories (n - 1)",
+            "backbone": config.backbone,
+            "weights": parts[0]["weights"],  # of the first seed, where they are random
+            "image_size": list(config.image_size),
+            "holdout": config.data.holdout,
+            "tamper": to_plain(config.data.tamper),
+            "seeds": [int(seed) for seed in figures[names[0]]["seeds"]],
+            "data": {
+                name: next(part["data"] for part in parts if part["name"] == name)
+                for name in categories
+            },
+        },
+        # Features that several share are told with the first of them.
+        "seconds": {
+            "/".join(filter(None, (p["name"], p["variant"], str(p["seed"])))): p["seconds"]
+            for p in parts
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "fastflow-jax": fastflow_jax.__version__,
+            **{p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")},
+            "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
+        },
+    }
+
+
+def _figures(parts: list[dict]) -> dict:
+    """The figures of each category, over its seeds, and their mean over the categories."""
     names = list(dict.fromkeys(part["name"] for part in parts))
     seeds = list(dict.fromkeys(part["seed"] for part in parts))
 
@@ -259,26 +328,4 @@ def _summarise(config, parts: list[dict]) -> dict:
             str(s): {p["name"]: p["figures"] for p in parts if p["seed"] == s} for s in seeds
         },
         "best_on_test": {n: mean(rows) for n, rows in best.items()} if all(best.values()) else None,
-        "protocol": {
-            "epoch": "last",
-            "chosen_on_test_data": "nothing",
-            "resize": config.data.resize,
-            "masks": f"resized to the input size, {config.data.mask_resize}",
-            "aupro_fpr_limit": 0.3,
-            "std": "over seeds, of the mean over categories (n - 1)",
-            "backbone": config.backbone,
-            "weights": parts[0]["weights"],  # of the first seed, where they are random
-            "image_size": list(config.image_size),
-            "holdout": config.data.holdout,
-            "seeds": seeds,
-            "data": {name: of(name, "data")[0] for name in names},
-        },
-        # Features that several share are told with the first of them.
-        "seconds": {"/".join((p["name"], str(p["seed"]))): p["seconds"] for p in parts},
-        "versions": {
-            "python": platform.python_version(),
-            "fastflow-jax": fastflow_jax.__version__,
-            **{p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")},
-            "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
-        },
     }

@@ -3,15 +3,16 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fastflow_jax import data
 from fastflow_jax.backbones import Backbone, create_backbone
 from fastflow_jax.config import to_plain
+from fastflow_jax.data.changes import augmented, tampered
 from fastflow_jax.data.pipeline import Batch, batches
 from fastflow_jax.features import (
     Features,
@@ -49,6 +50,11 @@ def split_holdout(n: int, part: float) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
+def is_augmented(config) -> bool:
+    """Training images change from epoch to epoch."""
+    return any(config.augment.values())
+
+
 def seen_by(config, seed: int) -> str:
     """All that the features of an image hang on, but the image: runs with equal keys share them.
 
@@ -74,23 +80,26 @@ def preparer(config) -> Callable[[Any, str | None, int], Prepared]:
     def prepare(config, category: str | None, seed: int) -> Prepared:
         # The data before the weights: it is what lacks most often.
         images = dataset(category, category)
-        seen = seen_by(config, seed)
+        if images.test:
+            images = dataclasses.replace(images, test=tampered(images.test, config.data.tamper))
+        seen, tamper = seen_by(config, seed), _key(config.data.tamper)
         net = backbone(seen, config, seed)
-
-        def pooled(pool, what, source):
-            title = f"{images.name}: {what}"
-            return pool((seen, source), config, net, source, None, title)
-
         title = category or images.name
-        trained_on = (seen, category, config.data.holdout, config.flow.norm, config.train.cache)
-        training, *held_out = train(
-            trained_on, config, net, images.train, partial(pooled, train_pool, "features"), title
-        )
-        tested_on = (seen, category, config.train.cache)
-        stream = test(
-            tested_on, config, net, images.test, partial(pooled, test_pool, "test features"), title
-        )
-        return Prepared(images, net, training, *held_out, stream)
+
+        def all_for_training(source):
+            return train_pool(seen, config, net, source, None, f"{images.name}: features")
+
+        def all_for_test(source):
+            title = f"{images.name}: test features"
+            return test_pool((seen, tamper), config, net, source, None, title)
+
+        key = (seen, category, config.train.cache)
+        drawn = seed if is_augmented(config) else None
+        trained_on = (*key, config.data.holdout, config.flow.norm, _key(config.augment), drawn)
+        learnt = train(trained_on, config, net, images.train, seed, all_for_training, title)
+        tested_on = (*key, tamper, config.data.mask_resize)
+        tested = test(tested_on, config, net, images.test, all_for_test, title)
+        return Prepared(images, net, *learnt, tested)
 
     return prepare
 
@@ -130,6 +139,10 @@ def _keep_last(function: Callable) -> Callable:
     return call
 
 
+def _key(section: ConfigDict) -> str:
+    return json.dumps(to_plain(section))
+
+
 def _open_backbone(config, seed: int) -> Backbone:
     return create_backbone(config.backbone, weights=config.weights, layers=config.layers, seed=seed)
 
@@ -147,12 +160,13 @@ def _features(
     return cache(_extractor(config, backbone), stream, n, progress=title)
 
 
-def _train(config, backbone, source, pooled, title):
+def _train(config, backbone, source, seed, pooled, title):
     """`Prepared.train`, `Prepared.holdout` and `Prepared.holdout_valid`."""
     train, held_out = split_holdout(len(source), config.data.holdout)
+    is_cached = config.train.cache and not is_augmented(config)
 
     def features(rows, what):
-        if source.part_of is None or not config.train.cache:
+        if source.part_of is None or not is_cached:
             return _features(config, backbone, source, rows, f"{title}: {what}")
         whole, places = source.part_of
         return tuple(maps[places][rows] for maps in pooled(whole))
@@ -163,12 +177,13 @@ def _train(config, backbone, source, pooled, title):
         if config.data.resize == "pad":
             stream = image_batches(config, backbone, source, held_out)
             valid = np.concatenate([batch.valid for batch in stream])
-    if config.train.cache:
+    if is_cached:
         training = cached_features(features(train, "features"), config.flow.norm)
         return training, holdout, valid
 
     def stream(epoch, rows, size):
-        return image_batches(config, backbone, source, train[rows], size)
+        seen = augmented(source, config.augment, seed, epoch) if is_augmented(config) else source
+        return image_batches(config, backbone, seen, train[rows], size)
 
     extract, size = _extractor(config, backbone), config.train.batch_size
     training = recomputed_features(len(train), stream, extract, config.flow.norm, size)

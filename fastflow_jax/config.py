@@ -3,11 +3,13 @@
 import difflib
 import json
 import pathlib
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from fastflow_jax.backbones import check_layers, find_spec
+from fastflow_jax.data.transforms import MASK_RESIZES, RESIZES
 from fastflow_jax.errors import InputError
 from fastflow_jax.model import NORMS
 from fastflow_jax.parallel import KINDS
@@ -22,11 +24,26 @@ def default() -> ConfigDict:
 
     # Data
     c.data = ConfigDict()
-    c.data.name = "folder"  # or elpv, synthetic
+    c.data.name = "folder"  # or btad, cifar10, elpv, mvtec_ad, synthetic
     c.data.category = placeholder(str)  # of that data set
     c.data.root = placeholder(str)  # folder of images
     c.data.dir = placeholder(str)  # prepared tfds sets; unset: $TFDS_DATA_DIR, then tfds's default
     c.data.holdout = 0.1  # part of the normal training images kept from the flow, for calibration
+    c.data.resize = "square"  # stretch to the input; "crop", "pad": see `transforms.placement`
+    c.data.mask_resize = "nearest"  # or "floor", "threshold": see `transforms.resize_mask`
+
+    # Test images tampered with, to see how robust a detector is; masks follow
+    c.data.tamper = ConfigDict()
+    c.data.tamper.rotate = 0.0  # degrees, counter-clockwise
+    c.data.tamper.zoom = 1.0  # factor; above 1 the image grows
+    c.data.tamper.down = 0.0  # moved by this part of the height
+    c.data.tamper.right = 0.0  # and of the width
+
+    # Training images changed at random, anew in every epoch: features are then not cached
+    c.augment = ConfigDict()
+    c.augment.flips = False  # left-right and upside-down, each in half of the cases
+    c.augment.rotate = 0.0  # degrees at the most, either way
+    c.augment.colour = 0.0  # brightness, contrast and saturation change by at most this part
 
     # What fields that are None become: the recipe's values, or those published for the backbone
     c.published = False
@@ -75,6 +92,9 @@ def default() -> ConfigDict:
     c.score.form = "windows"  # see `model.image_score`; or "top_k"
     c.score.top_k = 0.0  # mean of this part of the map's pixels; 0: the maximum
 
+    # Of an ablation: what each of its runs has otherwise, by a name that its row is to have
+    c.variants = ConfigDict()
+
     # What a run writes
     c.checkpoint_every = 1  # epochs
     c.evaluate_every = 0  # epochs; 0: at the end only. Fills "best_on_test", for study
@@ -90,6 +110,12 @@ _BOUNDS = {
     "seed": (0, 2**31),
     "seeds": (1, 1000),
     "data.holdout": (0, 0.5),
+    "data.tamper.rotate": (-180, 180),
+    "data.tamper.zoom": (0.1, 10),
+    "data.tamper.down": (-1, 1),
+    "data.tamper.right": (-1, 1),
+    "augment.rotate": (0, 180),
+    "augment.colour": (0, 1),
     "length_power": (0, 1),
     "flow.steps": (1, 1000),
     "flow.hidden_ratio": (1e-3, 100),
@@ -114,9 +140,49 @@ _BOUNDS = {
 def fill(config: ConfigDict) -> ConfigDict:
     """A copy with every field that depends on the backbone set, and all values checked.
 
+    Of each variant all that it has otherwise is written out: of one with another backbone, that
+    backbone's input size and maps too.
+
     Raises:
       InputError: a value that no run can have, named with what is possible.
     """
+    config = config.copy_and_resolve_references()
+    c = _fill(config)
+    plain = _flat(c.to_dict())
+    c.unlock()
+    for name in _names_of_variants(config):
+        changes = config.variants[name]
+        unknown = _flat(changes.to_dict()).keys() - plain.keys()
+        if unknown:
+            raise InputError(f"config.variants.{name}: there is no field {min(unknown)}")
+        filled = _flat(_fill(_changed(config, changes)).to_dict())
+        c.variants[name] = ConfigDict(
+            _nested({field: v for field, v in filled.items() if v != plain.get(field)})
+        )
+    return c.lock()
+
+
+def variants(config: ConfigDict) -> dict[str | None, ConfigDict]:
+    """The configuration of each run of an ablation by its name; else the one, under None."""
+    names = _names_of_variants(config)
+    return {name: _changed(config, config.variants[name]) for name in names} or {None: config}
+
+
+def _names_of_variants(config: ConfigDict) -> list[str]:
+    """In their order; a ConfigDict itself gives fields in that of the alphabet."""
+    return list(to_plain(config)["variants"])
+
+
+def _changed(config: ConfigDict, changes: ConfigDict) -> ConfigDict:
+    c = config.copy_and_resolve_references()
+    with c.unlocked():
+        c.variants = ConfigDict()
+        c.update(changes)
+    return c
+
+
+def _fill(config: ConfigDict) -> ConfigDict:
+    """See `fill`; variants stay as they are."""
     c = config.copy_and_resolve_references()
     c.unlock()
     spec = find_spec(c.backbone)
@@ -136,6 +202,8 @@ def fill(config: ConfigDict) -> ConfigDict:
     _one_of("map.form", c.map.form, ("log", "probability"))
     _one_of("score.form", c.score.form, ("windows", "top_k"))
     _one_of("parallel", c.parallel, KINDS)
+    _one_of("data.resize", c.data.resize, RESIZES)
+    _one_of("data.mask_resize", c.data.mask_resize, MASK_RESIZES)
     if not c.flow.kernels or not all(k in (1, 3, 5, 7) for k in c.flow.kernels):
         raise InputError(f"config.flow.kernels are of 1, 3, 5 and 7, not {c.flow.kernels}")
     values = _flat(c.to_dict())
@@ -187,6 +255,12 @@ def to_plain(config: ConfigDict) -> dict:
     return json.loads(config.to_json_best_effort())
 
 
+def without(config: ConfigDict, fields: Sequence[str]) -> dict:
+    """All fields of a configuration but these and, where one is a section, those in it."""
+    flat = _flat(to_plain(config))
+    return {k: v for k, v in flat.items() if not any(f"{k}.".startswith(f"{f}.") for f in fields)}
+
+
 def differences(saved: dict, config: ConfigDict) -> list[str]:
     """A line for each field in which a run folder's configuration differs from this one."""
     old, new = _flat(saved), _flat(to_plain(config))
@@ -216,3 +290,15 @@ def _flat(tree: dict, prefix: str = "") -> dict:
         nested = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else None
         flat |= {f"{prefix}{name}": value} if nested is None else nested
     return flat
+
+
+def _nested(flat: dict) -> dict:
+    """The inverse of `_flat`."""
+    tree: dict = {}
+    for name, value in flat.items():
+        *sections, field = name.split(".")
+        section = tree
+        for each in sections:
+            section = section.setdefault(each, {})
+        section[field] = value
+    return tree

@@ -1,44 +1,40 @@
 """One experiment: data, features, training, evaluation, and the run folder that keeps them."""
 
 import dataclasses
-import functools
 import importlib.metadata
 import itertools
 import json
 import pathlib
 import platform
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import fastflow_jax
 from fastflow_jax import data
-from fastflow_jax.backbones import Backbone, create_backbone
 from fastflow_jax.checkpoints import Checkpoints
-from fastflow_jax.data.pipeline import batches
+from fastflow_jax.config import to_plain, variants, without
+from fastflow_jax.data.transforms import placement, seen_part
 from fastflow_jax.describe import flow_model
 from fastflow_jax.detector import FastFlowDetector, calibrate
-from fastflow_jax.evaluate import METRICS, Scored, measure, score_split
-from fastflow_jax.features import (
-    Features,
-    TrainingFeatures,
-    cache,
-    cached_features,
-    extractor,
-    recomputed_features,
-)
+from fastflow_jax.evaluate import METRICS, Score, Scored, measure, score_split
+from fastflow_jax.prepare import Prepared, image_batches, preparer, seen_by
 from fastflow_jax.report.heatmaps import draw_heatmap, save_picture
-from fastflow_jax.report.table import format_table
-from fastflow_jax.run_folder import check_same_data, claim, write_json
+from fastflow_jax.report.table import format_csv, format_markdown, format_table
+from fastflow_jax.run_folder import check_same_data, claim, write_json, write_text
 from fastflow_jax.train import TrainState, train
+
+_SCALE_IMAGES = 500  # good images, evenly chosen, that set the colours of heat maps
 
 
 def default_workdir(config_file: str, config) -> pathlib.Path:
     """runs/<config>-<argument>-<backbone>."""
     file, _, argument = config_file.partition(":")
-    parts = [pathlib.Path(file).stem, argument.replace(",", "+"), config.backbone]
+    parts = [pathlib.Path(file).stem, argument.replace(",", "+").replace("/", "-"), config.backbone]
     return pathlib.Path("runs") / "-".join(filter(None, parts))
 
 
@@ -47,9 +43,9 @@ def run(config, workdir: str | pathlib.Path) -> dict:
 
     Args:
       config: see `config.fill`.
-      workdir: the run folder: `config.json`, `results.json`, and, in it or in a sub-folder for
-        each category and seed where there are several, `checkpoints/`, `metrics.jsonl` and
-        `heatmaps/`.
+      workdir: the run folder: `config.json`, `results.json`, its table as `table.md` and
+        `table.csv`, and, in it or in a sub-folder for each category and seed where there are
+        several, `checkpoints/`, `metrics.jsonl` and `heatmaps/`.
 
     Returns:
       What stands in `results.json`.
@@ -65,139 +61,126 @@ def run(config, workdir: str | pathlib.Path) -> dict:
             results = json.loads(results_file.read_text())
             print(f"{workdir} holds this run, finished:\n\n{format_table(results)}")
             return results
-        categories = data.categories(config.data)
-        seeds = [config.seed + i for i in range(config.seeds)]
+        plan = _plan(config, workdir)
+        prepare = preparer(config)
+        done = sum(part.file.exists() for part in plan)
+        bar = {"desc": workdir.name, "unit": "run", "dynamic_ncols": True, "smoothing": 0}
         parts = []
-        for category in categories:
-            prepare = functools.lru_cache(1)(functools.partial(_prepare, config, category))
-            name = category or config.data.name
-            for seed in seeds:
-                folder = workdir
-                if len(categories) > 1:
-                    folder /= category
-                if len(seeds) > 1:
-                    folder /= f"seed_{seed}"
-                parts.append(_run_part(config, prepare, name, seed, folder))
+        with tqdm(total=len(plan), initial=done, disable=len(plan) == 1, **bar) as progress:
+            for part in plan:
+                if part.file.exists():
+                    parts.append(json.loads(part.file.read_text()))
+                else:
+                    parts.append(_run_part(part, prepare))
+                    progress.update()
         results = _summarise(config, parts)
+        write_text(workdir / "table.md", format_markdown(results))
+        write_text(workdir / "table.csv", format_csv(results))
         write_json(results_file, results)
         print(f"\n{format_table(results)}\n\nRun folder: {workdir}")
         return results
 
 
 @dataclasses.dataclass(frozen=True)
-class _Prepared:
-    """What all seeds of a category share."""
+class _Part:
+    """One training and its evaluation."""
 
-    dataset: data.Dataset
-    backbone: Backbone
-    train: TrainingFeatures
-    holdout: Features | None
-    seconds: float
+    config: ConfigDict  # the variant's
+    variant: str | None
+    category: str | None
+    seed: int
+    folder: pathlib.Path
+    training: pathlib.Path  # its folder, or that of an earlier part that trains the very same
+
+    @property
+    def file(self) -> pathlib.Path:
+        """Holds what came out of it, when it is finished."""
+        return self.folder / "part.json"
+
+    @property
+    def name(self) -> str:
+        return self.category or self.config.data.name
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.variant}" if self.variant else self.name
 
 
-def split_holdout(n: int, part: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to train on and indices held out: every so many-th image, in file order.
-
-    A fixed choice, the same for all seeds. At least one image is left on either side.
-    """
-    if part == 0 or n < 2:
-        return np.arange(n), np.arange(0)
-    every = min(round(1 / part), n)
-    held = np.arange(n) % every == every - 1
-    return np.flatnonzero(~held), np.flatnonzero(held)
+# What a training does not hang on.
+_AFTER_TRAINING = ("data.tamper", "data.mask_resize", "map", "score", "heatmaps", "parallel")
 
 
-def _prepare(config, category: str | None, weights_seed: int) -> _Prepared:
-    """Open the data, then fetch weights, then compute the features once.
+def _plan(config, workdir: pathlib.Path) -> list[_Part]:
+    """All parts of a run; those that share most follow upon each other."""
+    categories = data.categories(config.data)
+    seeds = [config.seed + i for i in range(config.seeds)]
+    plan, trainings = [], {}
+    for category, (variant, changed), seed in itertools.product(
+        categories, variants(config).items(), seeds
+    ):
+        folder = workdir
+        if len(categories) > 1:
+            folder /= category
+        if variant:
+            folder /= variant
+        if len(seeds) > 1:
+            folder /= f"seed_{seed}"
+        key = json.dumps([category, seed, without(changed, _AFTER_TRAINING)])
+        training = trainings.setdefault(key, folder)
+        plan.append(_Part(changed, variant, category, seed, folder, training))
+    features = [seen_by(part.config, part.seed) for part in plan]
+    order = sorted(range(len(plan)), key=lambda i: features.index(features[i]))
+    return [plan[i] for i in order]
 
-    `weights_seed` is that of random weights, where these are asked for.
-    """
+
+def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
+    """Train and evaluate; returns what stands in `part.json`."""
+    config = part.config
+    part.folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    section = config.data.copy_and_resolve_references()
-    section.category = category
-    dataset = data.open_dataset(section)
-    backbone = create_backbone(
-        config.backbone, weights=config.weights, layers=config.layers, seed=weights_seed
-    )
-    train, held_out = split_holdout(len(dataset.train), config.data.holdout)
-    extract = extractor(backbone, config.length_power, config.parallel, config.train.batch_size)
-
-    def stream(indices, batch_size):
-        return _batches(config, backbone, dataset.train, indices, batch_size)
-
-    def cached(indices, what):
-        batches = stream(indices, config.train.batch_size)
-        return cache(extract, batches, len(indices), progress=f"{category or dataset.name}: {what}")
-
-    if config.train.cache:
-        features = cached_features(cached(train, "features"), config.flow.norm)
-    else:
-        features = recomputed_features(
-            len(train),
-            lambda epoch, rows, size: stream(train[rows], size),
-            extract,
-            config.flow.norm,
-            config.train.batch_size,
-        )
-    holdout = cached(held_out, "held-out features") if len(held_out) else None
-    return _Prepared(dataset, backbone, features, holdout, time.perf_counter() - start)
-
-
-def _batches(config, backbone: Backbone, source: data.Source, indices=None, batch_size=None):
-    """Images as the backbone takes them."""
-    return batches(
-        source,
-        image_size=config.image_size,
-        mean=backbone.spec.mean,
-        std=backbone.spec.std,
-        batch_size=batch_size or config.train.batch_size,
-        indices=indices,
-    )
-
-
-def _run_part(config, prepare, name: str, seed: int, folder: pathlib.Path) -> dict:
-    """Train and evaluate one category with one seed, or read what an earlier process left."""
-    part_file = folder / "part.json"
-    if part_file.exists():
-        return json.loads(part_file.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    # Each seed of the control has an untrained backbone of its own.
-    prepared: _Prepared = prepare(seed if config.weights == "random" else config.seed)
+    prepared = prepare(config, part.category, part.seed)
+    seconds = {"features": time.perf_counter() - start}
     dataset = prepared.dataset
-    check_same_data(folder, list(dataset.train.names))
+    check_same_data(part.training, list(dataset.train.names))
     model = flow_model(config)
 
-    def score_test(state: TrainState, progress: str) -> Scored:
-        calibration = calibrate(config, model, state.variables, prepared.holdout)
-        detector = FastFlowDetector(config, prepared.backbone, model, state.variables, calibration)
-        stream = _batches(config, prepared.backbone, dataset.test)
-        return score_split(detector.score, stream, len(dataset.test), progress=progress)
+    def detector(state: TrainState) -> FastFlowDetector:
+        calibration = calibrate(
+            config, model, state.variables, prepared.holdout, prepared.holdout_valid
+        )
+        return FastFlowDetector(config, prepared.backbone, model, state.variables, calibration)
+
+    def score_test(score: Score, progress: str) -> Scored:
+        return score_split(score, prepared.test(), len(dataset.test), progress=progress)
 
     def on_epoch(epoch: int, state: TrainState) -> dict:
         if dataset.test and config.evaluate_every and epoch % config.evaluate_every == 0:
-            return {"test": measure(score_test(state, f"{name}: epoch {epoch}"))}
+            score = detector(state).score_features
+            return {"test": measure(score_test(score, f"{part.title}: epoch {epoch}"))}
         return {}
 
-    metrics_file = folder / "metrics.jsonl"
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    metrics_file = part.training / "metrics.jsonl"
+    with Checkpoints(part.training / "checkpoints") as checkpoints:
         state = train(
             config,
             model,
             prepared.train,
             prepared.holdout,
-            seed=seed,
+            seed=part.seed,
             checkpoints=checkpoints,
             metrics_file=metrics_file,
             on_epoch=on_epoch,
-            progress=f"{name}: train",
+            progress=f"{part.title}: train",
         )
         best_step = checkpoints.best
     epochs = [json.loads(line) for line in metrics_file.read_text().splitlines()]
-    part = {
-        "name": name,
-        "seed": seed,
+    seconds["train"] = sum(epoch["seconds"] for epoch in epochs)
+    results = {
+        "name": part.name,
+        "variant": part.variant,
+        "seed": part.seed,
         "figures": dict.fromkeys(METRICS),
-        "best_on_test": _best_on_test(epochs),
+        "best_on_test": _best_on_test(epochs) if part.training == part.folder else None,
         "best_holdout_step": best_step,
         "data": dataset.provenance
         | {
@@ -205,17 +188,18 @@ def _run_part(config, prepare, name: str, seed: int, folder: pathlib.Path) -> di
             "held_out": len(prepared.holdout[0]) if prepared.holdout else 0,
         },
         "weights": prepared.backbone.weights,
-        "seconds": {"features": prepared.seconds, "train": sum(e["seconds"] for e in epochs)},
+        "seconds": seconds,
     }
     if dataset.test:
         start = time.perf_counter()
-        scored = score_test(state, f"{name}: test")
-        part["figures"] = measure(scored)
-        part["seconds"]["evaluate"] = time.perf_counter() - start
-        _write_heatmaps(config, dataset.test, scored, folder / "heatmaps")
-    part["seconds"] = {k: round(v, 2) for k, v in part["seconds"].items()}
-    write_json(part_file, part)
-    return part
+        last = detector(state)
+        scored = score_test(last.score_features, f"{part.title}: test")
+        results["figures"] = measure(scored)
+        seconds["evaluate"] = time.perf_counter() - start
+        _write_heatmaps(config, prepared, last, scored, part.folder / "heatmaps")
+    results["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
+    write_json(part.file, results)
+    return results
 
 
 def _best_on_test(epochs: list[dict]) -> dict | None:
@@ -227,30 +211,98 @@ def _best_on_test(epochs: list[dict]) -> dict | None:
     return {m: max(v, default=None) for m, v in values.items()}
 
 
-def _write_heatmaps(config, source: data.Source, scored: Scored, folder: pathlib.Path) -> None:
+def _write_heatmaps(
+    config,
+    prepared: Prepared,
+    detector: FastFlowDetector,
+    scored: Scored,
+    folder: pathlib.Path,
+) -> None:
     """Pictures of the highest scores, defective and good in turn, on one colour scale."""
+    source = prepared.dataset.test
     ranked = np.argsort(-scored.scores, kind="stable")
     good, bad = (ranked[scored.labels[ranked] == label] for label in (0, 1))
     turns = itertools.zip_longest(bad, good)
-    chosen = [i for turn in turns for i in turn if i is not None][: config.heatmaps]
+    chosen = [int(i) for turn in turns for i in turn if i is not None][: config.heatmaps]
+
+    def maps_of(indices):
+        if scored.maps is not None:
+            return [scored.maps[i] for i in indices]
+        stream = image_batches(config, prepared.backbone, source, indices)
+        return [m for batch in stream for m in detector.score(batch.image, batch.valid)[1]]
+
+    if not chosen:
+        return
     # From the typical pixel to the highest that a good image reaches, but for outliers.
-    normal = scored.maps[scored.labels == 0] if (scored.labels == 0).any() else scored.maps
+    normal = np.sort(good if len(good) else ranked)
+    normal = np.stack(maps_of(normal[:: -(-len(normal) // _SCALE_IMAGES)]))
     low, high = np.quantile(normal, 0.5), np.quantile(normal, 0.999)
-    for i in tqdm(chosen, desc="heat maps", unit="img", leave=False, dynamic_ncols=True):
-        example = source[int(i)]
+    pairs = zip(chosen, maps_of(chosen), strict=True)
+    bar = {"desc": "heat maps", "unit": "img", "leave": False, "dynamic_ncols": True}
+    for i, anomaly_map in tqdm(pairs, total=len(chosen), **bar):
+        example = source[i]
+        placed = placement(example.image.shape[:2], config.image_size, config.data.resize)
         picture = draw_heatmap(
-            example.image,
-            scored.maps[i],
+            seen_part(example.image, placed),
+            anomaly_map[placed.place],
             low=low,
             high=high + (high - low),
-            mask=example.mask,
+            mask=None if example.mask is None else seen_part(example.mask, placed),
             title=f"{example.name}  score {scored.scores[i]:.3f}",
         )
         save_picture((folder / example.name).with_suffix(".png"), picture)
 
 
 def _summarise(config, parts: list[dict]) -> dict:
-    """What `results.json` holds, from the parts of all categories and seeds."""
+    """What `results.json` holds, from all parts of a run.
+
+    Of an ablation the figures of each variant stand in "variants", and those of the first one
+    where they stand in every run.
+    """
+    names = list(dict.fromkeys(part["variant"] for part in parts))
+    figures = {name: _figures([p for p in parts if p["variant"] == name]) for name in names}
+    categories = list(figures[names[0]]["categories"])
+    changes = to_plain(config)["variants"]
+    return {
+        **figures[names[0]],
+        "variants": {name: each | {"changes": changes[name]} for name, each in figures.items()}
+        if changes
+        else None,
+        "protocol": {
+            "epoch": "last",
+            "chosen_on_test_data": "nothing",
+            "resize": config.data.resize,
+            "masks": f"resized to the input size, {config.data.mask_resize}",
+            "aupro_fpr_limit": 0.3,
+            "dataset": config.data.name,
+            "std": "over seeds, of the mean over categories (n - 1)",
+            "backbone": config.backbone,
+            "weights": parts[0]["weights"],  # of the first seed, where they are random
+            "image_size": list(config.image_size),
+            "holdout": config.data.holdout,
+            "tamper": to_plain(config.data.tamper),
+            "seeds": [int(seed) for seed in figures[names[0]]["seeds"]],
+            "data": {
+                name: next(part["data"] for part in parts if part["name"] == name)
+                for name in categories
+            },
+        },
+        # Features that several share are told with the first of them.
+        "seconds": {
+            "/".join(filter(None, (p["name"], p["variant"], str(p["seed"])))): p["seconds"]
+            for p in parts
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "fastflow-jax": fastflow_jax.__version__,
+            **{p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")},
+            "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
+        },
+    }
+
+
+def _figures(parts: list[dict]) -> dict:
+    """The figures of each category, over its seeds, and their mean over the categories."""
     names = list(dict.fromkeys(part["name"] for part in parts))
     seeds = list(dict.fromkeys(part["seed"] for part in parts))
 
@@ -276,25 +328,4 @@ def _summarise(config, parts: list[dict]) -> dict:
             str(s): {p["name"]: p["figures"] for p in parts if p["seed"] == s} for s in seeds
         },
         "best_on_test": {n: mean(rows) for n, rows in best.items()} if all(best.values()) else None,
-        "protocol": {
-            "epoch": "last",
-            "chosen_on_test_data": "nothing",
-            "masks": "resized to the input size, nearest",
-            "aupro_fpr_limit": 0.3,
-            "std": "over seeds, of the mean over categories (n - 1)",
-            "backbone": config.backbone,
-            "weights": parts[0]["weights"],  # of the first seed, where they are random
-            "image_size": list(config.image_size),
-            "holdout": config.data.holdout,
-            "seeds": seeds,
-            "data": {name: of(name, "data")[0] for name in names},
-        },
-        # Features are computed once for all seeds of a category, and told with each.
-        "seconds": {"/".join((p["name"], str(p["seed"]))): p["seconds"] for p in parts},
-        "versions": {
-            "python": platform.python_version(),
-            "fastflow-jax": fastflow_jax.__version__,
-            **{p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")},
-            "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
-        },
     }

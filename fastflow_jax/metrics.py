@@ -116,7 +116,13 @@ def f1_max(scores: ArrayLike, labels: ArrayLike) -> tuple[float | None, float | 
     return best, threshold
 
 
-def aupro(maps: ArrayLike, masks: ArrayLike | None, fpr_limit: float = 0.3) -> float | None:
+def aupro(
+    maps: ArrayLike,
+    masks: ArrayLike | None,
+    fpr_limit: float = 0.3,
+    *,
+    valid: np.ndarray | None = None,
+) -> float | None:
     """Area under the per-region-overlap curve, as in MVTec AD.
 
     The overlap at a threshold is the share of a region's pixels that reach it, averaged over the
@@ -130,6 +136,8 @@ def aupro(maps: ArrayLike, masks: ArrayLike | None, fpr_limit: float = 0.3) -> f
         maps: anomaly maps [B, H, W].
         masks: [B, H, W], True where the image is defective; None where there are no masks.
         fpr_limit: in (0, 1].
+        valid: bool [B, H, W], False for pixels that do not count, such as padding, of which none
+            is defective; None where all count.
 
     Returns:
         The normalised area, 1 at best; None without masks or with only one class of pixels.
@@ -145,7 +153,8 @@ def aupro(maps: ArrayLike, masks: ArrayLike | None, fpr_limit: float = 0.3) -> f
     if maps.ndim != 3:
         raise InputError(f"anomaly maps have shape {maps.shape}: [B, H, W] is needed")
     weights = _region_weights(masks)
-    positives, negatives = maps[masks], maps[~masks]
+    positives = maps[masks]
+    negatives = maps[~masks if valid is None else valid & ~masks]
     if not len(positives) or not len(negatives):
         return None
     order = np.argsort(positives)

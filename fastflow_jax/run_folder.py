@@ -62,6 +62,11 @@ def check_same_data(folder: pathlib.Path, names: list[str]) -> None:
 
 def write_json(file: pathlib.Path, content: dict | list) -> None:
     """Write a whole file or none."""
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(file: pathlib.Path, content: str) -> None:
+    """Write a whole file or none."""
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(content)
     temporary.replace(file)

@@ -105,3 +105,49 @@ def test_what_normal_images_do_not_show_scores_higher(setup):
     inside[8:24, 16:32] = True
     assert anomaly_map[:, inside].mean() > anomaly_map[:, ~inside].mean()
     assert anomaly_map.dtype == jnp.float32
+
+
+def padded(images, noise):
+    """Images [B, 32, 48, 3] with their upper and lower quarters taken for padding."""
+    valid = np.zeros(images.shape[:3], bool)
+    valid[:, 8:24] = True
+    noise = noise * np.random.default_rng(1).normal(size=images.shape)
+    return np.where(valid[..., None], images, noise).astype(np.float32), valid
+
+
+@pytest.mark.parametrize("form", ["windows", "top_k"])
+def test_what_the_flow_says_of_padding_counts_for_nothing(setup, form):
+    config, backbone, model, _, images, features = setup
+    config = config.copy_and_resolve_references()
+    config.score.form = form
+    _, valid = padded(images, 0)
+    # Features change in padding only, at either scale: rows 2 to 5 of 8 lie inside, 4 to 11 of 16.
+    spoilt = tuple(m.copy() for m in features)
+    for m in spoilt:
+        quarter = m.shape[1] // 4
+        m[:, :quarter] += 9.0
+        m[:, -quarter:] -= 7.0
+    results = []
+    for maps in (features, spoilt):
+        pointwise = model.clone(kernels=(1,))  # a flow that does not look around itself
+        params = jax.jit(pointwise.init)(jax.random.key(0), tuple(m[:1] for m in maps))
+        calibration = calibrate(config, pointwise, params, maps, valid)
+        detector = FastFlowDetector(config, backbone, pointwise, params, calibration)
+        results.append(detector.score_features(tuple(m[:4] for m in maps), valid[:4]))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    unmasked = FastFlowDetector(config, backbone, pointwise, params, calibration)
+    scores, _ = unmasked.score_features(tuple(m[:4] for m in spoilt))
+    assert np.abs(scores - results[0][0]).min() > 0.1
+
+
+def test_images_and_their_features_score_alike(setup):
+    config, backbone, model, variables, images, features = setup
+    calibration = calibrate(config, model, variables, features)
+    detector = FastFlowDetector(config, backbone, model, variables, calibration)
+    images, valid = padded(images[:4], 1)
+    maps = tuple(np.asarray(compress(m, config.length_power)) for m in backbone(images))
+    for one, other in zip(
+        detector.score(images, valid), detector.score_features(maps, valid), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=5e-3)

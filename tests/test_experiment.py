@@ -10,6 +10,7 @@ from fastflow_jax import experiment
 from fastflow_jax.config import default, fill
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluate import METRICS
+from fastflow_jax.prepare import split_holdout
 from fastflow_jax.run_folder import check_same_data
 
 
@@ -124,7 +125,7 @@ def test_data_is_looked_for_before_weights(tmp_path):
     ("n", "part", "held"), [(10, 0.1, [9]), (11, 0.25, [3, 7]), (3, 0.1, [2]), (10, 0.0, [])]
 )
 def test_every_so_many_th_image_is_held_out(n, part, held):
-    train, holdout = experiment.split_holdout(n, part)
+    train, holdout = split_holdout(n, part)
     assert holdout.tolist() == held
     assert sorted([*train, *holdout]) == list(range(n))
 

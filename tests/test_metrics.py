@@ -240,3 +240,14 @@ def test_bad_maps_are_named():
     for figure in (metrics.pixel_auroc, metrics.aupro):
         with pytest.raises(InputError, match=r"scores\[1, 2, 0\] is NaN"):
             figure(maps, masks)
+
+
+def test_aupro_of_padded_maps_is_that_of_their_valid_part():
+    rng = np.random.default_rng(3)
+    maps = rng.normal(size=(4, 10, 12)).astype(np.float32)
+    masks = rng.random((4, 10, 12)) > 0.8
+    padded = rng.normal(size=(4, 16, 12)).astype(np.float32)
+    valid, wide = np.zeros(padded.shape, bool), np.zeros(padded.shape, bool)
+    padded[:, 3:13], valid[:, 3:13], wide[:, 3:13] = maps, True, masks
+    assert metrics.aupro(padded, wide, valid=valid) == metrics.aupro(maps, masks)
+    assert metrics.aupro(padded, wide) != metrics.aupro(maps, masks)

@@ -5,12 +5,23 @@ imported when its data set is asked for, so that a folder of images needs Pillow
 """
 
 import importlib
+from collections.abc import Callable
+from types import ModuleType
 
 from ml_collections import ConfigDict
 
 from fastflow_jax.data.dataset import GOOD, Dataset, Example, Source, check_choice
 
-__all__ = ["DATASETS", "GOOD", "Dataset", "Example", "Source", "categories", "open_dataset"]
+__all__ = [
+    "DATASETS",
+    "GOOD",
+    "Dataset",
+    "Example",
+    "Source",
+    "categories",
+    "open_dataset",
+    "opener",
+]
 
 DATASETS = ("btad", "cifar10", "elpv", "folder", "mvtec_ad", "synthetic")
 
@@ -29,9 +40,28 @@ def open_dataset(config: ConfigDict) -> Dataset:
     Raises:
         InputError: a name or category that does not exist, missing or bad data.
     """
-    check_choice("data.name", config.name, DATASETS)
-    module = importlib.import_module(f"fastflow_jax.data.{config.name}")
-    return module.open_dataset(config)
+    return _module(config).open_dataset(config)
+
+
+def opener(config: ConfigDict) -> Callable[[str | None], Dataset]:
+    """A function from category to data set, for several categories of what `config` names.
+
+    Categories that are parts of the same images share them, see `Source.part_of`. The function
+    raises what `open_dataset` does.
+
+    Raises:
+        InputError: a name that does not exist.
+    """
+    module = _module(config)
+    if hasattr(module, "opener"):
+        return module.opener(config)
+
+    def open_category(category: str | None) -> Dataset:
+        section = config.copy_and_resolve_references()
+        section.category = category
+        return module.open_dataset(section)
+
+    return open_category
 
 
 def categories(config: ConfigDict) -> tuple[str | None, ...]:
@@ -42,8 +72,7 @@ def categories(config: ConfigDict) -> tuple[str | None, ...]:
     Raises:
         InputError: as `open_dataset`.
     """
-    check_choice("data.name", config.name, DATASETS)
-    known = getattr(importlib.import_module(f"fastflow_jax.data.{config.name}"), "CATEGORIES", None)
+    known = getattr(_module(config), "CATEGORIES", None)
     if known is None:
         return (config.category,)
     if config.category is None:
@@ -52,3 +81,8 @@ def categories(config: ConfigDict) -> tuple[str | None, ...]:
     for name in asked:
         check_choice("data.category", name, known)
     return asked
+
+
+def _module(config: ConfigDict) -> ModuleType:
+    check_choice("data.name", config.name, DATASETS)
+    return importlib.import_module(f"fastflow_jax.data.{config.name}")

@@ -9,9 +9,10 @@ from which the set is prepared as tfds's own catalogue has it; such a copy prepa
 array_record; and folders of image files, train/<class>/* and test/<class>/*, read where they lie.
 """
 
+import functools
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,12 @@ def open_dataset(config: ConfigDict) -> Dataset:
     return one_class(open_classes(config), config.category)
 
 
+def opener(config: ConfigDict) -> Callable[[str], Dataset]:
+    """A function from class to data set; the images are opened once, and all classes share them."""
+    classes = functools.cache(functools.partial(open_classes, config))
+    return lambda category: one_class(classes(), category)
+
+
 def open_classes(config: ConfigDict) -> Dataset:
     """All training and all test images; the class of each stands in the place of its defect.
 
@@ -117,7 +124,8 @@ def open_classes(config: ConfigDict) -> Dataset:
             "source": str(root.resolve()),
             "train_images": len(train),
             "test_images": len(test),
-            "note": "image files: their pixels may have been re-encoded",
+            "note": "read from image files, which may have been re-encoded: "
+            "not the official pixels, bit for bit",
         }
     else:
         builder = prepared.prepare(Cifar10, None, config, _find_raw)
@@ -134,16 +142,21 @@ def one_class(classes: Dataset, category: str) -> Dataset:
     `classes`.
     """
     train, test = classes.train, classes.test
-    chosen = [i for i, name in enumerate(train.defects) if name == category]
-    names = tuple(train.names[i] for i in chosen)
+    chosen = np.flatnonzero([name == category for name in train.defects])
     provenance = classes.provenance | {"category": category, "train_images": len(chosen)}
     return Dataset(
         "cifar10",
-        Source(names, (GOOD,) * len(chosen), lambda index: train.load(chosen[index])),
+        Source(
+            tuple(train.names[i] for i in chosen),
+            (GOOD,) * len(chosen),
+            lambda index: train.load(chosen[index]),
+            part_of=(train, chosen),
+        ),
         Source(
             test.names,
             tuple(GOOD if name == category else name for name in test.defects),
             test.load,
+            part_of=(test, slice(None)),
         ),
         provenance,
     )

@@ -43,6 +43,9 @@ class Source:
     names: tuple[str, ...]
     defects: tuple[str, ...]
     load: Callable[[int], tuple[np.ndarray, np.ndarray | None]]  # index -> image, mask
+    # Of a part: the source, without masks, that it is a part of, and the places of its images
+    # there. What is computed once for all images of that source serves every part of it.
+    part_of: tuple["Source", np.ndarray | slice] | None = None
 
     def __len__(self) -> int:
         return len(self.names)

@@ -8,16 +8,17 @@ import grain
 import numpy as np
 
 from fastflow_jax.data.dataset import Source
-from fastflow_jax.data.transforms import normalise, resize, resize_mask
+from fastflow_jax.data.transforms import normalise, placement, resize, resize_mask
 
 
 class Batch(NamedTuple):
     """Examples side by side; the last batch may be short."""
 
-    image: np.ndarray  # float32 [b, H, W, 3], normalised
+    image: np.ndarray  # float32 [b, H, W, 3], normalised; 0 in padding
     mask: np.ndarray | None  # bool [b, H, W]
     label: np.ndarray  # int32 [b]
     index: np.ndarray  # int32 [b], position in the source
+    valid: np.ndarray | None = None  # bool [b, H, W], false in padding; None without padding
 
 
 def batches(
@@ -28,6 +29,8 @@ def batches(
     std: Sequence[float],
     batch_size: int,
     indices: Sequence[int] | None = None,
+    resize_by: str = "square",
+    mask_resize: str = "nearest",
 ) -> Iterator[Batch]:
     """Yields the examples of `source` in batches, in the order of `indices`.
 
@@ -38,6 +41,8 @@ def batches(
         std: per channel, likewise.
         batch_size: examples a batch; the last batch holds what is left.
         indices: positions in `source`, in any order and repeated at will. None: each once.
+        resize_by: how images come to that size, see `transforms.placement`.
+        mask_resize: how masks do, see `transforms.resize_mask`.
 
     Raises:
         InputError: an image or mask cannot be decoded; raised when its batch is due.
@@ -47,9 +52,19 @@ def batches(
 
     def load(index) -> Batch:
         example = source[int(index)]
-        mask = None if example.mask is None else resize_mask(example.mask, image_size)
-        image = normalise(resize(example.image, image_size), mean, std)
-        return Batch(image, mask, example.label, index)
+        resized, crop, place = placement(example.image.shape[:2], image_size, resize_by)
+
+        def put(array):
+            canvas = np.zeros((*image_size, *array.shape[2:]), array.dtype)
+            canvas[place] = array[crop]
+            return canvas
+
+        image = put(normalise(resize(example.image, resized), mean, std))
+        mask = None
+        if example.mask is not None:
+            mask = put(resize_mask(example.mask, resized, mask_resize))
+        valid = put(np.ones(resized, bool)) if resize_by == "pad" else None
+        return Batch(image, mask, example.label, index, valid)
 
     # Pillow and numpy release the interpreter's lock: threads keep all cores busy, and worker
     # processes would take seconds to start.
@@ -66,10 +81,11 @@ def batches(
 
 
 def _stack(examples: Sequence[Batch]) -> Batch:
-    images, masks, labels, indices = zip(*examples, strict=True)
+    images, masks, labels, indices, valids = zip(*examples, strict=True)
     return Batch(
         image=np.stack(images),
         mask=None if masks[0] is None else np.stack(masks),
         label=np.array(labels, np.int32),
         index=np.array(indices, np.int32),
+        valid=None if valids[0] is None else np.stack(valids),
     )

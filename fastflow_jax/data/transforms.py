@@ -7,7 +7,7 @@ Images stay uint8 until `normalise`, so that resizing is Pillow's own, as in tor
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -17,6 +17,9 @@ from fastflow_jax.errors import InputError
 _EXIF_ORIENTATION = 274
 _EXIF_SIDEWAYS = (5, 6, 7, 8)
 _TIFF_BITS_PER_SAMPLE = 258
+
+RESIZES = ("square", "crop", "pad")
+MASK_RESIZES = ("nearest", "floor", "threshold")
 
 
 def read_file(path: Path) -> bytes:
@@ -161,14 +164,74 @@ def _repeat(grey: np.ndarray) -> np.ndarray:
     return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1)
 
 
+class Placement(NamedTuple):
+    """How an image comes to lie in what a backbone sees; sizes are (height, width)."""
+
+    resized: tuple[int, int]  # the whole image
+    crop: tuple[slice, slice]  # what is kept of that
+    place: tuple[slice, slice]  # where this lies in the input; around it is padding
+
+
+def placement(size: tuple[int, int], target: tuple[int, int], how: str) -> Placement:
+    """Where an image of `size` lies in an input of size `target`.
+
+    Args:
+        size: (height, width) of the image.
+        target: (height, width) of the input.
+        how: "square" stretches the image to the target; "crop" keeps its proportions, fits the
+            side that is shorter for the target and keeps the middle of the other (torchvision's
+            Resize and CenterCrop); "pad" keeps its proportions, fits the longer side and puts the
+            image in the middle.
+    """
+    whole = tuple(slice(0, length) for length in target)
+    if how == "square":
+        return Placement(target, whole, whole)
+    (height, width), (rows, columns) = size, target
+    is_wide = width * rows > height * columns
+    if is_wide == (how == "crop"):
+        resized = (rows, max(1, width * rows // height))
+    else:
+        resized = (max(1, height * columns // width), columns)
+    if how == "crop":
+        return Placement(resized, _middle(resized, target), whole)
+    return Placement(
+        resized, tuple(slice(0, length) for length in resized), _middle(target, resized)
+    )
+
+
+def _middle(outer: tuple[int, int], inner: tuple[int, int]) -> tuple[slice, slice]:
+    starts = [round((a - b) / 2) for a, b in zip(outer, inner, strict=True)]
+    return tuple(slice(start, start + b) for start, b in zip(starts, inner, strict=True))
+
+
+def seen_part(array: np.ndarray, placed: Placement) -> np.ndarray:
+    """The part of an image or mask [H, W, ...], at its own resolution, that the input shows."""
+
+    def scaled(part, length, resized):
+        return slice(part.start * length // resized, -(-part.stop * length // resized))
+
+    return array[tuple(map(scaled, placed.crop, array.shape[:2], placed.resized))]
+
+
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes uint8 [H, W, 3] to `size` = (height, width), bilinear and antialiased (Pillow)."""
     return _resize(image, size, Image.Resampling.BILINEAR)
 
 
-def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes bool [H, W] to `size` = (height, width) by the nearest pixel centre (Pillow)."""
-    return _resize(mask.astype(np.uint8), size, Image.Resampling.NEAREST).astype(bool)
+def resize_mask(mask: np.ndarray, size: tuple[int, int], how: str = "nearest") -> np.ndarray:
+    """Resizes bool [H, W] to `size` = (height, width).
+
+    Published pixel figures differ by how masks were resized:
+
+    - "nearest": the pixel whose centre is nearest (Pillow), as CFLOW and SPADE have it;
+    - "floor": resized as images are, and defective where nothing good has mixed in, which takes
+      the edges off a defect: the PyTorch reference of FastFlow, and PatchCore;
+    - "threshold": resized as images are, and defective from one half on.
+    """
+    if how == "nearest":
+        return _resize(mask.astype(np.uint8), size, Image.Resampling.NEAREST).astype(bool)
+    share = _resize(mask * np.uint8(255), size, Image.Resampling.BILINEAR)
+    return share == 255 if how == "floor" else share >= 128
 
 
 def _resize(array, size, resample):

@@ -8,6 +8,7 @@ import pytest
 
 from fastflow_jax.data import Source
 from fastflow_jax.data.pipeline import batches
+from fastflow_jax.data.transforms import MASK_RESIZES, resize_mask
 from fastflow_jax.errors import InputError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
@@ -48,6 +49,43 @@ def test_batches_hold_every_example_once_and_in_order():
         np.testing.assert_array_equal(batch.label, batch.index % 2)
     indices = np.concatenate([batch.index for batch in read_batches])
     np.testing.assert_array_equal(indices, np.arange(10))
+
+
+def picture(index=0):
+    """A wide image, 20 x 40, whose mask is its right half."""
+    rows, columns = np.mgrid[:20, :40]
+    mask = columns >= 20
+    return Source(
+        ("a.png",),
+        ("hole",),
+        lambda i: (np.stack([rows * 6, columns * 6, 0 * rows], -1).astype(np.uint8), mask),
+    )
+
+
+def test_padding_is_zero_to_the_backbone_and_not_valid():
+    (batch,) = read(picture(), image_size=(16, 16), resize_by="pad")
+    inside = np.zeros((16, 16), bool)
+    inside[4:12] = True
+    np.testing.assert_array_equal(batch.valid[0], inside)
+    assert not batch.image[0][~inside].any()
+    assert batch.image[0][inside].all(-1).mean() > 0.9
+    np.testing.assert_array_equal(batch.mask[0, 4:12, 8:], True)
+    assert batch.mask.sum() == 8 * 8
+
+
+def test_a_crop_shows_the_middle_of_the_image_and_of_its_mask():
+    (batch,) = read(picture(), image_size=(20, 20), resize_by="crop", mean=(0, 0, 0), std=(1, 1, 1))
+    assert batch.valid is None
+    image, mask = picture().load(0)
+    np.testing.assert_allclose(batch.image[0] * 255, image[:, 10:30], atol=1e-4)
+    np.testing.assert_array_equal(batch.mask[0], mask[:, 10:30])
+
+
+def test_the_protocol_of_masks_is_followed():
+    masks = [next(read(picture(), image_size=(5, 7), mask_resize=m)).mask for m in MASK_RESIZES]
+    for mask, how in zip(masks, MASK_RESIZES, strict=True):
+        np.testing.assert_array_equal(mask[0], resize_mask(picture().load(0)[1], (5, 7), how))
+    assert masks[1].sum() < masks[0].sum()
 
 
 @pytest.mark.parametrize("indices", [[7, 2, 2, 9, 0], np.array([3, 1]), range(5, 1, -1), []])

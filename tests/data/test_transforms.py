@@ -5,8 +5,10 @@ import io
 import struct
 import zlib
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given
 from PIL import Image
 from torchvision_oracle import import_torchvision
 
@@ -16,8 +18,10 @@ from fastflow_jax.data.transforms import (
     decode_mask,
     image_size,
     normalise,
+    placement,
     resize,
     resize_mask,
+    seen_part,
 )
 from fastflow_jax.errors import InputError
 
@@ -316,6 +320,67 @@ def test_resize_is_torchvision(size, torchvision):
     np.testing.assert_array_equal(resize(image, size), np.asarray(theirs))
     theirs = torchvision.transforms.Resize(size, modes.NEAREST)(Image.fromarray(mask))
     np.testing.assert_array_equal(resize_mask(mask, size), np.asarray(theirs))
+
+
+@pytest.mark.parametrize("size", [*SIZES, (40, 57)])
+def test_floor_and_threshold_are_torchvision_and_its_tensors_cut(size, torchvision):
+    """As the PyTorch code has them: resized like an image, then astype(int) or a comparison."""
+    mask = np.kron(RNG.random((5, 7)) > 0.5, np.ones((8, 8), bool))[:, :-1]
+    transforms = torchvision.transforms
+    resize_and_scale = transforms.Compose([transforms.Resize(size), transforms.ToTensor()])
+    shares = resize_and_scale(Image.fromarray(mask * np.uint8(255)))[0].numpy()
+    np.testing.assert_array_equal(resize_mask(mask, size, "floor"), shares.astype(int))
+    np.testing.assert_array_equal(resize_mask(mask, size, "threshold"), shares >= 0.5)
+
+
+def test_floor_takes_the_edges_off_and_threshold_keeps_the_area():
+    mask = np.zeros((90, 90), bool)
+    mask[20:53, 20:53] = True
+    floor, threshold = (resize_mask(mask, (30, 30), how) for how in ("floor", "threshold"))
+    assert floor.sum() < threshold.sum()
+    assert not (floor & ~threshold).any()
+    assert threshold.sum() == pytest.approx(mask.sum() / 9, rel=0.1)
+    assert floor[8:16, 8:16].all()
+
+
+@pytest.mark.parametrize("side", [8, 23, 61])
+@pytest.mark.parametrize("size", [(40, 57), (57, 40), (40, 40), (7, 300), (61, 62)])
+def test_crop_is_torchvision(size, side, torchvision):
+    image = RNG.integers(0, 256, (*size, 3), np.uint8)
+    transforms = torchvision.transforms
+    theirs = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(side)])
+    resized, crop, place = placement(size, (side, side), "crop")
+    np.testing.assert_array_equal(
+        resize(image, resized)[crop], np.asarray(theirs(Image.fromarray(image)))
+    )
+    assert place == (slice(0, side), slice(0, side))
+
+
+lengths = st.integers(1, 400)
+
+
+@given(st.tuples(lengths, lengths), st.tuples(lengths, lengths))
+def test_crop_fills_the_input_and_pad_shows_the_whole_image(size, target):
+    scales = [b / a for a, b in zip(size, target, strict=True)]
+    for how, scale in (("crop", max(scales)), ("pad", min(scales))):
+        resized, crop, place = placement(size, target, how)
+        # Both sides by one scale, but for what an integer cannot say.
+        for old, new in zip(size, resized, strict=True):
+            assert new == 1 or scale * old - 1 <= new <= scale * old + 1e-6
+        assert any(a == b for a, b in zip(resized, target, strict=True))
+        shapes = [[s.stop - s.start for s in slices] for slices in (crop, place)]
+        assert shapes[0] == shapes[1] == list(target if how == "crop" else resized)
+        for slices, outer in ((crop, resized), (place, target)):
+            for part, length in zip(slices, outer, strict=True):
+                assert 0 <= part.start < part.stop <= length
+                assert abs(part.start - (length - part.stop)) <= 1  # the middle
+        seen = seen_part(np.zeros(size), placement(size, target, how))
+        assert seen.shape == size if how == "pad" else seen.size > 0
+
+
+def test_square_stretches_the_image_over_the_input():
+    whole = (slice(0, 8), slice(0, 6))
+    assert placement((50, 20), (8, 6), "square") == ((8, 6), whole, whole)
 
 
 @pytest.fixture(scope="module")

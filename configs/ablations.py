@@ -1,0 +1,90 @@
+"""The paper's ablations on any data set: a table with a row for each variant.
+
+    python -m fastflow_jax.main --config=configs/ablations.py:kernels/mvtec_ad/bottle,screw
+    python -m fastflow_jax.main --config=configs/ablations.py:augmentation/elpv/mono
+    python -m fastflow_jax.main --config=configs/ablations.py:tampered/folder \
+        --config.data.root=photos/screws
+    python -m fastflow_jax.main --config=configs/ablations.py:steps/synthetic/brick
+
+The argument is <ablation>/<data set>/<category>; without a category a set is run with all it has.
+
+    kernels       3x3 alone against 3x3 and 1x1 in turn, with a small and with a large backbone
+    augmentation  training images flipped, turned by a little, in other colours
+    tampered      test images turned, zoomed and moved, for one and the same training
+    steps         flows of 1 to 16 steps
+
+Every value of a variant is a field, --config.variants.rotate_10.data.tamper.rotate=12 for one.
+The small backbone is that of the run, --config.backbone; the large one is set for both its rows by
+--config.variants.large_3x3.backbone and --config.variants.large_3x3.weights.
+"""
+
+from ml_collections import ConfigDict, FieldReference
+
+from fastflow_jax.config import default
+from fastflow_jax.errors import InputError
+
+
+def get_config(argument: str = "kernels"):
+    """Configuration of one ablation, see above."""
+    ablation, _, rest = argument.partition("/")
+    name, _, category = rest.partition("/")
+    if ablation not in _ABLATIONS:
+        raise InputError(f"no ablation {ablation!r}; there is {', '.join(_ABLATIONS)}")
+    c = default()
+    if name:
+        c.data.name = name
+    if category:
+        c.data.category = category
+    c.variants = ConfigDict(_ABLATIONS[ablation](c))
+    return c
+
+
+def _kernels(c) -> dict:
+    large = {
+        "backbone": FieldReference("wide_resnet50_2"),
+        "weights": c.get_oneway_ref("weights"),
+    }
+    return {
+        "small_3x3": {"flow": {"kernels": (3,)}},
+        "small_3x3_1x1": {"flow": {"kernels": (3, 1)}},
+        "large_3x3": {"flow": {"kernels": (3,)}, **large},
+        "large_3x3_1x1": {"flow": {"kernels": (3, 1)}, **large},
+    }
+
+
+def _augmentation(c) -> dict:
+    flips, rotation, colour = {"flips": True}, {"rotate": 10.0}, {"colour": 0.2}
+    rows = {
+        "none": {},
+        "flips": flips,
+        "rotation": rotation,
+        "colour": colour,
+        "all": flips | rotation | colour,
+    }
+    return {name: {"augment": fields} for name, fields in rows.items()}
+
+
+def _tampered(c) -> dict:
+    rows = {
+        "untouched": {},
+        "rotate_5": {"rotate": 5.0},
+        "rotate_10": {"rotate": 10.0},
+        "rotate_30": {"rotate": 30.0},
+        "zoom_out_10": {"zoom": 0.9},
+        "zoom_in_10": {"zoom": 1.1},
+        "shift_5": {"down": 0.05, "right": 0.05},
+        "all_5": {"rotate": 5.0, "zoom": 1.05, "down": 0.05, "right": 0.05},
+    }
+    return {name: {"data": {"tamper": fields}} for name, fields in rows.items()}
+
+
+def _steps(c) -> dict:
+    return {f"steps_{n}": {"flow": {"steps": n}} for n in (1, 2, 4, 8, 16)}
+
+
+_ABLATIONS = {
+    "kernels": _kernels,
+    "augmentation": _augmentation,
+    "tampered": _tampered,
+    "steps": _steps,
+}

@@ -1,0 +1,145 @@
+"""Tables: rows, columns that the data can give, published figures and their sources."""
+
+import csv
+import io
+
+import numpy as np
+import pytest
+
+from fastflow_jax.data import btad, cifar10, mvtec_ad
+from fastflow_jax.evaluate import METRICS
+from fastflow_jax.report import published as published_module
+from fastflow_jax.report.published import published
+from fastflow_jax.report.table import format_csv, format_markdown, format_table
+
+
+def results(categories, dataset="folder", backbone="resnet18", std=None, note=None, missing=()):
+    rows = {
+        name: {
+            m: None if m in missing else round(0.9 + i / 1000 + j / 100, 4)
+            for j, m in enumerate(METRICS)
+        }
+        for i, name in enumerate(categories)
+    }
+    mean = {
+        m: None if m in missing else float(np.mean([row[m] for row in rows.values()]))
+        for m in METRICS
+    }
+    data = {name: {"source": "here"} | ({"note": note} if note else {}) for name in categories}
+    return {
+        "categories": rows,
+        "mean": mean,
+        "std": std,
+        "variants": None,
+        "protocol": {"dataset": dataset, "backbone": backbone, "data": data},
+    }
+
+
+def test_a_row_a_category_and_the_mean():
+    text = format_table(results(["one", "three"])).splitlines()
+    assert text[0].split("  ")[-1] == "pixel AP"
+    assert text[2].split() == ["one", "0.9000", "0.9100", "0.9200", "0.9300", "0.9400", "0.9500"]
+    assert text[-1].split()[:2] == ["mean", "0.9005"]
+    assert len({len(line) for line in text}) == 1
+    assert set(text[1]) == set(text[-2]) == {"-"}
+
+
+def test_what_the_data_cannot_give_is_left_out():
+    text = format_table(results(["one"], missing=("pixel_auroc", "aupro", "pixel_ap")))
+    assert "image AP" in text
+    assert "pixel" not in text
+    assert "AUPRO" not in text
+
+
+def test_the_deviation_over_seeds_stands_behind_the_mean():
+    deviations = dict.fromkeys(METRICS, 0.0123)
+    lines = format_table(results(["one", "two"], std=deviations)).splitlines()
+    assert "0.9005 ± 0.0123" in lines[-1]
+    assert all("±" not in line for line in lines[:-1])
+
+
+def test_published_columns_stand_beside_with_their_sources():
+    text = format_table(results(mvtec_ad.CATEGORIES, "mvtec_ad", "wide_resnet50_2"))
+    lines = text.splitlines()
+    assert "gathierry last" in lines[0]
+    assert "image F1" not in text
+    bottle = next(line for line in lines if line.startswith("bottle")).split()
+    # ours: image, pixel, AUPRO; the paper's pixel; gathierry's last and best; anomalib's two.
+    assert bottle == ["bottle", "0.9000", "0.9100", "0.9200", "-", "0.987", "0.989", "-", "-"]
+    mean = next(line for line in lines if line.startswith("mean")).split()
+    assert mean[-5:] == ["0.981", "0.972", "0.983", "0.963", "0.979"]
+    assert "gathierry last (pixel): README of gathierry/FastFlow" in text
+    assert "2111.07677" in text
+
+
+def test_a_published_mean_is_not_set_beside_that_of_other_categories():
+    text = format_table(results(["screw", "bottle"], "mvtec_ad", "resnet18"))
+    mean = next(line for line in text.splitlines() if line.startswith("mean"))
+    assert mean.split()[4:] == ["-", "-", "-"]
+    assert "0.521" in text  # anomalib's image AUROC of screw
+    assert "paper" not in text  # it has means alone
+
+
+@pytest.mark.parametrize("dataset", ["folder", "elpv", "btad"])
+def test_nothing_is_published_on_other_data(dataset):
+    assert published(dataset, "resnet18") == ()
+
+
+def test_cifar10_has_the_papers_mean_whatever_the_backbone():
+    text = format_table(results(cifar10.CATEGORIES, "cifar10", "tf_efficientnet_lite0"))
+    assert next(x for x in text.splitlines() if x.startswith("mean")).endswith(" 0.667")
+    assert "paper" not in format_table(results(["bird"], "cifar10"))
+
+
+@pytest.mark.parametrize("backbone", published_module._MVTEC_AD)
+def test_published_means_are_those_of_the_published_categories(backbone):
+    for column in published("mvtec_ad", backbone):
+        assert set(column.figures) <= set(mvtec_ad.CATEGORIES)
+        assert column.metric in METRICS
+        assert 0.8 < column.mean < 1
+        if len(column.figures) == column.categories == 15:
+            assert np.mean(list(column.figures.values())) == pytest.approx(column.mean, abs=6e-4)
+
+
+def variants_of(names, std=None):
+    whole = results(["mono"], missing=("aupro", "pixel_ap"))
+    whole["variants"] = {
+        name: results(["mono"]) | {"mean": dict.fromkeys(METRICS, 0.5 + i / 10), "std": std}
+        for i, name in enumerate(names)
+    }
+    return whole
+
+
+def test_an_ablation_has_a_row_a_variant_and_no_mean():
+    lines = format_table(variants_of(["untouched", "rotate_5"])).splitlines()
+    assert lines[2].split() == ["untouched", *["0.5000"] * 6]
+    assert lines[3].split() == ["rotate_5", *["0.6000"] * 6]
+    assert len(lines) == 4
+    deviations = dict.fromkeys(METRICS, 0.02)
+    assert "0.6000 ± 0.0200" in format_table(variants_of(["a", "b"], deviations)).splitlines()[3]
+
+
+NOTE = "read from image files"
+
+
+def test_what_is_to_be_known_of_the_data_stands_under_the_table_once():
+    whole = results(["bird", "cat"], "cifar10", note=NOTE)
+    for text in (format_table(whole), format_markdown(whole)):
+        assert text.count(f"Data: {NOTE}.") == 1
+    rows = list(csv.DictReader(io.StringIO(format_csv(whole))))
+    assert {row["notes"] for row in rows} == {f"Data: {NOTE}."}
+
+
+def test_markdown_and_csv_hold_the_same_table():
+    whole = results(mvtec_ad.CATEGORIES, "mvtec_ad", "cait_m48_448")
+    rows = list(csv.reader(io.StringIO(format_csv(whole))))
+    lines = [line for line in format_markdown(whole).splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[1:-1] for row in rows] == [row[1:] for row in [cells[0], *cells[2:]]]
+    assert rows[0][1:5] == ["image AUROC", "pixel AUROC", "AUPRO", "paper image"]
+    assert [row[0] for row in rows[1:]] == [*mvtec_ad.CATEGORIES, "mean"]
+    assert rows[1][4:6] == ["1.000", "0.977"]
+
+
+def test_btad_categories_stay_text():
+    assert format_csv(results(btad.CATEGORIES, "btad")).splitlines()[1].startswith("01,")

@@ -1,0 +1,259 @@
+"""Every configuration from its file to its table, on data sets in miniature with official names."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_config import CONFIGS, load
+
+from fastflow_jax import experiment
+from fastflow_jax.config import fill, variants
+from fastflow_jax.data import btad, cifar10, mvtec_ad
+from fastflow_jax.errors import InputError
+from fastflow_jax.evaluate import METRICS
+
+TRAIN, GOOD, BAD = 4, 2, 2  # images of a category
+
+
+@pytest.fixture(autouse=True)
+def miniature(monkeypatch):
+    for module in (mvtec_ad, btad):
+        counts = dict.fromkeys(module.CATEGORIES, (TRAIN, GOOD + BAD))
+        monkeypatch.setattr(module, "COUNTS", counts)
+    monkeypatch.setattr(cifar10, "COUNTS", (50, 10))
+
+
+RNG = np.random.default_rng(0)
+
+
+def photograph(path, size=(36, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(RNG.integers(0, 256, (*size, 3), np.uint8)).save(path)
+
+
+def make_category(root, good="good", bad="crack", suffix="_mask", extension=".png", masks=".png"):
+    for i in range(TRAIN):
+        photograph(root / f"train/{good}/{i:03}{extension}")
+    for i in range(GOOD):
+        photograph(root / f"test/{good}/{i:03}{extension}")
+    for i in range(BAD):
+        photograph(root / f"test/{bad}/{i:03}{extension}")
+        mask = np.zeros((36, 30), np.uint8)
+        mask[5:20, 4 + i : 22] = 255
+        path = root / f"ground_truth/{bad}/{i:03}{suffix}{masks}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(path)
+
+
+def mvtec_tree(raw):
+    for category in ("bottle", "screw"):
+        make_category(raw / "mvtec_ad/mvtec_anomaly_detection" / category)
+    return ["bottle", "screw"]
+
+
+def btad_tree(raw):
+    extensions = {"01": (".bmp", ".png"), "02": (".png", ".png"), "03": (".bmp", ".bmp")}
+    for category, (extension, masks) in extensions.items():
+        folder = raw / "btad/BTech_Dataset_transformed" / category
+        make_category(folder, "ok", "ko", "", extension, masks)
+    return list(btad.CATEGORIES)
+
+
+def cifar10_files(raw):
+    folder = raw / "cifar10/cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        rows = RNG.integers(0, 256, (10, 3073), np.uint8)
+        rows[:, 0] = range(10)
+        (folder / f"{name}.bin").write_bytes(rows.tobytes())
+    return ["bird", "ship"]
+
+
+def elpv_folder(root):
+    lines = []
+    for i, probability in enumerate([0.0] * 5 + [0.3333333333333333] + [1.0] * 2):
+        photograph(root / f"images/cell{i:04}.png")
+        lines.append(f"images/cell{i:04}.png  {probability}   mono")
+    (root / "labels.csv").write_text("\n".join(lines) + "\n")
+
+
+def tiny(config, **fields):
+    """In the form of the configuration, but of a size that takes seconds."""
+    config.weights, config.image_size, config.layers = "random", (32,), ("blocks.2",)
+    config.backbone = "tf_efficientnet_lite0"
+    config.flow.steps, config.flow.kernels, config.flow.hidden_ratio = 1, (3,), 0.5
+    config.train.epochs, config.train.batch_size, config.heatmaps = 1, 4, 1
+    config.update_from_flattened_dict(fields)
+    return fill(config)
+
+
+@pytest.fixture
+def run_config(tmp_path, capsys):
+    """run(name, argument, **fields): the results, the lines that were printed, the run folder."""
+
+    def run(name, argument=None, workdir="run", **fields):
+        fields = {"data.dir": str(tmp_path / "data")} | fields
+        config = tiny(load(name, *filter(None, [argument])), **fields)
+        results = experiment.run(config, tmp_path / workdir)
+        lines = capsys.readouterr().out.splitlines()
+        return results, lines, tmp_path / workdir
+
+    return run
+
+
+@pytest.fixture
+def raw(tmp_path):
+    return tmp_path / "data/downloads/manual"
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "argument"),
+    [
+        ("mvtec", mvtec_tree, "bottle,screw"),
+        ("reference", mvtec_tree, "bottle,screw"),
+        ("btad", btad_tree, None),
+        ("cifar10", cifar10_files, "bird,ship"),
+    ],
+)
+def test_a_benchmark_in_miniature(name, make, argument, raw, run_config):
+    categories = make(raw)
+    results, lines, folder = run_config(name, argument)
+    assert list(results["categories"]) == categories
+    rows = [line.split()[0] for line in lines if line.split()]
+    assert [row for row in rows if row in (*categories, "mean")] == [*categories, "mean"]
+    for category in categories:
+        assert (folder / category / "part.json").is_file()
+        assert len(list((folder / category / "heatmaps").glob("*/*.png"))) == 1
+    assert json.loads((folder / "results.json").read_text()) == results
+    with (folder / "table.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["name"] for row in table] == [*categories, "mean"]
+    assert float(table[-1]["image AUROC"]) == pytest.approx(
+        results["mean"]["image_auroc"], abs=1e-4
+    )
+    assert (folder / "table.md").read_text().count("\n| ") == len(categories) + 2
+    has_masks = name != "cifar10"
+    assert [m for m in METRICS if results["mean"][m] is not None] == [
+        m for m in METRICS if has_masks or m.startswith("image")
+    ]
+
+
+def test_a_table_is_reproduced_bit_for_bit(raw, run_config):
+    btad_tree(raw)
+    fields = {"seeds": 2, "data.category": "03"}
+    first, _, one = run_config("btad", workdir="one", **fields)
+    again, _, two = run_config("btad", workdir="two", **fields)
+    for key in ("categories", "mean", "std", "seeds"):
+        assert again[key] == first[key]
+    for name in ("table.md", "table.csv"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
+def test_demo_and_folder(tmp_path, run_config):
+    elpv_folder(tmp_path / "elpv")
+    results, _, _ = run_config("demo", **{"data.root": str(tmp_path / "elpv")})
+    assert results["mean"]["image_auroc"] is not None
+    make_category(tmp_path / "screws", extension=".jpg")
+    for resize in ("crop", "pad"):
+        fields = {"data.root": str(tmp_path / "screws"), "data.resize": resize}
+        results, _, _ = run_config("folder", workdir=resize, **fields)
+        assert None not in results["mean"].values()
+        assert results["protocol"]["resize"] == resize
+
+
+def test_synthetic(run_config):
+    pytest.importorskip("skimage", reason="the textures come with scikit-image")
+    results, _, _ = run_config("synthetic", "gravel", **{"data.mask_resize": "floor"})
+    assert results["protocol"]["masks"] == "resized to the input size, floor"
+
+
+@pytest.fixture
+def screws(tmp_path):
+    make_category(tmp_path / "screws")
+    return {"data.root": str(tmp_path / "screws"), "heatmaps": 0}
+
+
+def test_tampered_test_images_are_scored_by_one_training(screws, run_config):
+    results, lines, folder = run_config("ablations", "tampered/folder", **screws)
+    rows = list(results["variants"])
+    assert rows[:2] == ["untouched", "rotate_5"]
+    assert [
+        line.split()[0] for line in lines if line.split()[:1] and line.split()[0] in rows
+    ] == rows
+    assert [path.parent.name for path in folder.rglob("checkpoints")] == ["untouched"]
+    figures = [each["mean"]["pixel_ap"] for each in results["variants"].values()]
+    assert len(set(figures)) == len(figures)
+    assert results["categories"] == results["variants"]["untouched"]["categories"]
+    assert results["variants"]["rotate_5"]["changes"] == {"data": {"tamper": {"rotate": 5.0}}}
+
+    plain, _, _ = run_config("folder", workdir="plain", **screws)
+    assert plain["mean"] == results["mean"]
+    alone, _, _ = run_config("folder", workdir="alone", **screws, **{"data.tamper.rotate": 5.0})
+    assert alone["mean"] == results["variants"]["rotate_5"]["mean"]
+
+
+def test_an_ablation_goes_on_where_it_stopped(screws, run_config, monkeypatch):
+    undisturbed, _, _ = run_config("ablations", "tampered/folder", workdir="one", **screws)
+    run_part, parts = experiment._run_part, []
+
+    def killed_in_the_fourth(*arguments):
+        if len(parts) == 3:
+            raise RuntimeError("killed")
+        parts.append(run_part(*arguments))
+        return parts[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "_run_part", killed_in_the_fourth)
+        with pytest.raises(RuntimeError, match="killed"):
+            run_config("ablations", "tampered/folder", workdir="two", **screws)
+    resumed, _, _ = run_config("ablations", "tampered/folder", workdir="two", **screws)
+    assert resumed["variants"] == undisturbed["variants"]
+
+
+def test_kernels_of_a_small_and_a_large_backbone(screws, run_config):
+    large = {"variants.large_3x3.backbone": "tf_efficientnet_lite1"}
+    results, _, folder = run_config("ablations", "kernels/folder", **screws, **large)
+    assert list(results["variants"]) == [
+        "small_3x3",
+        "small_3x3_1x1",
+        "large_3x3",
+        "large_3x3_1x1",
+    ]
+    weights = [
+        json.loads((folder / name / "part.json").read_text())["weights"]
+        for name in results["variants"]
+    ]
+    assert all(each["source"] == "random" for each in weights)
+    assert len(list(folder.rglob("checkpoints"))) == 4
+    changes = results["variants"]["large_3x3_1x1"]["changes"]
+    assert changes["backbone"] == "tf_efficientnet_lite1", "one flag sets both rows"
+
+
+def test_augmentation_and_steps(screws, run_config):
+    results, _, folder = run_config("ablations", "augmentation/folder", **screws)
+    assert list(results["variants"]) == ["none", "flips", "rotation", "colour", "all"]
+    losses = {
+        json.loads((folder / name / "metrics.jsonl").read_text())["loss"]
+        for name in results["variants"]
+    }
+    assert len(losses) == 5
+    again, _, _ = run_config("ablations", "augmentation/folder", workdir="again", **screws)
+    assert again["variants"] == results["variants"]
+
+
+def test_the_ablation_of_steps_runs_each_number():
+    changed = variants(fill(load("ablations", "steps/elpv/mono")))
+    assert [c.flow.steps for c in changed.values()] == [1, 2, 4, 8, 16]
+    assert {(c.data.name, c.data.category) for c in changed.values()} == {("elpv", "mono")}
+
+
+def test_an_unknown_ablation_is_named():
+    with pytest.raises(InputError, match="no ablation 'kernel'; there is kernels, augmentation"):
+        load("ablations", "kernel/elpv")
+
+
+def test_no_configuration_is_left_out():
+    tested = {"ablations", "btad", "cifar10", "demo", "folder", "mvtec", "reference", "synthetic"}
+    assert tested <= {path.stem for path in CONFIGS}

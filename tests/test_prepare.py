@@ -1,0 +1,152 @@
+"""What runs share is made once: features of images, whatever parts of a set they belong to."""
+
+import json
+import weakref
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastflow_jax import experiment, prepare
+from fastflow_jax.config import default, fill
+from fastflow_jax.data import cifar10
+from fastflow_jax.features import extractor
+from fastflow_jax.prepare import image_batches, preparer, seen_by
+
+PER_CLASS = {"train": 4, "test": 2}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """CIFAR-10 as folders of image files, in miniature."""
+    root, rng = tmp_path_factory.mktemp("cifar10"), np.random.default_rng(0)
+    for split, n in PER_CLASS.items():
+        for name in cifar10.CATEGORIES:
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def miniature(monkeypatch):
+    counts = (10 * PER_CLASS["train"], 10 * PER_CLASS["test"])
+    monkeypatch.setattr(cifar10, "COUNTS", counts)
+
+
+@pytest.fixture
+def tiny(pictures):
+    def make(**fields):
+        c = default()
+        c.data.name, c.data.root = "cifar10", str(pictures)
+        c.weights, c.image_size, c.layers = "random", (32,), ("blocks.2",)
+        c.flow.steps, c.flow.kernels, c.flow.hidden_ratio = 1, (3,), 0.5
+        c.train.epochs, c.train.batch_size, c.heatmaps = 1, 8, 0
+        c.data.holdout = 0.25
+        c.update_from_flattened_dict(fields)
+        return fill(c)
+
+    return make
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """How many images the backbone has seen."""
+    counted = []
+
+    def counting(*arguments):
+        extract = extractor(*arguments)
+
+        def call(images):
+            counted.append(len(images))
+            return extract(images)
+
+        return call
+
+    monkeypatch.setattr(prepare, "extractor", counting)
+    return counted
+
+
+def test_classes_share_the_features_of_their_images(tiny, seen):
+    config = tiny()
+    get = preparer(config)
+    for name in ("bird", "ship"):
+        prepared = get(config, name, 0)
+        dataset = prepared.dataset
+        direct = extractor(prepared.backbone, config.length_power, "pmap", 8)
+        train, test = (
+            np.concatenate(
+                [direct(b.image)[0] for b in image_batches(config, prepared.backbone, s)]
+            )
+            for s in (dataset.train, dataset.test)
+        )
+        np.testing.assert_allclose(prepared.train.cached[0], train[:3], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(prepared.holdout[0], train[3:], rtol=1e-5, atol=1e-5)
+        batches = list(prepared.test())
+        for given, expected in (
+            (np.concatenate([b.image[0] for b in batches]), test),
+            (np.concatenate([b.label for b in batches]), dataset.test.labels),
+            (np.concatenate([b.index for b in batches]), np.arange(20)),
+        ):
+            np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-5)
+        assert {b.mask for b in batches} == {None}
+    assert sum(seen) == 40 + 20
+
+
+def test_all_seeds_and_classes_of_a_run_see_each_image_once(tiny, seen, tmp_path):
+    results = experiment.run(tiny(**{"data.category": "bird,cat", "seeds": 2}), tmp_path / "run")
+    assert sum(seen) == 2 * 60  # random weights: each seed has a backbone of its own
+    assert list(results["categories"]) == ["bird", "cat"]
+    assert list(results["seeds"]) == ["0", "1"]
+    assert [list(rows) for rows in results["seeds"].values()] == [["bird", "cat"]] * 2
+
+
+def test_what_is_not_to_be_kept_is_computed_again(tiny, seen):
+    config = tiny(**{"train.cache": False})
+    prepared = preparer(config)(config, "bird", 0)
+    assert prepared.train.cached is None
+    seen.clear()
+    for _ in range(2):
+        assert sum(len(batch.label) for batch in prepared.test()) == 20
+    assert sum(seen) == 2 * 20
+
+
+def test_maps_without_masks_are_not_kept_but_drawn(tiny, tmp_path):
+    cifar10_run = tiny(**{"data.category": "frog", "heatmaps": 3})
+    experiment.run(cifar10_run, tmp_path / "run")
+    assert len(list((tmp_path / "run/heatmaps").glob("*/*.png"))) == 3
+    note = json.loads((tmp_path / "run/results.json").read_text())["protocol"]["data"]["frog"]
+    assert "re-encoded" in note["note"]
+
+
+def test_the_key_of_features_names_what_they_hang_on(tiny):
+    one = tiny()
+    changes = {
+        "image_size": (48,),
+        "layers": ("blocks.1",),
+        "length_power": 0.5,
+        "data.resize": "pad",
+    }
+    for field, value in changes.items():
+        assert seen_by(tiny(**{field: value}), 0) != seen_by(one, 0)
+    assert seen_by(one, 0) != seen_by(one, 1)
+    trained = tiny(weights="tf_efficientnet_lite0.in1k")
+    assert seen_by(trained, 0) == seen_by(trained, 1)
+    for field, value in {"flow.steps": 2, "score.form": "top_k", "seed": 3}.items():
+        assert seen_by(tiny(**{field: value}), 0) == seen_by(one, 0)
+
+
+def test_only_the_last_is_kept_and_goes_before_the_next_comes():
+    made = []
+
+    def make(n):
+        assert all(each() is None for each in made)
+        array = np.zeros(n)
+        made.append(weakref.ref(array))
+        return array
+
+    get = prepare._keep_last(make)
+    assert get("a", 1) is get("a", 1)
+    get("b", 2)
+    assert len(made) == 2

@@ -1,0 +1,91 @@
+"""What do the figures of a finished run come to on each half of its test images?
+
+    python benchmarks/halves.py runs/folder-tf_efficientnet_lite0
+
+A recipe that was developed on a data set flatters itself there. So the test images are split once,
+even and odd places in sorted order: who chooses on one half can report the other. The last
+checkpoints of all seeds are scored anew; a line each for all images and for the halves, mean and
+deviation over the seeds.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+
+import jax
+import numpy as np
+
+from fastflow_jax import data
+from fastflow_jax.checkpoints import Checkpoints
+from fastflow_jax.config import default, fill
+from fastflow_jax.describe import flow_model
+from fastflow_jax.detector import FastFlowDetector, calibrate
+from fastflow_jax.evaluate import METRICS, Scored, measure, score_split
+from fastflow_jax.prepare import preparer
+from fastflow_jax.train import create_optimizer, create_state
+
+HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
+
+
+def score_run(config, prepare, category: str | None, seed: int, folder: pathlib.Path) -> Scored:
+    """The test images of one category under the last checkpoint of one seed."""
+    prepared = prepare(config, category, seed)
+    model = flow_model(config)
+    optimizer = create_optimizer(config.train, 1)
+    shapes, statistics_ = prepared.train.shapes, prepared.train.statistics
+    state = create_state(model, optimizer, shapes, statistics_, seed)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        state = checkpoints.restore(checkpoints.latest, state)
+    calibration = calibrate(
+        config, model, state.variables, prepared.holdout, prepared.holdout_valid
+    )
+    detector = FastFlowDetector(config, prepared.backbone, model, state.variables, calibration)
+    return score_split(
+        detector.score_features, prepared.test(), len(prepared.dataset.test), progress=str(folder)
+    )
+
+
+def half_of(scored: Scored, places: slice) -> Scored:
+    """Part of the images."""
+    return jax.tree.map(lambda array: array[places], scored)
+
+
+def lists_to_tuples(section: dict) -> dict:
+    """What JSON made of a configuration's tuples, made good."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
+
+
+def main() -> None:
+    """Score all parts of the run anew and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=pathlib.Path, help="a finished run folder")
+    run = parser.parse_args().run
+    saved = json.loads((run / "config.json").read_text(), object_hook=lists_to_tuples)
+    config = default()
+    config.update(saved)
+    config = fill(config)
+    categories, prepare = data.categories(config.data), preparer(config)
+    seeds = [config.seed + i for i in range(config.seeds)]
+    for category in categories:
+        folder = run / category if len(categories) > 1 else run
+        figures = {half: [] for half in HALVES}
+        for seed in seeds:
+            part = folder / f"seed_{seed}" if len(seeds) > 1 else folder
+            scored = score_run(config, prepare, category, seed, part)
+            for half, places in HALVES.items():
+                figures[half].append(measure(half_of(scored, places)))
+        for half, rows in figures.items():
+            cells = []
+            for metric in METRICS:
+                values = [row[metric] for row in rows]
+                if None not in values:
+                    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                    cells.append(f"{metric} {np.mean(values):.4f} ± {spread:.4f}")
+            print(f"{category or config.data.name}, {half}: {', '.join(cells)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -44,8 +44,9 @@ def run(config, workdir: str | pathlib.Path) -> dict:
     Args:
       config: see `config.fill`.
       workdir: the run folder: `config.json`, `results.json`, its table as `table.md` and
-        `table.csv`, and, in it or in a sub-folder for each category and seed where there are
-        several, `checkpoints/`, `metrics.jsonl` and `heatmaps/`.
+        `table.csv`, and, in it or in a sub-folder for each category, variant and seed where there
+        are several, `checkpoints/`, `metrics.jsonl` and `heatmaps/`. Variants that differ only in
+        what comes after training share one, in the folder of the first.
 
     Returns:
       What stands in `results.json`.
@@ -114,10 +115,11 @@ def _plan(config, workdir: pathlib.Path) -> list[_Part]:
     """All parts of a run; those that share most follow upon each other."""
     categories = data.categories(config.data)
     seeds = [config.seed + i for i in range(config.seeds)]
+    pairs = [(category, v) for category in categories for v in variants(config).items()]
+    if data.share_images(config.data):  # a variant of all categories at a time
+        pairs = [(category, v) for v in variants(config).items() for category in categories]
     plan, trainings = [], {}
-    for category, (variant, changed), seed in itertools.product(
-        categories, variants(config).items(), seeds
-    ):
+    for (category, (variant, changed)), seed in itertools.product(pairs, seeds):
         folder = workdir
         if len(categories) > 1:
             folder /= category

@@ -77,7 +77,8 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, InputError) as error:
-        _fail(str(error), 2)
+        # What a configuration file raises comes with a traceback before it.
+        _fail(str(error).rpartition(f"{InputError.__name__}: ")[2].strip(), 2)
     except (AttributeError, KeyError):
         config = runpy.run_path(file)["get_config"](*([argument] if argument else []))
         message = misspelt(config, argv)

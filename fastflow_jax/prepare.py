@@ -60,9 +60,9 @@ def seen_by(config, seed: int) -> str:
 
     Each seed of the control has an untrained backbone of its own.
     """
-    fields = ("backbone", "layers", "weights", "image_size", "length_power")
-    key = {field: to_plain(config)[field] for field in fields}
-    return json.dumps([key, config.data.resize, seed if config.weights == "random" else None])
+    plain = to_plain(config)
+    key = [plain[f] for f in ("backbone", "layers", "weights", "image_size", "length_power")]
+    return json.dumps([*key, config.data.resize, seed if config.weights == "random" else None])
 
 
 def preparer(config) -> Callable[[Any, str | None, int], Prepared]:
@@ -160,13 +160,18 @@ def _features(
     return cache(_extractor(config, backbone), stream, n, progress=title)
 
 
+def _is_shared(config, source: data.Source) -> bool:
+    """Features are computed for all that the source is a part of; padding is not kept with them."""
+    return source.part_of is not None and config.data.resize != "pad"
+
+
 def _train(config, backbone, source, seed, pooled, title):
     """`Prepared.train`, `Prepared.holdout` and `Prepared.holdout_valid`."""
     train, held_out = split_holdout(len(source), config.data.holdout)
     is_cached = config.train.cache and not is_augmented(config)
 
     def features(rows, what):
-        if source.part_of is None or not is_cached:
+        if not (is_cached and _is_shared(config, source)):
             return _features(config, backbone, source, rows, f"{title}: {what}")
         whole, places = source.part_of
         return tuple(maps[places][rows] for maps in pooled(whole))
@@ -194,7 +199,7 @@ def _test(config, backbone, source, pooled, title) -> Callable[[], Iterable[Batc
     """See `Prepared.test`."""
     if source is None:
         return tuple
-    if config.train.cache and source.part_of is not None:
+    if config.train.cache and _is_shared(config, source):
         whole, places = source.part_of
         kept = _cut(source, tuple(maps[places] for maps in pooled(whole)), config.train.batch_size)
         return lambda: kept

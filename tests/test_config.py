@@ -6,9 +6,10 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 
 from fastflow_jax.backbones import find_spec
-from fastflow_jax.config import default, differences, fill, misspelt, to_plain
+from fastflow_jax.config import default, differences, fill, misspelt, to_plain, variants, without
 from fastflow_jax.describe import describe, flow_model
 from fastflow_jax.errors import InputError
 
@@ -71,6 +72,10 @@ def test_values_given_by_hand_stay():
         ("checkpoint_every", 0, "config.checkpoint_every is from 1"),
         ("data.holdout", 0.7, "config.data.holdout is from 0 to 0.5, not 0.7"),
         ("parallel", "pjit", "config.parallel is one of pmap, jit"),
+        ("data.resize", "stretch", "config.data.resize is one of square, crop, pad"),
+        ("data.mask_resize", "area", "config.data.mask_resize is one of nearest, floor, threshold"),
+        ("data.tamper.zoom", 0.0, "config.data.tamper.zoom is from 0.1 to 10"),
+        ("augment.colour", 2.0, "config.augment.colour is from 0 to 1"),
     ],
 )
 def test_impossible_values_are_named(field, value, message):
@@ -135,3 +140,49 @@ def test_describe_prints_scales_numbers_operations_and_memory():
     assert "layer1 64x64x64 4 " in text
     assert "operations, backbone, an image " in text
     assert "a training step of 1 " in text
+
+
+def with_variants(**changes):
+    c = default()
+    c.variants = ConfigDict(changes)
+    return c
+
+
+def test_a_variant_is_filled_as_a_run_of_its_own_would_be():
+    c = with_variants(second={}, first={"backbone": "resnet18", "flow": {"steps": 7}})
+    filled = fill(c)
+    assert list(variants(filled)) == ["second", "first"]  # in the order given
+    alone = default()
+    alone.backbone, alone.flow.steps = "resnet18", 7
+    for name, expected in (("first", fill(alone)), ("second", fill(default()))):
+        assert differences(to_plain(variants(filled)[name]), expected) == []
+    assert filled.variants.first.layers == ("layer3", "layer4")
+    assert differences(to_plain(fill(filled)), filled) == []
+    assert variants(fill(default())) == {None: fill(default())}
+
+
+def test_values_given_by_hand_hold_for_every_variant():
+    c = with_variants(first={"backbone": "resnet18"})
+    c.image_size, c.train.steps = (64,), 10
+    changed = variants(fill(c))["first"]
+    assert (changed.image_size, changed.train.steps) == ((64, 64), 10)
+
+
+def test_impossible_variants_are_named():
+    with pytest.raises(InputError, match=r"variants\.first: there is no field flow\.step"):
+        fill(with_variants(first={"flow": {"step": 3}}))
+    with pytest.raises(InputError, match=r"config\.flow\.steps is from 1 to 1000"):
+        fill(with_variants(first={"flow": {"steps": 0}}))
+
+
+def test_another_value_of_a_variant_is_another_run():
+    one, two = (fill(with_variants(first={"flow": {"steps": n}})) for n in (2, 3))
+    assert differences(to_plain(one), two) == ["variants.first.flow.steps: 2 there, 3 asked for"]
+
+
+def test_fields_and_sections_can_be_left_out():
+    flat = without(fill(default()), ("data.tamper", "seed", "map"))
+    assert "data.name" in flat
+    assert "seeds" in flat
+    assert not [name for name in flat if name.split(".")[0] in ("seed", "map")]
+    assert not [name for name in flat if name.startswith("data.tamper")]

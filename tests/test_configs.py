@@ -91,14 +91,18 @@ def tiny(config, **fields):
 
 @pytest.fixture
 def run_config(tmp_path, capsys):
-    """run(name, argument, **fields): the results, the lines that were printed, the run folder."""
+    """run(name, argument, **fields): the results, what was printed, the run folder.
 
-    def run(name, argument=None, workdir="run", **fields):
+    Of an ablation all variants, or those named.
+    """
+
+    def run(name, argument=None, workdir="run", named=(), **fields):
         fields = {"data.dir": str(tmp_path / "data")} | fields
-        config = tiny(load(name, *filter(None, [argument])), **fields)
-        results = experiment.run(config, tmp_path / workdir)
-        lines = capsys.readouterr().out.splitlines()
-        return results, lines, tmp_path / workdir
+        config = load(name, *filter(None, [argument]))
+        for variant in set(config.variants).difference(named) if named else ():
+            del config.variants[variant]
+        results = experiment.run(tiny(config, **fields), tmp_path / workdir)
+        return results, capsys.readouterr(), tmp_path / workdir
 
     return run
 
@@ -106,6 +110,10 @@ def run_config(tmp_path, capsys):
 @pytest.fixture
 def raw(tmp_path):
     return tmp_path / "data/downloads/manual"
+
+
+def first_words(printed):
+    return [line.split()[0] for line in printed.out.splitlines() if line.split()]
 
 
 @pytest.mark.parametrize(
@@ -119,9 +127,10 @@ def raw(tmp_path):
 )
 def test_a_benchmark_in_miniature(name, make, argument, raw, run_config):
     categories = make(raw)
-    results, lines, folder = run_config(name, argument)
+    results, printed, folder = run_config(name, argument)
     assert list(results["categories"]) == categories
-    rows = [line.split()[0] for line in lines if line.split()]
+    assert f"run: 100%|██████████| {len(categories)}/{len(categories)} [" in printed.err
+    rows = first_words(printed)
     assert [row for row in rows if row in (*categories, "mean")] == [*categories, "mean"]
     for category in categories:
         assert (folder / category / "part.json").is_file()
@@ -176,12 +185,10 @@ def screws(tmp_path):
 
 
 def test_tampered_test_images_are_scored_by_one_training(screws, run_config):
-    results, lines, folder = run_config("ablations", "tampered/folder", **screws)
+    results, printed, folder = run_config("ablations", "tampered/folder", **screws)
     rows = list(results["variants"])
     assert rows[:2] == ["untouched", "rotate_5"]
-    assert [
-        line.split()[0] for line in lines if line.split()[:1] and line.split()[0] in rows
-    ] == rows
+    assert [word for word in first_words(printed) if word in rows] == rows
     assert [path.parent.name for path in folder.rglob("checkpoints")] == ["untouched"]
     figures = [each["mean"]["pixel_ap"] for each in results["variants"].values()]
     assert len(set(figures)) == len(figures)
@@ -195,20 +202,21 @@ def test_tampered_test_images_are_scored_by_one_training(screws, run_config):
 
 
 def test_an_ablation_goes_on_where_it_stopped(screws, run_config, monkeypatch):
-    undisturbed, _, _ = run_config("ablations", "tampered/folder", workdir="one", **screws)
+    fields = screws | {"named": ("untouched", "rotate_5", "shift_5")}
+    undisturbed, _, _ = run_config("ablations", "tampered/folder", workdir="one", **fields)
     run_part, parts = experiment._run_part, []
 
-    def killed_in_the_fourth(*arguments):
-        if len(parts) == 3:
+    def killed_in_the_third(*arguments):
+        if len(parts) == 2:
             raise RuntimeError("killed")
         parts.append(run_part(*arguments))
         return parts[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "_run_part", killed_in_the_fourth)
+        patch.setattr(experiment, "_run_part", killed_in_the_third)
         with pytest.raises(RuntimeError, match="killed"):
-            run_config("ablations", "tampered/folder", workdir="two", **screws)
-    resumed, _, _ = run_config("ablations", "tampered/folder", workdir="two", **screws)
+            run_config("ablations", "tampered/folder", workdir="two", **fields)
+    resumed, _, _ = run_config("ablations", "tampered/folder", workdir="two", **fields)
     assert resumed["variants"] == undisturbed["variants"]
 
 
@@ -231,16 +239,19 @@ def test_kernels_of_a_small_and_a_large_backbone(screws, run_config):
     assert changes["backbone"] == "tf_efficientnet_lite1", "one flag sets both rows"
 
 
-def test_augmentation_and_steps(screws, run_config):
-    results, _, folder = run_config("ablations", "augmentation/folder", **screws)
-    assert list(results["variants"]) == ["none", "flips", "rotation", "colour", "all"]
-    losses = {
-        json.loads((folder / name / "metrics.jsonl").read_text())["loss"]
-        for name in results["variants"]
-    }
-    assert len(losses) == 5
-    again, _, _ = run_config("ablations", "augmentation/folder", workdir="again", **screws)
-    assert again["variants"] == results["variants"]
+def test_augmented_trainings_differ_and_are_reproduced(screws, run_config):
+    def losses(workdir, *named):
+        fields = screws | {"workdir": workdir, "named": named}
+        results, _, folder = run_config("ablations", "augmentation/folder", **fields)
+        return {
+            name: json.loads((folder / name / "metrics.jsonl").read_text())["loss"]
+            for name in results["variants"]
+        }
+
+    first = losses("one")
+    assert list(first) == ["none", "flips", "rotation", "colour", "all"]
+    assert len(set(first.values())) == 5
+    assert losses("two", "all") == {"all": first["all"]}
 
 
 def test_the_ablation_of_steps_runs_each_number():

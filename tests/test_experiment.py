@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -190,3 +191,17 @@ def test_a_file_in_the_way_of_the_run_folder_is_named(tmp_path):
     for workdir in (tmp_path / "run", tmp_path / "run" / "below"):
         with pytest.raises(InputError, match="a file is in the way"):
             experiment.run(tiny(), workdir)
+
+
+@pytest.mark.parametrize(
+    ("file", "folder"),
+    [
+        ("configs/folder.py", "folder-resnet18"),
+        ("configs/mvtec.py:bottle,screw", "mvtec-bottle+screw-resnet18"),
+        ("configs/ablations.py:tampered/elpv/mono", "ablations-tampered-elpv-mono-resnet18"),
+    ],
+)
+def test_the_run_folder_is_named_after_the_experiment(file, folder):
+    c = default()
+    c.backbone = "resnet18"
+    assert experiment.default_workdir(file, c) == pathlib.Path("runs") / folder

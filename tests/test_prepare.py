@@ -5,6 +5,7 @@ import weakref
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from fastflow_jax import experiment, prepare
@@ -100,6 +101,25 @@ def test_all_seeds_and_classes_of_a_run_see_each_image_once(tiny, seen, tmp_path
     assert list(results["categories"]) == ["bird", "cat"]
     assert list(results["seeds"]) == ["0", "1"]
     assert [list(rows) for rows in results["seeds"].values()] == [["bird", "cat"]] * 2
+
+
+def test_variants_of_a_tampered_test_take_turns_once_for_all_classes(tiny, seen, tmp_path):
+    config = tiny(**{"data.category": "bird,cat"})
+    with config.unlocked():
+        config.variants = ConfigDict({"plain": {}, "turned": {"data": {"tamper": {"rotate": 9.0}}}})
+    results = experiment.run(fill(config), tmp_path / "run")
+    assert sum(seen) == 40 + 20 + 20
+    one, other = (results["variants"][name]["categories"] for name in ("plain", "turned"))
+    assert one["bird"] != other["bird"]
+
+
+@pytest.mark.parametrize("size", [(32,), (32, 48)])
+def test_padding_is_known_of_images_that_categories_share(tiny, size):
+    config = tiny(image_size=size, **{"data.resize": "pad"})
+    prepared = preparer(config)(config, "bird", 0)
+    for valid in (prepared.holdout_valid, next(iter(prepared.test())).valid):
+        assert valid.shape[1:] == config.image_size
+        assert valid.mean() == pytest.approx(32 / config.image_size[1])
 
 
 def test_what_is_not_to_be_kept_is_computed_again(tiny, seen):

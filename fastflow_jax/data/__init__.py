@@ -21,6 +21,7 @@ __all__ = [
     "categories",
     "open_dataset",
     "opener",
+    "share_images",
 ]
 
 DATASETS = ("btad", "cifar10", "elpv", "folder", "mvtec_ad", "synthetic")
@@ -43,6 +44,11 @@ def open_dataset(config: ConfigDict) -> Dataset:
     return _module(config).open_dataset(config)
 
 
+def share_images(config: ConfigDict) -> bool:
+    """The categories of what `config` names are parts of the same images, see `opener`."""
+    return hasattr(_module(config), "opener")
+
+
 def opener(config: ConfigDict) -> Callable[[str | None], Dataset]:
     """A function from category to data set, for several categories of what `config` names.
 
@@ -53,7 +59,7 @@ def opener(config: ConfigDict) -> Callable[[str | None], Dataset]:
         InputError: a name that does not exist.
     """
     module = _module(config)
-    if hasattr(module, "opener"):
+    if share_images(config):
         return module.opener(config)
 
     def open_category(category: str | None) -> Dataset:

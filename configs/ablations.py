@@ -12,6 +12,7 @@ The argument is <ablation>/<data set>/<category>; without a category a set is ru
     augmentation  training images flipped, turned by a little, in other colours
     tampered      test images turned, zoomed and moved, for one and the same training
     steps         flows of 1 to 16 steps
+    recipe        each choice of the default recipe undone, the others kept
 
 Every value of a variant is a field, --config.variants.rotate_10.data.tamper.rotate=12 for one.
 The small backbone is that of the run, --config.backbone; the large one is set for both its rows by
@@ -82,9 +83,25 @@ def _steps(c) -> dict:
     return {f"steps_{n}": {"flow": {"steps": n}} for n in (1, 2, 4, 8, 16)}
 
 
+def _recipe(c) -> dict:
+    kept = {"norm": "whiten", "steps": 4, "kernels": (3, 1), "hidden_ratio": 2.0}
+    return {
+        "default": {},
+        "published_maps": {"published": True, "flow": kept},
+        "standardise": {"flow": {"norm": "standardise"}},
+        "norm_per_image": {"flow": {"norm": "layer_plain"}},
+        "lengths_kept": {"length_power": 1.0},
+        "z_alone": {"map": {"log_det": 0.0}},
+        "likelihood": {"map": {"log_det": 1.0}},
+        "maximum": {"score": {"form": "top_k", "top_k": 0.0}},
+        "top_percent": {"score": {"form": "top_k", "top_k": 0.01}},
+    }
+
+
 _ABLATIONS = {
     "kernels": _kernels,
     "augmentation": _augmentation,
     "tampered": _tampered,
     "steps": _steps,
+    "recipe": _recipe,
 }

@@ -9,7 +9,7 @@ from PIL import Image
 from test_config import CONFIGS, load
 
 from fastflow_jax import experiment
-from fastflow_jax.config import fill, variants
+from fastflow_jax.config import fill, variants, without
 from fastflow_jax.data import btad, cifar10, mvtec_ad
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluate import METRICS
@@ -258,6 +258,25 @@ def test_the_ablation_of_steps_runs_each_number():
     changed = variants(fill(load("ablations", "steps/elpv/mono")))
     assert [c.flow.steps for c in changed.values()] == [1, 2, 4, 8, 16]
     assert {(c.data.name, c.data.category) for c in changed.values()} == {("elpv", "mono")}
+
+
+def test_the_ablation_of_the_recipe_undoes_one_choice_at_a_time():
+    changed = variants(fill(load("ablations", "recipe/elpv/mono")))
+    recipe = without(changed.pop("default"), ())
+    differing = {
+        name: {field for field, value in without(c, ()).items() if value != recipe[field]}
+        for name, c in changed.items()
+    }
+    assert differing.pop("published_maps") == {"published", "layers"}
+    assert differing.pop("top_percent") == {"score.form", "score.top_k"}
+    assert differing == {
+        "standardise": {"flow.norm"},
+        "norm_per_image": {"flow.norm"},
+        "lengths_kept": {"length_power"},
+        "z_alone": {"map.log_det"},
+        "likelihood": {"map.log_det"},
+        "maximum": {"score.form"},
+    }
 
 
 def test_an_unknown_ablation_is_named():

@@ -81,7 +81,7 @@ def default() -> ConfigDict:
     c.train.warmup = 0.1  # part of all steps over which the rate rises from zero
     c.train.weight_decay = 0.0  # L2 inside the optimiser, as torch's Adam has it
     c.train.clip = 1.0  # bound of the gradient's global norm; 0: none
-    c.train.cache = True  # compute the frozen features once
+    c.train.cache = True  # keep the frozen features of training and test images in memory
 
     # From likelihood to map to score
     c.map = ConfigDict()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -96,6 +97,22 @@ def test_a_stopped_run_saves_says_so_and_goes_on(undisturbed, environment, tmp_p
     code, _, err = finish(start(arguments, environment))
     assert code == 0, err
     assert numbers(tmp_path / "run") == numbers(undisturbed)
+
+
+def test_a_run_goes_on_with_another_number_of_devices(undisturbed, environment, tmp_path):
+    arguments = [*TINY, f"--workdir={tmp_path}/run"]
+    four = environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    process = start(arguments, four)
+    wait_for_epochs(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 128 + signal.SIGTERM
+    code, _, err = finish(start(arguments, environment))
+    assert code == 0, err
+    _, lines = numbers(tmp_path / "run")
+    _, expected = numbers(undisturbed)
+    assert [line["epoch"] for line in lines] == [line["epoch"] for line in expected]
+    losses = [[line["loss"] for line in run] for run in (lines, expected)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 def test_the_same_command_again_finds_the_finished_run(undisturbed, environment):

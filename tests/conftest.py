@@ -1,5 +1,6 @@
 """Four host devices for everybody, and no waiting for absl to parse flags."""
 
+import contextlib
 import os
 
 # Before jax starts: the multi-device tests need several devices in one process.
@@ -18,3 +19,26 @@ def _compile_once(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture
+def killed_in_the_third_part(monkeypatch):
+    """A context in which a run finishes two of its parts and dies in the third."""
+    from fastflow_jax import experiment
+
+    @contextlib.contextmanager
+    def context():
+        run_part, parts = experiment._run_part, []
+
+        def die_in_the_third(*arguments):
+            if len(parts) == 2:
+                raise RuntimeError("killed")
+            parts.append(run_part(*arguments))
+            return parts[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(experiment, "_run_part", die_in_the_third)
+            with pytest.raises(RuntimeError, match="killed"):
+                yield
+
+    return context

@@ -201,21 +201,11 @@ def test_tampered_test_images_are_scored_by_one_training(screws, run_config):
     assert alone["mean"] == results["variants"]["rotate_5"]["mean"]
 
 
-def test_an_ablation_goes_on_where_it_stopped(screws, run_config, monkeypatch):
+def test_an_ablation_goes_on_where_it_stopped(screws, run_config, killed_in_the_third_part):
     fields = screws | {"named": ("untouched", "rotate_5", "shift_5")}
     undisturbed, _, _ = run_config("ablations", "tampered/folder", workdir="one", **fields)
-    run_part, parts = experiment._run_part, []
-
-    def killed_in_the_third(*arguments):
-        if len(parts) == 2:
-            raise RuntimeError("killed")
-        parts.append(run_part(*arguments))
-        return parts[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment, "_run_part", killed_in_the_third)
-        with pytest.raises(RuntimeError, match="killed"):
-            run_config("ablations", "tampered/folder", workdir="two", **fields)
+    with killed_in_the_third_part():
+        run_config("ablations", "tampered/folder", workdir="two", **fields)
     resumed, _, _ = run_config("ablations", "tampered/folder", workdir="two", **fields)
     assert resumed["variants"] == undisturbed["variants"]
 

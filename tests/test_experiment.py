@@ -131,7 +131,7 @@ def test_every_so_many_th_image_is_held_out(n, part, held):
     assert sorted([*train, *holdout]) == list(range(n))
 
 
-def test_categories_and_seeds_go_on_where_they_stopped(tmp_path, monkeypatch):
+def test_categories_and_seeds_go_on_where_they_stopped(tmp_path, killed_in_the_third_part):
     fields = {"data.category": "gravel,brick", "seeds": 2}
     undisturbed = experiment.run(tiny(**fields), tmp_path / "one")
     assert list(undisturbed["categories"]) == ["gravel", "brick"]
@@ -144,18 +144,8 @@ def test_categories_and_seeds_go_on_where_they_stopped(tmp_path, monkeypatch):
     by_seed = [np.mean([scores[s, name] for name in ("gravel", "brick")]) for s in ("0", "1")]
     assert undisturbed["std"]["pixel_auroc"] == pytest.approx(np.std(by_seed, ddof=1))
 
-    run_part, parts = experiment._run_part, []
-
-    def killed_in_the_third(*arguments):
-        if len(parts) == 2:
-            raise RuntimeError("killed")
-        parts.append(run_part(*arguments))
-        return parts[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment, "_run_part", killed_in_the_third)
-        with pytest.raises(RuntimeError, match="killed"):
-            experiment.run(tiny(**fields), tmp_path / "two")
+    with killed_in_the_third_part():
+        experiment.run(tiny(**fields), tmp_path / "two")
     first = (tmp_path / "two" / "gravel" / "seed_0" / "part.json").stat().st_mtime_ns
     resumed = experiment.run(tiny(**fields), tmp_path / "two")
     assert (tmp_path / "two" / "gravel" / "seed_0" / "part.json").stat().st_mtime_ns == first

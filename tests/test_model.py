@@ -159,6 +159,13 @@ def test_layer_norms_are_per_image():
     np.testing.assert_allclose(FeatureNorm("layer").apply(variables, x), plain, atol=1e-6)
 
 
+def test_no_norm_leaves_features_as_they_are():
+    x = jnp.asarray(np.random.default_rng(8).normal(3, 2, (2, 4, 3, 5)), jnp.float32)
+    y, variables = FeatureNorm("none").init_with_output(jax.random.key(0), x)
+    np.testing.assert_array_equal(y, x)
+    assert not variables
+
+
 def test_one_model_takes_any_size():
     model = FastFlow(steps=2)
     small = (jnp.ones((1, 4, 4, 6)),)

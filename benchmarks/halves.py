@@ -16,34 +16,20 @@ import statistics
 import jax
 import numpy as np
 
-from fastflow_jax import data
-from fastflow_jax.checkpoints import Checkpoints
+from fastflow_jax import data, detector
 from fastflow_jax.config import default, fill
-from fastflow_jax.describe import flow_model
-from fastflow_jax.detector import FastFlowDetector, calibrate
 from fastflow_jax.evaluate import METRICS, Scored, measure, score_split
 from fastflow_jax.prepare import preparer
-from fastflow_jax.train import create_optimizer, create_state
 
 HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
 
 
 def score_run(config, prepare, category: str | None, seed: int, folder: pathlib.Path) -> Scored:
-    """The test images of one category under the last checkpoint of one seed."""
+    """The test images of one category under what one seed's training left."""
     prepared = prepare(config, category, seed)
-    model = flow_model(config)
-    optimizer = create_optimizer(config.train, 1)
-    shapes, statistics_ = prepared.train.shapes, prepared.train.statistics
-    state = create_state(model, optimizer, shapes, statistics_, seed)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        state = checkpoints.restore(checkpoints.latest, state)
-    calibration = calibrate(
-        config, model, state.variables, prepared.holdout, prepared.holdout_valid
-    )
-    detector = FastFlowDetector(config, prepared.backbone, model, state.variables, calibration)
-    return score_split(
-        detector.score_features, prepared.test(), len(prepared.dataset.test), progress=str(folder)
-    )
+    scorer = detector.kind(config).load(config, prepared.train.shapes, folder)
+    n = len(prepared.dataset.test)
+    return score_split(scorer.score_features, prepared.test(), n, progress=str(folder))
 
 
 def half_of(scored: Scored, places: slice) -> Scored:

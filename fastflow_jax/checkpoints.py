@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a run: the latest, to resume from, and the best by held-out likelihood."""
+"""Orbax checkpoints of a run: the latest, to resume from, and the best by held-out loss."""
 
 import contextlib
 import pathlib
@@ -25,7 +25,7 @@ class Checkpoints:
             [
                 _policies.LatestN(1),
                 _policies.BestN(
-                    get_metric_fn=lambda metrics: metrics["holdout_nll"],
+                    get_metric_fn=lambda metrics: metrics["holdout_loss"],
                     reverse=True,  # the lower, the better
                     n=1,
                     keep_checkpoints_without_metrics=False,
@@ -50,15 +50,15 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The step with the best held-out likelihood, where there are held-out images."""
+        """The step with the lowest held-out loss, where there are held-out images."""
         judged = [c for c in self._orbax.checkpoints if c.metrics]
-        return min(judged, key=lambda c: c.metrics["holdout_nll"]).step if judged else None
+        return min(judged, key=lambda c: c.metrics["holdout_loss"]).step if judged else None
 
-    def save(self, step: int, state: Any, holdout_nll: float | None = None) -> None:
+    def save(self, step: int, state: Any, holdout_loss: float | None = None) -> None:
         """Start writing `state`; returns once it is copied off the devices."""
         if step == self.latest:
             return
-        metrics = None if holdout_nll is None else {"holdout_nll": holdout_nll}
+        metrics = None if holdout_loss is None else {"holdout_loss": holdout_loss}
         with self._full_disk_is_named():
             self._orbax.save_async(step, state, metrics=metrics, force=True)
 

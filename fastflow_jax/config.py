@@ -10,6 +10,7 @@ from ml_collections.config_dict import placeholder
 
 from fastflow_jax.backbones import check_layers, find_spec
 from fastflow_jax.data.transforms import MASK_RESIZES, RESIZES
+from fastflow_jax.detector import KINDS as DETECTORS
 from fastflow_jax.errors import InputError
 from fastflow_jax.model import NORMS
 from fastflow_jax.parallel import KINDS
@@ -20,6 +21,7 @@ def default() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # of the flow's weights, permutations and order, and of random backbones
     c.seeds = 1  # this many runs, from `seed` on; the table gives mean and deviation
+    c.detector = "fastflow"  # see `detector.KINDS`
     c.parallel = "pmap"  # or "jit": how the devices of this machine share a batch
 
     # Data
@@ -193,6 +195,7 @@ def _fill(config: ConfigDict) -> ConfigDict:
     for field, value in flow.items():
         if c.flow[field] is None:
             c.flow[field] = value
+    _one_of("detector", c.detector, DETECTORS)
     _one_of("flow.norm", c.flow.norm, NORMS)
     _one_of("flow.affine", c.flow.affine, ("exp", "softplus"))
     _one_of("flow.coupling", c.flow.coupling, ("single", "double"))

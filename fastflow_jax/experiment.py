@@ -15,18 +15,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import fastflow_jax
-from fastflow_jax import data
-from fastflow_jax.checkpoints import Checkpoints
+from fastflow_jax import data, detector
 from fastflow_jax.config import to_plain, variants, without
 from fastflow_jax.data.transforms import placement, seen_part
-from fastflow_jax.describe import flow_model
-from fastflow_jax.detector import FastFlowDetector, calibrate
-from fastflow_jax.evaluate import METRICS, Score, Scored, measure, score_split
-from fastflow_jax.prepare import Prepared, image_batches, preparer, seen_by
+from fastflow_jax.evaluate import METRICS, Scored, measure, score_split
+from fastflow_jax.prepare import Prepared, image_batches, preparer, seen_by, with_features
 from fastflow_jax.report.heatmaps import draw_heatmap, save_picture
 from fastflow_jax.report.table import format_csv, format_markdown, format_table
 from fastflow_jax.run_folder import check_same_data, claim, write_json, write_text
-from fastflow_jax.train import TrainState, train
 
 _SCALE_IMAGES = 500  # good images, evenly chosen, that set the colours of heat maps
 
@@ -144,46 +140,43 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
     seconds = {"features": time.perf_counter() - start}
     dataset = prepared.dataset
     check_same_data(part.training, list(dataset.train.names))
-    model = flow_model(config)
 
-    def detector(state: TrainState) -> FastFlowDetector:
-        calibration = calibrate(
-            config, model, state.variables, prepared.holdout, prepared.holdout_valid
+    def score_test(scorer, progress: str) -> Scored:
+        batches = prepared.test()
+        return score_split(
+            scorer.score_features, batches, len(dataset.test), progress=f"{part.title}: {progress}"
         )
-        return FastFlowDetector(config, prepared.backbone, model, state.variables, calibration)
 
-    def score_test(score: Score, progress: str) -> Scored:
-        return score_split(score, prepared.test(), len(dataset.test), progress=progress)
-
-    def on_epoch(epoch: int, state: TrainState) -> dict:
+    def on_epoch(epoch: int, scorer: Callable) -> dict:
         if dataset.test and config.evaluate_every and epoch % config.evaluate_every == 0:
-            score = detector(state).score_features
-            return {"test": measure(score_test(score, f"{part.title}: epoch {epoch}"))}
+            return {"test": measure(score_test(scorer(), f"epoch {epoch}"))}
         return {}
 
-    metrics_file = part.training / "metrics.jsonl"
-    with Checkpoints(part.training / "checkpoints") as checkpoints:
-        state = train(
-            config,
-            model,
-            prepared.train,
-            prepared.holdout,
-            seed=part.seed,
-            checkpoints=checkpoints,
-            metrics_file=metrics_file,
-            on_epoch=on_epoch,
-            progress=f"{part.title}: train",
-        )
-        best_step = checkpoints.best
-    epochs = [json.loads(line) for line in metrics_file.read_text().splitlines()]
-    seconds["train"] = sum(epoch["seconds"] for epoch in epochs)
+    start = time.perf_counter()
+    scorer = detector.kind(config).fit(
+        config,
+        prepared.train,
+        prepared.holdout,
+        prepared.holdout_valid,
+        seed=part.seed,
+        folder=part.training,
+        on_epoch=on_epoch,
+        progress=f"{part.title}: train",
+    )
+    seconds["train"] = time.perf_counter() - start
+    metrics_file, epochs = part.training / "metrics.jsonl", []
+    if metrics_file.exists():  # of a run that was interrupted, the time before that too
+        epochs = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+        seconds["train"] = sum(epoch["seconds"] for epoch in epochs)
+    judged = [epoch for epoch in epochs if "holdout_loss" in epoch]
+    best = min(judged, key=lambda epoch: epoch["holdout_loss"])["step"] if judged else None
     results = {
         "name": part.name,
         "variant": part.variant,
         "seed": part.seed,
         "figures": dict.fromkeys(METRICS),
         "best_on_test": _best_on_test(epochs) if part.training == part.folder else None,
-        "best_holdout_step": best_step,
+        "best_holdout_step": best,
         "data": dataset.provenance
         | {
             "trained_on": prepared.train.n,
@@ -194,11 +187,10 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
     }
     if dataset.test:
         start = time.perf_counter()
-        last = detector(state)
-        scored = score_test(last.score_features, f"{part.title}: test")
+        scored = score_test(scorer, "test")
         results["figures"] = measure(scored)
         seconds["evaluate"] = time.perf_counter() - start
-        _write_heatmaps(config, prepared, last, scored, part.folder / "heatmaps")
+        _write_heatmaps(config, prepared, scorer, scored, part.folder / "heatmaps")
     results["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
     write_json(part.file, results)
     return results
@@ -216,7 +208,7 @@ def _best_on_test(epochs: list[dict]) -> dict | None:
 def _write_heatmaps(
     config,
     prepared: Prepared,
-    detector: FastFlowDetector,
+    scorer,
     scored: Scored,
     folder: pathlib.Path,
 ) -> None:
@@ -231,7 +223,8 @@ def _write_heatmaps(
         if scored.maps is not None:
             return [scored.maps[i] for i in indices]
         stream = image_batches(config, prepared.backbone, source, indices)
-        return [m for batch in stream for m in detector.score(batch.image, batch.valid)[1]]
+        stream = with_features(config, prepared.backbone, stream)
+        return [m for b in stream for m in scorer.score_features(b.image, b.valid)[1]]
 
     if not chosen:
         return

@@ -60,36 +60,50 @@ def cache(extract: Callable, batches: Iterable, n: int, *, progress: str) -> Fea
     return arrays
 
 
+Part = tuple[Features, np.ndarray | None]  # of some images, and their `Batch.valid`
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingFeatures:
     """The features of the training images, computed once or again in every epoch."""
 
     n: int
     shapes: tuple[tuple[int, ...], ...]  # (h, w, C) of each scale
-    statistics: dict  # see `channel_statistics`
     # (epoch, rows [steps, B]) -> the features of each row's images, step by step
     stream: Callable[[int, np.ndarray], Iterator[Features]]
+    parts: Callable[[], Iterable[Part]]  # of all images, once and in order
     cached: Features | None  # all of them, where they do not change from epoch to epoch
+    valid: np.ndarray | None = None  # bool [N, H, W], false in padding; None without padding
+    _statistics: dict = dataclasses.field(default_factory=dict, init=False)
+
+    def statistics(self, norm: str) -> dict:
+        """See `channel_statistics`; computed once."""
+        if norm not in self._statistics:
+            self._statistics[norm] = channel_statistics(self.parts(), norm)
+        return self._statistics[norm]
 
 
-def cached_features(maps: Features, norm: str) -> TrainingFeatures:
-    """Training features that lie in memory; for `norm` see `channel_statistics`."""
+def cached_features(maps: Features, valid: np.ndarray | None = None) -> TrainingFeatures:
+    """Training features that lie in memory; for `valid` see `TrainingFeatures`."""
 
     def stream(epoch, index):
         return (tuple(m[rows] for m in maps) for rows in index)
 
+    def parts():
+        for i in range(0, n, 32):
+            part = slice(i, i + 32)
+            yield tuple(m[part] for m in maps), None if valid is None else valid[part]
+
     n = len(maps[0])
-    blocks = (tuple(m[i : i + 32] for m in maps) for i in range(0, n, 32))
-    shapes = tuple(m.shape[1:] for m in maps)
-    return TrainingFeatures(n, shapes, channel_statistics(blocks, norm), stream, maps)
+    return TrainingFeatures(n, tuple(m.shape[1:] for m in maps), stream, parts, maps, valid)
 
 
 def recomputed_features(
     n: int,
     batches_of: Callable[[int, np.ndarray, int], Iterable[Batch]],
     extract: Callable,
-    norm: str,
     batch_size: int,
+    valid: np.ndarray | None = None,
 ) -> TrainingFeatures:
     """Training features that come from the images again in every epoch.
 
@@ -98,27 +112,41 @@ def recomputed_features(
       batches_of: (epoch, rows [M], batch size) -> batches of those images, as they are to be seen
         in that epoch.
       extract: see `extractor`.
-      norm: see `channel_statistics`.
       batch_size: that `extract` is made for.
+      valid: see `TrainingFeatures`.
     """
 
     def stream(epoch, index):
         for batch in batches_of(epoch, index.ravel(), index.shape[1]):
             yield extract(batch.image)
 
-    def once():
+    def parts():
         for batch in batches_of(0, np.arange(n), batch_size):
-            yield extract(batch.image)
+            yield extract(batch.image), batch.valid
 
-    shapes = tuple(m.shape[1:] for m in next(once()))
-    return TrainingFeatures(n, shapes, channel_statistics(once(), norm), stream, None)
+    shapes = tuple(m.shape[1:] for m in next(iter(parts()))[0])
+    return TrainingFeatures(n, shapes, stream, parts, None, valid)
 
 
-def channel_statistics(parts: Iterable[Features], norm: str) -> dict:
+def inside(valid: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Which locations of a map lie in the image, not in padding: bool [b, h, w].
+
+    A location counts as padding where more than half of it is, by what of its image lies most
+    inside.
+
+    Args:
+      valid: bool [b, H, W], false in padding.
+      size: (h, w) of the map.
+    """
+    share = jax.image.resize(jnp.asarray(valid, jnp.float32), (len(valid), *size), "linear")
+    return share > 0.5 * share.max((1, 2), keepdims=True)
+
+
+def channel_statistics(parts: Iterable[Part], norm: str) -> dict:
     """What `model.FeatureNorm` has to know of the training set, in one pass.
 
     Args:
-      parts: features of some images each.
+      parts: features of some images each, with what of them is no padding.
       norm: "whiten" or "standardise"; the norms of single images need nothing.
 
     Returns:
@@ -130,10 +158,11 @@ def channel_statistics(parts: Iterable[Features], norm: str) -> dict:
     if norm not in ("whiten", "standardise"):
         return {}
     moments = None
-    for maps in parts:
+    for maps, valid in parts:
         moments = moments or [_Moments(m[0].mean((0, 1), dtype=np.float64)) for m in maps]
         for moment, m in zip(moments, maps, strict=True):
-            moment.add(m)
+            seen = ... if valid is None else np.asarray(inside(valid, m.shape[1:3]))
+            moment.add(m[seen])
     statistics = {}
     for i, moment in enumerate(moments):
         mean, covariance = moment.result()
@@ -156,7 +185,7 @@ class _Moments:
         self.guess, self.n, self.sum, self.outer = guess, 0, 0.0, 0.0
 
     def add(self, maps: np.ndarray) -> None:
-        """[b, h, w, C]: all its vectors."""
+        """All vectors of an array [..., C]."""
         x = maps.reshape(-1, maps.shape[-1]) - self.guess
         self.n += len(x)
         self.sum += x.sum(0)

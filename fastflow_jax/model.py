@@ -91,7 +91,12 @@ class FastFlow(nn.Module):
         return tuple(latents)
 
 
-def negative_log_likelihood(latents: Latents, *, per_dimension: bool) -> jax.Array:
+def negative_log_likelihood(
+    latents: Latents,
+    *,
+    per_dimension: bool,
+    inside: Sequence[jax.Array] | None = None,
+) -> jax.Array:
     """-log p of each image's features, in nats, [B] (section 3.3, equations 2 and 3).
 
     Args:
@@ -100,14 +105,16 @@ def negative_log_likelihood(latents: Latents, *, per_dimension: bool) -> jax.Arr
         compares across input sizes; otherwise the reference's loss, the sum over all dimensions
         without the constant (order 1e5, and negative once the flow has learnt: a density may
         exceed 1).
+      inside: bool [B, h, w] a scale, False for locations that do not count; None where all do.
     """
-    energy = sum(
-        0.5 * jnp.sum(z**2, axis=(1, 2, 3)) - jnp.sum(log_det, axis=(1, 2))
-        for z, log_det in latents
-    )  # [B]
+    energy, dimensions = 0.0, 0.0
+    for i, (z, log_det) in enumerate(latents):
+        counts = jnp.ones(log_det.shape) if inside is None else inside[i].astype(jnp.float32)
+        energy += jnp.sum(counts * (0.5 * jnp.sum(z**2, axis=-1) - log_det), axis=(1, 2))  # [B]
+        dimensions += z.shape[-1] * counts.sum((1, 2))
     if not per_dimension:
         return energy
-    return energy / sum(math.prod(z.shape[1:]) for z, _ in latents) + 0.5 * math.log(2 * math.pi)
+    return energy / dimensions + 0.5 * math.log(2 * math.pi)
 
 
 def location_scores(

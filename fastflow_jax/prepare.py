@@ -95,7 +95,7 @@ def preparer(config) -> Callable[[Any, str | None, int], Prepared]:
 
         key = (seen, category, config.train.cache)
         drawn = seed if is_augmented(config) else None
-        trained_on = (*key, config.data.holdout, config.flow.norm, _key(config.augment), drawn)
+        trained_on = (*key, config.data.holdout, _key(config.augment), drawn)
         learnt = train(trained_on, config, net, images.train, seed, all_for_training, title)
         tested_on = (*key, tamper, config.data.mask_resize)
         tested = test(tested_on, config, net, images.test, all_for_test, title)
@@ -176,23 +176,26 @@ def _train(config, backbone, source, seed, pooled, title):
         whole, places = source.part_of
         return tuple(maps[places][rows] for maps in pooled(whole))
 
-    holdout = valid = None
+    def valid_of(rows):
+        if config.data.resize != "pad":
+            return None
+        stream = image_batches(config, backbone, source, rows)
+        return np.concatenate([batch.valid for batch in stream])
+
+    holdout = holdout_valid = None
     if len(held_out):
-        holdout = features(held_out, "held-out features")
-        if config.data.resize == "pad":
-            stream = image_batches(config, backbone, source, held_out)
-            valid = np.concatenate([batch.valid for batch in stream])
+        holdout, holdout_valid = features(held_out, "held-out features"), valid_of(held_out)
     if is_cached:
-        training = cached_features(features(train, "features"), config.flow.norm)
-        return training, holdout, valid
+        training = cached_features(features(train, "features"), valid_of(train))
+        return training, holdout, holdout_valid
 
     def stream(epoch, rows, size):
         seen = augmented(source, config.augment, seed, epoch) if is_augmented(config) else source
         return image_batches(config, backbone, seen, train[rows], size)
 
     extract, size = _extractor(config, backbone), config.train.batch_size
-    training = recomputed_features(len(train), stream, extract, config.flow.norm, size)
-    return training, holdout, valid
+    training = recomputed_features(len(train), stream, extract, size, valid_of(train))
+    return training, holdout, holdout_valid
 
 
 def _test(config, backbone, source, pooled, title) -> Callable[[], Iterable[Batch]]:

@@ -4,7 +4,9 @@ import contextlib
 import fcntl
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+import numpy as np
 
 from fastflow_jax.config import differences, to_plain
 from fastflow_jax.errors import InputError
@@ -70,3 +72,17 @@ def write_text(file: pathlib.Path, content: str) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(content)
     temporary.replace(file)
+
+
+def write_arrays(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a whole .npz file or none."""
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("wb") as open_file:
+        np.savez(open_file, **{name: np.asarray(array) for name, array in arrays.items()})
+    temporary.replace(file)
+
+
+def read_arrays(file: pathlib.Path) -> dict[str, np.ndarray]:
+    """What `write_arrays` wrote."""
+    with np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)

@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import operator
 import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -20,23 +21,37 @@ from fastflow_jax import parallel
 from fastflow_jax.checkpoints import Checkpoints
 from fastflow_jax.errors import InputError
 from fastflow_jax.features import Features, TrainingFeatures
-from fastflow_jax.model import FastFlow, negative_log_likelihood
+
+
+class Objective(NamedTuple):
+    """All that training has to know of what it trains: pure functions.
+
+    Features are [B, h, w, C] a scale; `valid` is bool [B, H, W], False in padding, or None.
+    """
+
+    # (key, features of one image, zeros) -> the variables: "params", and collections that are
+    # saved with them and never trained
+    init: Callable[[jax.Array, Features], dict]
+    # (variables, features, valid, keys [B]) -> what is to become small, [B]
+    loss: Callable[..., jax.Array]
+    # (variables, features, valid) -> of images held out, [B]; the lower, the better
+    validation: Callable[..., jax.Array]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training changes, and the numbers that the flow needs but never trains."""
+    """All that training changes, and the numbers that a model needs but never trains."""
 
     step: jax.Array  # int32
     params: Any
-    constants: Any  # collections "permutations" and "statistics"
+    constants: Any  # collections such as "permutations" and "statistics"
     optimizer: Any
     epoch_loss: jax.Array  # sum over the images of this epoch so far
     epoch_images: jax.Array
 
     @property
     def variables(self) -> dict:
-        """What `FastFlow.apply` takes."""
+        """What the functions of an `Objective` take."""
         return {"params": self.params, **self.constants}
 
 
@@ -69,26 +84,23 @@ def create_optimizer(config, steps: int) -> optax.GradientTransformation:
 
 
 def create_state(
-    model: FastFlow, optimizer: optax.GradientTransformation, shapes, statistics: dict, seed: int
+    objective: Objective, optimizer: optax.GradientTransformation, shapes, seed: int
 ) -> TrainState:
     """A fresh state.
 
     Args:
-      model: the flows.
+      objective: what is trained.
       optimizer: see `create_optimizer`.
       shapes: (h, w, C) of each scale.
-      statistics: see `features.channel_statistics`; unused by the norms per image.
-      seed: of parameters and permutations.
+      seed: of all that `objective.init` draws.
     """
     features = tuple(jnp.zeros((1, *shape)) for shape in shapes)
-    constants = dict(jax.jit(model.init)(jax.random.key(seed), features))
+    constants = dict(objective.init(jax.random.key(seed), features))
     params = constants.pop("params")
-    if "statistics" in constants:
-        constants["statistics"] = jax.tree.map(jnp.asarray, statistics)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        constants=constants,
+        constants=jax.tree.map(jnp.asarray, constants),
         optimizer=jax.jit(optimizer.init)(params),
         epoch_loss=jnp.zeros(()),
         epoch_images=jnp.zeros(()),
@@ -97,41 +109,45 @@ def create_state(
 
 def train_step(
     state: TrainState,
-    features: tuple[jax.Array, ...],
+    images: tuple[Features, jax.Array | None],
+    rows: jax.Array,
     weight: jax.Array,
     *,
-    model: FastFlow,
+    loss: Callable,
     optimizer: optax.GradientTransformation,
-    per_dimension: bool,
+    seed: int,
     axis_name: str | None = None,
 ) -> TrainState:
-    """One step on the negative log-likelihood, averaged over the global batch.
+    """One step on the loss, averaged over the global batch.
 
     Args:
       state: before the step.
-      features: [B, h, w, C] a scale.
+      images: features [B, h, w, C] a scale, and `valid` as in `Objective`.
+      rows: int32 [B], which images these are; with the seed and the step they make the keys that
+        the loss draws from, so that it draws the same however many devices share the batch.
       weight: [B]; 0 leaves an example of padding out.
-      model: the flows.
+      loss: see `Objective`.
       optimizer: see `create_optimizer`.
-      per_dimension: see `model.negative_log_likelihood`.
+      seed: of the keys.
       axis_name: the named axis that the batch is split over, if any.
     """
-    images = parallel.total(weight.sum(), axis_name)
+    total_weight = parallel.total(weight.sum(), axis_name)
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    keys = jax.vmap(partial(jax.random.fold_in, key))(rows)
 
     def mean_loss(params):
-        latents = model.apply({"params": params, **state.constants}, features)
-        loss = negative_log_likelihood(latents, per_dimension=per_dimension)  # [B]
-        return jnp.sum(weight * loss) / images
+        losses = loss({"params": params, **state.constants}, *images, keys)  # [B]
+        return jnp.sum(weight * losses) / total_weight
 
     # The sum over devices is taken of the gradient, not inside the differentiated function.
-    loss, grads = parallel.total(jax.value_and_grad(mean_loss)(state.params), axis_name)
+    value, grads = parallel.total(jax.value_and_grad(mean_loss)(state.params), axis_name)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     return state.replace(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         optimizer=optimizer_state,
-        epoch_loss=state.epoch_loss + loss * images,
-        epoch_images=state.epoch_images + images,
+        epoch_loss=state.epoch_loss + value * total_weight,
+        epoch_images=state.epoch_images + total_weight,
     )
 
 
@@ -160,7 +176,7 @@ def epoch_order(
 
 def train_epoch(
     state: TrainState,
-    cache: tuple[jax.Array, ...],
+    cache: tuple[Features, jax.Array | None],
     index: jax.Array,
     weight: jax.Array,
     *,
@@ -171,17 +187,17 @@ def train_epoch(
 
     Args:
       state: before the epoch.
-      cache: features of all images, [N, h, w, C] a scale.
+      cache: features of all images, [N, h, w, C] a scale, and `valid` as in `Objective`.
       index: [steps, B], into the cache.
       weight: [steps, B].
-      step: `train_step` with everything but state, features, weight and axis bound.
+      step: `train_step` with everything but state, images, rows, weight and axis bound.
       axis_name: see `train_step`.
     """
 
     def body(state, batch):
         rows, weight = batch
-        features = tuple(jnp.take(maps, rows, axis=0) for maps in cache)
-        return step(state, features, weight, axis_name=axis_name), None
+        images = jax.tree.map(lambda array: jnp.take(array, rows, axis=0), cache)
+        return step(state, images, rows, weight, axis_name=axis_name), None
 
     return jax.lax.scan(body, state, (index, weight))[0]
 
@@ -211,9 +227,10 @@ def signals_set_a_flag() -> Iterator[list[int]]:
 
 def train(
     config,
-    model: FastFlow,
+    objective: Objective,
     features: TrainingFeatures,
     holdout: Features | None,
+    holdout_valid: np.ndarray | None = None,
     *,
     seed: int,
     checkpoints: Checkpoints,
@@ -225,10 +242,12 @@ def train(
 
     Args:
       config: filled, see `config.fill`.
-      model: the flows.
+      objective: what is trained.
       features: of the training images.
-      holdout: features of held-out normal images; their likelihood picks the best checkpoint.
-      seed: of parameters, permutations and order.
+      holdout: features of held-out normal images; `objective.validation` of them picks the best
+        checkpoint.
+      holdout_valid: bool [N, H, W], False in their padding; None without padding.
+      seed: of parameters, order and whatever the loss draws.
       checkpoints: of this run.
       metrics_file: gets a JSON line an epoch, each epoch once however often the run is resumed.
       on_epoch: called after each epoch with its number, from 1 on; what it returns goes into the
@@ -252,14 +271,14 @@ def train(
     if epochs is None:
         epochs = min(config.train.max_epochs, max(1, round(config.train.steps / steps)))
     optimizer = create_optimizer(config.train, epochs * steps)
-    state = create_state(model, optimizer, features.shapes, features.statistics, seed)
+    state = create_state(objective, optimizer, features.shapes, seed)
     if checkpoints.latest is not None:
         state = checkpoints.restore(checkpoints.latest, state)
     first, position = divmod(int(state.step), steps)
     _keep_epochs(metrics_file, first)
 
-    holdout_nll = _holdout_nll(config, model, holdout)
-    run_epoch = _epoch_runner(config, model, optimizer, features)
+    holdout_loss = _holdout_loss(config, objective, holdout, holdout_valid)
+    run_epoch = _epoch_runner(config, objective, optimizer, features, seed)
     bar = tqdm(
         total=epochs * steps,
         initial=int(state.step),
@@ -285,7 +304,7 @@ def train(
             line = {"epoch": epoch + 1, "step": int(state.step)}
             line["loss"] = float(state.epoch_loss / state.epoch_images)
             if holdout is not None:
-                line["holdout_nll"] = holdout_nll(state)
+                line["holdout_loss"] = holdout_loss(state)
             if not np.isfinite(list(line.values())).all():
                 raise InputError(
                     f"training diverged in epoch {epoch + 1} (loss {line['loss']}): in a new "
@@ -299,23 +318,22 @@ def train(
                 file.write(json.dumps(line) + "\n")
             last = epoch + 1 == epochs
             if last or received or (epoch + 1) % config.checkpoint_every == 0:
-                checkpoints.save(int(state.step), state, line.get("holdout_nll"))
+                checkpoints.save(int(state.step), state, line.get("holdout_loss"))
             if received:
                 raise Interrupted(received[0], epoch + 1)
     return state
 
 
-def _epoch_runner(config, model, optimizer, features):
+def _epoch_runner(config, objective, optimizer, features, seed):
     """`(state, epoch, index, weight)` -> an iterator of states, each step or once an epoch.
 
     One program runs a whole epoch where the devices hold the features; but not on CPUs, where
     convolutions in a loop are ten times slower.
     """
-    per_dimension = config.train.loss == "per_dimension"
-    step = partial(train_step, model=model, optimizer=optimizer, per_dimension=per_dimension)
+    step = partial(train_step, loss=objective.loss, optimizer=optimizer, seed=seed)
     if features.cached is not None and jax.default_backend() != "cpu":
         whole = parallel.epoch(partial(train_epoch, step=step), config.parallel)
-        on_device = tuple(map(jnp.asarray, features.cached))
+        on_device = jax.tree.map(jnp.asarray, (features.cached, features.valid))
 
         def run(state, epoch, index, weight):
             yield jax.block_until_ready(whole(state, on_device, index, weight))
@@ -325,29 +343,32 @@ def _epoch_runner(config, model, optimizer, features):
     single = parallel.step(step, config.parallel)
 
     def run(state, epoch, index, weight):
-        for batch, batch_weight in zip(features.stream(epoch, index), weight, strict=True):
-            state = single(state, batch, batch_weight)
+        for maps, rows, row_weight in zip(
+            features.stream(epoch, index), index, weight, strict=True
+        ):
+            valid = None if features.valid is None else features.valid[rows]
+            state = single(state, (maps, valid), rows, row_weight)
             yield state
 
     return run
 
 
-def _holdout_nll(config, model, holdout):
-    """State -> nats per dimension of the held-out normal images."""
+def _holdout_loss(config, objective, holdout, valid):
+    """State -> `objective.validation` of the held-out images, their mean."""
     if holdout is None:
         return None
 
-    def nll(variables, features):
-        return negative_log_likelihood(model.apply(variables, features), per_dimension=True)
+    def validation(variables, images):
+        return objective.validation(variables, *images)
 
     size = config.train.batch_size
-    run = parallel.per_example(nll, config.parallel, size)
-    n = len(holdout[0])
+    run = parallel.per_example(validation, config.parallel, size)
+    rows = [slice(i, i + size) for i in range(0, len(holdout[0]), size)]
 
     def mean(state):
         parts = [
-            run(state.variables, tuple(maps[i : i + size] for maps in holdout))
-            for i in range(0, n, size)
+            run(state.variables, jax.tree.map(operator.itemgetter(r), (holdout, valid)))
+            for r in rows
         ]
         return float(np.concatenate(parts).mean(dtype=np.float64))
 

@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 
 from fastflow_jax.config import default
-from fastflow_jax.detector import Calibration, fuse
-from fastflow_jax.features import channel_statistics, compress
+from fastflow_jax.fastflow import Calibration, fuse, objective
+from fastflow_jax.features import channel_statistics, compress, inside
 from fastflow_jax.model import (
     FastFlow,
     FeatureNorm,
@@ -62,17 +62,19 @@ def test_map_and_score_equal_anomalib(reference):
 
 def test_twenty_adam_steps_follow_anomalib(reference):
     model, params, constants, golden = reference
-    config = default().train
-    config.update({"learning_rate": 1e-3, "beta2": 0.999, "weight_decay": 1e-5, "clip": 0.0})
-    config.update({"schedule": "constant", "warmup": 0.0})
-    optimizer = create_optimizer(config, 20)
+    config = default()
+    config.train.update({"learning_rate": 1e-3, "beta2": 0.999, "weight_decay": 1e-5, "clip": 0.0})
+    config.train.update({"schedule": "constant", "warmup": 0.0, "loss": "sum"})
+    optimizer = create_optimizer(config.train, 20)
     zero = jnp.zeros(())
     state = TrainState(zero, params, constants, optimizer.init(params), zero, zero)
-    step = jax.jit(partial(train_step, model=model, optimizer=optimizer, per_dimension=False))
+    loss = objective(config, model, None).loss
+    step = jax.jit(partial(train_step, loss=loss, optimizer=optimizer, seed=0))
+    rows, weight = jnp.arange(anomalib.BATCH), jnp.ones(anomalib.BATCH)
     losses = []
     for batch in range(20):
         features = tuple(map(jnp.asarray, anomalib.features(batch)))
-        state = step(state.replace(epoch_loss=zero), features, jnp.ones(anomalib.BATCH))
+        state = step(state.replace(epoch_loss=zero), (features, None), rows, weight)
         losses.append(state.epoch_loss / anomalib.BATCH)
     np.testing.assert_allclose(losses[0], golden["losses"][0], rtol=1e-4)
     np.testing.assert_allclose(losses, golden["losses"], rtol=1e-3)
@@ -109,7 +111,7 @@ def test_training_statistics_make_channels_standard(norm):
     rng = np.random.default_rng(2)
     mixing = rng.normal(size=(4, 4))
     maps = (100 + rng.normal(size=(40, 6, 5, 4)) @ mixing * [1, 10, 0.1, 1]).astype(np.float32)
-    statistics = channel_statistics(((maps[i : i + 7],) for i in range(0, 40, 7)), norm)
+    statistics = channel_statistics((((maps[i : i + 7],), None) for i in range(0, 40, 7)), norm)
     layer = FeatureNorm(norm)
     flat = layer.apply({"statistics": statistics["norm_0"]}, maps).reshape(-1, 4)
     np.testing.assert_allclose(flat.mean(0), 0, atol=1e-3)
@@ -125,11 +127,39 @@ def test_training_statistics_make_channels_standard(norm):
     assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 0.1
 
 
+@pytest.mark.parametrize("norm", ["whiten", "standardise"])
+def test_padding_is_no_part_of_the_statistics_nor_of_the_likelihood(norm):
+    rng = np.random.default_rng(4)
+    maps = rng.normal(size=(5, 4, 6, 3)).astype(np.float32)
+    valid = np.ones((5, 8, 12), bool)
+    valid[1:4, :4] = False  # the upper half of some images, which is the upper half of their maps
+    spoilt = maps.copy()
+    spoilt[1:4, :2] += 50
+    for one, other in zip(
+        *(channel_statistics([((m,), valid)], norm)["norm_0"].values() for m in (maps, spoilt)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+    seen = np.concatenate([maps[[0, 4]].reshape(-1, 3), maps[1:4, 2:].reshape(-1, 3)])
+    statistics = channel_statistics([((maps,), valid)], norm)["norm_0"]
+    np.testing.assert_allclose(statistics["mean"], seen.mean(0), atol=1e-6)
+
+    def nll(m, per_dimension):
+        latents = ((m, jnp.zeros(m.shape[:-1])),)
+        masks = [inside(valid, m.shape[1:3])]
+        return negative_log_likelihood(latents, per_dimension=per_dimension, inside=masks)
+
+    np.testing.assert_array_equal(nll(maps, True), nll(spoilt, True))
+    np.testing.assert_allclose(nll(maps, False)[1], 0.5 * (maps[1, 2:] ** 2).sum(), rtol=1e-5)
+    expected = 0.5 * (maps[1, 2:] ** 2).mean() + 0.5 * np.log(2 * np.pi)
+    np.testing.assert_allclose(nll(maps, True)[1], expected, rtol=1e-5)
+
+
 def test_a_constant_channel_stays_finite():
     maps = np.random.default_rng(3).normal(size=(4, 3, 3, 3)).astype(np.float32)
     maps[..., 1] = 5.0
     for norm in ("whiten", "standardise"):
-        statistics = channel_statistics([(maps,)], norm)["norm_0"]
+        statistics = channel_statistics([((maps,), None)], norm)["norm_0"]
         y = FeatureNorm(norm).apply({"statistics": statistics}, maps)
         assert np.isfinite(y).all()
         np.testing.assert_allclose(y[..., 1], 0, atol=1e-5)

@@ -1,5 +1,6 @@
 """Training: devices, caching and interruptions change nothing; one step does what SGD does."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,7 +18,8 @@ from fastflow_jax.checkpoints import Checkpoints
 from fastflow_jax.config import default
 from fastflow_jax.data.pipeline import Batch
 from fastflow_jax.errors import InputError
-from fastflow_jax.features import TrainingFeatures, cached_features, recomputed_features
+from fastflow_jax.fastflow import objective
+from fastflow_jax.features import cached_features, inside, recomputed_features
 from fastflow_jax.model import FastFlow, negative_log_likelihood
 from fastflow_jax.train import (
     Interrupted,
@@ -38,6 +40,12 @@ def images(n=N):
     return tuple(rng.normal(size=(n, *s)).astype(np.float32) for s in [(3, 2, 4), (2, 2, 5)])
 
 
+FEATURES = cached_features(images())
+# Of images of 6x4 pixels, some with padding above and below.
+VALID = np.ones((N, 6, 4), bool)
+VALID[2:5, [0, 1, -1]] = False
+
+
 @pytest.fixture
 def config():
     c = default()
@@ -56,8 +64,8 @@ def run(config, folder, features=None, **arguments):
     with Checkpoints(folder / "checkpoints") as checkpoints:
         state = train(
             config,
-            MODEL,
-            features or cached_features(images(), "whiten"),
+            objective(config, MODEL, (features or FEATURES).statistics("whiten")),
+            features or FEATURES,
             images(3),
             seed=0,
             checkpoints=checkpoints,
@@ -77,24 +85,39 @@ def assert_same(one, two):
 
 @pytest.fixture(scope="module")
 def step_setup():
-    config = default().train
-    config.update({"optimizer": "sgd", "learning_rate": 0.05, "clip": 0.0})
-    config.update({"schedule": "constant", "warmup": 0.0})
-    optimizer = create_optimizer(config, 10)
-    features = cached_features(images(), "whiten")
-    state = create_state(MODEL, optimizer, features.shapes, features.statistics, seed=0)
-    step = partial(train_step, model=MODEL, optimizer=optimizer, per_dimension=True)
+    config = default()
+    config.train.update({"optimizer": "sgd", "learning_rate": 0.05, "clip": 0.0})
+    config.train.update({"schedule": "constant", "warmup": 0.0})
+    optimizer = create_optimizer(config.train, 10)
+    nll = objective(config, MODEL, FEATURES.statistics("whiten"))
+    state = create_state(nll, optimizer, FEATURES.shapes, seed=0)
+
+    def loss(variables, features, valid, keys):  # one that draws, too
+        noise = jax.vmap(jax.random.normal)(keys)
+        return nll.loss(variables, features, valid, keys) * (1 + 0.1 * noise)
+
+    step = partial(train_step, loss=loss, optimizer=optimizer, seed=3)
     # One device, eight images.
-    expected = jax.jit(step)(state, tuple(m[:8] for m in images()), np.ones(8, np.float32))
+    expected = jax.jit(step)(state, rows_of(np.arange(8)), np.arange(8), np.ones(8, np.float32))
     return step, state, expected
+
+
+def rows_of(rows):
+    """What a step takes of these images; padding is in some of them."""
+    return tuple(m[rows] for m in images()), VALID[rows]
 
 
 def test_a_step_is_plain_gradient_descent(step_setup):
     _, state, after = step_setup
+    maps, valid = rows_of(np.arange(8))
+    key = jax.random.fold_in(jax.random.key(3), 0)
+    noise = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row)))(np.arange(8))
 
     def loss(params):
-        latents = MODEL.apply({"params": params, **state.constants}, tuple(m[:8] for m in images()))
-        return negative_log_likelihood(latents, per_dimension=True).mean()
+        latents = MODEL.apply({"params": params, **state.constants}, maps)
+        masks = [inside(valid, m.shape[1:3]) for m in maps]
+        nll = negative_log_likelihood(latents, per_dimension=True, inside=masks)
+        return (nll * (1 + 0.1 * noise)).mean()
 
     value, grads = jax.jit(jax.value_and_grad(loss))(state.params)
     expected = jax.tree.map(lambda p, g: p - 0.05 * g, state.params, grads)
@@ -109,11 +132,11 @@ def test_four_devices_agree_with_one(step_setup, kind):
     assert jax.local_device_count() == 4
     step, state, expected = step_setup
     compiled = parallel.step(step, kind)
-    one = compiled(state, tuple(m[:8] for m in images()), np.ones(8, np.float32))
+    one = compiled(state, rows_of(np.arange(8)), np.arange(8), np.ones(8, np.float32))
     assert_close(one.params, expected.params)
     # Padding of weight zero changes nothing.
     rows = np.array([*range(8), 0, 0, 0, 0])
-    padded = compiled(state, tuple(m[rows] for m in images()), np.float32(np.arange(12) < 8))
+    padded = compiled(state, rows_of(rows), rows, np.float32(np.arange(12) < 8))
     assert_close(padded.params, expected.params)
     assert float(padded.epoch_images) == 8
 
@@ -123,10 +146,10 @@ def test_an_epoch_in_one_program_is_its_steps(step_setup, kind):
     step, state, _ = step_setup
     index, weight = epoch_order(N, 4, seed=0, epoch=0, drop_last=False, multiple=4)
     whole = parallel.epoch(partial(train_epoch, step=step), kind)
-    one = whole(state, tuple(map(jnp.asarray, images())), index, weight)
+    one = whole(state, jax.tree.map(jnp.asarray, rows_of(np.arange(N))), index, weight)
     single = jax.jit(step)
     for rows, row_weight in zip(index, weight, strict=True):
-        state = single(state, tuple(m[rows] for m in images()), row_weight)
+        state = single(state, rows_of(rows), rows, row_weight)
     assert_close(one.params, state.params)
     assert float(one.epoch_images) == N
 
@@ -183,8 +206,8 @@ def test_recomputed_features_train_as_cached_ones_do(config, tmp_path):
             yield Batch(pixels[part], None, np.zeros(len(part)), part)
 
     whole = tuple(map(np.concatenate, zip(*map(extract, np.array_split(pixels, 3)), strict=True)))
-    one, _ = run(config, tmp_path / "cached", cached_features(whole, "whiten"))
-    recomputed = recomputed_features(N, batches_of, extract, "whiten", 4)
+    one, _ = run(config, tmp_path / "cached", cached_features(whole))
+    recomputed = recomputed_features(N, batches_of, extract, 4)
     assert recomputed.cached is None
     two, _ = run(config, tmp_path / "recomputed", recomputed)
     assert_close(one.params, two.params)
@@ -198,7 +221,7 @@ def test_metrics_checkpoints_and_best(config, tmp_path):
     assert lines[-1]["loss"] < lines[0]["loss"]
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         assert checkpoints.latest == 9
-        best = min(lines, key=lambda line: line["holdout_nll"])
+        best = min(lines, key=lambda line: line["holdout_loss"])
         assert checkpoints.best == best["step"]
         assert_same(checkpoints.restore(9, state), state)
 
@@ -234,18 +257,17 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("stop_at", [4, 6, 9])  # within an epoch, at its end, at the very end
 def test_interrupted_and_resumed_equals_undisturbed(config, tmp_path, stop_at):
     undisturbed, lines = run(config, tmp_path / "one")
-    cached = cached_features(images(), "whiten")
     count = 0
 
     def stream(epoch, index):
         nonlocal count
-        for features in cached.stream(epoch, index):
+        for features in FEATURES.stream(epoch, index):
             count += 1
             if count == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield features
 
-    stopping = TrainingFeatures(cached.n, cached.shapes, cached.statistics, stream, None)
+    stopping = dataclasses.replace(FEATURES, stream=stream)
     with pytest.raises(Interrupted) as stop:
         run(config, tmp_path / "two", stopping)
     assert stop.value.exit_code == 128 + signal.SIGTERM

@@ -8,8 +8,9 @@ import pytest
 from fastflow_jax.backbones import create_backbone
 from fastflow_jax.config import default, fill
 from fastflow_jax.describe import flow_model
-from fastflow_jax.detector import FastFlowDetector, calibrate, fuse, fuse_finest
-from fastflow_jax.features import compress
+from fastflow_jax.detector import Detector
+from fastflow_jax.fastflow import FastFlowScorer, calibrate, fit, fuse, fuse_finest, load
+from fastflow_jax.features import cached_features, compress
 from fastflow_jax.model import location_scores, window_maxima
 
 
@@ -77,7 +78,7 @@ def test_scores_of_images_follow_from_their_features(setup, form):
     config = config.copy_and_resolve_references()
     config.score.form = form
     calibration = calibrate(config, model, variables, features)
-    detector = FastFlowDetector(config, backbone, model, variables, calibration)
+    detector = Detector(config, backbone, FastFlowScorer(config, model, variables, calibration))
     scores, anomaly_maps = [
         np.concatenate(parts)
         for parts in zip(*map(detector.score, np.split(images, [4, 8])), strict=True)
@@ -95,7 +96,7 @@ def test_scores_of_images_follow_from_their_features(setup, form):
 def test_what_normal_images_do_not_show_scores_higher(setup):
     config, backbone, model, variables, images, features = setup
     calibration = calibrate(config, model, variables, features)
-    detector = FastFlowDetector(config, backbone, model, variables, calibration)
+    detector = Detector(config, backbone, FastFlowScorer(config, model, variables, calibration))
     spoilt = images[:4].copy()
     spoilt[:, 8:24, 16:32] += 6.0
     before, _ = detector.score(images[:4])
@@ -117,7 +118,7 @@ def padded(images, noise):
 
 @pytest.mark.parametrize("form", ["windows", "top_k"])
 def test_what_the_flow_says_of_padding_counts_for_nothing(setup, form):
-    config, backbone, model, _, images, features = setup
+    config, _, model, _, images, features = setup
     config = config.copy_and_resolve_references()
     config.score.form = form
     _, valid = padded(images, 0)
@@ -132,22 +133,35 @@ def test_what_the_flow_says_of_padding_counts_for_nothing(setup, form):
         pointwise = model.clone(kernels=(1,))  # a flow that does not look around itself
         params = jax.jit(pointwise.init)(jax.random.key(0), tuple(m[:1] for m in maps))
         calibration = calibrate(config, pointwise, params, maps, valid)
-        detector = FastFlowDetector(config, backbone, pointwise, params, calibration)
-        results.append(detector.score_features(tuple(m[:4] for m in maps), valid[:4]))
+        scorer = FastFlowScorer(config, pointwise, params, calibration)
+        results.append(scorer.score_features(tuple(m[:4] for m in maps), valid[:4]))
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
-    unmasked = FastFlowDetector(config, backbone, pointwise, params, calibration)
-    scores, _ = unmasked.score_features(tuple(m[:4] for m in spoilt))
+    scores, _ = scorer.score_features(tuple(m[:4] for m in spoilt))
     assert np.abs(scores - results[0][0]).min() > 0.1
 
 
 def test_images_and_their_features_score_alike(setup):
     config, backbone, model, variables, images, features = setup
     calibration = calibrate(config, model, variables, features)
-    detector = FastFlowDetector(config, backbone, model, variables, calibration)
+    detector = Detector(config, backbone, FastFlowScorer(config, model, variables, calibration))
     images, valid = padded(images[:4], 1)
     maps = tuple(np.asarray(compress(m, config.length_power)) for m in backbone(images))
     for one, other in zip(
-        detector.score(images, valid), detector.score_features(maps, valid), strict=True
+        detector.score(images, valid), detector.scorer.score_features(maps, valid), strict=True
     ):
         np.testing.assert_allclose(one, other, atol=5e-3)
+
+
+def test_a_fitted_scorer_loads_as_it_was(setup, tmp_path):
+    config, _, _, _, _, features = setup
+    config = config.copy_and_resolve_references()
+    config.train.epochs = 1
+    training = cached_features(tuple(m[:8] for m in features))
+    holdout = tuple(m[8:] for m in features)
+    fitted = fit(config, training, holdout, seed=1, folder=tmp_path)
+    loaded = load(config, training.shapes, tmp_path)
+    for one, other in zip(
+        fitted.score_features(holdout), loaded.score_features(holdout), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)

@@ -1,0 +1,267 @@
+"""The FastFlow detector: trains the flows, calibrates them, and scores features."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastflow_jax import parallel
+from fastflow_jax.checkpoints import Checkpoints
+from fastflow_jax.describe import flow_model
+from fastflow_jax.features import Features, TrainingFeatures, inside
+from fastflow_jax.model import (
+    FastFlow,
+    location_scores,
+    negative_log_likelihood,
+    resize_map,
+    top_mean,
+    window_maxima,
+)
+from fastflow_jax.run_folder import read_arrays, write_arrays
+from fastflow_jax.train import Objective, TrainState, create_optimizer, create_state, train
+
+_CALIBRATION = "calibration.npz"
+
+
+def fit(
+    config,
+    features: TrainingFeatures,
+    holdout: Features | None,
+    holdout_valid: np.ndarray | None = None,
+    *,
+    seed: int,
+    folder: pathlib.Path,
+    on_epoch: Callable[[int, Callable[[], "FastFlowScorer"]], dict] = lambda epoch, scorer: {},
+    progress: str = "train",
+) -> "FastFlowScorer":
+    """Train to the end of the configuration, or what is left of it, and calibrate.
+
+    Args:
+      config: filled, see `config.fill`.
+      features: of the training images.
+      holdout: features of held-out normal images, for the calibration; None without.
+      holdout_valid: bool [N, H, W], False in their padding; None without padding.
+      seed: of parameters, permutations and order.
+      folder: holds `checkpoints/`, `metrics.jsonl` and the calibration; training goes on from the
+        latest checkpoint.
+      on_epoch: called after each epoch with its number, from 1 on, and a function that makes a
+        scorer of that epoch; what it returns goes into the epoch's line in `metrics.jsonl`.
+      progress: label of the progress bar.
+
+    Raises:
+      Interrupted, InputError: see `train.train`.
+    """
+    model = flow_model(config)
+
+    def scorer(state: TrainState) -> FastFlowScorer:
+        calibration = calibrate(config, model, state.variables, holdout, holdout_valid)
+        return FastFlowScorer(config, model, state.variables, calibration)
+
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        state = train(
+            config,
+            objective(config, model, features.statistics(config.flow.norm)),
+            features,
+            holdout,
+            holdout_valid,
+            seed=seed,
+            checkpoints=checkpoints,
+            metrics_file=folder / "metrics.jsonl",
+            on_epoch=lambda epoch, state: on_epoch(epoch, lambda: scorer(state)),
+            progress=progress,
+        )
+    trained = scorer(state)
+    write_arrays(folder / _CALIBRATION, dataclasses.asdict(trained.calibration))
+    return trained
+
+
+def load(config, shapes, folder: pathlib.Path) -> "FastFlowScorer":
+    """The scorer that `fit` left in a folder.
+
+    Args:
+      config: that it was trained with.
+      shapes: (h, w, C) of each scale.
+      folder: that `fit` was given.
+    """
+    model = flow_model(config)
+    optimizer = create_optimizer(config.train, 1)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        template = create_state(objective(config, model, None), optimizer, shapes, 0)
+        state = checkpoints.restore(checkpoints.latest, template)
+    calibration = Calibration(**read_arrays(folder / _CALIBRATION))
+    return FastFlowScorer(config, model, state.variables, calibration)
+
+
+def objective(config, model: FastFlow, statistics: dict | None) -> Objective:
+    """The negative log-likelihood, as `config.train.loss` has it.
+
+    Args:
+      config: filled.
+      model: the flows.
+      statistics: see `features.channel_statistics`; None leaves those of a fresh model, for a
+        template.
+    """
+    per_dimension = config.train.loss == "per_dimension"
+
+    def init(key, features):
+        variables = dict(jax.jit(model.init)(key, features))
+        if statistics:
+            variables["statistics"] = statistics
+        return variables
+
+    def nll(variables, features, valid, per_dimension):
+        masks = None if valid is None else [inside(valid, m.shape[1:3]) for m in features]
+        latents = model.apply(variables, features)
+        return negative_log_likelihood(latents, per_dimension=per_dimension, inside=masks)
+
+    def loss(variables, features, valid, keys):
+        return nll(variables, features, valid, per_dimension)
+
+    def validation(variables, features, valid):
+        return nll(variables, features, valid, True)
+
+    return Objective(init, loss, validation)
+
+
+@flax.struct.dataclass
+class Calibration:
+    """What normal images that the flow has not seen look like to it.
+
+    Scales differ in how far their scores spread, and so do averages over windows of different
+    size; in units of the spread over held-out normal images they compare.
+    """
+
+    scale_mean: jax.Array  # [scales], of location scores
+    scale_std: jax.Array
+    window_mean: jax.Array  # [windows], of each image's highest average over a window
+    window_std: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class FastFlowScorer:
+    """Scores features; higher is more anomalous."""
+
+    config: object  # filled, see `config.fill`
+    model: FastFlow
+    variables: dict  # of the flows
+    calibration: Calibration
+
+    def score_features(
+        self,
+        features: Features,
+        valid: np.ndarray | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Features of images -> scores [B] and anomaly maps [B, H, W].
+
+        Args:
+          features: [B, h, w, C] a scale, as `features.extractor` gives them, B up to the batch size
+            of the configuration.
+          valid: bool [B, H, W], False in padding; None without padding. What lies there counts
+            for nothing.
+          size: (H, W) of the maps; None for the input size of the configuration.
+        """
+        run = self._programs(tuple(size or self.config.image_size))
+        return run((self.variables, self.calibration), (features, valid))
+
+    @functools.cached_property
+    def _programs(self):
+        """From the size of images to what scores their features."""
+
+        def program(size):
+            def score(state, batch):
+                variables, calibration = state
+                maps = _location_maps(self.config, self.model, variables, *batch)
+                anomaly_map = fuse(maps, calibration, size)
+                if self.config.score.form == "top_k":
+                    return top_mean(anomaly_map, self.config.score.top_k), anomaly_map
+                windows = window_maxima(fuse_finest(maps, calibration))
+                windows = (windows - calibration.window_mean) / calibration.window_std
+                return windows.mean(-1), anomaly_map
+
+            return parallel.per_example(score, self.config.parallel, self.config.train.batch_size)
+
+        return functools.cache(program)
+
+
+def calibrate(
+    config,
+    model: FastFlow,
+    variables: dict,
+    holdout: Features | None,
+    valid: np.ndarray | None = None,
+) -> Calibration:
+    """The calibration by held-out normal features; for `valid` see `FastFlowScorer`.
+
+    Without held-out images, or where the configuration does not ask for it, a calibration that
+    leaves scores as they are.
+    """
+    size = config.train.batch_size
+    n = len(holdout[0]) if holdout is not None else 0
+
+    def over_holdout(function):
+        run = parallel.per_example(function, config.parallel, size)
+        rows = [slice(i, i + size) for i in range(0, n, size)]
+        parts = [
+            run(variables, (tuple(m[r] for m in holdout), None if valid is None else valid[r]))
+            for r in rows
+        ]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+    scales = len(config.layers)
+    scale_mean, scale_std = np.zeros(scales, np.float32), np.ones(scales, np.float32)
+    if n and config.map.standardise:
+        maps = over_holdout(lambda v, batch: _location_maps(config, model, v, *batch))
+        scale_mean = np.array([m.mean(dtype=np.float64) for m in maps], np.float32)
+        scale_std = np.array([m.std(dtype=np.float64) or 1.0 for m in maps], np.float32)
+    calibration = Calibration(scale_mean, scale_std, np.zeros(()), np.ones(()))
+    if n and config.score.form == "windows":
+
+        def windows_of(variables, batch):
+            maps = _location_maps(config, model, variables, *batch)
+            return window_maxima(fuse_finest(maps, calibration))
+
+        windows = over_holdout(windows_of)
+        # Few images may agree in one window by chance: no window counts ten times the others.
+        spread = windows.std(0)
+        spread = np.maximum(spread, 0.1 * spread.mean()) if spread.any() else np.ones_like(spread)
+        calibration = calibration.replace(window_mean=windows.mean(0), window_std=spread)
+    return calibration
+
+
+def _location_maps(config, model, variables, features, valid) -> tuple[jax.Array, ...]:
+    """Location scores [B, h, w] of each scale."""
+    maps = tuple(
+        location_scores(z, log_det, form=config.map.form, log_det_weight=config.map.log_det)
+        for z, log_det in model.apply(variables, features)
+    )
+    return maps if valid is None else tuple(_without_padding(m, valid) for m in maps)
+
+
+def _without_padding(scores: jax.Array, valid: jax.Array) -> jax.Array:
+    """Location scores [B, h, w] in which padding has the mean of the rest of its image.
+
+    So it adds nothing to a score, and nothing of it reaches the map around it.
+    """
+    seen = inside(valid, scores.shape[1:])
+    return jnp.where(seen, scores, scores.mean((1, 2), where=seen, keepdims=True))
+
+
+def fuse(maps: tuple[jax.Array, ...], calibration: Calibration, size: tuple[int, int]) -> jax.Array:
+    """Mean over the scales, each in its calibrated units, [B, h, w] a scale -> [B, *size]."""
+    standard = [
+        resize_map((m - mean) / std, size)
+        for m, mean, std in zip(maps, calibration.scale_mean, calibration.scale_std, strict=True)
+    ]
+    return sum(standard) / len(standard)
+
+
+def fuse_finest(maps: tuple[jax.Array, ...], calibration: Calibration) -> jax.Array:
+    """`fuse` at the resolution of the finest scale."""
+    return fuse(maps, calibration, max(m.shape[1:] for m in maps))

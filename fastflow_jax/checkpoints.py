@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from fastflow_jax import parallel
 from fastflow_jax.errors import InputError
 
 _policies = ocp.training.preservation_policies
@@ -16,7 +17,8 @@ class Checkpoints:
     """The checkpoints of one run folder; use it as a context manager.
 
     A checkpoint is written in the background and appears under its name only when it is whole, so
-    that a process may die at any moment.
+    that a process may die at any moment. Several processes write it together, into a folder that
+    all of them see.
     """
 
     def __init__(self, directory: pathlib.Path):
@@ -39,7 +41,9 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, kind, error, traceback):
+        if parallel.is_lost(error):  # writing takes all processes
+            return
         with self._full_disk_is_named():
             self._orbax.close()  # waits for what is being written
 
@@ -60,7 +64,7 @@ class Checkpoints:
             return
         metrics = None if holdout_loss is None else {"holdout_loss": holdout_loss}
         with self._full_disk_is_named():
-            self._orbax.save_async(step, state, metrics=metrics, force=True)
+            self._orbax.save_async(step, parallel.to_all(state), metrics=metrics, force=True)
 
     @contextlib.contextmanager
     def _full_disk_is_named(self):
@@ -75,14 +79,14 @@ class Checkpoints:
             ) from error
 
     def restore(self, step: int, template: Any) -> Any:
-        """Read a checkpoint onto the default device, whatever devices wrote it.
+        """Read a checkpoint onto the default device of each process, whatever devices wrote it.
 
         Args:
           step: `latest` or `best`.
           template: a state of the same structure, shapes and types (arrays or ShapeDtypeStructs).
         """
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        sharding = parallel.of_all()
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), template
         )
-        return self._orbax.load(step, abstract)
+        return parallel.to_own(self._orbax.load(step, abstract))

@@ -8,6 +8,7 @@ import pathlib
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import numpy as np
@@ -15,14 +16,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import fastflow_jax
-from fastflow_jax import data, detector
+from fastflow_jax import data, detector, parallel
 from fastflow_jax.config import to_plain, variants, without
 from fastflow_jax.data.transforms import placement, seen_part
 from fastflow_jax.evaluate import METRICS, Scored, measure, score_split
-from fastflow_jax.prepare import Prepared, image_batches, preparer, seen_by, with_features
+from fastflow_jax.prepare import Prepared, feature_batches, preparer, seen_by
 from fastflow_jax.report.heatmaps import draw_heatmap, save_picture
 from fastflow_jax.report.table import format_csv, format_markdown, format_table
-from fastflow_jax.run_folder import check_same_data, claim, write_json, write_text
+from fastflow_jax.run_folder import check_same_data, claim, read_json, write_json, write_text
 
 _SCALE_IMAGES = 500  # good images, evenly chosen, that set the colours of heat maps
 
@@ -54,8 +55,8 @@ def run(config, workdir: str | pathlib.Path) -> dict:
     workdir = pathlib.Path(workdir)
     with claim(workdir, config):
         results_file = workdir / "results.json"
-        if results_file.exists():
-            results = json.loads(results_file.read_text())
+        results = read_json(results_file)
+        if results is not None:
             print(f"{workdir} holds this run, finished:\n\n{format_table(results)}")
             return results
         plan = _plan(config, workdir)
@@ -65,15 +66,16 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         parts = []
         with tqdm(total=len(plan), initial=done, disable=len(plan) == 1, **bar) as progress:
             for part in plan:
-                if part.file.exists():
-                    parts.append(json.loads(part.file.read_text()))
-                else:
-                    parts.append(_run_part(part, prepare))
+                finished = read_json(part.file)
+                if finished is None:
+                    finished = _run_part(part, prepare)
                     progress.update()
+                parts.append(finished)
         results = _summarise(config, parts)
         write_text(workdir / "table.md", format_markdown(results))
         write_text(workdir / "table.csv", format_csv(results))
         write_json(results_file, results)
+        parallel.on_main(lambda: None)  # all wait for what the first one writes
         print(f"\n{format_table(results)}\n\nRun folder: {workdir}")
         return results
 
@@ -164,9 +166,8 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
         progress=f"{part.title}: train",
     )
     seconds["train"] = time.perf_counter() - start
-    metrics_file, epochs = part.training / "metrics.jsonl", []
-    if metrics_file.exists():  # of a run that was interrupted, the time before that too
-        epochs = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    epochs = parallel.on_main(partial(_epochs, part.training / "metrics.jsonl"))
+    if epochs:  # of a run that was interrupted, the time before that too
         seconds["train"] = sum(epoch["seconds"] for epoch in epochs)
     judged = [epoch for epoch in epochs if "holdout_loss" in epoch]
     best = min(judged, key=lambda epoch: epoch["holdout_loss"])["step"] if judged else None
@@ -196,6 +197,11 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
     return results
 
 
+def _epochs(file: pathlib.Path) -> list[dict]:
+    """The lines that training wrote; none where a detector does not train."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 def _best_on_test(epochs: list[dict]) -> dict | None:
     """The best figure of each metric over the epochs that were tested: not an honest result."""
     rows = [epoch["test"] for epoch in epochs if "test" in epoch]
@@ -222,8 +228,7 @@ def _write_heatmaps(
     def maps_of(indices):
         if scored.maps is not None:
             return [scored.maps[i] for i in indices]
-        stream = image_batches(config, prepared.backbone, source, indices)
-        stream = with_features(config, prepared.backbone, stream)
+        stream = feature_batches(config, prepared.backbone, source, indices)
         return [m for b in stream for m in scorer.score_features(b.image, b.valid)[1]]
 
     if not chosen:
@@ -233,6 +238,8 @@ def _write_heatmaps(
     normal = np.stack(maps_of(normal[:: -(-len(normal) // _SCALE_IMAGES)]))
     low, high = np.quantile(normal, 0.5), np.quantile(normal, 0.999)
     pairs = zip(chosen, maps_of(chosen), strict=True)
+    if not parallel.is_main():
+        return
     bar = {"desc": "heat maps", "unit": "img", "leave": False, "dynamic_ncols": True}
     for i, anomaly_map in tqdm(pairs, total=len(chosen), **bar):
         example = source[i]
@@ -291,7 +298,7 @@ def _summarise(config, parts: list[dict]) -> dict:
             "python": platform.python_version(),
             "fastflow-jax": fastflow_jax.__version__,
             **{p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")},
-            "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         },
     }
 

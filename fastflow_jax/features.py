@@ -39,24 +39,27 @@ def maps_of(backbone: Backbone, length_power: float) -> Callable:
 def extractor(
     backbone: Backbone, length_power: float, kind: str, batch_size: int
 ) -> Callable[[np.ndarray], Features]:
-    """Images [b, H, W, 3] -> `maps_of` them, on all devices; b up to `batch_size`."""
-    run = parallel.per_example(maps_of(backbone, length_power), kind, batch_size)
+    """Images [b, H, W, 3] -> `maps_of` them, on all devices of this process.
+
+    b is up to this process's share of `batch_size`.
+    """
+    run = parallel.per_own_example(maps_of(backbone, length_power), kind, batch_size)
     return lambda images: run(backbone.variables, images)
 
 
-def cache(extract: Callable, batches: Iterable, n: int, *, progress: str) -> Features:
-    """All features of `n` images in host memory, in the order of the batches."""
+def cache(batches: Iterable[Batch], n: int, *, progress: str) -> Features:
+    """All features of `n` images in host memory, from batches with features for images."""
     arrays = None
     done = 0
     with tqdm(total=n, desc=progress, unit="img", leave=False, dynamic_ncols=True) as bar:
         for batch in batches:
-            maps = extract(batch.image)
+            maps = batch.image
             if arrays is None:
                 arrays = tuple(np.empty((n, *m.shape[1:]), m.dtype) for m in maps)
             for array, m in zip(arrays, maps, strict=True):
                 array[done : done + len(m)] = m
-            done += len(batch.image)
-            bar.update(len(batch.image))
+            done += len(batch.label)
+            bar.update(len(batch.label))
     return arrays
 
 
@@ -69,7 +72,8 @@ class TrainingFeatures:
 
     n: int
     shapes: tuple[tuple[int, ...], ...]  # (h, w, C) of each scale
-    # (epoch, rows [steps, B]) -> the features of each row's images, step by step
+    # (epoch, rows [steps, b]) -> the features of each row's images, step by step; b up to this
+    # process's share of the batch
     stream: Callable[[int, np.ndarray], Iterator[Features]]
     parts: Callable[[], Iterable[Part]]  # of all images, once and in order
     cached: Features | None  # all of them, where they do not change from epoch to epoch
@@ -120,9 +124,12 @@ def recomputed_features(
         for batch in batches_of(epoch, index.ravel(), index.shape[1]):
             yield extract(batch.image)
 
-    def parts():
-        for batch in batches_of(0, np.arange(n), batch_size):
+    def read(rows, size):
+        for batch in batches_of(0, rows, size):
             yield extract(batch.image), batch.valid
+
+    def parts():
+        return parallel.shared_out(read, np.arange(n), batch_size)
 
     shapes = tuple(m.shape[1:] for m in next(iter(parts()))[0])
     return TrainingFeatures(n, shapes, stream, parts, None, valid)

@@ -1,11 +1,13 @@
 """python -m fastflow_jax.main --config=configs/demo.py [--config.seed=1 ...] [--workdir=DIR]."""
 
+import contextlib
 import errno
 import itertools
 import os
 import pathlib
 import runpy
 import sys
+from collections.abc import Iterator
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -17,6 +19,14 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Run folder; unset: runs/<config>-<argument>-<backbone>"
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Several processes share the run, as a TPU pod, Slurm or MPI starts them"
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "The same where nothing tells of them: HOST:PORT of the first,"
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "how many there are,")
+_PROCESS = flags.DEFINE_integer("process", None, "and which of them this is, from 0 on")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "describe"], "What to do")
 
 
@@ -25,10 +35,13 @@ def main(argv: list[str]) -> None:
     # Imported here, so that --help answers at once.
     import jax
 
-    from fastflow_jax import describe, experiment
+    from fastflow_jax import describe, experiment, parallel
     from fastflow_jax.config import fill
     from fastflow_jax.errors import InputError
 
+    distributed = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    if _DISTRIBUTED.value or any(flag is not None for flag in distributed):
+        parallel.start(*distributed)
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
     if len(argv) > 1:
         raise InputError(f"unknown argument {argv[1]!r}: flags begin with two dashes")
@@ -42,11 +55,25 @@ def main(argv: list[str]) -> None:
         print(describe.describe(config))
     else:
         name = config_flags.get_config_filename(flags.FLAGS["config"])
-        experiment.run(config, _WORKDIR.value or experiment.default_workdir(name, config))
+        workdir = _WORKDIR.value or experiment.default_workdir(name, config)
+        with contextlib.nullcontext() if parallel.is_main() else _silence():
+            experiment.run(config, workdir)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Of several processes one prints and draws bars; errors leave this context first."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 def _run(argv: list[str]) -> None:
     """`main`; what a user can put right ends in one message and a status, not in a traceback."""
+    from fastflow_jax import parallel
     from fastflow_jax.errors import InputError
     from fastflow_jax.train import Interrupted
 
@@ -62,6 +89,16 @@ def _run(argv: list[str]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         _fail(f"{error}: make room, or choose another --workdir", 2)
+    except Exception as error:
+        if not parallel.is_lost(error):
+            raise
+        reason = str(error).splitlines()[0]
+        message = "another process of this run has ended, or a device has failed"
+        with contextlib.suppress(SystemExit):
+            _fail(
+                f"{message} ({reason}); start all again, and they go on from the last checkpoint", 1
+            )
+        os._exit(1)  # JAX would wait for the other one
 
 
 def _parse(argv: list[str]) -> list[str]:

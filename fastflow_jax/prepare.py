@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fastflow_jax import data
+from fastflow_jax import data, parallel
 from fastflow_jax.backbones import Backbone, create_backbone
 from fastflow_jax.config import to_plain
 from fastflow_jax.data.changes import augmented, tampered
@@ -79,6 +79,8 @@ def preparer(config) -> Callable[[Any, str | None, int], Prepared]:
 
     def prepare(config, category: str | None, seed: int) -> Prepared:
         # The data before the weights: it is what lacks most often.
+        # One process alone prepares what others may share with it.
+        parallel.on_main(lambda: dataset(category, category) and None)
         images = dataset(category, category)
         if images.test:
             images = dataclasses.replace(images, test=tampered(images.test, config.data.tamper))
@@ -120,10 +122,18 @@ def image_batches(
     )
 
 
-def with_features(config, backbone: Backbone, stream: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches, with features in the place of their images."""
+def feature_batches(
+    config, backbone: Backbone, source: data.Source, indices=None
+) -> Iterator[Batch]:
+    """`image_batches` with features in the place of images; each process computes its share."""
     extract = _extractor(config, backbone)
-    return (batch._replace(image=extract(batch.image)) for batch in stream)
+
+    def read(rows, size):
+        for batch in image_batches(config, backbone, source, rows, size):
+            yield batch._replace(image=extract(batch.image))
+
+    rows = np.arange(len(source)) if indices is None else np.asarray(indices)
+    return parallel.shared_out(read, rows, config.train.batch_size)
 
 
 def _keep_last(function: Callable) -> Callable:
@@ -155,9 +165,8 @@ def _features(
     config, backbone: Backbone, source: data.Source, rows: np.ndarray | None, title: str
 ) -> Features:
     """The features of the images at `rows`, or of all."""
-    stream = image_batches(config, backbone, source, rows)
     n = len(source) if rows is None else len(rows)
-    return cache(_extractor(config, backbone), stream, n, progress=title)
+    return cache(feature_batches(config, backbone, source, rows), n, progress=title)
 
 
 def _is_shared(config, source: data.Source) -> bool:
@@ -179,8 +188,11 @@ def _train(config, backbone, source, seed, pooled, title):
     def valid_of(rows):
         if config.data.resize != "pad":
             return None
-        stream = image_batches(config, backbone, source, rows)
-        return np.concatenate([batch.valid for batch in stream])
+
+        def read(rows, size):
+            return (b.valid for b in image_batches(config, backbone, source, rows, size))
+
+        return np.concatenate(list(parallel.shared_out(read, rows, config.train.batch_size)))
 
     holdout = holdout_valid = None
     if len(held_out):
@@ -208,7 +220,7 @@ def _test(config, backbone, source, pooled, title) -> Callable[[], Iterable[Batc
         return lambda: kept
 
     def stream():
-        return with_features(config, backbone, image_batches(config, backbone, source))
+        return feature_batches(config, backbone, source)
 
     if not config.train.cache:
         return stream

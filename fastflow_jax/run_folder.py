@@ -1,4 +1,4 @@
-"""The run folder: one configuration, one process, and files that are whole or absent."""
+"""The run folder: one configuration, one run at a time, and files that are whole or absent."""
 
 import contextlib
 import fcntl
@@ -8,20 +8,32 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from fastflow_jax import parallel
 from fastflow_jax.config import differences, to_plain
 from fastflow_jax.errors import InputError
 
 
 @contextlib.contextmanager
 def claim(workdir: pathlib.Path, config) -> Iterator[None]:
-    """Hold the run folder for this process and this filled configuration.
+    """Hold the run folder for this run, of one process or several, and this filled configuration.
 
     A folder in which no training has begun yet takes on another configuration.
 
     Raises:
-      InputError: another process is at work there, it holds a run with other settings, or it
-        cannot be a folder.
+      InputError: another run is at work there, it holds a run with other settings, it cannot be a
+        folder, or not all processes of this run see it.
     """
+    with contextlib.ExitStack() as held:
+        parallel.on_main(lambda: held.enter_context(_claim(workdir, config)))
+        if parallel.any_process(not (workdir / ".lock").exists()):
+            raise InputError(
+                f"not all processes of this run see {workdir}: choose a --workdir that they share"
+            )
+        yield
+
+
+@contextlib.contextmanager
+def _claim(workdir: pathlib.Path, config) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -53,13 +65,22 @@ def check_same_data(folder: pathlib.Path, names: list[str]) -> None:
       InputError: there are others now.
     """
     file = folder / "training_images.json"
-    if not file.exists():
+    known = read_json(file)
+    if known is None:
         write_json(file, names)
-    elif json.loads(file.read_text()) != names:
+    elif known != names:
         raise InputError(
             f"the training images are no longer those that {folder} began with: bring them back, "
             "or choose another --workdir"
         )
+
+
+# Of several processes the first one alone reads and writes: see `parallel.on_main`.
+
+
+def read_json(file: pathlib.Path) -> dict | list | None:
+    """What `write_json` wrote; None where there is no such file."""
+    return parallel.on_main(lambda: json.loads(file.read_text()) if file.exists() else None)
 
 
 def write_json(file: pathlib.Path, content: dict | list) -> None:
@@ -69,17 +90,19 @@ def write_json(file: pathlib.Path, content: dict | list) -> None:
 
 def write_text(file: pathlib.Path, content: str) -> None:
     """Write a whole file or none."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(content)
-    temporary.replace(file)
+    if parallel.is_main():
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(content)
+        temporary.replace(file)
 
 
 def write_arrays(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write a whole .npz file or none."""
-    temporary = file.with_suffix(".tmp")
-    with temporary.open("wb") as open_file:
-        np.savez(open_file, **{name: np.asarray(array) for name, array in arrays.items()})
-    temporary.replace(file)
+    if parallel.is_main():
+        temporary = file.with_suffix(".tmp")
+        with temporary.open("wb") as open_file:
+            np.savez(open_file, **{name: np.asarray(array) for name, array in arrays.items()})
+        temporary.replace(file)
 
 
 def read_arrays(file: pathlib.Path) -> dict[str, np.ndarray]:

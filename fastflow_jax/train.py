@@ -264,7 +264,7 @@ def train(
         config.train.batch_size,
         seed=seed,
         drop_last=config.train.drop_last,
-        multiple=jax.local_device_count(),
+        multiple=jax.device_count(),
     )
     steps = len(order(epoch=0)[0])
     epochs = config.train.epochs
@@ -289,7 +289,7 @@ def train(
     with bar, signals_set_a_flag() as received:
         for epoch in range(first, epochs):
             start = time.perf_counter()
-            index, weight = order(epoch=epoch)
+            index, weight = map(parallel.columns, order(epoch=epoch))
             if position == 0:
                 state = state.replace(epoch_loss=jnp.zeros(()), epoch_images=jnp.zeros(()))
             for after in run_epoch(state, epoch, index[position:], weight[position:]):
@@ -297,9 +297,10 @@ def train(
                 done = int(state.step) - epoch * steps
                 bar.update(done - position)
                 position = done
-                if received and position < steps:
+                signum = parallel.any_process(received[0] if received else 0)
+                if signum and position < steps:
                     checkpoints.save(int(state.step), state)
-                    raise Interrupted(received[0], epoch + position / steps)
+                    raise Interrupted(signum, epoch + position / steps)
             position = 0
             line = {"epoch": epoch + 1, "step": int(state.step)}
             line["loss"] = float(state.epoch_loss / state.epoch_images)
@@ -314,13 +315,15 @@ def train(
             line |= on_epoch(epoch + 1, state)
             bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, loss {line['loss']:.4g}", False)
             # The line stands before its checkpoint does, so that no saved epoch can lack one.
-            with metrics_file.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            if parallel.is_main():
+                with metrics_file.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
             last = epoch + 1 == epochs
-            if last or received or (epoch + 1) % config.checkpoint_every == 0:
+            signum = parallel.any_process(received[0] if received else 0)
+            if last or signum or (epoch + 1) % config.checkpoint_every == 0:
                 checkpoints.save(int(state.step), state, line.get("holdout_loss"))
-            if received:
-                raise Interrupted(received[0], epoch + 1)
+            if signum:
+                raise Interrupted(signum, epoch + 1)
     return state
 
 
@@ -377,7 +380,7 @@ def _holdout_loss(config, objective, holdout, valid):
 
 def _keep_epochs(file: pathlib.Path, epochs: int) -> None:
     """Drop the lines of epochs that a killed process wrote but did not save."""
-    if not file.exists():
+    if not parallel.is_main() or not file.exists():
         return
     lines = []
     for line in file.read_text().splitlines(keepends=True):

@@ -1,0 +1,195 @@
+"""Several processes on one machine: they agree with one, and one of them may die."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from fastflow_jax import parallel
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+EPOCHS = 4
+TINY = [
+    "--config=configs/folder.py",
+    "--config.weights=random",
+    "--config.image_size=32",
+    "--config.layers=('blocks.2',)",
+    "--config.flow.steps=1",
+    "--config.flow.kernels=(3,)",
+    "--config.flow.hidden_ratio=0.5",
+    f"--config.train.epochs={EPOCHS}",
+    "--config.train.batch_size=4",
+    "--config.train.optimizer=sgd",  # Adam would hide a gradient that is wrong by a factor
+    "--config.heatmaps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """Images that neither two processes nor batches of four divide."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for kind, n in {"train/good": 8, "test/good": 4, "test/scratch": 3}.items():
+        (root / kind).mkdir(parents=True)
+        for i in range(n):
+            pixels = rng.integers(0, 255, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).resize((40, 36)).save(root / kind / f"{i}.png")
+    (root / "ground_truth/scratch").mkdir(parents=True)
+    for i in range(3):
+        mask = np.zeros((36, 40), np.uint8)
+        mask[8 : 16 + 4 * i, 8:24] = 255
+        Image.fromarray(mask).save(root / f"ground_truth/scratch/{i}_mask.png")
+    return [*TINY, f"--config.data.root={root}"]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One device a process, and one compilation for all that run the same program."""
+    variables = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return variables | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def start(arguments, environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastflow_jax.main", *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_two(arguments, environment):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = [*arguments, f"--coordinator=127.0.0.1:{port}", "--processes=2"]
+    return [start([*together, f"--process={i}"], environment) for i in (0, 1)]
+
+
+def finish(*processes):
+    try:
+        ends = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *end) for process, end in zip(processes, ends, strict=True)]
+
+
+def run(arguments, environment, folder):
+    ((code, _, err),) = finish(start([*arguments, f"--workdir={folder}"], environment))
+    assert code == 0, err
+    return folder
+
+
+def assert_same_run(one, two):
+    """Results and curves, as far as sums in another order allow."""
+    for name in ("results.json", "part.json"):
+        results = [json.loads((folder / name).read_text()) for folder in (one, two)]
+    figures = [result["figures"] for result in results]
+    assert figures[0] == pytest.approx(figures[1], abs=1e-3)
+    lines = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (one, two)
+    ]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    for name in ("loss", "holdout_loss"):
+        np.testing.assert_allclose(
+            *([line[name] for line in each] for each in lines), rtol=1e-5, err_msg=name
+        )
+    arrays = [np.load(folder / "calibration.npz") for folder in (one, two)]
+    for name in arrays[0]:
+        np.testing.assert_allclose(arrays[0][name], arrays[1][name], rtol=1e-4, err_msg=name)
+    pictures = [{p.name for p in (folder / "heatmaps").rglob("*.png")} for folder in (one, two)]
+    assert pictures[0] == pictures[1]
+
+
+@pytest.fixture(scope="module")
+def alone(command, environment, tmp_path_factory):
+    return run(command, environment, tmp_path_factory.mktemp("alone") / "run")
+
+
+@pytest.mark.parametrize("kind", parallel.KINDS)
+def test_two_processes_train_to_what_one_does(kind, alone, command, environment, tmp_path):
+    arguments = [*command, f"--config.parallel={kind}", f"--workdir={tmp_path}/run"]
+    first, second = finish(*start_two(arguments, environment))
+    assert first[0] == 0, first[2]
+    assert second[0] == 0, second[2]
+    assert "image AUROC" in first[1]
+    assert "AUROC" not in second[1]
+    assert "epoch" not in second[2]  # no bar
+    assert_same_run(alone, tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_one_goes_on_where_two_stopped(number, alone, command, environment, tmp_path):
+    arguments = [*command, f"--workdir={tmp_path}/run"]
+    processes = start_two([*arguments, "--config.evaluate_every=1"], environment)
+    saved = tmp_path / "run" / "checkpoints"
+    deadline = time.monotonic() + 240
+    while not (saved.exists() and any(p.name.isdigit() for p in saved.iterdir())):
+        assert all(p.poll() is None for p in processes), finish(*processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    processes[1].send_signal(number)
+    ends = finish(*processes)
+    assert not (tmp_path / "run" / "results.json").exists()
+    if number == signal.SIGTERM:
+        assert [code for code, *_ in ends] == [128 + number] * 2, ends
+        assert all("the same command goes on from there" in err for *_, err in ends)
+    else:
+        assert "another process" in ends[0][2]
+        assert "Traceback" not in ends[0][2]
+    run([*command, "--config.evaluate_every=1"], environment, tmp_path / "run")
+    assert_same_run(alone, tmp_path / "run")
+
+
+def in_each_of(processes, function):
+    """What `function` returns in each process, as far as it asks which one it is."""
+    with mock.patch.object(jax, "process_count", return_value=processes):
+        for i in range(processes):
+            with mock.patch.object(jax, "process_index", return_value=i):
+                yield function()
+
+
+@given(st.integers(1, 30), st.integers(1, 8), st.integers(2, 5))
+def test_every_image_is_read_by_one_process_and_padding_is_last(n, size, processes):
+    rows = np.random.default_rng(n).permutation(n)
+    sizes = []
+
+    def read(rows, size):
+        sizes.append(size)
+        yield from (rows[i : i + size] for i in range(0, len(rows), size))
+
+    with mock.patch.object(parallel, "_exchange", lambda part, n: (part, n)):
+        shares = list(in_each_of(processes, lambda: list(parallel.shared_out(read, rows, size))))
+    for i, parts in enumerate(zip(*shares, strict=True)):  # a batch, from all processes
+        parts, (n_batch, *others) = zip(*parts, strict=True)
+        assert set(others) <= {n_batch}
+        whole = np.concatenate(parts)[:n_batch]
+        np.testing.assert_array_equal(whole, rows[i * size : i * size + size])
+        assert len({len(part) for part in parts}) == 1
+    assert set(sizes) == {-(-size // processes)}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_train_on_all_columns_of_a_batch(processes):
+    index = np.arange(24).reshape(2, 12)
+    own = list(in_each_of(processes, lambda: parallel.columns(index)))
+    np.testing.assert_array_equal(np.concatenate(own, 1), index)

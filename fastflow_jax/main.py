@@ -39,10 +39,10 @@ def main(argv: list[str]) -> None:
     from fastflow_jax.config import fill
     from fastflow_jax.errors import InputError
 
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
     distributed = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if _DISTRIBUTED.value or any(flag is not None for flag in distributed):
         parallel.start(*distributed)
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
     if len(argv) > 1:
         raise InputError(f"unknown argument {argv[1]!r}: flags begin with two dashes")
     if _CONFIG.value is None:

@@ -13,7 +13,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -115,7 +115,8 @@ def assert_same_run(one, two):
         )
     arrays = [np.load(folder / "calibration.npz") for folder in (one, two)]
     for name in arrays[0]:
-        np.testing.assert_allclose(arrays[0][name], arrays[1][name], rtol=1e-4, err_msg=name)
+        both = [each[name] for each in arrays]
+        np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-5, err_msg=name)
     pictures = [{p.name for p in (folder / "heatmaps").rglob("*.png")} for folder in (one, two)]
     assert pictures[0] == pictures[1]
 
@@ -168,6 +169,7 @@ def in_each_of(processes, function):
                 yield function()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 8), st.integers(2, 5))
 def test_every_image_is_read_by_one_process_and_padding_is_last(n, size, processes):
     rows = np.random.default_rng(n).permutation(n)

@@ -48,7 +48,11 @@ def start(
     # Its handler would take SIGTERM from a run that saves on it, see `train.signals_set_a_flag`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(coordinator, processes, process, shutdown_timeout_seconds=60)
+        jax.distributed.initialize(
+            *(coordinator, processes, process),
+            heartbeat_timeout_seconds=30,  # so long the others wait for one that is dead
+            shutdown_timeout_seconds=60,
+        )
     except ValueError as error:
         raise InputError(
             f"cannot join the processes of this run ({error}): give each --coordinator=HOST:PORT, "

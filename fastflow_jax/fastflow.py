@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import FrozenConfigDict
 
 from fastflow_jax import parallel
 from fastflow_jax.checkpoints import Checkpoints
@@ -106,13 +107,24 @@ def objective(config, model: FastFlow, statistics: dict | None) -> Objective:
       statistics: see `features.channel_statistics`; None leaves those of a fresh model, for a
         template.
     """
-    per_dimension = config.train.loss == "per_dimension"
+    fresh, loss, validation = _functions(model, config.train.loss == "per_dimension")
 
     def init(key, features):
-        variables = dict(jax.jit(model.init)(key, features))
+        variables = dict(fresh(key, features))
         if statistics:
             variables["statistics"] = statistics
         return variables
+
+    return Objective(init, loss, validation)
+
+
+# Kept by what they hang on, so that what is compiled of them serves every seed of a run.
+_kept = functools.lru_cache(maxsize=8)
+
+
+@_kept
+def _functions(model: FastFlow, per_dimension: bool) -> tuple[Callable, Callable, Callable]:
+    """Fresh variables, and the functions of an `Objective`."""
 
     def nll(variables, features, valid, per_dimension):
         masks = None if valid is None else [inside(valid, m.shape[1:3]) for m in features]
@@ -125,7 +137,7 @@ def objective(config, model: FastFlow, statistics: dict | None) -> Objective:
     def validation(variables, features, valid):
         return nll(variables, features, valid, True)
 
-    return Objective(init, loss, validation)
+    return jax.jit(model.init), loss, validation
 
 
 @flax.struct.dataclass
@@ -167,27 +179,31 @@ class FastFlowScorer:
             for nothing.
           size: (H, W) of the maps; None for the input size of the configuration.
         """
-        run = self._programs(tuple(size or self.config.image_size))
+        run = _compiled(_score, self._frozen, self.model, tuple(size or self.config.image_size))
         return run((self.variables, self.calibration), (features, valid))
 
     @functools.cached_property
-    def _programs(self):
-        """From the size of images to what scores their features."""
+    def _frozen(self):
+        return FrozenConfigDict(self.config)
 
-        def program(size):
-            def score(state, batch):
-                variables, calibration = state
-                maps = _location_maps(self.config, self.model, variables, *batch)
-                anomaly_map = fuse(maps, calibration, size)
-                if self.config.score.form == "top_k":
-                    return top_mean(anomaly_map, self.config.score.top_k), anomaly_map
-                windows = window_maxima(fuse_finest(maps, calibration))
-                windows = (windows - calibration.window_mean) / calibration.window_std
-                return windows.mean(-1), anomaly_map
 
-            return parallel.per_example(score, self.config.parallel, self.config.train.batch_size)
+@_kept
+def _compiled(function: Callable, config: FrozenConfigDict, *arguments) -> Callable:
+    """`function(config, *arguments, state, batch)` of a state and a batch, compiled once."""
+    bound = functools.partial(function, config, *arguments)
+    return parallel.per_example(bound, config.parallel, config.train.batch_size)
 
-        return functools.cache(program)
+
+def _score(config, model, size, state, batch):
+    """See `FastFlowScorer.score_features`."""
+    variables, calibration = state
+    maps = _location_maps(config, model, variables, *batch)
+    anomaly_map = fuse(maps, calibration, size)
+    if config.score.form == "top_k":
+        return top_mean(anomaly_map, config.score.top_k), anomaly_map
+    windows = window_maxima(fuse_finest(maps, calibration))
+    windows = (windows - calibration.window_mean) / calibration.window_std
+    return windows.mean(-1), anomaly_map
 
 
 def calibrate(
@@ -205,11 +221,14 @@ def calibrate(
     size = config.train.batch_size
     n = len(holdout[0]) if holdout is not None else 0
 
-    def over_holdout(function):
-        run = parallel.per_example(function, config.parallel, size)
+    def over_holdout(function, *state):
+        run = _compiled(function, FrozenConfigDict(config), model)
         rows = [slice(i, i + size) for i in range(0, n, size)]
         parts = [
-            run(variables, (tuple(m[r] for m in holdout), None if valid is None else valid[r]))
+            run(
+                (variables, *state),
+                (tuple(m[r] for m in holdout), None if valid is None else valid[r]),
+            )
             for r in rows
         ]
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
@@ -217,22 +236,26 @@ def calibrate(
     scales = len(config.layers)
     scale_mean, scale_std = np.zeros(scales, np.float32), np.ones(scales, np.float32)
     if n and config.map.standardise:
-        maps = over_holdout(lambda v, batch: _location_maps(config, model, v, *batch))
+        maps = over_holdout(_holdout_maps)
         scale_mean = np.array([m.mean(dtype=np.float64) for m in maps], np.float32)
         scale_std = np.array([m.std(dtype=np.float64) or 1.0 for m in maps], np.float32)
     calibration = Calibration(scale_mean, scale_std, np.zeros(()), np.ones(()))
     if n and config.score.form == "windows":
-
-        def windows_of(variables, batch):
-            maps = _location_maps(config, model, variables, *batch)
-            return window_maxima(fuse_finest(maps, calibration))
-
-        windows = over_holdout(windows_of)
+        windows = over_holdout(_holdout_windows, calibration)
         # Few images may agree in one window by chance: no window counts ten times the others.
         spread = windows.std(0)
         spread = np.maximum(spread, 0.1 * spread.mean()) if spread.any() else np.ones_like(spread)
         calibration = calibration.replace(window_mean=windows.mean(0), window_std=spread)
     return calibration
+
+
+def _holdout_maps(config, model, state, batch):
+    return _location_maps(config, model, *state, *batch)
+
+
+def _holdout_windows(config, model, state, batch):
+    variables, calibration = state
+    return window_maxima(fuse_finest(_location_maps(config, model, variables, *batch), calibration))
 
 
 def _location_maps(config, model, variables, features, valid) -> tuple[jax.Array, ...]:

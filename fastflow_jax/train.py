@@ -1,6 +1,7 @@
 """Training: one pure step, epochs over cached features, resume."""
 
 import contextlib
+import functools
 import json
 import operator
 import pathlib
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import FrozenConfigDict
 from tqdm import tqdm
 
 from fastflow_jax import parallel
@@ -115,7 +117,7 @@ def train_step(
     *,
     loss: Callable,
     optimizer: optax.GradientTransformation,
-    seed: int,
+    seed: int | jax.Array,
     axis_name: str | None = None,
 ) -> TrainState:
     """One step on the loss, averaged over the global batch.
@@ -270,7 +272,7 @@ def train(
     epochs = config.train.epochs
     if epochs is None:
         epochs = min(config.train.max_epochs, max(1, round(config.train.steps / steps)))
-    optimizer = create_optimizer(config.train, epochs * steps)
+    optimizer = _optimizer(FrozenConfigDict(config.train), epochs * steps)
     state = create_state(objective, optimizer, features.shapes, seed)
     if checkpoints.latest is not None:
         state = checkpoints.restore(checkpoints.latest, state)
@@ -333,24 +335,22 @@ def _epoch_runner(config, objective, optimizer, features, seed):
     One program runs a whole epoch where the devices hold the features; but not on CPUs, where
     convolutions in a loop are ten times slower.
     """
-    step = partial(train_step, loss=objective.loss, optimizer=optimizer, seed=seed)
+    programs = _programs(objective.loss, optimizer, config.parallel)
+    seed = np.uint32(seed)
     if features.cached is not None and jax.default_backend() != "cpu":
-        whole = parallel.epoch(partial(train_epoch, step=step), config.parallel)
         on_device = jax.tree.map(jnp.asarray, (features.cached, features.valid))
 
         def run(state, epoch, index, weight):
-            yield jax.block_until_ready(whole(state, on_device, index, weight))
+            yield jax.block_until_ready(programs.epoch((state, seed), on_device, index, weight))
 
         return run
-
-    single = parallel.step(step, config.parallel)
 
     def run(state, epoch, index, weight):
         for maps, rows, row_weight in zip(
             features.stream(epoch, index), index, weight, strict=True
         ):
             valid = None if features.valid is None else features.valid[rows]
-            state = single(state, (maps, valid), rows, row_weight)
+            state = programs.step((state, seed), (maps, valid), rows, row_weight)
             yield state
 
     return run
@@ -361,11 +361,8 @@ def _holdout_loss(config, objective, holdout, valid):
     if holdout is None:
         return None
 
-    def validation(variables, images):
-        return objective.validation(variables, *images)
-
     size = config.train.batch_size
-    run = parallel.per_example(validation, config.parallel, size)
+    run = _validation(objective.validation, config.parallel, size)
     rows = [slice(i, i + size) for i in range(0, len(holdout[0]), size)]
 
     def mean(state):
@@ -376,6 +373,46 @@ def _holdout_loss(config, objective, holdout, valid):
         return float(np.concatenate(parts).mean(dtype=np.float64))
 
     return mean
+
+
+# What is compiled serves all seeds and categories of a run that train alike: it is kept by what it
+# hangs on, and a seed is one of its arguments.
+_kept = functools.lru_cache(maxsize=8)
+
+
+class _Programs(NamedTuple):
+    """`train_step` and `train_epoch` with ((state, seed), ...) for arguments."""
+
+    step: Callable
+    epoch: Callable
+
+
+@_kept
+def _programs(loss: Callable, optimizer: optax.GradientTransformation, kind: str) -> _Programs:
+    def step(begin, images, rows, weight, axis_name):
+        state, seed = begin
+        bound = {"loss": loss, "optimizer": optimizer, "seed": seed, "axis_name": axis_name}
+        return train_step(state, images, rows, weight, **bound)
+
+    def epoch(begin, cache, index, weight, axis_name):
+        state, seed = begin
+        bound = partial(train_step, loss=loss, optimizer=optimizer, seed=seed)
+        return train_epoch(state, cache, index, weight, step=bound, axis_name=axis_name)
+
+    return _Programs(parallel.step(step, kind), parallel.epoch(epoch, kind))
+
+
+@_kept
+def _validation(validation: Callable, kind: str, size: int) -> Callable:
+    def run(variables, images):
+        return validation(variables, *images)
+
+    return parallel.per_example(run, kind, size)
+
+
+@_kept
+def _optimizer(config: FrozenConfigDict, steps: int) -> optax.GradientTransformation:
+    return create_optimizer(config, steps)
 
 
 def _keep_epochs(file: pathlib.Path, epochs: int) -> None:

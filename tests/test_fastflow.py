@@ -1,5 +1,7 @@
 """Calibration by held-out normal features, and scores of images."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,3 +167,46 @@ def test_a_fitted_scorer_loads_as_it_was(setup, tmp_path):
         fitted.score_features(holdout), loaded.score_features(holdout), strict=True
     ):
         np.testing.assert_array_equal(one, other)
+
+
+@contextlib.contextmanager
+def compilations():
+    """Counts the programs that are compiled, or read from the cache on disk."""
+    names = []
+
+    def listen(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(about.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("form", ["windows", "top_k"])
+def test_a_second_seed_compiles_nothing(tmp_path, form):
+    c = default()
+    c.image_size, c.layers = (12, 8), ("blocks.1", "blocks.2")
+    c.flow.steps, c.flow.kernels, c.flow.hidden_ratio = 1, (1,), 0.5
+    c.train.epochs, c.train.batch_size, c.score.form = 2, 4, form
+    config = fill(c)
+    rng = np.random.default_rng(0)
+    features = tuple(rng.normal(size=(9, *s)).astype(np.float32) for s in [(6, 4, 4), (3, 2, 6)])
+    training = cached_features(tuple(m[3:] for m in features))
+    holdout = tuple(m[:3] for m in features)
+
+    def run(seed):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        scorer = fit(config, training, holdout, seed=seed, folder=folder)
+        return scorer.score_features(tuple(m[:4] for m in features))[0]
+
+    with compilations() as first:
+        one = run(0)
+    with compilations() as second:
+        two = run(1)
+    assert first
+    assert second == []
+    assert not np.allclose(one, two)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from fastflow_jax import data, detector
-from fastflow_jax.config import default, fill
+from fastflow_jax.config import from_plain
 from fastflow_jax.evaluate import METRICS, Scored, measure, score_split
 from fastflow_jax.prepare import preparer
 
@@ -37,11 +37,6 @@ def half_of(scored: Scored, places: slice) -> Scored:
     return jax.tree.map(lambda array: array[places], scored)
 
 
-def lists_to_tuples(section: dict) -> dict:
-    """What JSON made of a configuration's tuples, made good."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
-
-
 def main() -> None:
     """Score all parts of the run anew and print a table."""
     parser = argparse.ArgumentParser(
@@ -49,10 +44,7 @@ def main() -> None:
     )
     parser.add_argument("run", type=pathlib.Path, help="a finished run folder")
     run = parser.parse_args().run
-    saved = json.loads((run / "config.json").read_text(), object_hook=lists_to_tuples)
-    config = default()
-    config.update(saved)
-    config = fill(config)
+    config = from_plain(json.loads((run / "config.json").read_text()))
     categories, prepare = data.categories(config.data), preparer(config)
     seeds = [config.seed + i for i in range(config.seeds)]
     for category in categories:

@@ -97,6 +97,9 @@ def default() -> ConfigDict:
     # Of an ablation: what each of its runs has otherwise, by a name that its row is to have
     c.variants = ConfigDict()
 
+    # Time, memory and disk space that scoring takes, see `speed.measure`
+    c.measure_speed = False
+
     # What a run writes
     c.checkpoint_every = 1  # epochs
     c.evaluate_every = 0  # epochs; 0: at the end only. Fills "best_on_test", for study
@@ -256,6 +259,29 @@ def _size(size) -> tuple[int, int]:
 def to_plain(config: ConfigDict) -> dict:
     """The configuration as JSON has it: tuples become lists."""
     return json.loads(config.to_json_best_effort())
+
+
+def from_plain(plain: dict) -> ConfigDict:
+    """What `to_plain` was given: the filled configuration that a run folder keeps.
+
+    Raises:
+      InputError: it has other fields than there are now, as those of other versions may.
+    """
+
+    def with_tuples(section):
+        return {
+            k: with_tuples(v) if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v
+            for k, v in section.items()
+        }
+
+    config = default()
+    unknown = _flat(plain).keys() - _flat(config.to_dict()).keys()
+    unknown = [name for name in sorted(unknown) if not name.startswith("variants.")]
+    if unknown:
+        raise InputError(f"a configuration of another version: there is no field {unknown[0]}")
+    with config.unlocked():
+        config.update(with_tuples(plain))
+    return config.lock()
 
 
 def without(config: ConfigDict, fields: Sequence[str]) -> dict:

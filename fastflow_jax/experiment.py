@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import fastflow_jax
-from fastflow_jax import data, detector
+from fastflow_jax import data, detector, speed
 from fastflow_jax.config import to_plain, variants, without
 from fastflow_jax.data.transforms import placement, seen_part
 from fastflow_jax.evaluate import METRICS, Scored, measure, score_split
@@ -40,9 +40,10 @@ def run(config, workdir: str | pathlib.Path) -> dict:
     Args:
       config: see `config.fill`.
       workdir: the run folder: `config.json`, `results.json`, its table as `table.md` and
-        `table.csv`, and, in it or in a sub-folder for each category, variant and seed where there
-        are several, `checkpoints/`, `metrics.jsonl` and `heatmaps/`. Variants that differ only in
-        what comes after training share one, in the folder of the first.
+        `table.csv`, of variants whose speed was measured `tradeoff.png`, and, in it or in a
+        sub-folder for each category, variant and seed where there are several, `checkpoints/`,
+        `metrics.jsonl` and `heatmaps/`. Variants that differ only in what comes after training
+        share one, in the folder of the first.
 
     Returns:
       What stands in `results.json`.
@@ -73,6 +74,10 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         results = _summarise(config, parts)
         write_text(workdir / "table.md", format_markdown(results))
         write_text(workdir / "table.csv", format_csv(results))
+        if results["variants"] and results["speed"]:
+            from fastflow_jax.report.tradeoff import save_tradeoff  # matplotlib is slow to import
+
+            save_tradeoff(results, workdir / "tradeoff.png")
         write_json(results_file, results)
         print(f"\n{format_table(results)}\n\nRun folder: {workdir}")
         return results
@@ -104,7 +109,15 @@ class _Part:
 
 
 # What a training does not hang on.
-_AFTER_TRAINING = ("data.tamper", "data.mask_resize", "map", "score", "heatmaps", "parallel")
+_AFTER_TRAINING = (
+    "data.tamper",
+    "data.mask_resize",
+    "map",
+    "score",
+    "measure_speed",
+    "heatmaps",
+    "parallel",
+)
 
 
 def _plan(config, workdir: pathlib.Path) -> list[_Part]:
@@ -191,6 +204,8 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
         results["figures"] = measure(scored)
         seconds["evaluate"] = time.perf_counter() - start
         _write_heatmaps(config, prepared, scorer, scored, part.folder / "heatmaps")
+    if config.measure_speed:
+        results["speed"] = speed.measure(config, part.training, part.seed)
     results["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
     write_json(part.file, results)
     return results
@@ -323,4 +338,13 @@ def _figures(parts: list[dict]) -> dict:
             str(s): {p["name"]: p["figures"] for p in parts if p["seed"] == s} for s in seeds
         },
         "best_on_test": {n: mean(rows) for n, rows in best.items()} if all(best.values()) else None,
+        "speed": _speed(parts),
     }
+
+
+def _speed(parts: list[dict]) -> dict | None:
+    """Mean over all trainings of what each took: see `speed.FIGURES`."""
+    if not all("speed" in part for part in parts):
+        return None
+    rows = [{"fit_seconds": part["seconds"]["train"]} | part["speed"] for part in parts]
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}

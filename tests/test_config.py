@@ -1,6 +1,7 @@
 """Configurations: what is filled from the backbone, and what is refused."""
 
 import importlib.util
+import json
 import pathlib
 
 import jax
@@ -9,7 +10,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from fastflow_jax.backbones import find_spec
-from fastflow_jax.config import default, differences, fill, misspelt, to_plain, variants, without
+from fastflow_jax.config import (
+    default,
+    differences,
+    fill,
+    from_plain,
+    misspelt,
+    to_plain,
+    variants,
+    without,
+)
 from fastflow_jax.describe import describe, flow_model
 from fastflow_jax.errors import InputError
 
@@ -28,6 +38,24 @@ def load(name, *arguments):
 def test_every_config_fills(path):
     filled = fill(load(path.stem))
     assert None not in (filled.image_size, filled.layers, *filled.flow.values())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_run_folder_gives_its_configuration_back(path):
+    filled = fill(load(path.stem))
+    again = from_plain(json.loads(json.dumps(to_plain(filled))))
+    assert again.to_dict() == filled.to_dict()
+    assert again.image_size == filled.image_size  # a tuple, not a list
+    assert {n: c.to_dict() for n, c in variants(again).items()} == {
+        n: c.to_dict() for n, c in variants(filled).items()
+    }
+
+
+def test_a_configuration_of_another_version_is_named():
+    plain = to_plain(fill(default()))
+    plain["flow"]["depth"] = 3
+    with pytest.raises(InputError, match=r"no field flow\.depth"):
+        from_plain(plain)
 
 
 @pytest.mark.parametrize(

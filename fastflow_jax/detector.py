@@ -44,4 +44,5 @@ class Detector:
     @functools.cached_property
     def _extract(self):
         c = self.config
-        return extractor(self.backbone, c.length_power, c.parallel, c.train.batch_size)
+        size = c.train.batch_size
+        return extractor(self.backbone, c.length_power, c.parallel, size, c.feature_dtype)

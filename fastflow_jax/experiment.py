@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import platform
+import shutil
 import time
 from collections.abc import Callable
 
@@ -42,7 +43,8 @@ def run(config, workdir: str | pathlib.Path) -> dict:
       workdir: the run folder: `config.json`, `results.json`, its table as `table.md` and
         `table.csv`, and, in it or in a sub-folder for each category, variant and seed where there
         are several, `checkpoints/`, `metrics.jsonl` and `heatmaps/`. Variants that differ only in
-        what comes after training share one, in the folder of the first.
+        what comes after training share one, in the folder of the first. Until the run is finished,
+        `features/` has those that the memory has no room for.
 
     Returns:
       What stands in `results.json`.
@@ -59,7 +61,8 @@ def run(config, workdir: str | pathlib.Path) -> dict:
             print(f"{workdir} holds this run, finished:\n\n{format_table(results)}")
             return results
         plan = _plan(config, workdir)
-        prepare = preparer(config)
+        features = workdir / "features"
+        prepare = preparer(config, features)
         done = sum(part.file.exists() for part in plan)
         bar = {"desc": workdir.name, "unit": "run", "dynamic_ncols": True, "smoothing": 0}
         parts = []
@@ -73,6 +76,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         results = _summarise(config, parts)
         write_text(workdir / "table.md", format_markdown(results))
         write_text(workdir / "table.csv", format_csv(results))
+        shutil.rmtree(features, ignore_errors=True)
         write_json(results_file, results)
         print(f"\n{format_table(results)}\n\nRun folder: {workdir}")
         return results

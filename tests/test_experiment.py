@@ -94,7 +94,7 @@ def test_seeds_and_the_curve_on_test_images(tmp_path):
 
 def test_uncached_features_train_the_same(finished, tmp_path):
     _, cached = finished
-    results = experiment.run(tiny(**{"train.cache": False}), tmp_path / "run")
+    results = experiment.run(tiny(**{"train.cache": "none"}), tmp_path / "run")
     for metric in METRICS:
         assert results["mean"][metric] == pytest.approx(cached["mean"][metric], abs=1e-4)
 

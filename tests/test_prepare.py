@@ -69,13 +69,13 @@ def seen(monkeypatch):
     return counted
 
 
-def test_classes_share_the_features_of_their_images(tiny, seen):
+def test_classes_share_the_features_of_their_images(tiny, seen, tmp_path):
     config = tiny()
-    get = preparer(config)
+    get = preparer(config, tmp_path)
     for name in ("bird", "ship"):
         prepared = get(config, name, 0)
         dataset = prepared.dataset
-        direct = extractor(prepared.backbone, config.length_power, "pmap", 8)
+        direct = extractor(prepared.backbone, config.length_power, "pmap", 8, "float16")
         train, test = (
             np.concatenate(
                 [direct(b.image)[0] for b in image_batches(config, prepared.backbone, s)]
@@ -114,17 +114,17 @@ def test_variants_of_a_tampered_test_take_turns_once_for_all_classes(tiny, seen,
 
 
 @pytest.mark.parametrize("size", [(32,), (32, 48)])
-def test_padding_is_known_of_images_that_categories_share(tiny, size):
+def test_padding_is_known_of_images_that_categories_share(tiny, size, tmp_path):
     config = tiny(image_size=size, **{"data.resize": "pad"})
-    prepared = preparer(config)(config, "bird", 0)
+    prepared = preparer(config, tmp_path)(config, "bird", 0)
     for valid in (prepared.holdout_valid, next(iter(prepared.test())).valid):
         assert valid.shape[1:] == config.image_size
         assert valid.mean() == pytest.approx(32 / config.image_size[1])
 
 
-def test_what_is_not_to_be_kept_is_computed_again(tiny, seen):
-    config = tiny(**{"train.cache": False})
-    prepared = preparer(config)(config, "bird", 0)
+def test_what_is_not_to_be_kept_is_computed_again(tiny, seen, tmp_path):
+    config = tiny(**{"train.cache": "none"})
+    prepared = preparer(config, tmp_path)(config, "bird", 0)
     assert prepared.train.cached is None
     seen.clear()
     for _ in range(2):

@@ -1,6 +1,5 @@
 """Training: devices, caching and interruptions change nothing; one step does what SGD does."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -255,21 +254,24 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stop_at", [4, 6, 9])  # within an epoch, at its end, at the very end
-def test_interrupted_and_resumed_equals_undisturbed(config, tmp_path, stop_at):
+def test_interrupted_and_resumed_equals_undisturbed(config, tmp_path, stop_at, monkeypatch):
     undisturbed, lines = run(config, tmp_path / "one")
-    count = 0
+    compile_step = parallel.step
 
-    def stream(epoch, index):
-        nonlocal count
-        for features in FEATURES.stream(epoch, index):
-            count += 1
-            if count == stop_at:
+    def stopping(*arguments):
+        step = compile_step(*arguments)
+
+        def call(state, *batch):
+            if int(state.step) + 1 == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
-            yield features
+            return step(state, *batch)
 
-    stopping = dataclasses.replace(FEATURES, stream=stream)
-    with pytest.raises(Interrupted) as stop:
-        run(config, tmp_path / "two", stopping)
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "step", stopping)
+        with pytest.raises(Interrupted) as stop:
+            run(config, tmp_path / "two")
     assert stop.value.exit_code == 128 + signal.SIGTERM
     with Checkpoints(tmp_path / "two" / "checkpoints") as checkpoints:
         assert checkpoints.latest == stop_at

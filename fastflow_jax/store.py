@@ -140,7 +140,7 @@ def _on_disk(compute, of, names, maps, block, folder, bar) -> tuple[np.ndarray, 
     sums = _read_record(record, head)
     if sums is None:  # another file in its place, as the old one may still be in use
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         record.write_text(head)
         sums = {}
     paths = [folder / f"scale_{i}.raw" for i in range(len(maps))]

@@ -345,7 +345,7 @@ def _epoch_runner(config, objective, optimizer, features, seed):
 
     def run(state, epoch, index, weight):
         stream = zip(features.stream(epoch, index), index, weight, strict=True)
-        batch = next(stream)
+        batch = next(stream, None)
         while batch is not None:
             maps, rows, row_weight = batch
             valid = None if features.valid is None else features.valid[rows]

@@ -103,6 +103,33 @@ def test_all_seeds_and_classes_of_a_run_see_each_image_once(tiny, seen, tmp_path
     assert [list(rows) for rows in results["seeds"].values()] == [["bird", "cat"]] * 2
 
 
+@pytest.mark.parametrize("resize", ["square", "pad"])  # kept for all classes, or for each
+def test_a_run_that_dies_over_its_features_goes_on_from_those_it_has(
+    tiny, seen, tmp_path, monkeypatch, resize
+):
+    fields = {"data.category": "bird", "data.resize": resize, "train.batch_size": 2}
+    undisturbed = experiment.run(tiny(**fields), tmp_path / "one")
+    total = sum(seen)
+    seen.clear()
+    config, images = tiny(**fields, **{"train.cache": "disk"}), prepare.image_batches
+
+    def dying(*arguments):
+        for batch in images(*arguments):
+            if sum(seen) == total - 4:  # within the test images
+                raise RuntimeError("killed")
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "image_batches", dying)
+        with pytest.raises(RuntimeError, match="killed"):
+            experiment.run(config, tmp_path / "two")
+    assert (tmp_path / "two" / "features").exists()
+    resumed = experiment.run(config, tmp_path / "two")
+    assert sum(seen) == total
+    assert resumed["categories"] == undisturbed["categories"]
+    assert not (tmp_path / "two" / "features").exists()
+
+
 def test_variants_of_a_tampered_test_take_turns_once_for_all_classes(tiny, seen, tmp_path):
     config = tiny(**{"data.category": "bird,cat"})
     with config.unlocked():
@@ -146,6 +173,7 @@ def test_the_key_of_features_names_what_they_hang_on(tiny):
         "image_size": (48,),
         "layers": ("blocks.1",),
         "length_power": 0.5,
+        "feature_dtype": "float32",
         "data.resize": "pad",
     }
     for field, value in changes.items():

@@ -20,6 +20,7 @@ from fastflow_jax.errors import InputError
 from fastflow_jax.fastflow import objective
 from fastflow_jax.features import cached_features, inside, recomputed_features
 from fastflow_jax.model import FastFlow, negative_log_likelihood
+from fastflow_jax.store import Rows
 from fastflow_jax.train import (
     Interrupted,
     create_optimizer,
@@ -211,6 +212,17 @@ def test_recomputed_features_train_as_cached_ones_do(config, tmp_path):
     two, _ = run(config, tmp_path / "recomputed", recomputed)
     assert_close(one.params, two.params)
     assert_close(one.constants, two.constants)
+
+
+def test_an_epoch_on_the_device_trains_as_step_by_step(config, tmp_path):
+    half = tuple(m.astype(np.float16) for m in images(2 * N))
+    rows = np.arange(0, 2 * N, 2)
+    part = tuple(Rows(m, rows) for m in half)
+    one, lines = run(config, tmp_path / "steps", cached_features(tuple(m[rows] for m in half)))
+    two, epochs = run(config, tmp_path / "epochs", cached_features(part, on_device=True))
+    assert_close(one.params, two.params)
+    assert_same(one.constants, two.constants)
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in epochs])
 
 
 def test_metrics_checkpoints_and_best(config, tmp_path):

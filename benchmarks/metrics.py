@@ -168,7 +168,7 @@ def main() -> None:
                 print(f"{figure} of {row['pixels']:,} pixels: {'; '.join(sides)}", flush=True)
     for line, key in (("ratio", "ratio"), ("memory", "memory_ratio")):
         for row in rows:
-            print(f"{line} {row['figure']}_{row['pixels'] // 10**6}M_pixels {row[key]:.2f}")
+            print(f"{line} {row['figure']}_{row['pixels'] / 1e6:.0f}M_pixels {row[key]:.2f}")
     if args.out:
         result = {
             "question": __doc__.partition("\n")[0],

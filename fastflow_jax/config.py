@@ -12,8 +12,10 @@ from fastflow_jax.backbones import check_layers, find_spec
 from fastflow_jax.data.transforms import MASK_RESIZES, RESIZES
 from fastflow_jax.detector import KINDS as DETECTORS
 from fastflow_jax.errors import InputError
+from fastflow_jax.features import DTYPES
 from fastflow_jax.model import NORMS
 from fastflow_jax.parallel import KINDS
+from fastflow_jax.store import HOMES
 
 
 def default() -> ConfigDict:
@@ -56,6 +58,7 @@ def default() -> ConfigDict:
     c.image_size = placeholder(tuple)  # (height, width), or (side,)
     c.layers = placeholder(tuple)  # feature maps, one flow each
     c.length_power = 0.25  # of each feature vector's length, see `features.compress`; 1: as it is
+    c.feature_dtype = "float16"  # that features are rounded to; or "bfloat16", "float32"
 
     # Flow
     c.flow = ConfigDict()
@@ -83,7 +86,7 @@ def default() -> ConfigDict:
     c.train.warmup = 0.1  # part of all steps over which the rate rises from zero
     c.train.weight_decay = 0.0  # L2 inside the optimiser, as torch's Adam has it
     c.train.clip = 1.0  # bound of the gradient's global norm; 0: none
-    c.train.cache = True  # keep the frozen features of training and test images in memory
+    c.train.cache = "auto"  # where features are kept, by their size: see `store.HOMES`
 
     # From likelihood to map to score
     c.map = ConfigDict()
@@ -108,7 +111,7 @@ def default() -> ConfigDict:
 
 
 # What may differ between a run and its continuation.
-_FREE_TO_CHANGE = ("parallel", "heatmaps", "data.dir")
+_FREE_TO_CHANGE = ("parallel", "heatmaps", "data.dir", "train.cache")
 
 # Lowest and highest values of numbers.
 _BOUNDS = {
@@ -204,6 +207,8 @@ def _fill(config: ConfigDict) -> ConfigDict:
     _one_of("flow.coupling", c.flow.coupling, ("single", "double"))
     _one_of("train.loss", c.train.loss, ("per_dimension", "sum"))
     _one_of("train.optimizer", c.train.optimizer, ("adam", "sgd"))
+    _one_of("train.cache", c.train.cache, HOMES)
+    _one_of("feature_dtype", c.feature_dtype, DTYPES)
     _one_of("train.schedule", c.train.schedule, ("cosine", "constant"))
     _one_of("map.form", c.map.form, ("log", "probability"))
     _one_of("score.form", c.score.form, ("windows", "top_k"))

@@ -66,4 +66,5 @@ class Detector:
     def extract(self) -> Callable[[np.ndarray], Features]:
         """Images [B, H, W, 3] -> what `scorer` scores, see `features.extractor`."""
         c = self.config
-        return extractor(self.backbone, c.length_power, c.parallel, c.train.batch_size)
+        size = c.train.batch_size
+        return extractor(self.backbone, c.length_power, c.parallel, size, c.feature_dtype)

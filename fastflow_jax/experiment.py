@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import platform
+import shutil
 import time
 from collections.abc import Callable
 
@@ -43,7 +44,8 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         `table.csv`, of variants whose speed was measured `tradeoff.png`, and, in it or in a
         sub-folder for each category, variant and seed where there are several, `checkpoints/`,
         `metrics.jsonl` and `heatmaps/`. Variants that differ only in what comes after training
-        share one, in the folder of the first.
+        share one, in the folder of the first. Until the run is finished, `features/` has those
+        that the memory has no room for.
 
     Returns:
       What stands in `results.json`.
@@ -60,7 +62,8 @@ def run(config, workdir: str | pathlib.Path) -> dict:
             print(f"{workdir} holds this run, finished:\n\n{format_table(results)}")
             return results
         plan = _plan(config, workdir)
-        prepare = preparer(config)
+        features = workdir / "features"
+        prepare = preparer(config, features)
         done = sum(part.file.exists() for part in plan)
         bar = {"desc": workdir.name, "unit": "run", "dynamic_ncols": True, "smoothing": 0}
         parts = []
@@ -78,6 +81,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
             from fastflow_jax.report.tradeoff import save_tradeoff  # matplotlib is slow to import
 
             save_tradeoff(results, workdir / "tradeoff.png")
+        shutil.rmtree(features, ignore_errors=True)
         write_json(results_file, results)
         print(f"\n{format_table(results)}\n\nRun folder: {workdir}")
         return results

@@ -331,9 +331,10 @@ def _epoch_runner(config, objective, optimizer, features, seed):
     convolutions in a loop are ten times slower.
     """
     step = partial(train_step, loss=objective.loss, optimizer=optimizer, seed=seed)
-    if features.cached is not None and jax.default_backend() != "cpu":
+    if features.on_device:
         whole = parallel.epoch(partial(train_epoch, step=step), config.parallel)
-        on_device = jax.tree.map(jnp.asarray, (features.cached, features.valid))
+        kept = jax.tree.map(np.asarray, (features.cached, features.valid))
+        on_device = jax.tree.map(jnp.asarray, kept)
 
         def run(state, epoch, index, weight):
             yield jax.block_until_ready(whole(state, on_device, index, weight))
@@ -343,11 +344,13 @@ def _epoch_runner(config, objective, optimizer, features, seed):
     single = parallel.step(step, config.parallel)
 
     def run(state, epoch, index, weight):
-        for maps, rows, row_weight in zip(
-            features.stream(epoch, index), index, weight, strict=True
-        ):
+        stream = zip(features.stream(epoch, index), index, weight, strict=True)
+        batch = next(stream, None)
+        while batch is not None:
+            maps, rows, row_weight = batch
             valid = None if features.valid is None else features.valid[rows]
             state = single(state, (maps, valid), rows, row_weight)
+            batch = next(stream, None)  # read while the devices are at work
             yield state
 
     return run

@@ -104,7 +104,10 @@ class _Part:
 
 
 # What a training does not hang on.
-_AFTER_TRAINING = ("data.tamper", "data.mask_resize", "map", "score", "heatmaps", "parallel")
+_AFTER_TRAINING = (
+    *("data.tamper", "data.mask_resize", "map", "score", "heatmaps", "parallel"),
+    *("patchcore.neighbours", "patchcore.reweight", "patchcore.sigma", "spade"),
+)
 
 
 def _plan(config, workdir: pathlib.Path) -> list[_Part]:

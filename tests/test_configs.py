@@ -245,13 +245,6 @@ def test_a_baseline_of_neighbours(name, raw, run_config):
     assert "holds this run, finished" in printed.out
 
 
-def test_scores_with_and_without_weights_share_a_bank(screws, run_config):
-    config = {"variants.weighted.patchcore.reweight": 9, "variants.plain.patchcore.reweight": 0}
-    results, _, folder = run_config("patchcore", "folder", **screws, **config)
-    assert set(results["variants"]) == {"plain", "weighted"}
-    assert len(list(folder.rglob("bank.npz"))) == 1
-
-
 def test_augmented_trainings_differ_and_are_reproduced(screws, run_config):
     def losses(workdir, *named):
         fields = screws | {"workdir": workdir, "named": named}

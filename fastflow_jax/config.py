@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import operator
 import pathlib
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from ml_collections.config_dict import placeholder
 from fastflow_jax.backbones import check_layers, find_spec
 from fastflow_jax.data.transforms import MASK_RESIZES, RESIZES
 from fastflow_jax.detector import KINDS as DETECTORS
+from fastflow_jax.detector import kind
 from fastflow_jax.errors import InputError
 from fastflow_jax.features import DTYPES
 from fastflow_jax.model import NORMS
@@ -100,6 +102,22 @@ def default() -> ConfigDict:
     # Of an ablation: what each of its runs has otherwise, by a name that its row is to have
     c.variants = ConfigDict()
 
+    # PatchCore, see `baselines.patchcore`
+    c.patchcore = ConfigDict()
+    c.patchcore.dimension = 1024  # of a patch's feature
+    c.patchcore.projection = 128  # dimensions in which the coreset is chosen
+    c.patchcore.coreset = 0.1  # part of all patches that the memory bank keeps
+    c.patchcore.max_points = 10_000  # and how many at the most, for the sake of time
+    c.patchcore.neighbours = 1  # whose mean distance is a patch's score
+    c.patchcore.reweight = 0  # neighbours that re-weight an image's score; the paper: 9; 0: none
+    c.patchcore.sigma = 4.0  # of the blur, see `model.blur_map`
+
+    # SPADE, see `baselines.spade`
+    c.spade = ConfigDict()
+    c.spade.images = 5  # nearest training images, as the reference has it; the paper: 50
+    c.spade.kappa = 1  # nearest pixels of those, whose mean distance is a pixel's score
+    c.spade.sigma = 4.0  # of the blur, see `model.blur_map`
+
     # Time, memory and disk space that scoring takes, see `speed.measure`
     c.measure_speed = False
 
@@ -108,6 +126,13 @@ def default() -> ConfigDict:
     c.evaluate_every = 0  # epochs; 0: at the end only. Fills "best_on_test", for study
     c.heatmaps = 40  # pictures at the most
     return c
+
+
+def name_data(config: ConfigDict, argument: str) -> None:
+    """Set the data set and its category from <data set>[/<category>]; what is not named stays."""
+    name, _, category = argument.partition("/")
+    config.data.name = name or config.data.name
+    config.data.category = category or config.data.category
 
 
 # What may differ between a run and its continuation.
@@ -139,6 +164,16 @@ _BOUNDS = {
     "train.beta2": (0, 1 - 1e-9),
     "map.log_det": (0, 1),
     "score.top_k": (0, 1),
+    "patchcore.dimension": (1, 10**5),
+    "patchcore.projection": (1, 10**5),
+    "patchcore.coreset": (1e-9, 1),
+    "patchcore.max_points": (1, 10**9),
+    "patchcore.neighbours": (1, 1000),
+    "patchcore.reweight": (0, 1000),
+    "patchcore.sigma": (1e-3, 100),
+    "spade.images": (1, 10**6),
+    "spade.kappa": (1, 1000),
+    "spade.sigma": (1e-3, 100),
     "checkpoint_every": (1, 10**9),
     "evaluate_every": (0, 10**9),
     "heatmaps": (0, 10**6),
@@ -195,13 +230,15 @@ def _fill(config: ConfigDict) -> ConfigDict:
     c.unlock()
     spec = find_spec(c.backbone)
     c.image_size = _size(c.image_size or spec.image_size)
-    layers = spec.layers if c.published else _recipe_layers(spec)
-    c.layers = check_layers(spec, c.layers or layers)
+    _one_of("detector", c.detector, DETECTORS)
+    layers_of = getattr(kind(c), "layers", None)
+    if layers_of is None:
+        layers_of = operator.attrgetter("layers") if c.published else _recipe_layers
+    c.layers = check_layers(spec, c.layers or layers_of(spec))
     flow = spec.flow if c.published else _recipe_flow(spec, c.layers)
     for field, value in flow.items():
         if c.flow[field] is None:
             c.flow[field] = value
-    _one_of("detector", c.detector, DETECTORS)
     _one_of("flow.norm", c.flow.norm, NORMS)
     _one_of("flow.affine", c.flow.affine, ("exp", "softplus"))
     _one_of("flow.coupling", c.flow.coupling, ("single", "double"))

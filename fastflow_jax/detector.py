@@ -16,8 +16,13 @@ from fastflow_jax.backbones import Backbone, create_backbone
 from fastflow_jax.features import Features, extractor
 
 # Each module has two functions, see `fastflow.fit` and `fastflow.load`; what they return scores
-# features as `fastflow.FastFlowScorer` does.
-KINDS = {"fastflow": "fastflow_jax.fastflow"}
+# features as `fastflow.FastFlowScorer` does. `layers(spec)`, where a module has it, names the maps
+# that its detector takes of a backbone unless told otherwise.
+KINDS = {
+    "fastflow": "fastflow_jax.fastflow",
+    "patchcore": "fastflow_jax.baselines.patchcore",
+    "spade": "fastflow_jax.baselines.spade",
+}
 
 
 def kind(config: ConfigDict) -> ModuleType:

@@ -114,13 +114,9 @@ class _Part:
 
 # What a training does not hang on.
 _AFTER_TRAINING = (
-    "data.tamper",
-    "data.mask_resize",
-    "map",
-    "score",
-    "measure_speed",
-    "heatmaps",
-    "parallel",
+    *("data.tamper", "data.mask_resize", "map", "score"),
+    *("patchcore.neighbours", "patchcore.reweight", "patchcore.sigma", "spade"),
+    *("measure_speed", "heatmaps", "parallel"),
 )
 
 

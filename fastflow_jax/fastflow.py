@@ -7,13 +7,12 @@ from collections.abc import Callable
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fastflow_jax import parallel
 from fastflow_jax.checkpoints import Checkpoints
 from fastflow_jax.describe import flow_model
-from fastflow_jax.features import Features, TrainingFeatures, inside
+from fastflow_jax.features import Features, TrainingFeatures, inside, without_padding
 from fastflow_jax.model import (
     FastFlow,
     location_scores,
@@ -241,16 +240,9 @@ def _location_maps(config, model, variables, features, valid) -> tuple[jax.Array
         location_scores(z, log_det, form=config.map.form, log_det_weight=config.map.log_det)
         for z, log_det in model.apply(variables, features)
     )
-    return maps if valid is None else tuple(_without_padding(m, valid) for m in maps)
-
-
-def _without_padding(scores: jax.Array, valid: jax.Array) -> jax.Array:
-    """Location scores [B, h, w] in which padding has the mean of the rest of its image.
-
-    So it adds nothing to a score, and nothing of it reaches the map around it.
-    """
-    seen = inside(valid, scores.shape[1:])
-    return jnp.where(seen, scores, scores.mean((1, 2), where=seen, keepdims=True))
+    if valid is None:
+        return maps
+    return tuple(without_padding(m, inside(valid, m.shape[1:])) for m in maps)
 
 
 def fuse(maps: tuple[jax.Array, ...], calibration: Calibration, size: tuple[int, int]) -> jax.Array:

@@ -68,6 +68,19 @@ def per_example(function: Callable, kind: str, batch_size: int) -> Callable:
     return call
 
 
+def split(array: np.ndarray) -> jax.Array:
+    """An array spread over the devices along its first axis, which their number divides.
+
+    What `jax.jit` makes of it, it makes on all of them.
+    """
+    return jax.device_put(array, NamedSharding(_mesh(), PartitionSpec(AXIS)))
+
+
+def _mesh():
+    devices = jax.local_devices()
+    return jax.make_mesh((len(devices),), (AXIS,), (AxisType.Auto,), devices=devices)
+
+
 def _compile(function, kind, *, shared, axis, reduces):
     """`function(*shared, *split)` on all local devices: the first arguments whole, others split.
 
@@ -78,7 +91,7 @@ def _compile(function, kind, *, shared, axis, reduces):
         raise InputError(f"parallel is one of {', '.join(KINDS)}, not '{kind}'")
     devices = jax.local_devices()
     if kind == "jit":
-        mesh = jax.make_mesh((len(devices),), (AXIS,), (AxisType.Auto,), devices=devices)
+        mesh = _mesh()
         whole = NamedSharding(mesh, PartitionSpec())
         split = NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 

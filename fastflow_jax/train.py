@@ -56,10 +56,10 @@ class TrainState:
 
 
 class Interrupted(Exception):
-    """SIGTERM or Ctrl-C: the state is saved, and the same command goes on from there."""
+    """SIGTERM or Ctrl-C: what is saved is saved, and the same command goes on from there."""
 
-    def __init__(self, signum: int, epoch: float):
-        super().__init__(f"interrupted at epoch {epoch:.1f}; saved")
+    def __init__(self, signum: int, where: str):
+        super().__init__(f"interrupted {where}")
         self.exit_code = 128 + signum
 
 
@@ -299,7 +299,8 @@ def train(
                 position = done
                 if received and position < steps:
                     checkpoints.save(int(state.step), state)
-                    raise Interrupted(received[0], epoch + position / steps)
+                    at = epoch + position / steps
+                    raise Interrupted(received[0], f"at epoch {at:.1f}; saved")
             position = 0
             line = {"epoch": epoch + 1, "step": int(state.step)}
             line["loss"] = float(state.epoch_loss / state.epoch_images)
@@ -320,7 +321,7 @@ def train(
             if last or received or (epoch + 1) % config.checkpoint_every == 0:
                 checkpoints.save(int(state.step), state, line.get("holdout_loss"))
             if received:
-                raise Interrupted(received[0], epoch + 1)
+                raise Interrupted(received[0], f"at epoch {epoch + 1:.1f}; saved")
     return state
 
 

@@ -229,6 +229,22 @@ def test_kernels_of_a_small_and_a_large_backbone(screws, run_config):
     assert changes["backbone"] == "tf_efficientnet_lite1", "one flag sets both rows"
 
 
+@pytest.mark.parametrize("name", ["patchcore", "spade"])
+def test_a_baseline_of_neighbours(name, raw, run_config):
+    categories = mvtec_tree(raw)
+    fields = {"layers": ("blocks.1", "blocks.2")}
+    results, _, folder = run_config(name, "mvtec_ad", **fields)
+    assert list(results["categories"]) == categories
+    assert None not in results["mean"].values()
+    assert all(each["held_out"] == 0 for each in results["protocol"]["data"].values())
+    for category in categories:
+        assert (folder / category / "part.json").is_file()
+        assert len(list((folder / category / "heatmaps").glob("*/*.png"))) == 1
+    again, printed, _ = run_config(name, "mvtec_ad", **fields)
+    assert again == results
+    assert "holds this run, finished" in printed.out
+
+
 def test_augmented_trainings_differ_and_are_reproduced(screws, run_config):
     def losses(workdir, *named):
         fields = screws | {"workdir": workdir, "named": named}
@@ -276,4 +292,5 @@ def test_an_unknown_ablation_is_named():
 
 def test_no_configuration_is_left_out():
     tested = {"ablations", "btad", "cifar10", "demo", "folder", "mvtec", "reference", "synthetic"}
+    tested |= {"patchcore", "spade"}
     assert tested == {path.stem for path in CONFIGS}

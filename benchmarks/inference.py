@@ -129,7 +129,7 @@ def main() -> None:
 
     on_cpu = jax.default_backend() == "cpu"
     quick_on_cpu = args.quick and on_cpu
-    names = args.backbones or (BACKBONES[:3] if quick_on_cpu else BACKBONES)
+    names = args.backbones or (BACKBONES[:2] if quick_on_cpu else BACKBONES)
     dtypes = args.dtypes or (["float32"] if quick_on_cpu else ["float32", "bfloat16"])
     batches = args.batches or ([1, 8] if quick_on_cpu else [1, 16 if on_cpu else 32])
     rows = []

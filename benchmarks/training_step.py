@@ -53,8 +53,12 @@ PEERS = ("anomalib", "freia")
 EPOCH = 8  # steps of one program, on accelerators
 
 
-def our_steps(ours: same_weights.Ours, cached: bool) -> Iterator[tuple[float, float]]:
-    """Loss and seconds of one training step after another, as `train.train` runs them."""
+def our_steps(ours: same_weights.Ours) -> dict[str, Iterator[tuple[float, float]]]:
+    """Of each form, loss and seconds of one training step after another.
+
+    As `train.train` runs them, which makes one program of a whole epoch where there is an
+    accelerator and features are cached.
+    """
     config, n = ours.config, len(ours.images)
     optimizer = create_optimizer(config.train, 1)
     loss = objective(config, ours.model, None).loss
@@ -64,22 +68,30 @@ def our_steps(ours: same_weights.Ours, cached: bool) -> Iterator[tuple[float, fl
     constants = dict(ours.variables)
     params = constants.pop("params")
     zero = jnp.zeros(())
-    state = TrainState(
+    fresh = TrainState(
         jnp.zeros((), jnp.int32), params, constants, jax.jit(optimizer.init)(params), zero, zero
     )
-    maps = extract(ours.images) if cached else None
-    steps, run = 1, parallel.step(step, config.parallel)
-    if cached and jax.default_backend() != "cpu":
-        steps, run = EPOCH, parallel.epoch(partial(train_epoch, step=step), config.parallel)
+
+    def steps(run, features, rows, weight, count):
+        state = fresh
+        while True:
+            start = time.perf_counter()
+            state = state.replace(epoch_loss=zero, epoch_images=zero)
+            state = jax.block_until_ready(run(state, (features(), None), rows, weight))
+            seconds = (time.perf_counter() - start) / count
+            yield float(state.epoch_loss / state.epoch_images), seconds
+
+    single = parallel.step(step, config.parallel)
+    maps = extract(ours.images)
+    forms = {"backbone": steps(single, lambda: extract(ours.images), rows, weight, 1)}
+    if jax.default_backend() == "cpu":
+        forms["cached"] = steps(single, lambda: maps, rows, weight, 1)
+    else:
+        whole = parallel.epoch(partial(train_epoch, step=step), config.parallel)
         maps = jax.tree.map(jnp.asarray, maps)
-        rows, weight = np.tile(rows, (EPOCH, 1)), np.tile(weight, (EPOCH, 1))
-    while True:
-        start = time.perf_counter()
-        features = maps if cached else extract(ours.images)
-        state = state.replace(epoch_loss=zero, epoch_images=zero)
-        state = jax.block_until_ready(run(state, (features, None), rows, weight))
-        seconds = (time.perf_counter() - start) / steps
-        yield float(state.epoch_loss / state.epoch_images), seconds
+        many = (np.tile(rows, (EPOCH, 1)), np.tile(weight, (EPOCH, 1)))
+        forms["cached"] = steps(whole, lambda: maps, *many, EPOCH)
+    return forms
 
 
 def compare(peer: Peer, backbone: str, batch: int, dtype: str, repeats: int) -> dict:
@@ -92,10 +104,10 @@ def compare(peer: Peer, backbone: str, batch: int, dtype: str, repeats: int) -> 
         return answer["loss"], answer["seconds"]
 
     sides = {}
-    for form, cached in (("backbone", False), ("cached", True)):
-        sides[form, "ours"] = our_steps(ours, cached).__next__
+    for form, steps in our_steps(ours).items():
+        sides[form, "ours"] = steps.__next__
         for model in PEERS:
-            sides[form, model] = partial(peer_step, model, cached)
+            sides[form, model] = partial(peer_step, model, form == "cached")
     first = {name: side()[0] for name, side in sides.items()}
     loss = first["backbone", "ours"]
     for model in PEERS:

@@ -49,6 +49,7 @@ from anomalib.models.image.fastflow.torch_model import FastflowModel, create_fas
 from outcome import describe_machine, versions, write_result
 from PIL import Image
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHANNELS, STRIDES = (24, 40, 112), (4, 8, 16)
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -174,7 +175,7 @@ def compute_features(backbone: torch.nn.Module, images: torch.Tensor) -> list[to
     """All feature maps of the frozen backbone, in evaluation mode as anomalib runs it."""
     backbone.eval()
     with torch.no_grad():
-        parts = [backbone(normalise(batch)) for batch in images.split(32)]
+        parts = [backbone(normalise(batch.to(DEVICE))) for batch in images.split(32)]
     return [torch.cat(scale) for scale in zip(*parts, strict=True)]
 
 
@@ -184,7 +185,7 @@ def batches(data, order: torch.Tensor, batch_size: int) -> Iterator:
         if isinstance(data, list):
             yield [scale[index] for scale in data]
         else:
-            yield normalise(data[index])
+            yield normalise(data[index].to(DEVICE))
 
 
 def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -221,8 +222,8 @@ def score(model: FastflowModel, data, count: int) -> tuple[np.ndarray, np.ndarra
     """Give anomalib's image scores (maximum of the map) [N] and maps [N, H, W]."""
     model.eval()
     outputs = [model(batch) for batch in batches(data, torch.arange(count), 32)]
-    maps = torch.cat([output.anomaly_map for output in outputs])[:, 0].numpy()
-    return torch.cat([output.pred_score for output in outputs]).flatten().numpy(), maps
+    maps = torch.cat([output.anomaly_map.cpu() for output in outputs])[:, 0].numpy()
+    return torch.cat([output.pred_score.cpu() for output in outputs]).flatten().numpy(), maps
 
 
 def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -271,7 +272,8 @@ def main() -> None:
     labels = np.array([item.label for item in test])
 
     torch.manual_seed(args.seed)
-    model = build_model(args.image_size)
+    model = build_model(args.image_size).to(DEVICE)
+    accelerator = torch.cuda.get_device_name() if DEVICE == "cuda" else None
     shown = vars(args) | {"data": name, "out": args.out.name}  # without this machine's folders
     command = ["python benchmarks/anomalib_fastflow.py"]
     for option, value in shown.items():
@@ -299,7 +301,8 @@ def main() -> None:
         },
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "versions": versions("anomalib", "torch", "timm"),
-        "machine": f"{describe_machine()}, {args.threads} threads",
+        "device": DEVICE,
+        "machine": f"{describe_machine(accelerator)}, {args.threads} threads",
         "decode_seconds": round(decode_seconds, 3),  # of the training images
     }
 

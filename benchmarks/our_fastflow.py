@@ -90,6 +90,7 @@ def main() -> None:
         curve = train_with_curve(configuration(args.data), pathlib.Path(folder))
     result = {
         "question": __doc__.partition("\n")[0],
+        "device": jax.default_backend(),
         "machine": describe_machine(),
         "versions": versions("jax", "flax"),
         "curve": curve,

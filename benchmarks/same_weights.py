@@ -27,7 +27,6 @@ class Ours:
     model: FastFlow
     variables: dict
     images: np.ndarray  # float32 [B, H, W, 3]
-    device: str  # the peer's: "cpu" or "cuda"
 
 
 def published(backbone: str, batch: int):
@@ -61,6 +60,9 @@ def build(peer, backbone: str, batch: int, dtype: str, folder: pathlib.Path) -> 
         ratio=flow.hidden_ratio,
         folder=str(folder),
     )
+    device = jax.default_backend()
+    if (device == "cpu") != (answer["device"] == "cpu"):
+        raise ValueError(f"JAX runs on {device}, torch on {answer['device']}: not the same device")
     variables = flow_variables(safetensors.numpy.load_file(folder / "flow.safetensors"))
     trainable = sum(x.size for x in jax.tree.leaves(variables["params"]))
     if trainable != answer["trainable"]:
@@ -76,7 +78,6 @@ def build(peer, backbone: str, batch: int, dtype: str, folder: pathlib.Path) -> 
         flow_model(config).clone(dtype=getattr(jnp, dtype)),
         variables,
         images,
-        answer["device"],
     )
 
 

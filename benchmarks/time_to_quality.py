@@ -79,8 +79,11 @@ def lay_out_cells(folder: pathlib.Path) -> None:
             shutil.copyfile(record.image, target)
 
 
-def run_ours(data: str) -> list[tuple[float, float]]:
-    """Our (seconds, image AUROC) after each epoch, of a fresh process that compiles anew."""
+def run_ours(data: str, device: str) -> list[tuple[float, float]]:
+    """Our (seconds, image AUROC) after each epoch, of a fresh process that compiles anew.
+
+    `device` is the peer's: "cpu" or "cuda".
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder, "ours.json")
         command = [sys.executable, HERE / "our_fastflow.py", "--data", data, "--out", out]
@@ -168,13 +171,13 @@ def main() -> None:
             if args.quick:
                 epochs = ("--epochs", str(QUICK_EPOCHS), "--timed-steps", "5")
                 peer = run_peer(data, folder / "peer.json", *epochs)
-                timed, ours = [peer], [run_ours(data)]
+                timed, ours = [peer], [run_ours(data, peer["device"])]
             else:
                 peer = run_peer(data, stored) if args.rerun_peer else json.loads(stored.read_text())
                 timed, ours = [], []
                 for _ in range(args.repeats):
                     timed.append(run_peer(data, folder / "peer.json", "--epochs", "0"))
-                    ours.append(run_ours(data))
+                    ours.append(run_ours(data, timed[-1]["device"]))
             for form in ("plain", "cached_features"):
                 for question, ratio in compare(ours, peer, timed, form).items():
                     words = [question, name, form if form != "plain" else ""]

@@ -2,28 +2,22 @@
 
     python benchmarks/metrics.py --quick
     python benchmarks/metrics.py --out metrics.json
-    python benchmarks/metrics.py --peer-python PEER/bin/python --out metrics.json
 
 Pixel AUROC and average precision against scikit-learn's `roc_auc_score` and
-`average_precision_score`, which the extra `test` brings; AUPRO up to a false-positive rate of 0.3
-against anomalib's, where `--peer-python` names the interpreter of an environment as
-`anomalib_fastflow.py` has it. All get the same float32 maps of 256x256 pixels, smooth noise that
+`average_precision_score`; AUPRO up to a false-positive rate of 0.3 against anomalib's, in the
+environment of `peer.py`. All get the same float32 maps of 256x256 pixels, smooth noise that
 is a little higher in the round defects of every other image, and their results are checked to
 agree. Every figure is computed in a process of its own, once on a few maps to be warm and then
 timed; the two sides take turns. Memory is what the process grows by at its peak, beside the maps
 and masks.
 
-Each line `ratio <name> <number>` is the peer's median seconds over ours: above 1, we are faster.
-Each line `memory <name> <number>` is the peer's peak memory over ours: above 1, we need less.
+Each line `ratio <name> <number>` is the peer's median seconds over ours, or its peak memory over
+ours where the name begins with `memory_`: above 1, we are faster or need less.
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
 import pathlib
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,6 +26,8 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+from outcome import describe_machine, peak_memory, ratios, versions, write_result
+from peer import peer_python
 
 HERE = pathlib.Path(__file__).resolve()
 SIDE = 256
@@ -74,11 +70,7 @@ def figure_of(side: str, figure: str) -> Callable[[np.ndarray, np.ndarray], floa
         return lambda maps, masks: float(function(masks.ravel(), maps.ravel()))
 
     import torch
-
-    sys.path.append(str(HERE.parent.parent / "tests"))
-    from torchvision_oracle import import_torchvision
-
-    import_torchvision()  # whose operators a CPU build of torch may lack
+    import torchvision_operators  # noqa: F401
     from anomalib.metrics.aupro import _AUPRO
 
     def aupro(maps, masks):
@@ -87,12 +79,6 @@ def figure_of(side: str, figure: str) -> Callable[[np.ndarray, np.ndarray], floa
         return float(metric.compute())
 
     return aupro
-
-
-def peak_memory() -> int:
-    """The most bytes that this process has held so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(side: str, figure: str, folder: pathlib.Path) -> dict:
@@ -140,7 +126,6 @@ def main() -> None:
     parser.add_argument("--images", nargs="+", type=int, default=[100, 305], help="maps, 256x256")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="100 maps, under five minutes")
-    parser.add_argument("--peer-python", help="interpreter that has anomalib")
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # in a process of its own
     args = parser.parse_args()
@@ -150,33 +135,29 @@ def main() -> None:
         return
 
     rows = []
-    for images in [100] if args.quick else args.images:
-        with tempfile.TemporaryDirectory() as folder:
-            make_data(images, pathlib.Path(folder))
-            for figure, peer in PEERS.items():
-                if peer == "anomalib" and not args.peer_python:
-                    print("aupro: left out without --peer-python", flush=True)
-                    continue
-                python = args.peer_python if peer == "anomalib" else sys.executable
-                repeats = 3 if args.quick else args.repeats
-                row = compare(figure, images, python, repeats, pathlib.Path(folder))
-                rows.append(row)
-                sides = (
-                    f"{side} {row[key]['seconds']:.2f} s, {row[key]['memory'] / 2**20:.0f} MiB"
-                    for side, key in (("ours", "ours"), (peer, "theirs"))
-                )
-                print(f"{figure} of {row['pixels']:,} pixels: {'; '.join(sides)}", flush=True)
-    for line, key in (("ratio", "ratio"), ("memory", "memory_ratio")):
-        for row in rows:
-            print(f"{line} {row['figure']}_{row['pixels'] / 1e6:.0f}M_pixels {row[key]:.2f}")
-    if args.out:
-        result = {
-            "question": __doc__.partition("\n")[0],
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {p: importlib.metadata.version(p) for p in ("numpy", "scikit-learn")},
-            "rows": rows,
-        }
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    with ratios() as found:
+        for images in [100] if args.quick else args.images:
+            with tempfile.TemporaryDirectory() as folder:
+                make_data(images, pathlib.Path(folder))
+                for figure, peer in PEERS.items():
+                    python = peer_python() if peer == "anomalib" else sys.executable
+                    repeats = 3 if args.quick else args.repeats
+                    row = compare(figure, images, python, repeats, pathlib.Path(folder))
+                    rows.append(row)
+                    sides = (
+                        f"{side} {row[key]['seconds']:.2f} s, {row[key]['memory'] / 2**20:.0f} MiB"
+                        for side, key in (("ours", "ours"), (peer, "theirs"))
+                    )
+                    print(f"{figure} of {row['pixels']:,} pixels: {'; '.join(sides)}", flush=True)
+                    name = f"{figure}_{row['pixels'] / 1e6:.0f}M_pixels"
+                    found[name], found[f"memory_{name}"] = row["ratio"], row["memory_ratio"]
+    result = {
+        "question": __doc__.partition("\n")[0],
+        "machine": describe_machine(),
+        "versions": versions("numpy", "scikit-learn"),
+        "rows": rows,
+    }
+    write_result(args.out, result)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 import re
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -49,6 +50,15 @@ def versions(*packages: str) -> dict[str, str]:
     """Versions of Python and of packages of this environment."""
     found = {p: importlib.metadata.version(p) for p in packages}
     return {"python": platform.python_version()} | found
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held."""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():  # getrusage counts in what the parent held before this program began
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def write_result(file: pathlib.Path | None, content: dict) -> None:

@@ -72,6 +72,8 @@ def default() -> ConfigDict:
     c.flow.coupling = "single"  # or "double"
     c.flow.affine = "exp"  # form of the learned scale; "softplus": the reference's
     c.flow.zero_init = True  # a fresh flow is the identity but for shuffles; False: the reference's
+    c.flow.dtype = "float32"  # that its convolutions compute in; "bfloat16" suits GPUs and TPUs
+    c.flow.reversible = False  # memory that does not grow with steps, a third more computation
 
     # Training
     c.train = ConfigDict()
@@ -136,7 +138,7 @@ def name_data(config: ConfigDict, argument: str) -> None:
 
 
 # What may differ between a run and its continuation.
-_FREE_TO_CHANGE = ("parallel", "heatmaps", "data.dir", "train.cache")
+_FREE_TO_CHANGE = ("parallel", "heatmaps", "data.dir", "flow.reversible", "train.cache")
 
 # Lowest and highest values of numbers.
 _BOUNDS = {
@@ -242,6 +244,7 @@ def _fill(config: ConfigDict) -> ConfigDict:
     _one_of("flow.norm", c.flow.norm, NORMS)
     _one_of("flow.affine", c.flow.affine, ("exp", "softplus"))
     _one_of("flow.coupling", c.flow.coupling, ("single", "double"))
+    _one_of("flow.dtype", c.flow.dtype, ("float32", "bfloat16"))
     _one_of("train.loss", c.train.loss, ("per_dimension", "sum"))
     _one_of("train.optimizer", c.train.optimizer, ("adam", "sgd"))
     _one_of("train.cache", c.train.cache, HOMES)

@@ -60,7 +60,9 @@ def describe(config) -> str:
 
 def flow_model(config) -> FastFlow:
     """The flows of a filled configuration."""
-    return FastFlow(**{k: tuple(v) if k == "kernels" else v for k, v in config.flow.items()})
+    fields = config.flow.to_dict()
+    kernels, dtype = tuple(fields.pop("kernels")), jnp.dtype(fields.pop("dtype"))
+    return FastFlow(kernels=kernels, dtype=dtype, **fields)
 
 
 def _numbers(tree) -> int:

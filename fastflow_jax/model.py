@@ -60,7 +60,8 @@ class FastFlow(nn.Module):
 
     Attributes:
       norm: see `FeatureNorm`.
-      steps, kernels, hidden_ratio, clamp, coupling, affine, zero_init, dtype: see `flows.Flow`.
+      steps, kernels, hidden_ratio, clamp, coupling, affine, zero_init, dtype, reversible: see
+        `flows.Flow`.
     """
 
     norm: str = "whiten"
@@ -72,6 +73,7 @@ class FastFlow(nn.Module):
     affine: str = "softplus"
     zero_init: bool = False
     dtype: jnp.dtype | None = None
+    reversible: bool = False
 
     @nn.compact
     def __call__(self, features: Sequence[jax.Array]) -> Latents:
@@ -87,6 +89,7 @@ class FastFlow(nn.Module):
                 self.affine,
                 self.zero_init,
                 self.dtype,
+                self.reversible,
                 name=f"flow_{i}",
             )
             latents.append(flow(FeatureNorm(self.norm, name=f"norm_{i}")(x.astype(jnp.float32))))

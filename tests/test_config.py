@@ -93,6 +93,7 @@ def test_values_given_by_hand_stay():
         ("image_size", (1, 2, 3), "config.image_size is a side or"),
         ("flow.affine", "linear", "config.flow.affine is one of exp, softplus"),
         ("flow.kernels", (), "config.flow.kernels are of 1, 3, 5 and 7"),
+        ("flow.dtype", "float16", "config.flow.dtype is one of float32, bfloat16"),
         ("flow.steps", 0, "config.flow.steps is from 1 to 1000, not 0"),
         ("seeds", 0, "config.seeds is from 1"),
         ("train.epochs", 0, "config.train.epochs is from 1"),
@@ -158,6 +159,18 @@ def test_reference_has_the_published_number_of_parameters(backbone, fields, numb
     features = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
     params = jax.eval_shape(flow_model(c).init, jax.random.key(0), features)["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == numbers
+
+
+def test_flow_fields_reach_the_model():
+    c = default()
+    c.flow.dtype, c.flow.reversible = "bfloat16", True
+    model = flow_model(fill(c))
+    assert model.dtype == jnp.bfloat16
+    assert model.reversible
+    assert model.kernels == (3, 1)
+    plain = flow_model(fill(default()))
+    assert plain.dtype == jnp.float32
+    assert not plain.reversible
 
 
 def test_describe_prints_scales_numbers_operations_and_memory():

@@ -57,14 +57,14 @@ def config():
     return c
 
 
-def run(config, folder, features=None, **arguments):
+def run(config, folder, features=None, model=MODEL, **arguments):
     """Train in `folder`; returns the state and the lines of metrics.jsonl."""
     folder.mkdir(exist_ok=True)
     metrics = folder / "metrics.jsonl"
     with Checkpoints(folder / "checkpoints") as checkpoints:
         state = train(
             config,
-            objective(config, MODEL, (features or FEATURES).statistics("whiten")),
+            objective(config, model, (features or FEATURES).statistics("whiten")),
             features or FEATURES,
             images(3),
             seed=0,
@@ -223,6 +223,19 @@ def test_an_epoch_on_the_device_trains_as_step_by_step(config, tmp_path):
     assert_close(one.params, two.params)
     assert_same(one.constants, two.constants)
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in epochs])
+
+
+def test_a_reversible_flow_trains_as_the_plain_one_does(config, tmp_path):
+    config.parallel = "pmap"
+    one, lines = run(config, tmp_path / "plain")
+    two, others = run(config, tmp_path / "reversible", model=MODEL.clone(reversible=True))
+    assert_close(one.params, two.params, rtol=1e-4)
+    for line, other in zip(lines, others, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    # The checkpoint of one is that of the other.
+    config.train.epochs = 4
+    after, _ = run(config, tmp_path / "plain", model=MODEL.clone(reversible=True))
+    assert int(after.step) == 12
 
 
 def test_metrics_checkpoints_and_best(config, tmp_path):

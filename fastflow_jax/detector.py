@@ -13,7 +13,12 @@ from fastflow_jax.features import extractor
 
 # Each module has two functions, see `fastflow.fit` and `fastflow.load`; what they return scores
 # features as `fastflow.FastFlowScorer` does.
-KINDS = {"fastflow": "fastflow_jax.fastflow"}
+KINDS = {
+    "fastflow": "fastflow_jax.fastflow",
+    "cflow": "fastflow_jax.baselines.cflow",
+    "vae": "fastflow_jax.baselines.vae",
+    "gan": "fastflow_jax.baselines.gan",
+}
 
 
 def kind(config: ConfigDict) -> ModuleType:

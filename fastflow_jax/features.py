@@ -142,6 +142,15 @@ def inside(valid: jax.Array, size: tuple[int, int]) -> jax.Array:
     return share > 0.5 * share.max((1, 2), keepdims=True)
 
 
+def without_padding(scores: jax.Array, valid: jax.Array) -> jax.Array:
+    """Location scores [B, h, w] in which padding has the mean of the rest of its image.
+
+    So it adds nothing to a score, and nothing of it reaches the map around it.
+    """
+    seen = inside(valid, scores.shape[1:])
+    return jnp.where(seen, scores, scores.mean((1, 2), where=seen, keepdims=True))
+
+
 def channel_statistics(parts: Iterable[Part], norm: str) -> dict:
     """What `model.FeatureNorm` has to know of the training set, in one pass.
 

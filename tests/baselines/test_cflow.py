@@ -17,7 +17,8 @@ from fastflow_jax.features import cached_features
 SIZE = (32, 48)
 RNG = np.random.default_rng(0)
 FEATURES = tuple(
-    RNG.normal(size=(11, h, w, c)).astype(np.float32) for h, w, c in ((8, 12, 6), (4, 6, 9))
+    (3 * RNG.normal(size=(11, h, w, c)) + 1).astype(np.float32)
+    for h, w, c in ((8, 12, 6), (4, 6, 9))
 )
 
 
@@ -26,7 +27,7 @@ def config():
     c = default()
     c.detector, c.image_size, c.layers = "cflow", SIZE, ("blocks.2", "blocks.4")
     c.cflow.steps, c.cflow.encoding, c.cflow.fiber = 2, 8, 20
-    c.train.epochs, c.train.batch_size, c.train.learning_rate = 3, 4, 1e-2
+    c.train.epochs, c.train.batch_size, c.train.learning_rate = 10, 4, 1e-2
     return fill(c)
 
 
@@ -146,7 +147,7 @@ def test_scores_are_the_papers_and_stand_alone(config, fitted):
 
 def test_strange_features_score_higher_however_strange(config, fitted):
     scorer, _ = fitted
-    for size in (5.0, 1e6):
+    for size in (15.0, 1e6):
         spoilt = tuple(m[:4].copy() for m in FEATURES)
         for m in spoilt:
             m[:, : m.shape[1] // 2] += size
@@ -161,8 +162,8 @@ def test_padding_counts_for_nothing(config, fitted):
     valid[:, 8:24] = True
     spoilt = tuple(m[:8].copy() for m in FEATURES)
     for m in spoilt:
-        m[:, : m.shape[1] // 4] += 9.0
-        m[:, -(m.shape[1] // 4) :] -= 7.0
+        m[:, : m.shape[1] // 4] += 19.0
+        m[:, -(m.shape[1] // 4) :] -= 17.0
     plain = tuple(m[:8] for m in FEATURES)
     keys = jax.random.split(jax.random.key(0), 8)
     loss = jax.jit(cflow.objective(config).loss)

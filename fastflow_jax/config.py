@@ -75,6 +75,27 @@ def default() -> ConfigDict:
     c.flow.dtype = "float32"  # that its convolutions compute in; "bfloat16" suits GPUs and TPUs
     c.flow.reversible = False  # memory that does not grow with steps, a third more computation
 
+    # CFLOW, see `baselines.cflow`
+    c.cflow = ConfigDict()
+    c.cflow.steps = 8  # of each scale's flow
+    c.cflow.clamp = 1.9  # bound of a coupling's log-scale
+    c.cflow.encoding = 128  # numbers that tell the flow of a position, a multiple of 4
+    c.cflow.fiber = 256  # locations of each scale that a training step draws from its images
+
+    # VAE, see `baselines.vae`
+    c.vae = ConfigDict()
+    c.vae.width = 16  # channels of the first convolution; each next one has twice as many
+    c.vae.latent = 64  # numbers in the code of an image
+    c.vae.samples = 8  # codes that an image is scored by
+
+    # GANomaly, see `baselines.gan`
+    c.gan = ConfigDict()
+    c.gan.width = 16  # as above
+    c.gan.latent = 100  # as above
+    c.gan.adversarial = 1.0  # weights of the generator's three losses
+    c.gan.contextual = 50.0
+    c.gan.encoder = 1.0
+
     # Training
     c.train = ConfigDict()
     c.train.steps = 250  # rounded to whole epochs
@@ -155,6 +176,18 @@ _BOUNDS = {
     "flow.steps": (1, 1000),
     "flow.hidden_ratio": (1e-3, 100),
     "flow.clamp": (1e-3, 100),
+    "cflow.steps": (1, 1000),
+    "cflow.clamp": (1e-3, 100),
+    "cflow.encoding": (4, 10**6),
+    "cflow.fiber": (1, 10**9),
+    "vae.width": (1, 10**4),
+    "vae.latent": (1, 10**6),
+    "vae.samples": (1, 10**4),
+    "gan.width": (1, 10**4),
+    "gan.latent": (1, 10**6),
+    "gan.adversarial": (0, 1e6),
+    "gan.contextual": (0, 1e6),
+    "gan.encoder": (0, 1e6),
     "train.steps": (1, 10**9),
     "train.epochs": (1, 10**9),
     "train.max_epochs": (1, 10**9),
@@ -257,6 +290,8 @@ def _fill(config: ConfigDict) -> ConfigDict:
     _one_of("data.mask_resize", c.data.mask_resize, MASK_RESIZES)
     if not c.flow.kernels or not all(k in (1, 3, 5, 7) for k in c.flow.kernels):
         raise InputError(f"config.flow.kernels are of 1, 3, 5 and 7, not {c.flow.kernels}")
+    if c.cflow.encoding % 4:
+        raise InputError(f"config.cflow.encoding is a multiple of 4, not {c.cflow.encoding}")
     values = _flat(c.to_dict())
     for field, (low, high) in _BOUNDS.items():
         if values[field] is not None and not low <= values[field] <= high:

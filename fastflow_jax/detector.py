@@ -22,6 +22,9 @@ KINDS = {
     "fastflow": "fastflow_jax.fastflow",
     "patchcore": "fastflow_jax.baselines.patchcore",
     "spade": "fastflow_jax.baselines.spade",
+    "cflow": "fastflow_jax.baselines.cflow",
+    "vae": "fastflow_jax.baselines.vae",
+    "gan": "fastflow_jax.baselines.gan",
 }
 
 

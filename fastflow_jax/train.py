@@ -325,6 +325,45 @@ def train(
     return state
 
 
+def train_in(
+    folder: pathlib.Path,
+    config,
+    objective: Objective,
+    features: TrainingFeatures,
+    holdout: Features | None,
+    holdout_valid: np.ndarray | None = None,
+    *,
+    seed: int,
+    on_epoch: Callable[[int, dict], dict] = lambda epoch, variables: {},
+    progress: str = "train",
+) -> dict:
+    """`train` with its `checkpoints/` and `metrics.jsonl` in a folder; returns the variables.
+
+    `on_epoch` gets the number of the epoch and the variables after it.
+    """
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        state = train(
+            config,
+            objective,
+            features,
+            holdout,
+            holdout_valid,
+            seed=seed,
+            checkpoints=checkpoints,
+            metrics_file=folder / "metrics.jsonl",
+            on_epoch=lambda epoch, state: on_epoch(epoch, state.variables),
+            progress=progress,
+        )
+    return state.variables
+
+
+def trained_in(folder: pathlib.Path, config, objective: Objective, shapes) -> dict:
+    """The variables that `train_in` left in a folder; `shapes` are (h, w, C) of each scale."""
+    template = create_state(objective, create_optimizer(config.train, 1), shapes, 0)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        return checkpoints.restore(checkpoints.latest, template).variables
+
+
 def _epoch_runner(config, objective, optimizer, features, seed):
     """`(state, epoch, index, weight)` -> an iterator of states, each step or once an epoch.
 

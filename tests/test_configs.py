@@ -290,7 +290,29 @@ def test_an_unknown_ablation_is_named():
         load("ablations", "kernel/elpv")
 
 
+def test_cflow_on_a_data_set_and_on_a_folder(raw, screws, run_config):
+    mvtec_tree(raw)
+    fields = {"cflow.steps": 1, "cflow.encoding": 4, "heatmaps": 1}
+    results, _, folder = run_config("cflow", "mvtec_ad/bottle", **fields)
+    assert list(results["categories"]) == ["bottle"]
+    assert None not in results["mean"].values()
+    assert len(list((folder / "heatmaps").rglob("*.png"))) == 1
+    results, _, _ = run_config("cflow", "folder", workdir="folder", **screws | fields)
+    assert None not in results["mean"].values()
+
+
+@pytest.mark.parametrize("name", ["vae", "gan"])
+def test_pixels_of_cifar10(name, raw, run_config):
+    cifar10_files(raw)
+    fields = {"backbone": "pixels", "layers": ("image",), f"{name}.width": 2}
+    results, _, _ = run_config(name, "cifar10/bird,ship", **fields)
+    assert list(results["categories"]) == ["bird", "ship"]
+    assert results["mean"]["image_auroc"] is not None
+    assert results["protocol"]["weights"] == {"source": "none needed"}
+
+
 def test_no_configuration_is_left_out():
     tested = {"ablations", "btad", "cifar10", "demo", "folder", "mvtec", "reference", "synthetic"}
     tested |= {"patchcore", "spade"}
+    tested |= {"cflow", "vae", "gan"}
     assert tested == {path.stem for path in CONFIGS}

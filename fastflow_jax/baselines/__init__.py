@@ -1,1 +1,1 @@
-"""Detectors of other papers, behind the same seam as FastFlow: see `detector.KINDS`."""
+"""The paper's comparisons, each with the interface of FastFlow, see `detector.KINDS`."""

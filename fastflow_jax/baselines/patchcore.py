@@ -178,6 +178,7 @@ def embed(
     grid = max(m.shape[1:3] for m in maps)
     total = 0.0
     for m, kernel in zip(maps, kernels, strict=True):
+        m = m.astype(jnp.float32)
         if valid is not None:
             m = jnp.where(inside(valid, m.shape[1:3])[..., None], m, 0)
         layout = ("NHWC", "HWIO", "NHWC")

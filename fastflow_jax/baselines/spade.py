@@ -147,7 +147,9 @@ class SpadeScorer:
 
                 def one(pair):  # image at a time: the distances of all would take much memory
                     query, known, counts, found = pair
-                    query, known = (m.reshape(-1, m.shape[-1]) for m in (query, known))
+                    query, known = (
+                        m.reshape(-1, m.shape[-1]).astype(jnp.float32) for m in (query, known)
+                    )
                     centre = known.mean(0)
                     k = min(found.shape[-1], len(known))
                     new, _ = nearest(query - centre, known - centre, k, counts)
@@ -183,6 +185,6 @@ def _vectors(features: Features, valid: np.ndarray | None) -> np.ndarray:
     """The mean of the last level over what is no padding, [B, C]."""
     last = features[-1]
     if valid is None:
-        return last.mean((1, 2))
+        return last.mean((1, 2), dtype=np.float32)
     seen = np.asarray(inside(valid, last.shape[1:3]))[..., None]
-    return last.mean((1, 2), where=seen)
+    return last.mean((1, 2), where=seen, dtype=np.float32)

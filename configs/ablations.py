@@ -21,21 +21,17 @@ The small backbone is that of the run, --config.backbone; the large one is set f
 
 from ml_collections import ConfigDict, FieldReference
 
-from fastflow_jax.config import default
+from fastflow_jax.config import default, name_data
 from fastflow_jax.errors import InputError
 
 
 def get_config(argument: str = "kernels"):
     """Configuration of one ablation, see above."""
     ablation, _, rest = argument.partition("/")
-    name, _, category = rest.partition("/")
     if ablation not in _ABLATIONS:
         raise InputError(f"no ablation {ablation!r}; there is {', '.join(_ABLATIONS)}")
     c = default()
-    if name:
-        c.data.name = name
-    if category:
-        c.data.category = category
+    name_data(c, rest)
     c.variants = ConfigDict(_ABLATIONS[ablation](c))
     return c
 

@@ -33,6 +33,7 @@ def get_config(category: str | None = None):
     c.published = True
     c.backbone = "resnet18"
     c.length_power = 1.0
+    c.feature_dtype = "float32"
     c.flow.affine = "softplus"
     c.flow.zero_init = False
     c.train.epochs = 500

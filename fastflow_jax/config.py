@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import operator
 import pathlib
 from collections.abc import Sequence
 
@@ -11,9 +12,12 @@ from ml_collections.config_dict import placeholder
 from fastflow_jax.backbones import check_layers, find_spec
 from fastflow_jax.data.transforms import MASK_RESIZES, RESIZES
 from fastflow_jax.detector import KINDS as DETECTORS
+from fastflow_jax.detector import kind
 from fastflow_jax.errors import InputError
+from fastflow_jax.features import DTYPES
 from fastflow_jax.model import NORMS
 from fastflow_jax.parallel import KINDS
+from fastflow_jax.store import HOMES
 
 
 def default() -> ConfigDict:
@@ -56,6 +60,7 @@ def default() -> ConfigDict:
     c.image_size = placeholder(tuple)  # (height, width), or (side,)
     c.layers = placeholder(tuple)  # feature maps, one flow each
     c.length_power = 0.25  # of each feature vector's length, see `features.compress`; 1: as it is
+    c.feature_dtype = "float16"  # that features are rounded to; or "bfloat16", "float32"
 
     # Flow
     c.flow = ConfigDict()
@@ -67,6 +72,29 @@ def default() -> ConfigDict:
     c.flow.coupling = "single"  # or "double"
     c.flow.affine = "exp"  # form of the learned scale; "softplus": the reference's
     c.flow.zero_init = True  # a fresh flow is the identity but for shuffles; False: the reference's
+    c.flow.dtype = "float32"  # that its convolutions compute in; "bfloat16" suits GPUs and TPUs
+    c.flow.reversible = False  # memory that does not grow with steps, a third more computation
+
+    # CFLOW, see `baselines.cflow`
+    c.cflow = ConfigDict()
+    c.cflow.steps = 8  # of each scale's flow
+    c.cflow.clamp = 1.9  # bound of a coupling's log-scale
+    c.cflow.encoding = 128  # numbers that tell the flow of a position, a multiple of 4
+    c.cflow.fiber = 256  # locations of each scale that a training step draws from its images
+
+    # VAE, see `baselines.vae`
+    c.vae = ConfigDict()
+    c.vae.width = 16  # channels of the first convolution; each next one has twice as many
+    c.vae.latent = 64  # numbers in the code of an image
+    c.vae.samples = 8  # codes that an image is scored by
+
+    # GANomaly, see `baselines.gan`
+    c.gan = ConfigDict()
+    c.gan.width = 16  # as above
+    c.gan.latent = 100  # as above
+    c.gan.adversarial = 1.0  # weights of the generator's three losses
+    c.gan.contextual = 50.0
+    c.gan.encoder = 1.0
 
     # Training
     c.train = ConfigDict()
@@ -83,7 +111,7 @@ def default() -> ConfigDict:
     c.train.warmup = 0.1  # part of all steps over which the rate rises from zero
     c.train.weight_decay = 0.0  # L2 inside the optimiser, as torch's Adam has it
     c.train.clip = 1.0  # bound of the gradient's global norm; 0: none
-    c.train.cache = True  # keep the frozen features of training and test images in memory
+    c.train.cache = "auto"  # where features are kept, by their size: see `store.HOMES`
 
     # From likelihood to map to score
     c.map = ConfigDict()
@@ -97,6 +125,25 @@ def default() -> ConfigDict:
     # Of an ablation: what each of its runs has otherwise, by a name that its row is to have
     c.variants = ConfigDict()
 
+    # PatchCore, see `baselines.patchcore`
+    c.patchcore = ConfigDict()
+    c.patchcore.dimension = 1024  # of a patch's feature
+    c.patchcore.projection = 128  # dimensions in which the coreset is chosen
+    c.patchcore.coreset = 0.1  # part of all patches that the memory bank keeps
+    c.patchcore.max_points = 10_000  # and how many at the most, for the sake of time
+    c.patchcore.neighbours = 1  # whose mean distance is a patch's score
+    c.patchcore.reweight = 0  # neighbours that re-weight an image's score; the paper: 9; 0: none
+    c.patchcore.sigma = 4.0  # of the blur, see `model.blur_map`
+
+    # SPADE, see `baselines.spade`
+    c.spade = ConfigDict()
+    c.spade.images = 5  # nearest training images, as the reference has it; the paper: 50
+    c.spade.kappa = 1  # nearest pixels of those, whose mean distance is a pixel's score
+    c.spade.sigma = 4.0  # of the blur, see `model.blur_map`
+
+    # Time, memory and disk space that scoring takes, see `speed.measure`
+    c.measure_speed = False
+
     # What a run writes
     c.checkpoint_every = 1  # epochs
     c.evaluate_every = 0  # epochs; 0: at the end only. Fills "best_on_test", for study
@@ -104,8 +151,15 @@ def default() -> ConfigDict:
     return c
 
 
+def name_data(config: ConfigDict, argument: str) -> None:
+    """Set the data set and its category from <data set>[/<category>]; what is not named stays."""
+    name, _, category = argument.partition("/")
+    config.data.name = name or config.data.name
+    config.data.category = category or config.data.category
+
+
 # What may differ between a run and its continuation.
-_FREE_TO_CHANGE = ("parallel", "heatmaps", "data.dir")
+_FREE_TO_CHANGE = ("parallel", "heatmaps", "data.dir", "flow.reversible", "train.cache")
 
 # Lowest and highest values of numbers.
 _BOUNDS = {
@@ -122,6 +176,18 @@ _BOUNDS = {
     "flow.steps": (1, 1000),
     "flow.hidden_ratio": (1e-3, 100),
     "flow.clamp": (1e-3, 100),
+    "cflow.steps": (1, 1000),
+    "cflow.clamp": (1e-3, 100),
+    "cflow.encoding": (4, 10**6),
+    "cflow.fiber": (1, 10**9),
+    "vae.width": (1, 10**4),
+    "vae.latent": (1, 10**6),
+    "vae.samples": (1, 10**4),
+    "gan.width": (1, 10**4),
+    "gan.latent": (1, 10**6),
+    "gan.adversarial": (0, 1e6),
+    "gan.contextual": (0, 1e6),
+    "gan.encoder": (0, 1e6),
     "train.steps": (1, 10**9),
     "train.epochs": (1, 10**9),
     "train.max_epochs": (1, 10**9),
@@ -133,6 +199,16 @@ _BOUNDS = {
     "train.beta2": (0, 1 - 1e-9),
     "map.log_det": (0, 1),
     "score.top_k": (0, 1),
+    "patchcore.dimension": (1, 10**5),
+    "patchcore.projection": (1, 10**5),
+    "patchcore.coreset": (1e-9, 1),
+    "patchcore.max_points": (1, 10**9),
+    "patchcore.neighbours": (1, 1000),
+    "patchcore.reweight": (0, 1000),
+    "patchcore.sigma": (1e-3, 100),
+    "spade.images": (1, 10**6),
+    "spade.kappa": (1, 1000),
+    "spade.sigma": (1e-3, 100),
     "checkpoint_every": (1, 10**9),
     "evaluate_every": (0, 10**9),
     "heatmaps": (0, 10**6),
@@ -189,18 +265,23 @@ def _fill(config: ConfigDict) -> ConfigDict:
     c.unlock()
     spec = find_spec(c.backbone)
     c.image_size = _size(c.image_size or spec.image_size)
-    layers = spec.layers if c.published else _recipe_layers(spec)
-    c.layers = check_layers(spec, c.layers or layers)
+    _one_of("detector", c.detector, DETECTORS)
+    layers_of = getattr(kind(c), "layers", None)
+    if layers_of is None:
+        layers_of = operator.attrgetter("layers") if c.published else _recipe_layers
+    c.layers = check_layers(spec, c.layers or layers_of(spec))
     flow = spec.flow if c.published else _recipe_flow(spec, c.layers)
     for field, value in flow.items():
         if c.flow[field] is None:
             c.flow[field] = value
-    _one_of("detector", c.detector, DETECTORS)
     _one_of("flow.norm", c.flow.norm, NORMS)
     _one_of("flow.affine", c.flow.affine, ("exp", "softplus"))
     _one_of("flow.coupling", c.flow.coupling, ("single", "double"))
+    _one_of("flow.dtype", c.flow.dtype, ("float32", "bfloat16"))
     _one_of("train.loss", c.train.loss, ("per_dimension", "sum"))
     _one_of("train.optimizer", c.train.optimizer, ("adam", "sgd"))
+    _one_of("train.cache", c.train.cache, HOMES)
+    _one_of("feature_dtype", c.feature_dtype, DTYPES)
     _one_of("train.schedule", c.train.schedule, ("cosine", "constant"))
     _one_of("map.form", c.map.form, ("log", "probability"))
     _one_of("score.form", c.score.form, ("windows", "top_k"))
@@ -209,6 +290,8 @@ def _fill(config: ConfigDict) -> ConfigDict:
     _one_of("data.mask_resize", c.data.mask_resize, MASK_RESIZES)
     if not c.flow.kernels or not all(k in (1, 3, 5, 7) for k in c.flow.kernels):
         raise InputError(f"config.flow.kernels are of 1, 3, 5 and 7, not {c.flow.kernels}")
+    if c.cflow.encoding % 4:
+        raise InputError(f"config.cflow.encoding is a multiple of 4, not {c.cflow.encoding}")
     values = _flat(c.to_dict())
     for field, (low, high) in _BOUNDS.items():
         if values[field] is not None and not low <= values[field] <= high:
@@ -256,6 +339,29 @@ def _size(size) -> tuple[int, int]:
 def to_plain(config: ConfigDict) -> dict:
     """The configuration as JSON has it: tuples become lists."""
     return json.loads(config.to_json_best_effort())
+
+
+def from_plain(plain: dict) -> ConfigDict:
+    """What `to_plain` was given: the filled configuration that a run folder keeps.
+
+    Raises:
+      InputError: it has other fields than there are now, as those of other versions may.
+    """
+
+    def with_tuples(section):
+        return {
+            k: with_tuples(v) if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v
+            for k, v in section.items()
+        }
+
+    config = default()
+    unknown = _flat(plain).keys() - _flat(config.to_dict()).keys()
+    unknown = [name for name in sorted(unknown) if not name.startswith("variants.")]
+    if unknown:
+        raise InputError(f"a configuration of another version: there is no field {unknown[0]}")
+    with config.unlocked():
+        config.update(with_tuples(plain))
+    return config.lock()
 
 
 def without(config: ConfigDict, fields: Sequence[str]) -> dict:

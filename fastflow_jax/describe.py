@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fastflow_jax.backbones import find_spec
 from fastflow_jax.model import FastFlow, negative_log_likelihood
+from fastflow_jax.store import n_bytes
 
 
 def describe(config) -> str:
@@ -25,7 +26,8 @@ def describe(config) -> str:
     variables = jax.eval_shape(model.init, key, maps)
 
     batch = config.train.batch_size
-    features = tuple(jax.ShapeDtypeStruct((batch, *m.shape[1:]), m.dtype) for m in maps)
+    kept = [jax.ShapeDtypeStruct(m.shape, jnp.dtype(config.feature_dtype)) for m in maps]
+    features = tuple(jax.ShapeDtypeStruct((batch, *m.shape[1:]), m.dtype) for m in kept)
 
     def loss(params, constants, features):
         latents = model.apply({"params": params, **constants}, features)
@@ -48,7 +50,7 @@ def describe(config) -> str:
         "frozen numbers (backbone)": f"{_numbers(backbone_variables):,}",
         "operations, backbone, an image": _operations(backbone.apply, backbone_variables, images),
         "operations, flow, an image": _operations(model.apply, variables, maps),
-        "features, an image": _bytes(sum(math.prod(m.shape) * 4 for m in maps)),
+        "features, an image": f"{_bytes(n_bytes(1, kept))} in {config.feature_dtype}",
         "weights": _bytes(4 * (_numbers(variables["params"]) + _numbers(backbone_variables))),
         f"a training step of {batch}": _bytes(memory.temp_size_in_bytes) + " beside its arguments",
     }
@@ -58,7 +60,9 @@ def describe(config) -> str:
 
 def flow_model(config) -> FastFlow:
     """The flows of a filled configuration."""
-    return FastFlow(**{k: tuple(v) if k == "kernels" else v for k, v in config.flow.items()})
+    fields = config.flow.to_dict()
+    kernels, dtype = tuple(fields.pop("kernels")), jnp.dtype(fields.pop("dtype"))
+    return FastFlow(kernels=kernels, dtype=dtype, **fields)
 
 
 def _numbers(tree) -> int:

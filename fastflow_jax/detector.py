@@ -3,17 +3,29 @@
 import dataclasses
 import functools
 import importlib
+import pathlib
+from collections.abc import Callable
 from types import ModuleType
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fastflow_jax.backbones import Backbone
-from fastflow_jax.features import extractor
+from fastflow_jax.backbones import Backbone, create_backbone
+from fastflow_jax.features import Features, extractor
 
 # Each module has two functions, see `fastflow.fit` and `fastflow.load`; what they return scores
-# features as `fastflow.FastFlowScorer` does.
-KINDS = {"fastflow": "fastflow_jax.fastflow"}
+# features as `fastflow.FastFlowScorer` does. `layers(spec)`, where a module has it, names the maps
+# that its detector takes of a backbone unless told otherwise.
+KINDS = {
+    "fastflow": "fastflow_jax.fastflow",
+    "patchcore": "fastflow_jax.baselines.patchcore",
+    "spade": "fastflow_jax.baselines.spade",
+    "cflow": "fastflow_jax.baselines.cflow",
+    "vae": "fastflow_jax.baselines.vae",
+    "gan": "fastflow_jax.baselines.gan",
+}
 
 
 def kind(config: ConfigDict) -> ModuleType:
@@ -29,6 +41,23 @@ class Detector:
     backbone: Backbone
     scorer: object  # see `kind`
 
+    @classmethod
+    def load(cls, config: ConfigDict, folder: pathlib.Path, seed: int = 0) -> "Detector":
+        """What the training in a folder left.
+
+        Args:
+          config: filled, that it was trained with.
+          folder: of one training, see `experiment.run`.
+          seed: that it was trained with: of random backbones.
+        """
+        backbone = create_backbone(
+            config.backbone, weights=config.weights, layers=config.layers, seed=seed
+        )
+        images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
+        maps = jax.eval_shape(backbone.module.apply, backbone.variables, images)
+        scorer = kind(config).load(config, [m.shape[1:] for m in maps], folder)
+        return cls(config, backbone, scorer)
+
     def score(
         self, images: np.ndarray, valid: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -39,9 +68,11 @@ class Detector:
           valid: bool [B, H, W], False in padding; None without padding. What lies there counts
             for nothing.
         """
-        return self.scorer.score_features(self._extract(images), valid, size=images.shape[1:3])
+        return self.scorer.score_features(self.extract(images), valid, size=images.shape[1:3])
 
     @functools.cached_property
-    def _extract(self):
+    def extract(self) -> Callable[[np.ndarray], Features]:
+        """Images [B, H, W, 3] -> what `scorer` scores, see `features.extractor`."""
         c = self.config
-        return extractor(self.backbone, c.length_power, c.parallel, c.train.batch_size)
+        size = c.train.batch_size
+        return extractor(self.backbone, c.length_power, c.parallel, size, c.feature_dtype)

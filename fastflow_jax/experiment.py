@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import fastflow_jax
-from fastflow_jax import data, detector, parallel
+from fastflow_jax import data, detector, parallel, speed
 from fastflow_jax.config import to_plain, variants, without
 from fastflow_jax.data.transforms import placement, seen_part
 from fastflow_jax.evaluate import METRICS, Scored, measure, score_split
@@ -41,9 +42,11 @@ def run(config, workdir: str | pathlib.Path) -> dict:
     Args:
       config: see `config.fill`.
       workdir: the run folder: `config.json`, `results.json`, its table as `table.md` and
-        `table.csv`, and, in it or in a sub-folder for each category, variant and seed where there
-        are several, `checkpoints/`, `metrics.jsonl` and `heatmaps/`. Variants that differ only in
-        what comes after training share one, in the folder of the first.
+        `table.csv`, of variants whose speed was measured `tradeoff.png`, and, in it or in a
+        sub-folder for each category, variant and seed where there are several, `checkpoints/`,
+        `metrics.jsonl` and `heatmaps/`. Variants that differ only in what comes after training
+        share one, in the folder of the first. Until the run is finished, `features/` has those
+        that the memory has no room for.
 
     Returns:
       What stands in `results.json`.
@@ -60,7 +63,8 @@ def run(config, workdir: str | pathlib.Path) -> dict:
             print(f"{workdir} holds this run, finished:\n\n{format_table(results)}")
             return results
         plan = _plan(config, workdir)
-        prepare = preparer(config)
+        features = workdir / "features"
+        prepare = preparer(config, features)
         done = sum(part.file.exists() for part in plan)
         bar = {"desc": workdir.name, "unit": "run", "dynamic_ncols": True, "smoothing": 0}
         parts = []
@@ -74,6 +78,11 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         results = _summarise(config, parts)
         write_text(workdir / "table.md", format_markdown(results))
         write_text(workdir / "table.csv", format_csv(results))
+        if results["variants"] and results["speed"]:
+            from fastflow_jax.report.tradeoff import save_tradeoff  # matplotlib is slow to import
+
+            parallel.on_main(lambda: save_tradeoff(results, workdir / "tradeoff.png"))
+        parallel.on_main(lambda: shutil.rmtree(features, ignore_errors=True))
         write_json(results_file, results)
         parallel.on_main(lambda: None)  # all wait for what the first one writes
         print(f"\n{format_table(results)}\n\nRun folder: {workdir}")
@@ -106,7 +115,11 @@ class _Part:
 
 
 # What a training does not hang on.
-_AFTER_TRAINING = ("data.tamper", "data.mask_resize", "map", "score", "heatmaps", "parallel")
+_AFTER_TRAINING = (
+    *("data.tamper", "data.mask_resize", "map", "score"),
+    *("patchcore.neighbours", "patchcore.reweight", "patchcore.sigma", "spade"),
+    *("measure_speed", "heatmaps", "parallel"),
+)
 
 
 def _plan(config, workdir: pathlib.Path) -> list[_Part]:
@@ -192,6 +205,10 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
         results["figures"] = measure(scored)
         seconds["evaluate"] = time.perf_counter() - start
         _write_heatmaps(config, prepared, scorer, scored, part.folder / "heatmaps")
+    if config.measure_speed:
+        results["speed"] = parallel.on_main(
+            partial(speed.measure, config, part.training, part.seed)
+        )
     results["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
     write_json(part.file, results)
     return results
@@ -330,4 +347,13 @@ def _figures(parts: list[dict]) -> dict:
             str(s): {p["name"]: p["figures"] for p in parts if p["seed"] == s} for s in seeds
         },
         "best_on_test": {n: mean(rows) for n, rows in best.items()} if all(best.values()) else None,
+        "speed": _speed(parts),
     }
+
+
+def _speed(parts: list[dict]) -> dict | None:
+    """Mean over all trainings of what each took: see `speed.FIGURES`."""
+    if not all("speed" in part for part in parts):
+        return None
+    rows = [{"fit_seconds": part["seconds"]["train"]} | part["speed"] for part in parts]
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}

@@ -7,14 +7,12 @@ from collections.abc import Callable
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
 from fastflow_jax import parallel
-from fastflow_jax.checkpoints import Checkpoints
 from fastflow_jax.describe import flow_model
-from fastflow_jax.features import Features, TrainingFeatures, inside
+from fastflow_jax.features import Features, TrainingFeatures, inside, without_padding
 from fastflow_jax.model import (
     FastFlow,
     location_scores,
@@ -24,7 +22,7 @@ from fastflow_jax.model import (
     window_maxima,
 )
 from fastflow_jax.run_folder import read_arrays, write_arrays
-from fastflow_jax.train import Objective, TrainState, create_optimizer, create_state, train
+from fastflow_jax.train import Objective, train_in, trained_in
 
 _CALIBRATION = "calibration.npz"
 
@@ -59,24 +57,22 @@ def fit(
     """
     model = flow_model(config)
 
-    def scorer(state: TrainState) -> FastFlowScorer:
-        calibration = calibrate(config, model, state.variables, holdout, holdout_valid)
-        return FastFlowScorer(config, model, state.variables, calibration)
+    def scorer(variables: dict) -> FastFlowScorer:
+        calibration = calibrate(config, model, variables, holdout, holdout_valid)
+        return FastFlowScorer(config, model, variables, calibration)
 
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        state = train(
-            config,
-            objective(config, model, features.statistics(config.flow.norm)),
-            features,
-            holdout,
-            holdout_valid,
-            seed=seed,
-            checkpoints=checkpoints,
-            metrics_file=folder / "metrics.jsonl",
-            on_epoch=lambda epoch, state: on_epoch(epoch, lambda: scorer(state)),
-            progress=progress,
-        )
-    trained = scorer(state)
+    variables = train_in(
+        folder,
+        config,
+        objective(config, model, features.statistics(config.flow.norm)),
+        features,
+        holdout,
+        holdout_valid,
+        seed=seed,
+        on_epoch=lambda epoch, variables: on_epoch(epoch, lambda: scorer(variables)),
+        progress=progress,
+    )
+    trained = scorer(variables)
     write_arrays(folder / _CALIBRATION, dataclasses.asdict(trained.calibration))
     return trained
 
@@ -90,12 +86,9 @@ def load(config, shapes, folder: pathlib.Path) -> "FastFlowScorer":
       folder: that `fit` was given.
     """
     model = flow_model(config)
-    optimizer = create_optimizer(config.train, 1)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        template = create_state(objective(config, model, None), optimizer, shapes, 0)
-        state = checkpoints.restore(checkpoints.latest, template)
+    variables = trained_in(folder, config, objective(config, model, None), shapes)
     calibration = Calibration(**read_arrays(folder / _CALIBRATION))
-    return FastFlowScorer(config, model, state.variables, calibration)
+    return FastFlowScorer(config, model, variables, calibration)
 
 
 def objective(config, model: FastFlow, statistics: dict | None) -> Objective:
@@ -264,16 +257,9 @@ def _location_maps(config, model, variables, features, valid) -> tuple[jax.Array
         location_scores(z, log_det, form=config.map.form, log_det_weight=config.map.log_det)
         for z, log_det in model.apply(variables, features)
     )
-    return maps if valid is None else tuple(_without_padding(m, valid) for m in maps)
-
-
-def _without_padding(scores: jax.Array, valid: jax.Array) -> jax.Array:
-    """Location scores [B, h, w] in which padding has the mean of the rest of its image.
-
-    So it adds nothing to a score, and nothing of it reaches the map around it.
-    """
-    seen = inside(valid, scores.shape[1:])
-    return jnp.where(seen, scores, scores.mean((1, 2), where=seen, keepdims=True))
+    if valid is None:
+        return maps
+    return tuple(without_padding(m, inside(valid, m.shape[1:])) for m in maps)
 
 
 def fuse(maps: tuple[jax.Array, ...], calibration: Calibration, size: tuple[int, int]) -> jax.Array:

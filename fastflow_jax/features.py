@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from fastflow_jax import parallel
 from fastflow_jax.backbones import Backbone
 from fastflow_jax.data.pipeline import Batch
+from fastflow_jax.errors import InputError
 
-Features = tuple[np.ndarray, ...]  # one [N, h, w, C] a scale
+# One [N, h, w, C] a scale, of any of `DTYPES`: cast to float32 before reckoning with them. Kept
+# ones are arrays in memory or on disk, or `store.Rows` of these.
+Features = tuple[np.ndarray, ...]
+DTYPES = ("float16", "bfloat16", "float32")
 
 
 def compress(maps: jax.Array, power: float) -> jax.Array:
@@ -27,40 +30,50 @@ def compress(maps: jax.Array, power: float) -> jax.Array:
     return maps * (jnp.linalg.norm(maps, axis=-1, keepdims=True) + 1e-6) ** (power - 1)
 
 
-def maps_of(backbone: Backbone, length_power: float) -> Callable:
+def maps_of(backbone: Backbone, length_power: float, dtype: str) -> Callable:
     """`(variables, images [B, H, W, 3])` -> what the flows see of the images, purely."""
 
     def run(variables, images):
-        return tuple(compress(m, length_power) for m in backbone.module.apply(variables, images))
+        maps = backbone.module.apply(variables, images)
+        return tuple(compress(m, length_power).astype(dtype) for m in maps)
 
     return run
 
 
 def extractor(
-    backbone: Backbone, length_power: float, kind: str, batch_size: int
+    backbone: Backbone, length_power: float, kind: str, batch_size: int, dtype: str
 ) -> Callable[[np.ndarray], Features]:
     """Images [b, H, W, 3] -> `maps_of` them, on all devices of this process.
 
     b is up to this process's share of `batch_size`.
+
+    All features come from here, whether they are kept or not, so that a type of few bits rounds
+    those that are trained on, calibrated with and scored alike.
+
+    Raises (the function that is returned):
+      InputError: the type cannot hold the features.
     """
-    run = parallel.per_own_example(maps_of(backbone, length_power), kind, batch_size)
-    return lambda images: run(backbone.variables, images)
+    run = parallel.per_own_example(maps_of(backbone, length_power, dtype), kind, batch_size)
+
+    def extract(images):
+        maps = run(backbone.variables, images)
+        if dtype == "float16":  # the others reach as far as float32
+            _check_range(maps)
+        return maps
+
+    return extract
 
 
-def cache(batches: Iterable[Batch], n: int, *, progress: str) -> Features:
-    """All features of `n` images in host memory, from batches with features for images."""
-    arrays = None
-    done = 0
-    with tqdm(total=n, desc=progress, unit="img", leave=False, dynamic_ncols=True) as bar:
-        for batch in batches:
-            maps = batch.image
-            if arrays is None:
-                arrays = tuple(np.empty((n, *m.shape[1:]), m.dtype) for m in maps)
-            for array, m in zip(arrays, maps, strict=True):
-                array[done : done + len(m)] = m
-            done += len(batch.label)
-            bar.update(len(batch.label))
-    return arrays
+def _check_range(maps: Features) -> None:
+    """Refuse features that overflowed, and such as are all below what keeps its precision."""
+    for m in maps:
+        largest = np.abs(m).max()
+        if np.isinf(largest) or 0 < largest < np.finfo(m.dtype).tiny:
+            limits = np.finfo(m.dtype)
+            raise InputError(
+                f"features of this backbone are out of the range of {m.dtype}, {limits.tiny:.0e} "
+                f"to {limits.max:.0e}: choose --config.feature_dtype=bfloat16 or float32"
+            )
 
 
 Part = tuple[Features, np.ndarray | None]  # of some images, and their `Batch.valid`
@@ -78,6 +91,7 @@ class TrainingFeatures:
     parts: Callable[[], Iterable[Part]]  # of all images, once and in order
     cached: Features | None  # all of them, where they do not change from epoch to epoch
     valid: np.ndarray | None = None  # bool [N, H, W], false in padding; None without padding
+    on_device: bool = False  # in training the devices are to hold all that are cached
     _statistics: dict = dataclasses.field(default_factory=dict, init=False)
 
     def statistics(self, norm: str) -> dict:
@@ -87,8 +101,10 @@ class TrainingFeatures:
         return self._statistics[norm]
 
 
-def cached_features(maps: Features, valid: np.ndarray | None = None) -> TrainingFeatures:
-    """Training features that lie in memory; for `valid` see `TrainingFeatures`."""
+def cached_features(
+    maps: Features, valid: np.ndarray | None = None, on_device: bool = False
+) -> TrainingFeatures:
+    """Training features that are kept; for `valid` and `on_device` see `TrainingFeatures`."""
 
     def stream(epoch, index):
         return (tuple(m[rows] for m in maps) for rows in index)
@@ -99,7 +115,8 @@ def cached_features(maps: Features, valid: np.ndarray | None = None) -> Training
             yield tuple(m[part] for m in maps), None if valid is None else valid[part]
 
     n = len(maps[0])
-    return TrainingFeatures(n, tuple(m.shape[1:] for m in maps), stream, parts, maps, valid)
+    shapes = tuple(m.shape[1:] for m in maps)
+    return TrainingFeatures(n, shapes, stream, parts, maps, valid, on_device)
 
 
 def recomputed_features(
@@ -147,6 +164,18 @@ def inside(valid: jax.Array, size: tuple[int, int]) -> jax.Array:
     """
     share = jax.image.resize(jnp.asarray(valid, jnp.float32), (len(valid), *size), "linear")
     return share > 0.5 * share.max((1, 2), keepdims=True)
+
+
+def without_padding(scores: jax.Array, seen: jax.Array) -> jax.Array:
+    """Location scores [B, h, w] in which padding has the mean of the rest of its image.
+
+    So it adds nothing to a score, and nothing of it reaches the map around it.
+
+    Args:
+      scores: of all locations.
+      seen: bool [B, h, w], see `inside`.
+    """
+    return jnp.where(seen, scores, scores.mean((1, 2), where=seen, keepdims=True))
 
 
 def channel_statistics(parts: Iterable[Part], norm: str) -> dict:

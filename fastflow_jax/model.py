@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from scipy.ndimage import gaussian_filter1d
 
 from fastflow_jax.flows import Flow
 
@@ -58,7 +60,8 @@ class FastFlow(nn.Module):
 
     Attributes:
       norm: see `FeatureNorm`.
-      steps, kernels, hidden_ratio, clamp, coupling, affine, zero_init, dtype: see `flows.Flow`.
+      steps, kernels, hidden_ratio, clamp, coupling, affine, zero_init, dtype, reversible: see
+        `flows.Flow`.
     """
 
     norm: str = "whiten"
@@ -70,6 +73,7 @@ class FastFlow(nn.Module):
     affine: str = "softplus"
     zero_init: bool = False
     dtype: jnp.dtype | None = None
+    reversible: bool = False
 
     @nn.compact
     def __call__(self, features: Sequence[jax.Array]) -> Latents:
@@ -85,6 +89,7 @@ class FastFlow(nn.Module):
                 self.affine,
                 self.zero_init,
                 self.dtype,
+                self.reversible,
                 name=f"flow_{i}",
             )
             latents.append(flow(FeatureNorm(self.norm, name=f"norm_{i}")(x.astype(jnp.float32))))
@@ -137,6 +142,19 @@ def location_scores(
 def resize_map(scores: jax.Array, size: tuple[int, int]) -> jax.Array:
     """[B, h, w] -> [B, *size], bilinear with half-pixel centres (torch's align_corners=False)."""
     return jax.image.resize(scores, (scores.shape[0], *size), "bilinear", antialias=False)
+
+
+def blur_map(scores: jax.Array, sigma: float) -> jax.Array:
+    """[B, H, W] blurred by a Gaussian, mirrored at the borders, as scipy's gaussian_filter does.
+
+    Args:
+      scores: the maps.
+      sigma: in pixels of a map whose shorter side is 224; of others in proportion.
+    """
+    height, width = scores.shape[1:]
+    sigma *= min(height, width) / 224
+    down, across = (gaussian_filter1d(np.eye(n), sigma, axis=0) for n in (height, width))
+    return jnp.einsum("ih,bhw,jw->bij", down, scores, across, precision="highest")
 
 
 def top_mean(anomaly_map: jax.Array, part: float) -> jax.Array:

@@ -12,6 +12,8 @@ batch; what they compute is exchanged bit for bit. The first one alone writes fi
 
 import functools
 import json
+import pathlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -99,6 +101,19 @@ def any_process(flag: int | bool) -> int:
     if jax.process_count() == 1:
         return flag
     return int(multihost_utils.process_allgather(np.int32(flag)).max())
+
+
+def own_folder(folder: pathlib.Path) -> pathlib.Path:
+    """Where this process keeps what is only its own: the folder itself if it is alone.
+
+    Of several, each has an empty one inside: what an interrupted run left to one of them, the
+    others may lack.
+    """
+    if jax.process_count() == 1:
+        return folder
+    own = folder / f"process_{jax.process_index()}"
+    shutil.rmtree(own, ignore_errors=True)
+    return own
 
 
 def columns(batches: np.ndarray) -> np.ndarray:
@@ -227,6 +242,14 @@ def per_own_example(function: Callable, kind: str, batch_size: int) -> Callable:
         return jax.tree.map(lambda leaf: np.asarray(leaf)[:n], run(state, batch))
 
     return call
+
+
+def split(array: np.ndarray) -> jax.Array:
+    """An array spread over this process's devices along its first axis; their number divides it.
+
+    What `jax.jit` makes of it, it makes on all of them.
+    """
+    return jax.device_put(array, NamedSharding(_mesh(local=True), PartitionSpec(AXIS)))
 
 
 def _mesh(local: bool = False) -> Mesh:

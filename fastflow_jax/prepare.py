@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fastflow_jax import data, parallel
+from fastflow_jax import data, parallel, store
 from fastflow_jax.backbones import Backbone, create_backbone
 from fastflow_jax.config import to_plain
 from fastflow_jax.data.changes import augmented, tampered
@@ -17,9 +20,9 @@ from fastflow_jax.data.pipeline import Batch, batches
 from fastflow_jax.features import (
     Features,
     TrainingFeatures,
-    cache,
     cached_features,
     extractor,
+    maps_of,
     recomputed_features,
 )
 
@@ -33,8 +36,8 @@ class Prepared:
     train: TrainingFeatures
     holdout: Features | None
     holdout_valid: np.ndarray | None  # bool [N, H, W], see `Batch.valid`
-    # The test images in batches, with their features in the place of `image`. They lie in memory,
-    # or are computed again each time where features are not to be cached.
+    # The test images in batches, with their features in the place of `image`. These are kept as
+    # those of the training images are, or computed again each time.
     test: Callable[[], Iterable[Batch]]
 
 
@@ -61,20 +64,23 @@ def seen_by(config, seed: int) -> str:
     Each seed of the control has an untrained backbone of its own.
     """
     plain = to_plain(config)
-    key = [plain[f] for f in ("backbone", "layers", "weights", "image_size", "length_power")]
+    fields = ("backbone", "layers", "weights", "image_size", "length_power", "feature_dtype")
+    key = [plain[f] for f in fields]
     return json.dumps([*key, config.data.resize, seed if config.weights == "random" else None])
 
 
-def preparer(config) -> Callable[[Any, str | None, int], Prepared]:
+def preparer(config, folder: pathlib.Path) -> Callable[[Any, str | None, int], Prepared]:
     """`(configuration, category, seed) -> Prepared`, for all runs on the data of `config`.
 
     Of each kind of thing the last one made is kept, and serves the calls that follow as long as
     they need the same. Features of images that categories share are computed once for all of them,
-    see `data.Source.part_of`.
+    see `data.Source.part_of`. Those that have no room in memory are kept in the folder, from which
+    an interrupted run takes up what it had, see `store.keep`; the caller removes it in the end.
     """
+    folder = parallel.own_folder(folder)
     dataset = _keep_last(data.opener(config.data))
     backbone = _keep_last(_open_backbone)
-    train_pool, test_pool = _keep_last(_features), _keep_last(_features)
+    train_pool, test_pool = _keep_last(_kept), _keep_last(_kept)
     train, test = _keep_last(_train), _keep_last(_test)
 
     def prepare(config, category: str | None, seed: int) -> Prepared:
@@ -86,21 +92,27 @@ def preparer(config) -> Callable[[Any, str | None, int], Prepared]:
             images = dataclasses.replace(images, test=tampered(images.test, config.data.tamper))
         seen, tamper = seen_by(config, seed), _key(config.data.tamper)
         net = backbone(seen, config, seed)
-        title = category or images.name
+        # All that the features of an image hang on, and that its name does not tell.
+        of = {"seen": seen, "weights": net.weights, "data": [config.data[f] for f in _OF_DATA]}
+        of_test = of | {"tamper": tamper}
 
         def all_for_training(source):
-            return train_pool(seen, config, net, source, None, f"{images.name}: features")
+            title = f"{images.name}: features"
+            return train_pool(seen, config, net, source, None, of, folder / "train", title)
 
         def all_for_test(source):
-            title = f"{images.name}: test features"
-            return test_pool((seen, tamper), config, net, source, None, title)
+            title, key = f"{images.name}: test features", (seen, tamper)
+            return test_pool(key, config, net, source, None, of_test, folder / "test", title)
 
+        title, own = category or images.name, {"category": category}
         key = (seen, category, config.train.cache)
         drawn = seed if is_augmented(config) else None
         trained_on = (*key, config.data.holdout, _key(config.augment), drawn)
-        learnt = train(trained_on, config, net, images.train, seed, all_for_training, title)
+        arguments = (of | own, folder, images.train, seed, all_for_training, title)
+        learnt = train(trained_on, config, net, *arguments)
         tested_on = (*key, tamper, config.data.mask_resize)
-        tested = test(tested_on, config, net, images.test, all_for_test, title)
+        arguments = (of_test | own, folder, images.test, all_for_test, title)
+        tested = test(tested_on, config, net, *arguments)
         return Prepared(images, net, *learnt, tested)
 
     return prepare
@@ -149,6 +161,9 @@ def _keep_last(function: Callable) -> Callable:
     return call
 
 
+_OF_DATA = ("name", "root", "dir")  # which data set it is, but for the category
+
+
 def _key(section: ConfigDict) -> str:
     return json.dumps(to_plain(section))
 
@@ -158,15 +173,44 @@ def _open_backbone(config, seed: int) -> Backbone:
 
 
 def _extractor(config, backbone: Backbone) -> Callable[[np.ndarray], Features]:
-    return extractor(backbone, config.length_power, config.parallel, config.train.batch_size)
+    c = config
+    return extractor(backbone, c.length_power, c.parallel, c.train.batch_size, c.feature_dtype)
 
 
-def _features(
-    config, backbone: Backbone, source: data.Source, rows: np.ndarray | None, title: str
+def _kept(
+    config,
+    backbone: Backbone,
+    source: data.Source,
+    rows: np.ndarray | None,
+    of: dict,
+    folder: pathlib.Path,
+    title: str,
+    see: Callable[[Batch], None] = lambda batch: None,
 ) -> Features:
-    """The features of the images at `rows`, or of all."""
-    n = len(source) if rows is None else len(rows)
-    return cache(feature_batches(config, backbone, source, rows), n, progress=title)
+    """The features of the images at `rows`, or of all; `see` gets each batch that is decoded."""
+    rows = np.arange(len(source)) if rows is None else rows
+
+    def compute(places):
+        for batch in feature_batches(config, backbone, source, rows[places]):
+            see(batch)
+            yield batch.image
+
+    maps = maps_of(backbone, config.length_power, config.feature_dtype)
+    image = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
+    return store.keep(
+        compute,
+        of,
+        [source.names[i] for i in rows],
+        jax.eval_shape(maps, backbone.variables, image),
+        block=config.train.batch_size,
+        home=config.train.cache,
+        folder=folder,
+        title=title,
+    )
+
+
+def _is_kept(config) -> bool:
+    return config.train.cache != "none"
 
 
 def _is_shared(config, source: data.Source) -> bool:
@@ -174,16 +218,22 @@ def _is_shared(config, source: data.Source) -> bool:
     return source.part_of is not None and config.data.resize != "pad"
 
 
-def _train(config, backbone, source, seed, pooled, title):
+def _part(source: data.Source, pooled: Callable, rows=slice(None)) -> Features:
+    """Features of those images of a part, from those of the whole."""
+    whole, places = source.part_of
+    places = np.arange(len(whole))[places][rows]
+    return tuple(store.Rows(maps, places) for maps in pooled(whole))
+
+
+def _train(config, backbone, of, folder, source, seed, pooled, title):
     """`Prepared.train`, `Prepared.holdout` and `Prepared.holdout_valid`."""
     train, held_out = split_holdout(len(source), config.data.holdout)
-    is_cached = config.train.cache and not is_augmented(config)
+    is_cached = _is_kept(config) and not is_augmented(config)
 
-    def features(rows, what):
-        if not (is_cached and _is_shared(config, source)):
-            return _features(config, backbone, source, rows, f"{title}: {what}")
-        whole, places = source.part_of
-        return tuple(maps[places][rows] for maps in pooled(whole))
+    def features(rows, place, what):
+        if is_cached and _is_shared(config, source):
+            return _part(source, pooled, rows)
+        return _kept(config, backbone, source, rows, of, folder / place, f"{title}: {what}")
 
     def valid_of(rows):
         if config.data.resize != "pad":
@@ -196,10 +246,15 @@ def _train(config, backbone, source, seed, pooled, title):
 
     holdout = holdout_valid = None
     if len(held_out):
-        holdout, holdout_valid = features(held_out, "held-out features"), valid_of(held_out)
+        holdout = features(held_out, "holdout", "held-out features")
+        holdout_valid = valid_of(held_out)
     if is_cached:
-        training = cached_features(features(train, "features"), valid_of(train))
-        return training, holdout, holdout_valid
+        maps = features(train, "train", "features")
+        on_device = store.goes_on_device(store.n_bytes(len(train), maps), config.train.cache)
+        if jax.default_backend() != "cpu":
+            how = "held by the device" if on_device else "sent to the device step by step"
+            tqdm.write(f"{title}: in training, features are {how}")
+        return cached_features(maps, valid_of(train), on_device), holdout, holdout_valid
 
     def stream(epoch, rows, size):
         seen = augmented(source, config.augment, seed, epoch) if is_augmented(config) else source
@@ -210,33 +265,40 @@ def _train(config, backbone, source, seed, pooled, title):
     return training, holdout, holdout_valid
 
 
-def _test(config, backbone, source, pooled, title) -> Callable[[], Iterable[Batch]]:
+def _test(config, backbone, of, folder, source, pooled, title) -> Callable[[], Iterable[Batch]]:
     """See `Prepared.test`."""
     if source is None:
         return tuple
-    if config.train.cache and _is_shared(config, source):
-        whole, places = source.part_of
-        kept = _cut(source, tuple(maps[places] for maps in pooled(whole)), config.train.batch_size)
-        return lambda: kept
+    if not _is_kept(config):
+        return lambda: feature_batches(config, backbone, source)
+    size = config.train.batch_size
+    if _is_shared(config, source):
+        maps, rows = _part(source, pooled), np.arange(len(source))
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        beside = [Batch(None, None, source.labels[part], part) for part in parts]
+    else:
+        seen = {}  # by their first image
 
-    def stream():
-        return feature_batches(config, backbone, source)
+        def see(batch):
+            seen[int(batch.index[0])] = batch._replace(image=None)
 
-    if not config.train.cache:
-        return stream
-    kept = []
-    bar = {"desc": f"{title}: test features", "unit": "img", "leave": False, "dynamic_ncols": True}
-    with tqdm(total=len(source), **bar) as progress:
-        for batch in stream():
-            kept.append(batch)
-            progress.update(len(batch.index))
-    return lambda: kept
+        what = f"{title}: test features"
+        maps = _kept(config, backbone, source, None, of, folder / "test", what, see)
+        # Masks and padding of images whose features an interrupted run had left.
+        rows = np.arange(len(source))
+        rows = rows[~np.isin(rows // size * size, list(seen))]
 
+        def read(rows, size):
+            for batch in image_batches(config, backbone, source, rows, size):
+                yield batch._replace(image=None)
 
-def _cut(source: data.Source, features: Features, size: int) -> list[Batch]:
-    """Batches of a source without masks, from the features of all its images."""
-    rows = [np.arange(i, min(i + size, len(source))) for i in range(0, len(source), size)]
-    return [
-        Batch(tuple(maps[r[0] : r[-1] + 1] for maps in features), None, source.labels[r], r)
-        for r in rows
-    ]
+        for batch in parallel.shared_out(read, rows, size) if len(rows) else ():
+            see(batch)
+        beside = [seen[first] for first in sorted(seen)]
+
+    def batches_of():
+        for batch in beside:
+            first, last = batch.index[[0, -1]]
+            yield batch._replace(image=tuple(m[first : last + 1] for m in maps))
+
+    return batches_of

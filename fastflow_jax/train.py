@@ -58,10 +58,10 @@ class TrainState:
 
 
 class Interrupted(Exception):
-    """SIGTERM or Ctrl-C: the state is saved, and the same command goes on from there."""
+    """SIGTERM or Ctrl-C: what is saved is saved, and the same command goes on from there."""
 
-    def __init__(self, signum: int, epoch: float):
-        super().__init__(f"interrupted at epoch {epoch:.1f}; saved")
+    def __init__(self, signum: int, where: str):
+        super().__init__(f"interrupted {where}")
         self.exit_code = 128 + signum
 
 
@@ -302,7 +302,8 @@ def train(
                 signum = parallel.any_process(received[0] if received else 0)
                 if signum and position < steps:
                     checkpoints.save(int(state.step), state)
-                    raise Interrupted(signum, epoch + position / steps)
+                    at = epoch + position / steps
+                    raise Interrupted(signum, f"at epoch {at:.1f}; saved")
             position = 0
             line = {"epoch": epoch + 1, "step": int(state.step)}
             line["loss"] = float(state.epoch_loss / state.epoch_images)
@@ -325,8 +326,47 @@ def train(
             if last or signum or (epoch + 1) % config.checkpoint_every == 0:
                 checkpoints.save(int(state.step), state, line.get("holdout_loss"))
             if signum:
-                raise Interrupted(signum, epoch + 1)
+                raise Interrupted(signum, f"at epoch {epoch + 1:.1f}; saved")
     return state
+
+
+def train_in(
+    folder: pathlib.Path,
+    config,
+    objective: Objective,
+    features: TrainingFeatures,
+    holdout: Features | None,
+    holdout_valid: np.ndarray | None = None,
+    *,
+    seed: int,
+    on_epoch: Callable[[int, dict], dict] = lambda epoch, variables: {},
+    progress: str = "train",
+) -> dict:
+    """`train` with its `checkpoints/` and `metrics.jsonl` in a folder; returns the variables.
+
+    `on_epoch` gets the number of the epoch and the variables after it.
+    """
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        state = train(
+            config,
+            objective,
+            features,
+            holdout,
+            holdout_valid,
+            seed=seed,
+            checkpoints=checkpoints,
+            metrics_file=folder / "metrics.jsonl",
+            on_epoch=lambda epoch, state: on_epoch(epoch, state.variables),
+            progress=progress,
+        )
+    return state.variables
+
+
+def trained_in(folder: pathlib.Path, config, objective: Objective, shapes) -> dict:
+    """The variables that `train_in` left in a folder; `shapes` are (h, w, C) of each scale."""
+    template = create_state(objective, create_optimizer(config.train, 1), shapes, 0)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        return checkpoints.restore(checkpoints.latest, template).variables
 
 
 def _epoch_runner(config, objective, optimizer, features, seed):
@@ -337,8 +377,9 @@ def _epoch_runner(config, objective, optimizer, features, seed):
     """
     programs = _programs(objective.loss, optimizer, config.parallel)
     seed = np.uint32(seed)
-    if features.cached is not None and jax.default_backend() != "cpu":
-        on_device = jax.tree.map(jnp.asarray, (features.cached, features.valid))
+    if features.on_device:
+        kept = jax.tree.map(np.asarray, (features.cached, features.valid))
+        on_device = jax.tree.map(jnp.asarray, kept)
 
         def run(state, epoch, index, weight):
             yield jax.block_until_ready(programs.epoch((state, seed), on_device, index, weight))
@@ -346,11 +387,13 @@ def _epoch_runner(config, objective, optimizer, features, seed):
         return run
 
     def run(state, epoch, index, weight):
-        for maps, rows, row_weight in zip(
-            features.stream(epoch, index), index, weight, strict=True
-        ):
+        stream = zip(features.stream(epoch, index), index, weight, strict=True)
+        batch = next(stream, None)
+        while batch is not None:
+            maps, rows, row_weight = batch
             valid = None if features.valid is None else features.valid[rows]
             state = programs.step((state, seed), (maps, valid), rows, row_weight)
+            batch = next(stream, None)  # read while the devices are at work
             yield state
 
     return run

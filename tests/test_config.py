@@ -1,6 +1,7 @@
 """Configurations: what is filled from the backbone, and what is refused."""
 
 import importlib.util
+import json
 import pathlib
 
 import jax
@@ -9,7 +10,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from fastflow_jax.backbones import find_spec
-from fastflow_jax.config import default, differences, fill, misspelt, to_plain, variants, without
+from fastflow_jax.config import (
+    default,
+    differences,
+    fill,
+    from_plain,
+    misspelt,
+    to_plain,
+    variants,
+    without,
+)
 from fastflow_jax.describe import describe, flow_model
 from fastflow_jax.errors import InputError
 
@@ -28,6 +38,24 @@ def load(name, *arguments):
 def test_every_config_fills(path):
     filled = fill(load(path.stem))
     assert None not in (filled.image_size, filled.layers, *filled.flow.values())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_run_folder_gives_its_configuration_back(path):
+    filled = fill(load(path.stem))
+    again = from_plain(json.loads(json.dumps(to_plain(filled))))
+    assert again.to_dict() == filled.to_dict()
+    assert again.image_size == filled.image_size  # a tuple, not a list
+    assert {n: c.to_dict() for n, c in variants(again).items()} == {
+        n: c.to_dict() for n, c in variants(filled).items()
+    }
+
+
+def test_a_configuration_of_another_version_is_named():
+    plain = to_plain(fill(default()))
+    plain["flow"]["depth"] = 3
+    with pytest.raises(InputError, match=r"no field flow\.depth"):
+        from_plain(plain)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +93,7 @@ def test_values_given_by_hand_stay():
         ("image_size", (1, 2, 3), "config.image_size is a side or"),
         ("flow.affine", "linear", "config.flow.affine is one of exp, softplus"),
         ("flow.kernels", (), "config.flow.kernels are of 1, 3, 5 and 7"),
+        ("flow.dtype", "float16", "config.flow.dtype is one of float32, bfloat16"),
         ("flow.steps", 0, "config.flow.steps is from 1 to 1000, not 0"),
         ("seeds", 0, "config.seeds is from 1"),
         ("train.epochs", 0, "config.train.epochs is from 1"),
@@ -130,6 +159,18 @@ def test_reference_has_the_published_number_of_parameters(backbone, fields, numb
     features = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
     params = jax.eval_shape(flow_model(c).init, jax.random.key(0), features)["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == numbers
+
+
+def test_flow_fields_reach_the_model():
+    c = default()
+    c.flow.dtype, c.flow.reversible = "bfloat16", True
+    model = flow_model(fill(c))
+    assert model.dtype == jnp.bfloat16
+    assert model.reversible
+    assert model.kernels == (3, 1)
+    plain = flow_model(fill(default()))
+    assert plain.dtype == jnp.float32
+    assert not plain.reversible
 
 
 def test_describe_prints_scales_numbers_operations_and_memory():

@@ -229,6 +229,22 @@ def test_kernels_of_a_small_and_a_large_backbone(screws, run_config):
     assert changes["backbone"] == "tf_efficientnet_lite1", "one flag sets both rows"
 
 
+@pytest.mark.parametrize("name", ["patchcore", "spade"])
+def test_a_baseline_of_neighbours(name, raw, run_config):
+    categories = mvtec_tree(raw)
+    fields = {"layers": ("blocks.1", "blocks.2")}
+    results, _, folder = run_config(name, "mvtec_ad", **fields)
+    assert list(results["categories"]) == categories
+    assert None not in results["mean"].values()
+    assert all(each["held_out"] == 0 for each in results["protocol"]["data"].values())
+    for category in categories:
+        assert (folder / category / "part.json").is_file()
+        assert len(list((folder / category / "heatmaps").glob("*/*.png"))) == 1
+    again, printed, _ = run_config(name, "mvtec_ad", **fields)
+    assert again == results
+    assert "holds this run, finished" in printed.out
+
+
 def test_augmented_trainings_differ_and_are_reproduced(screws, run_config):
     def losses(workdir, *named):
         fields = screws | {"workdir": workdir, "named": named}
@@ -274,6 +290,29 @@ def test_an_unknown_ablation_is_named():
         load("ablations", "kernel/elpv")
 
 
+def test_cflow_on_a_data_set_and_on_a_folder(raw, screws, run_config):
+    mvtec_tree(raw)
+    fields = {"cflow.steps": 1, "cflow.encoding": 4, "heatmaps": 1}
+    results, _, folder = run_config("cflow", "mvtec_ad/bottle", **fields)
+    assert list(results["categories"]) == ["bottle"]
+    assert None not in results["mean"].values()
+    assert len(list((folder / "heatmaps").rglob("*.png"))) == 1
+    results, _, _ = run_config("cflow", "folder", workdir="folder", **screws | fields)
+    assert None not in results["mean"].values()
+
+
+@pytest.mark.parametrize("name", ["vae", "gan"])
+def test_pixels_of_cifar10(name, raw, run_config):
+    cifar10_files(raw)
+    fields = {"backbone": "pixels", "layers": ("image",), f"{name}.width": 2}
+    results, _, _ = run_config(name, "cifar10/bird,ship", **fields)
+    assert list(results["categories"]) == ["bird", "ship"]
+    assert results["mean"]["image_auroc"] is not None
+    assert results["protocol"]["weights"] == {"source": "none needed"}
+
+
 def test_no_configuration_is_left_out():
     tested = {"ablations", "btad", "cifar10", "demo", "folder", "mvtec", "reference", "synthetic"}
+    tested |= {"patchcore", "spade"}
+    tested |= {"cflow", "vae", "gan"}
     assert tested == {path.stem for path in CONFIGS}

@@ -94,9 +94,22 @@ def test_seeds_and_the_curve_on_test_images(tmp_path):
 
 def test_uncached_features_train_the_same(finished, tmp_path):
     _, cached = finished
-    results = experiment.run(tiny(**{"train.cache": False}), tmp_path / "run")
+    results = experiment.run(tiny(**{"train.cache": "none"}), tmp_path / "run")
     for metric in METRICS:
         assert results["mean"][metric] == pytest.approx(cached["mean"][metric], abs=1e-4)
+
+
+@pytest.mark.parametrize("home", ["device", "disk"])
+def test_every_home_of_features_trains_the_same(finished, tmp_path, home):
+    folder, in_memory = finished
+    results = experiment.run(tiny(**{"train.cache": home}), tmp_path / "run")
+    assert results["categories"] == in_memory["categories"]
+    one, other = (
+        [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
+        for f in (folder, tmp_path / "run")
+    )
+    assert [line | {"seconds": 0} for line in one] == [line | {"seconds": 0} for line in other]
+    assert not (tmp_path / "run" / "features").exists()  # the room on disk is given back
 
 
 def test_an_empty_map_of_figures_for_normal_images_alone(tmp_path):

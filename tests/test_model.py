@@ -205,6 +205,26 @@ def test_one_model_takes_any_size():
     assert log_det.shape == (2, 5, 9)
 
 
+def test_bfloat16_convolutions_leave_the_likelihood_float32():
+    rng = np.random.default_rng(9)
+    maps = (jnp.asarray(rng.normal(size=(2, 4, 5, 6)), jnp.float32),)
+    one, half = (FastFlow(steps=2, affine="exp", dtype=d) for d in (jnp.float32, jnp.bfloat16))
+    variables = jax.jit(one.init)(jax.random.key(0), maps)
+
+    def loss(params, model):
+        latents = model.apply({**variables, "params": params}, maps)
+        return negative_log_likelihood(latents, per_dimension=True).mean(), latents
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    (want, _), want_grads = step(variables["params"], one)
+    (got, latents), grads = step(variables["params"], half)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((got, latents, grads))} == {"float32"}
+    assert got == pytest.approx(float(want), rel=1e-3)
+    assert got != want  # the convolutions did compute in another type
+    for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=0.05 * np.abs(w).max())
+
+
 def test_resize_is_bilinear_with_half_pixel_centres():
     torch = pytest.importorskip("torch", reason="torch's interpolate is the oracle")
     x = np.random.default_rng(5).normal(size=(2, 3, 5)).astype(np.float32)

@@ -69,13 +69,13 @@ def seen(monkeypatch):
     return counted
 
 
-def test_classes_share_the_features_of_their_images(tiny, seen):
+def test_classes_share_the_features_of_their_images(tiny, seen, tmp_path):
     config = tiny()
-    get = preparer(config)
+    get = preparer(config, tmp_path)
     for name in ("bird", "ship"):
         prepared = get(config, name, 0)
         dataset = prepared.dataset
-        direct = extractor(prepared.backbone, config.length_power, "pmap", 8)
+        direct = extractor(prepared.backbone, config.length_power, "pmap", 8, "float16")
         train, test = (
             np.concatenate(
                 [direct(b.image)[0] for b in image_batches(config, prepared.backbone, s)]
@@ -103,6 +103,33 @@ def test_all_seeds_and_classes_of_a_run_see_each_image_once(tiny, seen, tmp_path
     assert [list(rows) for rows in results["seeds"].values()] == [["bird", "cat"]] * 2
 
 
+@pytest.mark.parametrize("resize", ["square", "pad"])  # kept for all classes, or for each
+def test_a_run_that_dies_over_its_features_goes_on_from_those_it_has(
+    tiny, seen, tmp_path, monkeypatch, resize
+):
+    fields = {"data.category": "bird", "data.resize": resize, "train.batch_size": 2}
+    undisturbed = experiment.run(tiny(**fields), tmp_path / "one")
+    total = sum(seen)
+    seen.clear()
+    config, images = tiny(**fields, **{"train.cache": "disk"}), prepare.image_batches
+
+    def dying(*arguments):
+        for batch in images(*arguments):
+            if sum(seen) == total - 4:  # within the test images
+                raise RuntimeError("killed")
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "image_batches", dying)
+        with pytest.raises(RuntimeError, match="killed"):
+            experiment.run(config, tmp_path / "two")
+    assert (tmp_path / "two" / "features").exists()
+    resumed = experiment.run(config, tmp_path / "two")
+    assert sum(seen) == total
+    assert resumed["categories"] == undisturbed["categories"]
+    assert not (tmp_path / "two" / "features").exists()
+
+
 def test_variants_of_a_tampered_test_take_turns_once_for_all_classes(tiny, seen, tmp_path):
     config = tiny(**{"data.category": "bird,cat"})
     with config.unlocked():
@@ -114,17 +141,17 @@ def test_variants_of_a_tampered_test_take_turns_once_for_all_classes(tiny, seen,
 
 
 @pytest.mark.parametrize("size", [(32,), (32, 48)])
-def test_padding_is_known_of_images_that_categories_share(tiny, size):
+def test_padding_is_known_of_images_that_categories_share(tiny, size, tmp_path):
     config = tiny(image_size=size, **{"data.resize": "pad"})
-    prepared = preparer(config)(config, "bird", 0)
+    prepared = preparer(config, tmp_path)(config, "bird", 0)
     for valid in (prepared.holdout_valid, next(iter(prepared.test())).valid):
         assert valid.shape[1:] == config.image_size
         assert valid.mean() == pytest.approx(32 / config.image_size[1])
 
 
-def test_what_is_not_to_be_kept_is_computed_again(tiny, seen):
-    config = tiny(**{"train.cache": False})
-    prepared = preparer(config)(config, "bird", 0)
+def test_what_is_not_to_be_kept_is_computed_again(tiny, seen, tmp_path):
+    config = tiny(**{"train.cache": "none"})
+    prepared = preparer(config, tmp_path)(config, "bird", 0)
     assert prepared.train.cached is None
     seen.clear()
     for _ in range(2):
@@ -146,6 +173,7 @@ def test_the_key_of_features_names_what_they_hang_on(tiny):
         "image_size": (48,),
         "layers": ("blocks.1",),
         "length_power": 0.5,
+        "feature_dtype": "float32",
         "data.resize": "pad",
     }
     for field, value in changes.items():

@@ -1,6 +1,5 @@
 """Training: devices, caching and interruptions change nothing; one step does what SGD does."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ from fastflow_jax.errors import InputError
 from fastflow_jax.fastflow import objective
 from fastflow_jax.features import cached_features, inside, recomputed_features
 from fastflow_jax.model import FastFlow, negative_log_likelihood
+from fastflow_jax.store import Rows
 from fastflow_jax.train import (
     Interrupted,
     create_optimizer,
@@ -57,14 +57,14 @@ def config():
     return c
 
 
-def run(config, folder, features=None, **arguments):
+def run(config, folder, features=None, model=MODEL, **arguments):
     """Train in `folder`; returns the state and the lines of metrics.jsonl."""
     folder.mkdir(exist_ok=True)
     metrics = folder / "metrics.jsonl"
     with Checkpoints(folder / "checkpoints") as checkpoints:
         state = train(
             config,
-            objective(config, MODEL, (features or FEATURES).statistics("whiten")),
+            objective(config, model, (features or FEATURES).statistics("whiten")),
             features or FEATURES,
             images(3),
             seed=0,
@@ -214,6 +214,30 @@ def test_recomputed_features_train_as_cached_ones_do(config, tmp_path):
     assert_close(one.constants, two.constants)
 
 
+def test_an_epoch_on_the_device_trains_as_step_by_step(config, tmp_path):
+    half = tuple(m.astype(np.float16) for m in images(2 * N))
+    rows = np.arange(0, 2 * N, 2)
+    part = tuple(Rows(m, rows) for m in half)
+    one, lines = run(config, tmp_path / "steps", cached_features(tuple(m[rows] for m in half)))
+    two, epochs = run(config, tmp_path / "epochs", cached_features(part, on_device=True))
+    assert_close(one.params, two.params)
+    assert_same(one.constants, two.constants)
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in epochs])
+
+
+def test_a_reversible_flow_trains_as_the_plain_one_does(config, tmp_path):
+    config.parallel = "pmap"
+    one, lines = run(config, tmp_path / "plain")
+    two, others = run(config, tmp_path / "reversible", model=MODEL.clone(reversible=True))
+    assert_close(one.params, two.params, rtol=1e-4)
+    for line, other in zip(lines, others, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    # The checkpoint of one is that of the other.
+    config.train.epochs = 4
+    after, _ = run(config, tmp_path / "plain", model=MODEL.clone(reversible=True))
+    assert int(after.step) == 12
+
+
 def test_metrics_checkpoints_and_best(config, tmp_path):
     state, lines = run(config, tmp_path / "run")
     assert [line["epoch"] for line in lines] == [1, 2, 3]
@@ -255,21 +279,24 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stop_at", [4, 6, 9])  # within an epoch, at its end, at the very end
-def test_interrupted_and_resumed_equals_undisturbed(config, tmp_path, stop_at):
+def test_interrupted_and_resumed_equals_undisturbed(config, tmp_path, stop_at, monkeypatch):
     undisturbed, lines = run(config, tmp_path / "one")
-    count = 0
+    compile_step = parallel.step
 
-    def stream(epoch, index):
-        nonlocal count
-        for features in FEATURES.stream(epoch, index):
-            count += 1
-            if count == stop_at:
+    def stopping(*arguments):
+        step = compile_step(*arguments)
+
+        def call(state, *batch):
+            if int(state.step) + 1 == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
-            yield features
+            return step(state, *batch)
 
-    stopping = dataclasses.replace(FEATURES, stream=stream)
-    with pytest.raises(Interrupted) as stop:
-        run(config, tmp_path / "two", stopping)
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "step", stopping)
+        with pytest.raises(Interrupted) as stop:
+            run(config, tmp_path / "two")
     assert stop.value.exit_code == 128 + signal.SIGTERM
     with Checkpoints(tmp_path / "two" / "checkpoints") as checkpoints:
         assert checkpoints.latest == stop_at

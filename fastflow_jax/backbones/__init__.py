@@ -146,6 +146,12 @@ def check_layers(spec: Spec, layers: Sequence[str]) -> tuple[str, ...]:
     return layers
 
 
+def deepest_maps(spec: Spec, strides: Sequence[int]) -> tuple[str, ...]:
+    """The deepest map of each stride; `spec.layers` where one is missing, as in transformers."""
+    last = {stride: name for name, (_, stride) in spec.maps.items()}
+    return tuple(last[s] for s in strides) if last.keys() >= set(strides) else spec.layers
+
+
 def listing() -> str:
     """A table of all backbones: what they are, give and want, and where their weights are from."""
     rows = [

@@ -1,0 +1,164 @@
+"""How fast are the exact pixel figures beside scikit-learn's and anomalib's, and in what memory?
+
+    python benchmarks/metrics.py --quick
+    python benchmarks/metrics.py --out metrics.json
+
+Pixel AUROC and average precision against scikit-learn's `roc_auc_score` and
+`average_precision_score`; AUPRO up to a false-positive rate of 0.3 against anomalib's, in the
+environment of `peer.py`. All get the same float32 maps of 256x256 pixels, smooth noise that
+is a little higher in the round defects of every other image, and their results are checked to
+agree. Every figure is computed in a process of its own, once on a few maps to be warm and then
+timed; the two sides take turns. Memory is what the process grows by at its peak, beside the maps
+and masks.
+
+Each line `ratio <name> <number>` is the peer's median seconds over ours, or its peak memory over
+ours where the name begins with `memory_`: above 1, we are faster or need less.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+from outcome import describe_machine, peak_memory, ratios, versions, write_result
+from peer import peer_python
+
+HERE = pathlib.Path(__file__).resolve()
+SIDE = 256
+LIMIT = 0.3  # of AUPRO
+PEERS = {"pixel_auroc": "scikit-learn", "pixel_ap": "scikit-learn", "aupro": "anomalib"}
+TOLERANCE = {"scikit-learn": 1e-9, "anomalib": 1e-4}  # anomalib sums in float32
+
+
+def make_data(images: int, folder: pathlib.Path) -> None:
+    """Write `maps.npy`, float32 [N, H, W], and `masks.npy`, bool; every other one has defects."""
+    from scipy import ndimage
+
+    rng = np.random.default_rng(0)
+    masks = np.zeros((images, SIDE, SIDE), bool)
+    maps = np.empty(masks.shape, np.float32)
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    for i in range(images):
+        for _ in range(rng.integers(1, 4) * (i % 2)):
+            y, x = rng.integers(0, SIDE, 2)
+            masks[i] |= (rows - y) ** 2 + (columns - x) ** 2 < rng.integers(5, 30) ** 2
+        noise = rng.standard_normal((SIDE, SIDE), np.float32)
+        maps[i] = ndimage.gaussian_filter(noise, 4) + 0.1 * masks[i]
+    np.save(folder / "maps.npy", maps)
+    np.save(folder / "masks.npy", masks)
+
+
+def figure_of(side: str, figure: str) -> Callable[[np.ndarray, np.ndarray], float]:
+    """The function of one side; imports what it needs, and nothing of the other sides."""
+    if side == "ours":
+        from fastflow_jax import metrics
+
+        if figure == "aupro":
+            return lambda maps, masks: metrics.aupro(maps, masks, LIMIT)
+        return metrics.pixel_auroc if figure == "pixel_auroc" else metrics.average_precision
+    if side == "scikit-learn":
+        from sklearn import metrics
+
+        names = {"pixel_auroc": "roc_auc_score", "pixel_ap": "average_precision_score"}
+        function = getattr(metrics, names[figure])
+        return lambda maps, masks: float(function(masks.ravel(), maps.ravel()))
+
+    import torch
+    import torchvision_operators  # noqa: F401
+    from anomalib.metrics.aupro import _AUPRO
+
+    def aupro(maps, masks):
+        metric = _AUPRO(fpr_limit=LIMIT)
+        metric.update(torch.from_numpy(maps), torch.from_numpy(masks).int())
+        return float(metric.compute())
+
+    return aupro
+
+
+def measure(side: str, figure: str, folder: pathlib.Path) -> dict:
+    """One side's figure in this process: value, seconds and bytes of memory."""
+    maps, masks = np.load(folder / "maps.npy"), np.load(folder / "masks.npy")
+    function = figure_of(side, figure)
+    function(maps[:4], masks[:4])
+    before, start = peak_memory(), time.perf_counter()
+    value = function(maps, masks)
+    seconds = time.perf_counter() - start
+    return {"value": value, "seconds": seconds, "memory": peak_memory() - before}
+
+
+def compare(figure: str, images: int, python: str, repeats: int, folder: pathlib.Path) -> dict:
+    """Medians of both sides in turns, each time in a process of its own."""
+    peer = PEERS[figure]
+    runs = {"ours": [], peer: []}
+    for _ in range(repeats):
+        for side, interpreter in (("ours", sys.executable), (peer, python)):
+            command = [interpreter, HERE, "--measure", side, figure, folder]
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            runs[side].append(json.loads(out.splitlines()[-1]))
+    ours, theirs = (
+        {key: statistics.median(run[key] for run in side) for key in side[0]}
+        for side in runs.values()
+    )
+    if abs(ours["value"] - theirs["value"]) > TOLERANCE[peer]:
+        sys.exit(f"{figure}: ours is {ours['value']}, that of {peer} {theirs['value']}")
+    return {
+        "figure": figure,
+        "pixels": images * SIDE**2,
+        "peer": peer,
+        "ours": ours,
+        "theirs": theirs,
+        "ratio": theirs["seconds"] / ours["seconds"],
+        "memory_ratio": theirs["memory"] / ours["memory"],
+    }
+
+
+def main() -> None:
+    """Compare all, print a line each and the ratios, write them where asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", nargs="+", type=int, default=[100, 305], help="maps, 256x256")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="100 maps, under five minutes")
+    parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # in a process of its own
+    args = parser.parse_args()
+    if args.measure:
+        side, figure, folder = args.measure
+        print(json.dumps(measure(side, figure, pathlib.Path(folder))))
+        return
+
+    rows = []
+    with ratios() as found:
+        for images in [100] if args.quick else args.images:
+            with tempfile.TemporaryDirectory() as folder:
+                make_data(images, pathlib.Path(folder))
+                for figure, peer in PEERS.items():
+                    python = peer_python() if peer == "anomalib" else sys.executable
+                    repeats = 3 if args.quick else args.repeats
+                    row = compare(figure, images, python, repeats, pathlib.Path(folder))
+                    rows.append(row)
+                    sides = (
+                        f"{side} {row[key]['seconds']:.2f} s, {row[key]['memory'] / 2**20:.0f} MiB"
+                        for side, key in (("ours", "ours"), (peer, "theirs"))
+                    )
+                    print(f"{figure} of {row['pixels']:,} pixels: {'; '.join(sides)}", flush=True)
+                    name = f"{figure}_{row['pixels'] / 1e6:.0f}M_pixels"
+                    found[name], found[f"memory_{name}"] = row["ratio"], row["memory_ratio"]
+    result = {
+        "question": __doc__.partition("\n")[0],
+        "machine": describe_machine(),
+        "versions": versions("numpy", "scikit-learn"),
+        "rows": rows,
+    }
+    write_result(args.out, result)
+
+
+if __name__ == "__main__":
+    main()

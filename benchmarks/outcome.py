@@ -1,0 +1,71 @@
+"""What every benchmark ends with: its ratios, and what machine they were had on."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+
+_RATIO = re.compile(r"^ratio (\S+) ([0-9.eE+-]+)$", re.M)
+
+
+@contextlib.contextmanager
+def ratios() -> Iterator[dict[str, float]]:
+    """A dictionary to fill; at the end, SIGTERM and errors included, its lines are printed.
+
+    Each is `ratio <name> <number>`, the peer's seconds (or bytes) over ours: more is better for us.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    found: dict[str, float] = {}
+    try:
+        yield found
+    finally:
+        for name, number in found.items():
+            print(f"ratio {name} {number:.3g}")
+        sys.stdout.flush()
+
+
+def parse_ratios(text: str) -> dict[str, float]:
+    """The ratio lines in what a benchmark printed."""
+    return {name: float(number) for name, number in _RATIO.findall(text)}
+
+
+def describe_machine(device: str | None = None) -> str:
+    """Processor, cores and, where one is named, the accelerator, in words."""
+    names = [platform.machine()]
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(": ")[2] for line in lines if line.startswith("model name")][:1]
+    parts = [*names, f"{os.cpu_count()} cores", platform.machine()]
+    return ", ".join(([device] if device else []) + parts)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python and of packages of this environment."""
+    found = {p: importlib.metadata.version(p) for p in packages}
+    return {"python": platform.python_version()} | found
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held."""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():  # getrusage counts in what the parent held before this program began
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def write_result(file: pathlib.Path | None, content: dict) -> None:
+    """A whole file or none, so that a reader never sees half of it; nothing without a name."""
+    if file is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".part")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, file)

@@ -1,0 +1,28 @@
+"""GANomaly on CIFAR-10, one class against the rest, to compare FastFlow with.
+
+    python -m fastflow_jax.main --config=configs/gan.py                # every class in turn
+    python -m fastflow_jax.main --config=configs/gan.py:cifar10/bird   # one
+    python -m fastflow_jax.main --config=configs/gan.py:elpv/mono --config.image_size='(64,)'
+
+The argument is <data set>/<category>. Images are learnt from pixel by pixel, at 32 pixels a side;
+no pretrained net is used. The method and its source stand in `fastflow_jax/baselines/gan.py`.
+"""
+
+from fastflow_jax.config import default, name_data
+
+
+def get_config(argument: str = "cifar10"):
+    """Configuration for one data set and, after a slash, one or more of its categories."""
+    c = default()
+    c.detector = "gan"
+    name_data(c, argument)
+    c.backbone = "pixels"
+    c.length_power = 1.0
+    c.train.steps = 1000
+    c.train.max_epochs = 200
+    c.train.batch_size = 64
+    c.train.learning_rate = 1e-3
+    c.train.beta2 = 0.999
+    c.train.clip = 0.0  # a norm over both players would tie one to the other
+    c.heatmaps = 10  # of each category
+    return c

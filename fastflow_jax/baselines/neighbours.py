@@ -1,0 +1,60 @@
+"""Nearest neighbours by Euclidean distance, in memory that does not grow with the bank."""
+
+import jax
+import jax.numpy as jnp
+
+_BLOCK = 4096  # rows of the bank at a time
+
+
+def nearest(
+    queries: jax.Array, bank: jax.Array, k: int, counts: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The k nearest rows of the bank to each query.
+
+    |b|^2 - 2 ab in float32 finds them, and loses digits where vectors lie far from the origin:
+    give it centred ones. The distances of what was found are then computed from the differences.
+
+    Args:
+      queries: [q, C].
+      bank: [m, C].
+      k: up to m.
+      counts: bool [m], False for rows that are not to be found; None where all are.
+
+    Returns:
+      Distances [q, k], about ascending, infinite where the bank has no k rows that count; and
+      indices int32 [q, k].
+    """
+    m = len(bank)
+    size = min(_BLOCK, m)
+    squares = jnp.sum(bank**2, axis=-1)
+    if counts is not None:
+        squares = jnp.where(counts, squares, jnp.inf)
+
+    def body(best, start):
+        # The last block overlaps the one before: what that one has seen does not count again.
+        start_inside = jnp.minimum(start, m - size)
+        rows = jax.lax.dynamic_slice_in_dim(bank, start_inside, size)
+        offset = jax.lax.dynamic_slice_in_dim(squares, start_inside, size)
+        offset = jnp.where(start_inside + jnp.arange(size) < start, jnp.inf, offset)
+        found, index = _smallest(offset - 2 * _product(queries, rows.T), min(k, size))
+        values = jnp.concatenate([best[0], found], axis=1)
+        indices = jnp.concatenate([best[1], start_inside + index], axis=1)
+        found, index = _smallest(values, k)
+        return (found, jnp.take_along_axis(indices, index, axis=1)), None
+
+    none = jnp.full((len(queries), k), jnp.inf), jnp.zeros((len(queries), k), jnp.int32)
+    (found, index), _ = jax.lax.scan(body, none, jnp.arange(0, m, size))
+    exact = jnp.linalg.norm(queries[:, None] - bank[index], axis=-1)
+    return jnp.where(jnp.isinf(found), jnp.inf, exact), index
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision="highest")
+
+
+def _smallest(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k smallest of each row, and where they stand."""
+    if k == 1:  # a sort would take many times as long
+        return values.min(-1, keepdims=True), values.argmin(-1, keepdims=True)
+    found, index = jax.lax.top_k(-values, k)
+    return -found, index

@@ -1,0 +1,87 @@
+"""The runner of the benchmarks: what it reads of them, what it writes, and its limit of time."""
+
+import pathlib
+import sys
+import textwrap
+import time
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
+import run
+
+
+def script(folder, body):
+    """A benchmark of that body, in which `ratios` is at hand."""
+    file = folder / "fake.py"
+    start = f"import sys\nsys.path.insert(0, {str(run.HERE)!r})\nfrom outcome import ratios\n"
+    file.write_text(start + textwrap.dedent(body))
+    return file
+
+
+def test_ratios_and_tables_of_a_benchmark_are_read(tmp_path):
+    body = """
+        with ratios() as found:
+            found["one_b8"] = 2.5
+            found["two"] = 0.00123456
+            print("one: a ratio of 3, as prose has it")
+        print("| growth |", "|---|", "| 1 |", sep="\\n")
+    """
+    found = run.run_one(script(tmp_path, body), [], 60)
+    assert found["status"] == "done"
+    assert found["ratios"] == {"one_b8": 2.5, "two": 0.00123}
+    assert found["table"] == ["| growth |", "|---|", "| 1 |"]
+
+
+@pytest.mark.parametrize(
+    ("then", "status"), [("raise ValueError", "failed"), ("time.sleep(60)", "cut at 2 s")]
+)
+def test_what_was_found_before_the_end_is_kept(tmp_path, then, status):
+    body = f"""
+        import time
+        with ratios() as found:
+            found["first"] = 1.5
+            {then}
+    """
+    start = time.perf_counter()
+    found = run.run_one(script(tmp_path, body), [], 2)
+    assert time.perf_counter() - start < 20
+    assert (found["status"], found["ratios"]) == (status, {"first": 1.5})
+
+
+def test_what_a_benchmark_has_started_is_cut_with_it(tmp_path):
+    late = tmp_path / "late"
+    body = f"""
+        import subprocess, time
+        code = "import time; time.sleep(4); open({str(late)!r}, 'w')"
+        subprocess.Popen([sys.executable, "-c", code])
+        time.sleep(60)
+    """
+    run.run_one(script(tmp_path, body), [], 1)
+    time.sleep(4)
+    assert not late.exists()
+
+
+def test_tables_have_a_row_for_each_ratio_of_either_device():
+    def entry(machine, ratios, status="done"):
+        return {"machine": machine, "status": status, "ratios": ratios, "table": []}
+
+    text = run.tables(
+        {
+            "cpu": {"inference.py": entry("a processor", {"one": 2.0, "two": 0.5}, "cut at 9 s")},
+            "gpu": {"inference.py": entry("a card", {"two": 31.234})},
+        }
+    )
+    assert "CPU: a processor.\n\nGPU: a card." in text
+    assert "| one | 2 | not measured |\n| two | 0.5 | 31.2 |" in text
+    assert "CPU: cut at 9 s." in text
+
+
+def test_tables_replace_what_stands_between_the_markers():
+    document = run.DOCUMENT.read_text()
+    once = run.between_markers(document, "| new |")
+    assert once.startswith("# Speed")
+    assert run.between_markers(once, "| new |") == once
+    assert once.count("| new |") == 1
+    with pytest.raises(ValueError, match="no <!-- tables -->"):
+        run.between_markers("no place", "| new |")

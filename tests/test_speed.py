@@ -1,0 +1,46 @@
+"""What scoring costs, measured on a training of seconds."""
+
+import os
+
+import numpy as np
+import pytest
+
+from fastflow_jax import detector, speed
+from fastflow_jax.config import default, fill
+from fastflow_jax.features import cached_features
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    c = default()
+    c.backbone, c.image_size = "pixels", (16,)
+    c.flow.steps, c.flow.hidden_ratio, c.train.epochs, c.train.batch_size = 1, 2.0, 1, 4
+    config, folder = fill(c), tmp_path_factory.mktemp("training")
+    images = np.random.default_rng(0).standard_normal((8, 16, 16, 3), np.float32)
+    train, holdout = cached_features((images[:6],)), (images[6:],)
+    detector.kind(config).fit(config, train, holdout, seed=3, folder=folder)
+    (folder / "heatmaps").mkdir()
+    (folder / "heatmaps/picture.png").write_bytes(bytes(1 << 20))
+    return config, folder
+
+
+def test_figures_of_a_training(trained):
+    config, folder = trained
+    figures = speed.measure(config, folder, 3)
+    assert set(figures) == set(speed.FIGURES)
+    assert all(figures[f"detector_ms_batch_{b}"] > 0 for b in speed.BATCHES)
+    assert 50 < figures["memory_mib"] < 4096
+    sizes = [
+        os.path.getsize(os.path.join(path, name))
+        for path, _, names in os.walk(folder)
+        for name in names
+        if not path.endswith("heatmaps")
+    ]
+    assert figures["disk_mib"] == pytest.approx(sum(sizes) / 2**20)
+    assert figures["disk_mib"] < 1  # without the picture
+
+
+def test_what_cannot_be_loaded_is_not_measured(trained, tmp_path):
+    config, _ = trained
+    with pytest.raises(RuntimeError, match="failed"):
+        speed.measure(config, tmp_path, 3)

@@ -28,7 +28,7 @@ HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2
 def score_run(config, prepare, category: str | None, seed: int, folder: pathlib.Path) -> Scored:
     """The test images of one category under what one seed's training left."""
     prepared = prepare(config, category, seed)
-    scorer = detector.kind(config).load(config, prepared.train.shapes, folder)
+    scorer = detector.kind(config.detector).load(config, prepared.train.shapes, folder)
     n = len(prepared.dataset.test)
     return score_split(scorer.score_features, prepared.test(), n, progress=str(folder))
 

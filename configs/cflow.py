@@ -12,18 +12,12 @@ scoring stands at the top of `fastflow_jax/baselines/cflow.py`.
 """
 
 from fastflow_jax.config import default, name_data
+from fastflow_jax.detector import recipe
 
 
 def get_config(argument: str = "mvtec_ad"):
     """Configuration for one data set and, after a slash, one or more of its categories."""
     c = default()
-    c.detector = "cflow"
     name_data(c, argument)
-    c.length_power = 1.0
-    c.train.steps = 1000  # of 256 vectors a scale
-    c.train.max_epochs = 10**6
-    c.train.learning_rate = 1e-3
-    c.train.beta2 = 0.999
-    c.train.clip = 0.0
-    c.checkpoint_every = 10
+    c.update(recipe("cflow"))
     return c

@@ -9,20 +9,12 @@ no pretrained net is used. The method and its source stand in `fastflow_jax/base
 """
 
 from fastflow_jax.config import default, name_data
+from fastflow_jax.detector import recipe
 
 
 def get_config(argument: str = "cifar10"):
     """Configuration for one data set and, after a slash, one or more of its categories."""
     c = default()
-    c.detector = "gan"
     name_data(c, argument)
-    c.backbone = "pixels"
-    c.length_power = 1.0
-    c.train.steps = 1000
-    c.train.max_epochs = 200
-    c.train.batch_size = 64
-    c.train.learning_rate = 1e-3
-    c.train.beta2 = 0.999
-    c.train.clip = 0.0  # a norm over both players would tie one to the other
-    c.heatmaps = 10  # of each category
+    c.update(recipe("gan"))
     return c

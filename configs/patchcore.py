@@ -18,13 +18,12 @@ what the authors' code. The paper's re-weighting of image scores, which that cod
 """
 
 from fastflow_jax.config import default, name_data
+from fastflow_jax.detector import recipe
 
 
 def get_config(argument: str = "folder"):
     """Configuration for one data set, see above."""
     c = default()
-    c.detector = "patchcore"
     name_data(c, argument)
-    c.length_power = 1.0
-    c.data.holdout = 0.0
+    c.update(recipe("patchcore"))
     return c

@@ -16,13 +16,12 @@ times as long and gives much the same. No images are held out: nothing is calibr
 """
 
 from fastflow_jax.config import default, name_data
+from fastflow_jax.detector import recipe
 
 
 def get_config(argument: str = "folder"):
     """Configuration for one data set, see above."""
     c = default()
-    c.detector = "spade"
     name_data(c, argument)
-    c.length_power = 1.0
-    c.data.holdout = 0.0
+    c.update(recipe("spade"))
     return c

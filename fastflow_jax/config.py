@@ -58,7 +58,8 @@ def default() -> ConfigDict:
     c.backbone = "tf_efficientnet_lite0"
     c.weights = placeholder(str)  # a file, a timm tag or "random"; unset: the known source
     c.image_size = placeholder(tuple)  # (height, width), or (side,)
-    c.layers = placeholder(tuple)  # feature maps, one flow each
+    c.layers = placeholder(tuple)  # feature maps, one flow each; unset: the detector's choice,
+    c.layers_as = placeholder(str)  # or that of this other detector
     c.length_power = 0.25  # of each feature vector's length, see `features.compress`; 1: as it is
     c.feature_dtype = "float16"  # that features are rounded to; or "bfloat16", "float32"
 
@@ -73,7 +74,7 @@ def default() -> ConfigDict:
     c.flow.affine = "exp"  # form of the learned scale; "softplus": the reference's
     c.flow.zero_init = True  # a fresh flow is the identity but for shuffles; False: the reference's
     c.flow.dtype = "float32"  # that its convolutions compute in; "bfloat16" suits GPUs and TPUs
-    c.flow.reversible = False  # memory that does not grow with steps, a third more computation
+    c.flow.reversible = False  # a fifth of the memory at 20 steps for a third more computation
 
     # CFLOW, see `baselines.cflow`
     c.cflow = ConfigDict()
@@ -266,7 +267,8 @@ def _fill(config: ConfigDict) -> ConfigDict:
     spec = find_spec(c.backbone)
     c.image_size = _size(c.image_size or spec.image_size)
     _one_of("detector", c.detector, DETECTORS)
-    layers_of = getattr(kind(c), "layers", None)
+    _one_of("layers_as", c.layers_as or c.detector, DETECTORS)
+    layers_of = getattr(kind(c.layers_as or c.detector), "layers", None)
     if layers_of is None:
         layers_of = operator.attrgetter("layers") if c.published else _recipe_layers
     c.layers = check_layers(spec, c.layers or layers_of(spec))

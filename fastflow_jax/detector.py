@@ -17,7 +17,8 @@ from fastflow_jax.features import Features, extractor
 
 # Each module has two functions, see `fastflow.fit` and `fastflow.load`; what they return scores
 # features as `fastflow.FastFlowScorer` does. `layers(spec)`, where a module has it, names the maps
-# that its detector takes of a backbone unless told otherwise.
+# that its detector takes of a backbone unless told otherwise, and `RECIPE` the fields in which its
+# configuration differs from the default.
 KINDS = {
     "fastflow": "fastflow_jax.fastflow",
     "patchcore": "fastflow_jax.baselines.patchcore",
@@ -28,9 +29,14 @@ KINDS = {
 }
 
 
-def kind(config: ConfigDict) -> ModuleType:
-    """The module of the detector that a filled configuration names."""
-    return importlib.import_module(KINDS[config.detector])
+def kind(name: str) -> ModuleType:
+    """The module of the detector of this name."""
+    return importlib.import_module(KINDS[name])
+
+
+def recipe(name: str) -> dict:
+    """Fields of the configuration that make a run of it one of the detector of this name."""
+    return {"detector": name} | getattr(kind(name), "RECIPE", {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Detector:
         )
         images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
         maps = jax.eval_shape(backbone.module.apply, backbone.variables, images)
-        scorer = kind(config).load(config, [m.shape[1:] for m in maps], folder)
+        scorer = kind(config.detector).load(config, [m.shape[1:] for m in maps], folder)
         return cls(config, backbone, scorer)
 
     def score(

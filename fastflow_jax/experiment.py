@@ -116,6 +116,7 @@ class _Part:
 
 # What a training does not hang on.
 _AFTER_TRAINING = (
+    "layers_as",  # what it made of `layers` counts
     *("data.tamper", "data.mask_resize", "map", "score"),
     *("patchcore.neighbours", "patchcore.reweight", "patchcore.sigma", "spade"),
     *("measure_speed", "heatmaps", "parallel"),
@@ -168,7 +169,7 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
         return {}
 
     start = time.perf_counter()
-    scorer = detector.kind(config).fit(
+    scorer = detector.kind(config.detector).fit(
         config,
         prepared.train,
         prepared.holdout,

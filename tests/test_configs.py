@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from test_config import CONFIGS, load
 
-from fastflow_jax import experiment
+from fastflow_jax import experiment, speed
+from fastflow_jax.backbones import find_spec
 from fastflow_jax.config import fill, variants, without
 from fastflow_jax.data import btad, cifar10, mvtec_ad
 from fastflow_jax.errors import InputError
@@ -233,14 +234,14 @@ def test_kernels_of_a_small_and_a_large_backbone(screws, run_config):
 def test_a_baseline_of_neighbours(name, raw, run_config):
     categories = mvtec_tree(raw)
     fields = {"layers": ("blocks.1", "blocks.2")}
-    results, _, folder = run_config(name, "mvtec_ad", **fields)
+    results, _, folder = run_config(name, "mvtec_ad/bottle,screw", **fields)
     assert list(results["categories"]) == categories
     assert None not in results["mean"].values()
     assert all(each["held_out"] == 0 for each in results["protocol"]["data"].values())
     for category in categories:
         assert (folder / category / "part.json").is_file()
         assert len(list((folder / category / "heatmaps").glob("*/*.png"))) == 1
-    again, printed, _ = run_config(name, "mvtec_ad", **fields)
+    again, printed, _ = run_config(name, "mvtec_ad/bottle,screw", **fields)
     assert again == results
     assert "holds this run, finished" in printed.out
 
@@ -311,8 +312,39 @@ def test_pixels_of_cifar10(name, raw, run_config):
     assert results["protocol"]["weights"] == {"source": "none needed"}
 
 
+def test_detectors_side_by_side(screws, run_config):
+    rows = ("fastflow", "patchcore")
+    results, printed, folder = run_config("compare", "folder", named=rows, **screws)
+    assert list(results["variants"]) == list(rows)
+    for each in results["variants"].values():
+        assert set(each["speed"]) == {"fit_seconds", *speed.FIGURES}
+        assert each["mean"]["aupro"] is not None
+    head, *_ = csv.reader((folder / "table.csv").read_text().splitlines())
+    assert "disk MiB" in head
+    assert [word for word in first_words(printed) if word in rows] == list(rows)
+    assert (folder / "tradeoff.png").stat().st_size > 1000
+    again, printed, _ = run_config("compare", "folder", named=rows, **screws)
+    assert again == results
+    assert "finished" in printed.out
+
+
+def test_compared_detectors_see_the_same_maps_and_their_own():
+    runs = variants(fill(load("compare", "elpv/mono")))
+    layers = {name: run.layers for name, run in runs.items()}
+    same = [layers[name] for name in ("fastflow", "patchcore", "spade", "cflow")]
+    assert len(set(same)) == 1
+    strides = {
+        name: [find_spec(run.backbone).maps[layer][1] for layer in run.layers]
+        for name, run in runs.items()
+    }
+    assert strides["patchcore_own_maps"] == [8, 16]
+    assert strides["cflow_own_maps"] == [8, 16, 32]
+    assert strides["spade_own_maps"] == [4, 8, 16, 32]
+    learnt_from_pixels = variants(fill(load("compare", "cifar10")))
+    assert [run.backbone for run in learnt_from_pixels.values()].count("pixels") == 2
+
+
 def test_no_configuration_is_left_out():
     tested = {"ablations", "btad", "cifar10", "demo", "folder", "mvtec", "reference", "synthetic"}
-    tested |= {"patchcore", "spade"}
-    tested |= {"cflow", "vae", "gan"}
+    tested |= {"patchcore", "spade", "cflow", "vae", "gan", "compare"}
     assert tested == {path.stem for path in CONFIGS}

@@ -18,7 +18,7 @@ def trained(tmp_path_factory):
     config, folder = fill(c), tmp_path_factory.mktemp("training")
     images = np.random.default_rng(0).standard_normal((8, 16, 16, 3), np.float32)
     train, holdout = cached_features((images[:6],)), (images[6:],)
-    detector.kind(config).fit(config, train, holdout, seed=3, folder=folder)
+    detector.kind(config.detector).fit(config, train, holdout, seed=3, folder=folder)
     (folder / "heatmaps").mkdir()
     (folder / "heatmaps/picture.png").write_bytes(bytes(1 << 20))
     return config, folder

@@ -41,6 +41,19 @@ from fastflow_jax.train import Objective, train_in, trained_in
 
 _MAXIMA = "likelihood_maxima.npz"
 
+# Fields of the configuration that differ from the default; a step sees 256 vectors a scale.
+RECIPE = {
+    "length_power": 1.0,
+    "train": {
+        "steps": 1000,
+        "max_epochs": 10**6,
+        "learning_rate": 1e-3,
+        "beta2": 0.999,
+        "clip": 0.0,
+    },
+    "checkpoint_every": 10,
+}
+
 
 def layers(spec) -> tuple[str, ...]:
     """The deepest maps of strides 8, 16 and 32; the published cut of a transformer."""

@@ -28,6 +28,22 @@ from fastflow_jax.features import Features, TrainingFeatures, inside, without_pa
 from fastflow_jax.model import resize_map
 from fastflow_jax.train import Objective, train_in, trained_in
 
+# Fields of the configuration that differ from the default. The gradient is not clipped: a norm
+# over both players would tie one to the other.
+RECIPE = {
+    "backbone": "pixels",
+    "length_power": 1.0,
+    "train": {
+        "steps": 1000,
+        "max_epochs": 200,
+        "batch_size": 64,
+        "learning_rate": 1e-3,
+        "beta2": 0.999,
+        "clip": 0.0,
+    },
+    "heatmaps": 10,
+}
+
 
 def layers(spec) -> tuple[str, ...]:
     """The image itself; of another backbone the last published map."""

@@ -35,6 +35,9 @@ _BANK = "checkpoints/bank.npz"
 _PICKS = 64  # points of a coreset that are chosen between two passes over all rows
 _CANDIDATES = 4096  # rows that they are chosen from
 
+# Fields of the configuration that differ from the default.
+RECIPE = {"length_power": 1.0, "data": {"holdout": 0.0}}
+
 
 def layers(spec) -> tuple[str, ...]:
     """Levels 2 and 3 of the paper, by their strides."""

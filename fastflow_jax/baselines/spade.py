@@ -30,6 +30,9 @@ from fastflow_jax.run_folder import read_arrays, write_arrays
 
 _GALLERY = "checkpoints/gallery.npz"
 
+# Fields of the configuration that differ from the default.
+RECIPE = {"length_power": 1.0, "data": {"holdout": 0.0}}
+
 
 def layers(spec) -> tuple[str, ...]:
     """Levels 1 to 3 of the paper, by their strides, and the last one for the image's vector."""
@@ -183,7 +186,7 @@ class SpadeScorer:
 
 def _vectors(features: Features, valid: np.ndarray | None) -> np.ndarray:
     """The mean of the last level over what is no padding, [B, C]."""
-    last = features[-1]
+    last = np.asarray(features[-1])
     if valid is None:
         return last.mean((1, 2), dtype=np.float32)
     seen = np.asarray(inside(valid, last.shape[1:3]))[..., None]

@@ -30,6 +30,14 @@ from fastflow_jax.train import Objective, train_in, trained_in
 
 _LOWEST_LOG_VARIANCE = -6.0  # deviations of 0.05 or more, in images from -1 to 1
 
+# Fields of the configuration that differ from the default.
+RECIPE = {
+    "backbone": "pixels",
+    "length_power": 1.0,
+    "train": {"steps": 1000, "max_epochs": 200, "batch_size": 64, "learning_rate": 2e-3},
+    "heatmaps": 10,
+}
+
 
 def layers(spec) -> tuple[str, ...]:
     """The image itself; of another backbone the last published map."""

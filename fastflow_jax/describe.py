@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fastflow_jax.backbones import find_spec
+from fastflow_jax.errors import InputError
 from fastflow_jax.model import FastFlow, negative_log_likelihood
 from fastflow_jax.store import n_bytes
 
@@ -15,7 +16,12 @@ def describe(config) -> str:
 
     Operations are counted by XLA, two for a multiplication with its addition. Memory of training
     is what XLA plans for one step on one device: values that live until the backward pass.
+
+    Raises:
+      InputError: it is of another detector than FastFlow.
     """
+    if config.detector != "fastflow":
+        raise InputError(f"there is no description of a {config.detector}, only of a fastflow")
     spec = find_spec(config.backbone)
     backbone = spec.module(tuple(config.layers))
     model = flow_model(config)

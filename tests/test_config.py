@@ -227,3 +227,10 @@ def test_fields_and_sections_can_be_left_out():
     assert "seeds" in flat
     assert not [name for name in flat if name.split(".")[0] in ("seed", "map")]
     assert not [name for name in flat if name.startswith("data.tamper")]
+
+
+def test_only_flows_are_described():
+    c = default()
+    c.detector = "patchcore"
+    with pytest.raises(InputError, match="no description of a patchcore"):
+        describe(fill(c))

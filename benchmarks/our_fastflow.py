@@ -13,14 +13,15 @@ import tempfile
 import time
 
 import jax
+import numpy as np
 from outcome import describe_machine, versions, write_result
 
 from fastflow_jax import data, fastflow
 from fastflow_jax.backbones import create_backbone
 from fastflow_jax.config import default, fill
 from fastflow_jax.evaluate import measure, score_split
-from fastflow_jax.features import cache, cached_features, extractor
-from fastflow_jax.prepare import image_batches, split_holdout
+from fastflow_jax.features import cached_features
+from fastflow_jax.prepare import feature_batches, split_holdout
 
 
 def configuration(name: str):
@@ -38,21 +39,17 @@ def train_with_curve(config, folder: pathlib.Path) -> list[dict]:
     dataset = data.open_dataset(config.data)
     backbone = create_backbone(config.backbone, layers=config.layers)
     start, not_counted, calibration, curve = time.perf_counter(), 0.0, None, []
-    extract = extractor(backbone, config.length_power, config.parallel, config.train.batch_size)
 
-    def features(rows, progress):
-        batches = image_batches(config, backbone, dataset.train, rows)
-        return cache(extract, batches, len(rows), progress=progress)
+    def features(source, rows=None):
+        maps = [batch.image for batch in feature_batches(config, backbone, source, rows)]
+        return tuple(map(np.concatenate, zip(*maps, strict=True)))
 
     train, held_out = split_holdout(len(dataset.train), config.data.holdout)
-    training = cached_features(features(train, "features"))
-    holdout = features(held_out, "held-out features")
+    training = cached_features(features(dataset.train, train))
+    holdout = features(dataset.train, held_out)
 
     pause = time.perf_counter()
-    test = [
-        batch._replace(image=extract(batch.image))
-        for batch in image_batches(config, backbone, dataset.test)
-    ]
+    test = list(feature_batches(config, backbone, dataset.test))
     not_counted += time.perf_counter() - pause
 
     def on_epoch(epoch, scorer):

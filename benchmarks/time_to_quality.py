@@ -88,9 +88,10 @@ def run_ours(data: str, device: str) -> list[tuple[float, float]]:
         out = pathlib.Path(folder, "ours.json")
         command = [sys.executable, HERE / "our_fastflow.py", "--data", data, "--out", out]
         subprocess.run(command, check=True, stdout=sys.stderr)
-        return [
-            (row["seconds"], row["image_auroc"]) for row in json.loads(out.read_text())["curve"]
-        ]
+        found = json.loads(out.read_text())
+        if (found["device"] == "cpu") != (device == "cpu"):
+            sys.exit(f"ours ran on {found['device']}, anomalib on {device}")
+        return [(row["seconds"], row["image_auroc"]) for row in found["curve"]]
 
 
 def run_peer(data: str, out: pathlib.Path, *arguments: str) -> dict:

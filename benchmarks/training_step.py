@@ -63,7 +63,8 @@ def our_steps(ours: same_weights.Ours) -> dict[str, Iterator[tuple[float, float]
     optimizer = create_optimizer(config.train, 1)
     loss = objective(config, ours.model, None).loss
     step = partial(train_step, loss=loss, optimizer=optimizer, seed=0)
-    extract = extractor(ours.backbone, config.length_power, config.parallel, n)
+    how = (config.length_power, config.parallel, n, config.feature_dtype)
+    extract = extractor(ours.backbone, *how)
     rows, weight = np.arange(n, dtype=np.int32), np.ones(n, np.float32)
     constants = dict(ours.variables)
     params = constants.pop("params")

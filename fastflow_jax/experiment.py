@@ -163,11 +163,19 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
             scorer.score_features, batches, len(dataset.test), progress=f"{part.title}: {progress}"
         )
 
-    def on_epoch(epoch: int, scorer: Callable) -> dict:
-        if dataset.test and config.evaluate_every and epoch % config.evaluate_every == 0:
-            return {"test": measure(score_test(scorer(), f"epoch {epoch}"))}
-        return {}
+    tested = 0.0
 
+    def on_epoch(epoch: int, scorer: Callable) -> dict:
+        nonlocal tested
+        if not (dataset.test and config.evaluate_every and epoch % config.evaluate_every == 0):
+            return {}
+        start = time.perf_counter()
+        figures = measure(score_test(scorer(), f"epoch {epoch}"))
+        tested += time.perf_counter() - start
+        return {"test": figures}
+
+    metrics_file, seconds_file = part.training / "metrics.jsonl", part.training / "seconds.json"
+    interrupted = parallel.on_main(partial(_epochs, metrics_file))
     start = time.perf_counter()
     scorer = detector.kind(config.detector).fit(
         config,
@@ -179,10 +187,13 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
         on_epoch=on_epoch,
         progress=f"{part.title}: train",
     )
-    seconds["train"] = time.perf_counter() - start
-    epochs = parallel.on_main(partial(_epochs, part.training / "metrics.jsonl"))
-    if epochs:  # of a run that was interrupted, the time before that too
-        seconds["train"] = sum(epoch["seconds"] for epoch in epochs)
+    took = read_json(seconds_file)
+    if took is None:  # else another part has trained before, and this one found it
+        before = sum(epoch["seconds"] for epoch in interrupted)
+        took = {"train": before + time.perf_counter() - start - tested}
+        write_json(seconds_file, took)
+    seconds["train"] = took["train"]
+    epochs = parallel.on_main(partial(_epochs, metrics_file))
     judged = [epoch for epoch in epochs if "holdout_loss" in epoch]
     best = min(judged, key=lambda epoch: epoch["holdout_loss"])["step"] if judged else None
     results = {
@@ -354,7 +365,7 @@ def _figures(parts: list[dict]) -> dict:
 
 def _speed(parts: list[dict]) -> dict | None:
     """Mean over all trainings of what each took: see `speed.FIGURES`."""
-    if not all("speed" in part for part in parts):
+    if not all(part.get("speed") for part in parts):
         return None
     rows = [{"fit_seconds": part["seconds"]["train"]} | part["speed"] for part in parts]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
+import zlib
 from collections.abc import Callable
 
 import flax.struct
@@ -11,6 +13,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from fastflow_jax import parallel
+from fastflow_jax.config import to_plain
 from fastflow_jax.describe import flow_model
 from fastflow_jax.features import Features, TrainingFeatures, inside, without_padding
 from fastflow_jax.model import (
@@ -23,8 +26,6 @@ from fastflow_jax.model import (
 )
 from fastflow_jax.run_folder import read_arrays, write_arrays
 from fastflow_jax.train import Objective, train_in, trained_in
-
-_CALIBRATION = "calibration.npz"
 
 
 def fit(
@@ -73,7 +74,7 @@ def fit(
         progress=progress,
     )
     trained = scorer(variables)
-    write_arrays(folder / _CALIBRATION, dataclasses.asdict(trained.calibration))
+    write_arrays(_calibration_file(config, folder), dataclasses.asdict(trained.calibration))
     return trained
 
 
@@ -87,8 +88,14 @@ def load(config, shapes, folder: pathlib.Path) -> "FastFlowScorer":
     """
     model = flow_model(config)
     variables = trained_in(folder, config, objective(config, model, None), shapes)
-    calibration = Calibration(**read_arrays(folder / _CALIBRATION))
+    calibration = Calibration(**read_arrays(_calibration_file(config, folder)))
     return FastFlowScorer(config, model, variables, calibration)
+
+
+def _calibration_file(config, folder: pathlib.Path) -> pathlib.Path:
+    """Runs that share a training may differ in what the calibration hangs on: each has its own."""
+    settings = json.dumps([to_plain(config.map), to_plain(config.score)])
+    return folder / f"calibration_{zlib.crc32(settings.encode()):08x}.npz"
 
 
 def objective(config, model: FastFlow, statistics: dict | None) -> Objective:
@@ -172,12 +179,14 @@ class FastFlowScorer:
             for nothing.
           size: (H, W) of the maps; None for the input size of the configuration.
         """
-        run = _compiled(_score, self._frozen, self.model, tuple(size or self.config.image_size))
+        run = self._programs(tuple(size or self.config.image_size))
         return run((self.variables, self.calibration), (features, valid))
 
     @functools.cached_property
-    def _frozen(self):
-        return FrozenConfigDict(self.config)
+    def _programs(self):
+        """From the size of images to what scores their features."""
+        config, model = FrozenConfigDict(self.config), self.model
+        return functools.cache(lambda size: _compiled(_score, config, model, size))
 
 
 @_kept

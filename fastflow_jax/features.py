@@ -1,8 +1,10 @@
 """Features of the frozen backbone, computed once for each image."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,11 +32,11 @@ def compress(maps: jax.Array, power: float) -> jax.Array:
     return maps * (jnp.linalg.norm(maps, axis=-1, keepdims=True) + 1e-6) ** (power - 1)
 
 
-def maps_of(backbone: Backbone, length_power: float, dtype: str) -> Callable:
+def maps_of(module: nn.Module, length_power: float, dtype: str) -> Callable:
     """`(variables, images [B, H, W, 3])` -> what the flows see of the images, purely."""
 
     def run(variables, images):
-        maps = backbone.module.apply(variables, images)
+        maps = module.apply(variables, images)
         return tuple(compress(m, length_power).astype(dtype) for m in maps)
 
     return run
@@ -53,7 +55,7 @@ def extractor(
     Raises (the function that is returned):
       InputError: the type cannot hold the features.
     """
-    run = parallel.per_own_example(maps_of(backbone, length_power, dtype), kind, batch_size)
+    run = _compiled(backbone.module, length_power, dtype, kind, batch_size)
 
     def extract(images):
         maps = run(backbone.variables, images)
@@ -62,6 +64,11 @@ def extractor(
         return maps
 
     return extract
+
+
+@functools.lru_cache(maxsize=4)  # one program for all passes over images, whatever the weights
+def _compiled(module, length_power, dtype, kind, batch_size) -> Callable:
+    return parallel.per_own_example(maps_of(module, length_power, dtype), kind, batch_size)
 
 
 def _check_range(maps: Features) -> None:

@@ -236,8 +236,9 @@ def per_own_example(function: Callable, kind: str, batch_size: int) -> Callable:
 
     def call(state, batch):
         n = jax.tree.leaves(batch)[0].shape[0]
-        if n < size:
-            repeat = np.minimum(np.arange(size), n - 1)
+        whole = max(size, -(-n // devices) * devices)
+        if n < whole:
+            repeat = np.minimum(np.arange(whole), n - 1)
             batch = jax.tree.map(lambda leaf: leaf[repeat], batch)
         return jax.tree.map(lambda leaf: np.asarray(leaf)[:n], run(state, batch))
 

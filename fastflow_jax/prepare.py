@@ -105,7 +105,7 @@ def preparer(config, folder: pathlib.Path) -> Callable[[Any, str | None, int], P
             return test_pool(key, config, net, source, None, of_test, folder / "test", title)
 
         title, own = category or images.name, {"category": category}
-        key = (seen, category, config.train.cache)
+        key = (seen, category, config.train.cache, config.train.batch_size)
         drawn = seed if is_augmented(config) else None
         trained_on = (*key, config.data.holdout, _key(config.augment), drawn)
         arguments = (of | own, folder, images.train, seed, all_for_training, title)
@@ -195,7 +195,7 @@ def _kept(
             see(batch)
             yield batch.image
 
-    maps = maps_of(backbone, config.length_power, config.feature_dtype)
+    maps = maps_of(backbone.module, config.length_power, config.feature_dtype)
     image = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
     return store.keep(
         compute,
@@ -250,7 +250,9 @@ def _train(config, backbone, of, folder, source, seed, pooled, title):
         holdout_valid = valid_of(held_out)
     if is_cached:
         maps = features(train, "train", "features")
-        on_device = store.goes_on_device(store.n_bytes(len(train), maps), config.train.cache)
+        size = store.n_bytes(len(train), maps)
+        fits = store.goes_on_device(size, config.train.cache)
+        on_device = not parallel.any_process(not fits)
         if jax.default_backend() != "cpu":
             how = "held by the device" if on_device else "sent to the device step by step"
             tqdm.write(f"{title}: in training, features are {how}")

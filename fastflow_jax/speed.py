@@ -1,6 +1,7 @@
 """What scoring costs: milliseconds an image, memory, space on disk."""
 
 import json
+import os
 import pathlib
 import platform
 import resource
@@ -11,6 +12,7 @@ import time
 
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from fastflow_jax.config import from_plain, to_plain
 from fastflow_jax.detector import Detector
@@ -24,24 +26,25 @@ FIGURES = {
     **{f"ms_batch_{b}": "milliseconds an image, from pixels to map" for b in BATCHES},
     **{f"detector_ms_batch_{b}": "milliseconds an image, features at hand" for b in BATCHES},
     "memory_mib": "peak resident memory of a process that does nothing but score, MiB",
-    "disk_mib": "what the training left on disk to score with, MiB",
+    "disk_mib": "what the training left on disk, to score with and to go on from, MiB",
 }
 
 
-def measure(config: ConfigDict, folder: pathlib.Path, seed: int) -> dict[str, float]:
+def measure(config: ConfigDict, folder: pathlib.Path, seed: int) -> dict[str, float] | None:
     """The figures of `FIGURES` for a finished training.
 
     They are taken in a process of its own, whose memory is that of scoring alone, on random images
-    of the input size: medians, after warm-up, each call waited for. On a GPU both processes hold
-    memory: set XLA_PYTHON_CLIENT_PREALLOCATE=false there.
+    of the input size: medians, after warm-up, each call waited for. On a GPU the two processes
+    share its memory: set XLA_PYTHON_CLIENT_PREALLOCATE=false, or this one has taken most of it. On
+    a TPU, which one process owns, there are no figures.
 
     Args:
       config: filled, of one training.
       folder: of that training, see `experiment.run`.
       seed: of that training.
 
-    Raises:
-      RuntimeError: that process failed; with what it said.
+    Returns:
+      None where that process failed, which is told: the figures of accuracy stand for themselves.
     """
     request = {"config": to_plain(config), "folder": str(folder.absolute()), "seed": seed}
     child = subprocess.run(
@@ -50,11 +53,14 @@ def measure(config: ConfigDict, folder: pathlib.Path, seed: int) -> dict[str, fl
         capture_output=True,
         text=True,
         check=False,
+        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
     )
     if child.returncode:
-        raise RuntimeError(f"measuring the speed of {folder} failed:\n{child.stderr}")
+        tqdm.write(f"the speed of {folder} could not be measured: {child.stderr.strip()[-500:]}")
+        return None
     files = [file for file in folder.rglob("*") if file.is_file()]
-    kept = [file for file in files if "heatmaps" not in file.relative_to(folder).parts]
+    others = {"heatmaps", "features"}
+    kept = [file for file in files if not others.intersection(file.relative_to(folder).parts)]
     figures = json.loads(child.stdout.splitlines()[-1])
     return figures | {"disk_mib": sum(file.stat().st_size for file in kept) / 2**20}
 

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -102,8 +103,11 @@ def free_memory() -> int:
     except (OSError, StopIteration):  # macOS, which tells of all memory only
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     try:  # of a container, where it has a limit
-        return min(free, int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):
+        group = pathlib.Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        used = re.search(r"^anon (\d+)$", (group / "memory.stat").read_text(), re.M)
+        return min(free, max(0, limit - int(used[1])))
+    except (OSError, ValueError, TypeError):
         return free
 
 

@@ -76,7 +76,7 @@ def create_optimizer(config, steps: int) -> optax.GradientTransformation:
         rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(steps, 1))
     else:
         rate = optax.linear_schedule(0.0, config.learning_rate, warmup)
-        rate = rate if warmup else config.learning_rate
+        rate = rate if warmup else optax.constant_schedule(config.learning_rate)
     return optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity(),
@@ -364,7 +364,8 @@ def train_in(
 
 def trained_in(folder: pathlib.Path, config, objective: Objective, shapes) -> dict:
     """The variables that `train_in` left in a folder; `shapes` are (h, w, C) of each scale."""
-    template = create_state(objective, create_optimizer(config.train, 1), shapes, 0)
+    # Of any number of steps: they are no part of the state.
+    template = create_state(objective, create_optimizer(config.train, 1000), shapes, 0)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         return checkpoints.restore(checkpoints.latest, template).variables
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastflow_jax import parallel
+from fastflow_jax import train as training
 from fastflow_jax.checkpoints import Checkpoints
 from fastflow_jax.config import default
 from fastflow_jax.data.pipeline import Batch
@@ -281,20 +282,20 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("stop_at", [4, 6, 9])  # within an epoch, at its end, at the very end
 def test_interrupted_and_resumed_equals_undisturbed(config, tmp_path, stop_at, monkeypatch):
     undisturbed, lines = run(config, tmp_path / "one")
-    compile_step = parallel.step
+    programs_of = training._programs
 
     def stopping(*arguments):
-        step = compile_step(*arguments)
+        programs = programs_of(*arguments)
 
-        def call(state, *batch):
-            if int(state.step) + 1 == stop_at:
+        def step(begin, *batch):
+            if int(begin[0].step) + 1 == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return step(state, *batch)
+            return programs.step(begin, *batch)
 
-        return call
+        return programs._replace(step=step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(parallel, "step", stopping)
+        patch.setattr(training, "_programs", stopping)
         with pytest.raises(Interrupted) as stop:
             run(config, tmp_path / "two")
     assert stop.value.exit_code == 128 + signal.SIGTERM

@@ -73,7 +73,7 @@ def fit(
     Raises:
       Interrupted: SIGTERM or SIGINT came. Nothing is kept: the next call begins anew.
     """
-    if (folder / _BANK).exists():
+    if parallel.on_main((folder / _BANK).exists):
         return load(config, features.shapes, folder)
     c = config.patchcore
     rng = np.random.default_rng(seed)
@@ -132,8 +132,9 @@ def _batches(features: TrainingFeatures, size: int) -> Iterator[Part]:
 
 
 def _stop_if(received: list[int]) -> None:
-    if received:
-        raise Interrupted(received[0], "while filling the memory bank, which begins anew")
+    signum = parallel.any_process(received[0] if received else 0)
+    if signum:
+        raise Interrupted(signum, "while filling the memory bank, which begins anew")
 
 
 def pooling_kernels(shapes, dimension: int) -> tuple[jax.Array, ...]:
@@ -285,7 +286,8 @@ class PatchCoreScorer:
     @functools.cached_property
     def _programs(self):
         """From the size of images to what scores their features."""
-        c = self.config.patchcore
+        config = self.config  # not `self`: what holds itself is freed late
+        c = config.patchcore
 
         def program(size):
             def score(state, batch):
@@ -306,7 +308,7 @@ class PatchCoreScorer:
                     )
                 return image_score, blur_map(resize_map(scores, size), c.sigma)
 
-            return parallel.per_example(score, self.config.parallel, self.config.train.batch_size)
+            return parallel.per_example(score, config.parallel, config.train.batch_size)
 
         return functools.cache(program)
 

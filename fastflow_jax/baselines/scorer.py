@@ -34,9 +34,10 @@ class Scorer:
     @functools.cached_property
     def _programs(self):
         """From the size of images to what scores their features."""
+        function, c = self.function, self.config  # not `self`: what holds itself is freed late
 
         def program(size):
-            score = functools.partial(self.function, size=size)
-            return parallel.per_example(score, self.config.parallel, self.config.train.batch_size)
+            score = functools.partial(function, size=size)
+            return parallel.per_example(score, c.parallel, c.train.batch_size)
 
         return functools.cache(program)

@@ -50,7 +50,7 @@ def fit(
     on_epoch: Callable | None = None,
     progress: str = "train",
 ) -> "SpadeScorer":
-    """Keep the features of all training images, in memory and in the folder.
+    """Keep the features of all training images, where they are and in the folder.
 
     Args:
       config: filled, see `config.fill`.
@@ -62,7 +62,7 @@ def fit(
       on_epoch: not used: there are no epochs.
       progress: not used.
     """
-    if (folder / _GALLERY).exists():
+    if parallel.on_main((folder / _GALLERY).exists):
         return load(config, features.shapes, folder)
     maps = features.cached
     if maps is None:
@@ -79,7 +79,9 @@ def fit(
 def load(config, shapes, folder: pathlib.Path) -> "SpadeScorer":
     """The scorer that `fit` left in a folder, see `fastflow.load`."""
     gallery = read_arrays(folder / _GALLERY)
-    maps = tuple(gallery[f"maps_{i}"] for i in range(len(shapes)))
+    maps = (gallery[f"maps_{i}"] for i in range(len(shapes)))
+    # A file of numpy's knows bfloat16 by its bits alone.
+    maps = tuple(m.view(jnp.bfloat16) if m.dtype.kind == "V" else m for m in maps)
     return SpadeScorer(config, maps, gallery.get("valid"))
 
 
@@ -88,7 +90,7 @@ class SpadeScorer:
     """Scores features; higher is more anomalous."""
 
     config: object  # filled, see `config.fill`
-    maps: Features  # of the training images, in host memory
+    maps: Features  # of the training images
     valid: np.ndarray | None  # bool [N, H, W], False in their padding; None without padding
 
     def score_features(
@@ -106,39 +108,36 @@ class SpadeScorer:
         levels = slice(max(1, len(features) - 1))  # the last is the image's vector alone
         query = features[levels], valid
         found = tuple(
-            np.full((len(m), m[0, ..., 0].size, self.config.spade.kappa), np.inf, np.float32)
-            for m in query[0]
+            np.full((*m.shape[:3], self.config.spade.kappa), np.inf, np.float32) for m in query[0]
         )
         for rank in range(images.shape[1]):  # a batch of the gallery at a time
             rows = operator.itemgetter(images[:, rank])
             gallery = jax.tree.map(rows, (self.maps[levels], self.valid))
             found = self._compare(None, (query, gallery, found))
         draw = self._programs(tuple(size or self.config.image_size))
-        return scores, draw(None, (query, found))
+        return scores, draw(None, (found, valid))
 
     @functools.cached_property
     def _vectors(self) -> jax.Array:
         """Of the training images, [N, C]."""
         return jnp.asarray(_vectors(self.maps, self.valid))
 
-    def _compiled(self, function):
-        return parallel.per_example(function, self.config.parallel, self.config.train.batch_size)
-
     @functools.cached_property
     def _retrieve(self):
         """(training vectors, vectors [B, C]) -> scores [B], indices [B, K] of training images."""
+        images = self.config.spade.images
 
         def retrieve(known, vectors):
             centre = known.mean(0)
-            k = min(self.config.spade.images, len(known))
+            k = min(images, len(known))
             distances, index = nearest(vectors - centre, known - centre, k)
             return distances.mean(-1), index
 
-        return self._compiled(retrieve)
+        return _compiled(self.config, retrieve)
 
     @functools.cached_property
     def _compare(self):
-        """(None, (query, gallery, distances so far)) -> the kappa smallest, [B, h w, kappa]."""
+        """(None, (query, gallery, distances so far)) -> the kappa smallest, [B, h, w, kappa]."""
 
         def compare(_, batch):
             (maps, _), (gallery, gallery_valid), found = batch
@@ -154,34 +153,41 @@ class SpadeScorer:
                         m.reshape(-1, m.shape[-1]).astype(jnp.float32) for m in (query, known)
                     )
                     centre = known.mean(0)
-                    k = min(found.shape[-1], len(known))
+                    kappa = found.shape[-1]
+                    k = min(kappa, len(known))
                     new, _ = nearest(query - centre, known - centre, k, counts)
-                    return jnp.sort(jnp.concatenate([found, new], 1))[:, : found.shape[-1]]
+                    both = jnp.concatenate([found.reshape(-1, kappa), new], 1)
+                    return jnp.sort(both)[:, :kappa].reshape(found.shape)
 
                 return jax.lax.map(one, (query, known, counts, found))
 
             return tuple(map(level, maps, gallery, found))
 
-        return self._compiled(compare)
+        return _compiled(self.config, compare)
 
     @functools.cached_property
     def _programs(self):
         """From the size of images to what makes maps of distances."""
+        config = self.config  # not `self`: what holds itself is freed late
 
         def program(size):
             def draw(_, batch):
-                (maps, valid), found = batch
+                found, valid = batch
                 total = 0.0
-                for m, distances in zip(maps, found, strict=True):
-                    scores = distances.mean(-1).reshape(m.shape[:3])
+                for distances in found:
+                    scores = distances.mean(-1)
                     if valid is not None:
-                        scores = without_padding(scores, inside(valid, m.shape[1:3]))
+                        scores = without_padding(scores, inside(valid, scores.shape[1:]))
                     total += resize_map(scores, size)
-                return blur_map(total / len(maps), self.config.spade.sigma)
+                return blur_map(total / len(found), config.spade.sigma)
 
-            return self._compiled(draw)
+            return _compiled(config, draw)
 
         return functools.cache(program)
+
+
+def _compiled(config, function: Callable) -> Callable:
+    return parallel.per_example(function, config.parallel, config.train.batch_size)
 
 
 def _vectors(features: Features, valid: np.ndarray | None) -> np.ndarray:

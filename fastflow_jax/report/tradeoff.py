@@ -14,10 +14,13 @@ _UP = ("image_auroc", "pixel_auroc")
 def save_tradeoff(results: Mapping, file: pathlib.Path) -> None:
     """Draw the variants of `results.json`, of which each has its speed: a panel a metric.
 
-    Bars are deviations over seeds; the upper left corner is the best.
+    Bars are deviations over seeds; the upper left corner is the best. Without figures of accuracy,
+    as where no test images are labelled, there is no picture.
     """
     variants = results["variants"]
     metrics = [m for m in _UP if all(each["mean"][m] is not None for each in variants.values())]
+    if not metrics:
+        return
     figure = Figure(figsize=(5.5 * len(metrics), 4.5), layout="constrained")
     for axes, metric in zip(
         figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True

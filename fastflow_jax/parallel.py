@@ -296,7 +296,8 @@ def _compile(function, kind, *, shared, axis, reduces):
     devices = jax.devices() if reduces else jax.local_devices()
     local_count = jax.local_device_count()
 
-    def call(arguments, batch):
+    def call(whole, batch):
+        arguments, _ = whole
         return function(*arguments, *batch, **({"axis_name": AXIS} if reduces else {}))
 
     def divide(array):
@@ -308,7 +309,8 @@ def _compile(function, kind, *, shared, axis, reduces):
     )
 
     def run(*arguments):
-        out = mapped(arguments[:shared], jax.tree.map(divide, arguments[shared:]))
+        # Where the first argument has no leaf at all, pmap (jax 0.10) splits the wrong ones: the 0.
+        out = mapped((arguments[:shared], 0), jax.tree.map(divide, arguments[shared:]))
         return out if reduces else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
 
     return run

@@ -195,3 +195,14 @@ def test_processes_train_on_all_columns_of_a_batch(processes):
     index = np.arange(24).reshape(2, 12)
     own = list(in_each_of(processes, lambda: parallel.columns(index)))
     np.testing.assert_array_equal(np.concatenate(own, 1), index)
+
+
+@pytest.mark.parametrize("kind", parallel.KINDS)
+@pytest.mark.parametrize("n", [3, 4, 9])  # fewer than devices, and more than the batch size
+@pytest.mark.parametrize("state", [None, 2.0])
+def test_each_example_is_seen_with_its_own_of_every_kind(kind, n, state):
+    a, b = np.arange(n * 6.0).reshape(n, 2, 3), np.arange(n) + 1.0
+    run = parallel.per_example(
+        lambda state, batch: batch[0][0].sum(1) * batch[0][1][:, None], kind, 4
+    )
+    np.testing.assert_allclose(run(state, ((a, b), None)), a.sum(1) * b[:, None], rtol=1e-6)

@@ -1,5 +1,6 @@
 """SPADE against plain numpy."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
@@ -69,6 +70,16 @@ def test_a_token_map_is_level_and_vector_in_one(tmp_path):
     scores, maps = fitted(tmp_path, train).score_features(test)
     for one, other in zip((scores, maps), expected(train, test, 3, 1, 1), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_features_of_few_bits_come_back_from_the_folder(tmp_path):
+    train, test = (
+        tuple(m.astype(jnp.bfloat16) for m in maps) for maps in (random_maps(7), random_maps(3, 1))
+    )
+    scorer = fitted(tmp_path, train)
+    loaded = load(config(), SHAPES, tmp_path)
+    for one, two in zip(scorer.score_features(test), loaded.score_features(test), strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 def test_training_images_are_normal(tmp_path):

@@ -424,6 +424,12 @@ def _holdout_loss(config, objective, holdout, valid):
 _kept = functools.lru_cache(maxsize=8)
 
 
+def once_a_configuration(function: Callable) -> Callable:
+    """`function(config)`, called once for equal configurations: see `_kept`."""
+    kept = _kept(function)
+    return functools.wraps(function)(lambda config: kept(FrozenConfigDict(config)))
+
+
 class _Programs(NamedTuple):
     """`train_step` and `train_epoch` with ((state, seed), ...) for arguments."""
 

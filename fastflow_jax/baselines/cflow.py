@@ -37,7 +37,7 @@ from fastflow_jax.features import Features, TrainingFeatures, inside, without_pa
 from fastflow_jax.flows import AffineCoupling, ConvSubnet, GlobalAffine, Permute
 from fastflow_jax.model import Latents, location_scores, resize_map
 from fastflow_jax.run_folder import read_arrays, write_arrays
-from fastflow_jax.train import Objective, train_in, trained_in
+from fastflow_jax.train import Objective, once_a_configuration, train_in, trained_in
 
 _MAXIMA = "likelihood_maxima.npz"
 
@@ -165,13 +165,15 @@ class CFlow(nn.Module):
         )
 
 
+@once_a_configuration
 def objective(config) -> Objective:
     """-log sigmoid(log p) of a fiber of each scale, summed over the scales (equation 6)."""
     model = _model(config)
     each = -(-config.cflow.fiber // config.train.batch_size)  # vectors of an image
+    fresh = jax.jit(model.init)
 
     def init(key, features):
-        return jax.jit(model.init)(key, features, _conditions(config, features))
+        return fresh(key, features, _conditions(config, features))
 
     def negative_log_likelihoods(variables, features, valid, keys):
         """Of the drawn vectors per channel, [B, n] a scale, and which of them count, [B, n]."""
@@ -202,16 +204,7 @@ def objective(config) -> Objective:
 
 def maxima(config, variables: dict, features: TrainingFeatures) -> np.ndarray:
     """The highest log p per channel of each scale over all training images, [scales]."""
-    model = _model(config)
-
-    def highest(variables, batch):
-        maps, valid = batch
-        log_p = _log_p(model.apply(variables, maps, _conditions(config, maps)))
-        if valid is not None:
-            log_p = [jnp.where(inside(valid, m.shape[1:]), m, -jnp.inf) for m in log_p]
-        return jnp.stack([m.max((1, 2)) for m in log_p], -1)
-
-    run = parallel.per_example(highest, config.parallel, config.train.batch_size)
+    run = _highest(config)
     size = config.train.batch_size
     parts = []
     for part in features.parts():
@@ -221,7 +214,28 @@ def maxima(config, variables: dict, features: TrainingFeatures) -> np.ndarray:
     return np.concatenate(parts).max(0)
 
 
+@once_a_configuration
+def _highest(config) -> Callable:
+    """(variables, (features, valid)) -> the highest log p of each image and scale, [B, scales]."""
+    model = _model(config)
+
+    def highest(variables, batch):
+        maps, valid = batch
+        log_p = _log_p(model.apply(variables, maps, _conditions(config, maps)))
+        if valid is not None:
+            log_p = [jnp.where(inside(valid, m.shape[1:]), m, -jnp.inf) for m in log_p]
+        return jnp.stack([m.max((1, 2)) for m in log_p], -1)
+
+    return parallel.per_example(highest, config.parallel, config.train.batch_size)
+
+
 def _scorer(config, variables, maxima) -> Scorer:
+    return Scorer(config, (variables, maxima), _score(config))
+
+
+@once_a_configuration
+def _score(config) -> Callable:
+    """See `Scorer.function`."""
     model = _model(config)
 
     def score(state, batch, size):
@@ -234,7 +248,7 @@ def _scorer(config, variables, maxima) -> Scorer:
         anomaly_map = -sum(resize_map(m, size) for m in maps)
         return anomaly_map.max((1, 2)), anomaly_map
 
-    return Scorer(config, (variables, maxima), score)
+    return score
 
 
 def _model(config) -> CFlow:

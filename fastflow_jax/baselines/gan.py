@@ -26,7 +26,7 @@ from fastflow_jax.baselines.convnets import Decoder, Encoder, check_layers, only
 from fastflow_jax.baselines.scorer import Scorer
 from fastflow_jax.features import Features, TrainingFeatures, inside, without_padding
 from fastflow_jax.model import resize_map
-from fastflow_jax.train import Objective, train_in, trained_in
+from fastflow_jax.train import Objective, once_a_configuration, train_in, trained_in
 
 # Fields of the configuration that differ from the default. The gradient is not clipped: a norm
 # over both players would tie one to the other.
@@ -110,6 +110,7 @@ class Generator(nn.Module):
         return z, reconstruction, z_again
 
 
+@once_a_configuration
 def objective(config) -> Objective:
     """The losses of both players in one number, of which each player sees its own.
 
@@ -117,12 +118,13 @@ def objective(config) -> Objective:
     in the discriminator's: the gradient of the sum by either's parameters is that of its own loss.
     """
     generator, discriminator = _generator(config), Encoder(config.gan.width, 1)
+    fresh, fresh_judge = jax.jit(generator.init), jax.jit(discriminator.init)
 
     def init(key, features):
         x = only_map(features)
         keys = jax.random.split(key)
-        made = jax.jit(generator.init)(keys[0], x, jnp.ones((*x.shape[:3], 1)))
-        judge = jax.jit(discriminator.init)(keys[1], x)
+        made = fresh(keys[0], x, jnp.ones((*x.shape[:3], 1)))
+        judge = fresh_judge(keys[1], x)
         return {"params": {"generator": made["params"], "discriminator": judge["params"]}}
 
     def loss(variables, features, valid, keys):
@@ -176,6 +178,12 @@ def discriminator_loss(config, judge, real, fake) -> jax.Array:
 
 
 def _scorer(config, variables) -> Scorer:
+    return Scorer(config, variables, _score(config))
+
+
+@once_a_configuration
+def _score(config) -> Callable:
+    """See `Scorer.function`."""
     generator = _generator(config)
 
     def score(variables, batch, size):
@@ -188,7 +196,7 @@ def _scorer(config, variables) -> Scorer:
             difference = without_padding(difference, inside(valid, difference.shape[1:]))
         return jnp.abs(z - z_again).mean(-1), resize_map(difference, size)
 
-    return Scorer(config, variables, score)
+    return score
 
 
 def _generator(config) -> Generator:

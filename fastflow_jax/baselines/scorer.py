@@ -34,10 +34,11 @@ class Scorer:
     @functools.cached_property
     def _programs(self):
         """From the size of images to what scores their features."""
-        function, c = self.function, self.config  # not `self`: what holds itself is freed late
+        # Not of `self`: what holds itself is freed late.
+        how = (self.function, self.config.parallel, self.config.train.batch_size)
+        return functools.partial(_program, *how)
 
-        def program(size):
-            score = functools.partial(function, size=size)
-            return parallel.per_example(score, c.parallel, c.train.batch_size)
 
-        return functools.cache(program)
+@functools.lru_cache(maxsize=8)
+def _program(function: Callable, kind: str, batch_size: int, size: tuple[int, int]) -> Callable:
+    return parallel.per_example(functools.partial(function, size=size), kind, batch_size)

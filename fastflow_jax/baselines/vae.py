@@ -26,7 +26,7 @@ from fastflow_jax.baselines.convnets import Decoder, Encoder, check_layers, only
 from fastflow_jax.baselines.scorer import Scorer
 from fastflow_jax.features import Features, TrainingFeatures, inside, without_padding
 from fastflow_jax.model import resize_map
-from fastflow_jax.train import Objective, train_in, trained_in
+from fastflow_jax.train import Objective, once_a_configuration, train_in, trained_in
 
 _LOWEST_LOG_VARIANCE = -6.0  # deviations of 0.05 or more, in images from -1 to 1
 
@@ -120,13 +120,15 @@ def negative_log_density(x: jax.Array, mean: jax.Array, log_variance: jax.Array)
     return 0.5 * (squares + log_variance + math.log(2 * math.pi))
 
 
+@once_a_configuration
 def objective(config) -> Objective:
     """The negative evidence lower bound, in nats per value (equation 10)."""
     model = _model(config)
+    fresh = jax.jit(model.init)
 
     def init(key, features):
         x = only_map(features)
-        return jax.jit(model.init)(key, x, jnp.zeros((1, len(x), config.vae.latent)))
+        return fresh(key, x, jnp.zeros((1, len(x), config.vae.latent)))
 
     def bound(variables, features, valid, noise):
         x = only_map(features)
@@ -148,6 +150,12 @@ def objective(config) -> Objective:
 
 
 def _scorer(config, variables) -> Scorer:
+    return Scorer(config, variables, _score(config))
+
+
+@once_a_configuration
+def _score(config) -> Callable:
+    """See `Scorer.function`."""
     model = _model(config)
 
     def score(variables, batch, size):
@@ -161,7 +169,7 @@ def _scorer(config, variables) -> Scorer:
             nll = without_padding(nll, inside(valid, nll.shape[1:]))
         return nll.mean((1, 2)), resize_map(nll, size)
 
-    return Scorer(config, variables, score)
+    return score
 
 
 def _noise(config, samples: int) -> jax.Array:

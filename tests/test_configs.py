@@ -306,8 +306,8 @@ def test_cflow_on_a_data_set_and_on_a_folder(raw, screws, run_config):
 def test_pixels_of_cifar10(name, raw, run_config):
     cifar10_files(raw)
     fields = {"backbone": "pixels", "layers": ("image",), f"{name}.width": 2}
-    results, _, _ = run_config(name, "cifar10/bird,ship", **fields)
-    assert list(results["categories"]) == ["bird", "ship"]
+    results, _, _ = run_config(name, "cifar10/ship", **fields)
+    assert list(results["categories"]) == ["ship"]
     assert results["mean"]["image_auroc"] is not None
     assert results["protocol"]["weights"] == {"source": "none needed"}
 

@@ -2,6 +2,7 @@
 
 import types
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,10 +11,15 @@ from fastflow_jax.errors import InputError
 from fastflow_jax.features import DTYPES, cached_features, extractor
 
 
+class Multiply(nn.Module):
+    def __call__(self, x):
+        return (self.get_variable("params", "factor") * x,)
+
+
 def features_of(images, dtype, factor=1.0, power=1.0):
     """What a backbone that multiplies gives."""
-    module = types.SimpleNamespace(apply=lambda variables, x: (variables * x,))
-    backbone = types.SimpleNamespace(module=module, variables=jnp.float32(factor))
+    variables = {"params": {"factor": jnp.float32(factor)}}
+    backbone = types.SimpleNamespace(module=Multiply(), variables=variables)
     return extractor(backbone, power, "pmap", 4, dtype)(images)[0]
 
 

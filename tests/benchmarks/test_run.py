@@ -1,5 +1,6 @@
 """The runner of the benchmarks: what it reads of them, what it writes, and its limit of time."""
 
+import importlib
 import pathlib
 import sys
 import textwrap
@@ -85,3 +86,11 @@ def test_tables_replace_what_stands_between_the_markers():
     assert once.count("| new |") == 1
     with pytest.raises(ValueError, match="no <!-- tables -->"):
         run.between_markers("no place", "| new |")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["growth", "halves", "inference", "memory", "metrics", "our_fastflow", "training_step"],
+)
+def test_what_a_benchmark_takes_from_the_package_is_there(name):
+    assert importlib.import_module(name).main

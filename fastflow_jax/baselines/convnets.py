@@ -1,18 +1,22 @@
-"""Small convolutional encoder and decoder, which the VAE and the GAN share.
+"""Small convolutional encoder and decoder, and their training: what the VAE and the GAN share.
 
 Blocks of 2x2 pixels are folded into channels and back, so that every convolution has stride 1:
 the strided form computes the same kind of thing, and its gradients are slow in XLA on a CPU. There
 are no norms: batch norm would be state that changes in training, and nets so shallow do without.
 """
 
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from fastflow_jax.baselines.scorer import Scorer
 from fastflow_jax.errors import InputError
-from fastflow_jax.features import inside
+from fastflow_jax.features import Features, TrainingFeatures, inside
+from fastflow_jax.train import Objective, train_in
 
 _HALVINGS = 3
 
@@ -76,17 +80,45 @@ class Decoder(nn.Module):
         return x
 
 
-def check_layers(config) -> None:
-    """Hold a configuration to the one map that is reconstructed.
+def fit_one_map(
+    config,
+    objective: Objective,
+    scorer: Callable[[dict], Scorer],
+    features: TrainingFeatures,
+    holdout: Features | None,
+    holdout_valid: np.ndarray | None = None,
+    *,
+    seed: int,
+    folder: pathlib.Path,
+    on_epoch: Callable[[int, Callable[[], Scorer]], dict] = lambda epoch, scorer: {},
+    progress: str = "train",
+) -> Scorer:
+    """Train a net that reconstructs one map.
+
+    `objective` is what is trained, `scorer` makes what scores of the variables; the rest is that of
+    `fastflow.fit`.
 
     Raises:
-      InputError: it names several.
+      InputError: the configuration names several maps.
+      Interrupted, InputError: see `train.train`.
     """
     if len(config.layers) != 1:
         raise InputError(
             f"a {config.detector} reconstructs one map: give one of config.layers, not "
             f"{', '.join(config.layers)}"
         )
+    variables = train_in(
+        folder,
+        config,
+        objective,
+        features,
+        holdout,
+        holdout_valid,
+        seed=seed,
+        on_epoch=lambda epoch, variables: on_epoch(epoch, lambda: scorer(variables)),
+        progress=progress,
+    )
+    return scorer(variables)
 
 
 def only_map(features: Sequence[jax.Array]) -> jax.Array:

@@ -16,17 +16,17 @@ and not in turn; the default momentum of Adam.
 
 import pathlib
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fastflow_jax.baselines.convnets import Decoder, Encoder, check_layers, only_map, seen_of
+from fastflow_jax.baselines.convnets import Decoder, Encoder, fit_one_map, only_map, seen_of
 from fastflow_jax.baselines.scorer import Scorer
-from fastflow_jax.features import Features, TrainingFeatures, inside, without_padding
+from fastflow_jax.features import inside, without_padding
 from fastflow_jax.model import resize_map
-from fastflow_jax.train import Objective, once_a_configuration, train_in, trained_in
+from fastflow_jax.train import Objective, once_a_configuration, trained_in
 
 # Fields of the configuration that differ from the default. The gradient is not clipped: a norm
 # over both players would tie one to the other.
@@ -50,31 +50,9 @@ def layers(spec) -> tuple[str, ...]:
     return spec.layers[-1:]
 
 
-def fit(
-    config,
-    features: TrainingFeatures,
-    holdout: Features | None,
-    holdout_valid: np.ndarray | None = None,
-    *,
-    seed: int,
-    folder: pathlib.Path,
-    on_epoch: Callable[[int, Callable[[], Scorer]], dict] = lambda epoch, scorer: {},
-    progress: str = "train",
-) -> Scorer:
-    """Train; see `fastflow.fit`."""
-    check_layers(config)
-    variables = train_in(
-        folder,
-        config,
-        objective(config),
-        features,
-        holdout,
-        holdout_valid,
-        seed=seed,
-        on_epoch=lambda epoch, variables: on_epoch(epoch, lambda: _scorer(config, variables)),
-        progress=progress,
-    )
-    return _scorer(config, variables)
+def fit(config, *images, **how) -> Scorer:
+    """Train; arguments and errors are those of `fastflow.fit`, see `convnets.fit_one_map`."""
+    return fit_one_map(config, objective(config), partial(_scorer, config), *images, **how)
 
 
 def load(config, shapes, folder: pathlib.Path) -> Scorer:

@@ -57,8 +57,8 @@ def command(tmp_path_factory):
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """One device a process, and one compilation for all that run the same program."""
-    variables = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return variables | {
+    return os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # see conftest.py
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -45,9 +45,9 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         `table.csv`, of variants whose speed was measured `tradeoff.png`, and, in it or in a
         sub-folder for each category, variant and seed where there are several, `checkpoints/`,
         `metrics.jsonl`, `scores.json`, `heatmaps/` and `report.html`, which the run has too; a
-        report of a finished run that was removed is written again. Variants that differ only in what comes after training
-        share one, in the folder of the first. Until the run is finished, `features/` has those
-        that the memory has no room for.
+        report of a finished run that was removed is written again. Variants that differ only in
+        what comes after training share one, in the folder of the first. Until the run is finished,
+        `features/` has those that the memory has no room for.
 
     Returns:
       What stands in `results.json`.

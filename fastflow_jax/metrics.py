@@ -174,11 +174,13 @@ def aupro(
 
 
 class PixelCurves(NamedTuple):
-    """What a detector makes of pixels, by threshold; thresholds descend, and with them rates rise."""
+    """What a detector makes of pixels, by threshold; as thresholds descend, rates rise."""
 
     thresholds: np.ndarray  # float64 [T]
     false_positive_rate: np.ndarray  # float64 [T], of normal pixels
-    true_positive_rate: np.ndarray  # float64 [T], of defective pixels: with the above, the ROC curve
+    true_positive_rate: (
+        np.ndarray
+    )  # float64 [T], of defective pixels: with the above, the ROC curve
     overlap: np.ndarray  # float64 [T], of regions: with the same, the curve that `aupro` integrates
     f1: np.ndarray  # float64 [T], of pixels
 

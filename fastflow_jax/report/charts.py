@@ -72,7 +72,8 @@ def line_chart(
     for value, text in ticks(y0, y1).items():
         parts.append(
             Markup(
-                '<path class="grid" d="M{} {:.1f}h{}"/><text x="{}" y="{:.1f}" class="end">{}</text>'
+                '<path class="grid" d="M{} {:.1f}h{}"/>'
+                '<text x="{}" y="{:.1f}" class="end">{}</text>'
             ).format(_LEFT, up(value), width, _LEFT - 7, up(value) + 4, text)
         )
     for value, text in ticks(x0, x1).items():
@@ -102,26 +103,23 @@ def line_chart(
     return Markup("").join([*parts, Markup("</svg>")])
 
 
-def histogram(
-    low: float, high: float, normal: np.ndarray, anomalous: np.ndarray, bins: int = 60
-) -> Markup:
-    """Bars of normal scores upwards, of anomalous ones downwards, each the share of its kind.
+def histogram(low: float, high: float, normal: np.ndarray, anomalous: np.ndarray) -> Markup:
+    """Bars of normal scores upwards, of anomalous ones downwards, each kind to a scale of its own.
 
     It has no text and stretches to any width. What lies out of the range is in its outer bars.
     """
+    bins = int(np.clip(3 * np.sqrt(len(normal) + len(anomalous)), 20, 80))
     edges = np.linspace(low, high, bins + 1)
     counts = [np.histogram(np.clip(s, low, high), edges)[0] for s in (normal, anomalous)]
-    shares = [c / max(1, c.sum()) for c in counts]
-    highest = max(share.max() for share in shares)
     parts = [
         Markup(
             '<svg viewBox="0 0 {} 200" preserveAspectRatio="none" role="img" aria-label="Scores of '
             '{} normal images, bars upwards, and of {} anomalous ones, downwards">'
         ).format(10 * bins, len(normal), len(anomalous))
     ]
-    for kind, count, share in zip(("normal", "anomalous"), counts, shares, strict=True):
+    for kind, count in zip(("normal", "anomalous"), counts, strict=True):
         for i in np.flatnonzero(count):
-            height = 97 * share[i] / highest
+            height = 97 * count[i] / count.max()
             parts.append(
                 Markup(
                     '<rect class="{}" x="{}" y="{:.2f}" width="9" height="{:.2f}">'

@@ -91,7 +91,7 @@ def draw_strip(
     mask: np.ndarray | None = None,
     side: int = 160,
 ) -> Image.Image:
-    """The same small, side by side without a gap: photograph, heat, what is called defective, truth.
+    """The same small, without gaps: photograph, heat, what is called defective, and the truth.
 
     Args:
         image: uint8 [H, W, 3].

@@ -105,7 +105,7 @@ def part_page(
         figures=_figures(part["figures"], None),
         protocol=_protocol(results, config, part, scored["images"]),
         decision=decision,
-        charts=_charts(part, folder / part.get("training", "."), scored),
+        charts=_charts(part, folder / part.get("training", "."), scored, decision),
         gallery=decision and _gallery(scored, folder, decision),
         table=None if back else table_cells(results),
         back=back,
@@ -148,7 +148,9 @@ def _protocol(results: Mapping, config: Mapping, part: Mapping | None = None, im
         lines.append(f"{len(images):,} test images: {len(images) - bad:,} good, {bad:,} anomalous.")
     if part:
         data = part["data"]
-        lines.append(f"Trained on {data['trained_on']:,} good images, {data['held_out']:,} held out.")
+        lines.append(
+            f"Trained on {data['trained_on']:,} good images, {data['held_out']:,} held out."
+        )
     seeds = [part["seed"]] if part else of["seeds"]
     weights = part["weights"] if part else of["weights"]
     control = ", untrained: a control" if weights["source"] == "random" else ""
@@ -165,17 +167,21 @@ def _decision(images: list[dict], threshold: float | None, threshold_is: str) ->
         return None
     scores = np.array([image["score"] for image in images])
     finite = scores[np.isfinite(scores)]
-    scores = np.clip(scores, finite.min(initial=0), finite.max(initial=0)) if len(finite) else scores * 0
+    scores = np.clip(scores, finite.min(initial=0), finite.max(initial=0))  # JSON has no infinity
     labels = np.array([image["label"] for image in images], bool)
     if threshold is None:
-        value = np.float32(f1_max(scores, labels)[1])  # reached, not exceeded
-        threshold = float(np.nextafter(value, np.float32(-np.inf))) if labels.any() else float(value)
+        value = np.float32(f1_max(scores, labels)[1])
+        if labels.any():
+            value = np.nextafter(value, np.float32(-np.inf))  # that score is to be above it
+        threshold = float(value)
         threshold_is = "F1-optimal on the test labels" if labels.any() else "the highest score"
     low, high = scores.min(), scores.max()
     # A few scores far out must not squeeze all others into one bar.
-    typical = [np.quantile(s, q) for s, q in ((scores[~labels], 0.99), (scores[labels], 0.5)) if len(s)]
-    far = low + 2.5 * (max(*typical, threshold) - low)
-    beyond, high = high > far > low, min(high, far) if far > low else high
+    kinds = ((scores[~labels], 0.99), (scores[labels], 0.5))
+    typical = max(threshold, *(np.quantile(s, q) for s, q in kinds if len(s)))
+    far = low + 2.5 * (typical - low)
+    beyond = bool(low < far < 0.7 * high)
+    high = far if beyond else high
     room = 0.02 * (high - low) or 1.0
     low, high = float(min(low, threshold) - room), float(max(high, threshold) + room)
     return {
@@ -186,23 +192,25 @@ def _decision(images: list[dict], threshold: float | None, threshold_is: str) ->
         "low": low,
         "high": high,
         "digits": int(max(0, 3 - np.floor(np.log10(high - low)))),
-        "beyond": bool(beyond),
+        "beyond": beyond,
         "ticks": {(v - low) / (high - low): text for v, text in ticks(low, high).items()},
         "histogram": histogram(low, high, scores[~labels], scores[labels]),
     }
 
 
-def _charts(part: Mapping, training: pathlib.Path, scored: Mapping) -> list[dict]:
+def _charts(
+    part: Mapping, training: pathlib.Path, scored: Mapping, decision: Mapping | None
+) -> list[dict]:
     """ROC, PRO and training curves, as far as there are some."""
     charts, figures = [], part["figures"]
-    labels = [image["label"] for image in scored["images"]]
+    two_kinds = decision is not None and 0 < decision["labels"].mean() < 1
     pixels = scored.get("pixel_curves")
     lines = []
     if pixels:
         x, y = ([0, *pixels[k], 1] for k in ("false_positive_rate", "true_positive_rate"))
         lines.append(Line(f"pixels, AUROC {figures['pixel_auroc']:.3f}", "second", x, y))
-    if len(set(labels)) == 2:
-        x, y, _ = roc_curve(labels, np.nan_to_num([i["score"] for i in scored["images"]]))
+    if two_kinds:
+        x, y, _ = roc_curve(decision["labels"], decision["scores"])
         lines.insert(0, Line(f"images, AUROC {figures['image_auroc']:.3f}", "first", x, y))
     if lines:
         chart = line_chart(
@@ -213,7 +221,7 @@ def _charts(part: Mapping, training: pathlib.Path, scored: Mapping) -> list[dict
             x_range=(0, 1),
             y_range=(0, 1),
             diagonal=True,
-            point="point" if len(set(labels)) == 2 else None,
+            point="point" if two_kinds else None,
         )
         charts.append({"title": "ROC", "lines": lines, "svg": chart})
     if pixels:
@@ -221,9 +229,7 @@ def _charts(part: Mapping, training: pathlib.Path, scored: Mapping) -> list[dict
         line = Line(f"regions, AUPRO {figures['aupro']:.3f}", "second", x, y)
         at = float(np.interp(_FPR_LIMIT, line.x, line.y))
         kept = [(a, b) for a, b in zip(line.x, line.y, strict=True) if a < _FPR_LIMIT]
-        line = line._replace(
-            x=[a for a, _ in kept] + [_FPR_LIMIT], y=[b for _, b in kept] + [at]
-        )
+        line = line._replace(x=[a for a, _ in kept] + [_FPR_LIMIT], y=[b for _, b in kept] + [at])
         chart = line_chart(
             [line],
             title=f"Region overlap over the false-positive rate of pixels: {line.name}",

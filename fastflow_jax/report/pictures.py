@@ -85,9 +85,7 @@ def write_pictures(
     chosen = list(dict.fromkeys(in_heatmaps + in_strips))
     in_heatmaps, in_strips = set(in_heatmaps), set(in_strips)
     bar = {"desc": "pictures", "unit": "img", "leave": False, "dynamic_ncols": True}
-    for i, anomaly_map in tqdm(
-        zip(chosen, maps_of(chosen), strict=True), total=len(chosen), **bar
-    ):
+    for i, anomaly_map in tqdm(zip(chosen, maps_of(chosen), strict=True), total=len(chosen), **bar):
         if not parallel.is_main():  # which takes part in computing the maps, no more
             continue
         example = source[i]

@@ -150,7 +150,7 @@ def test_a_strip_has_image_heat_mask_and_truth_of_one_size_in_their_places():
     photograph, heat, called, truth = np.split(np.asarray(strip).astype(int), 4, axis=1)
     assert (photograph == 90).all()
     assert heat[60, 120].sum() > heat[20, 40].sum() == 3 * 90
-    lower_right, rest = called[41:, 81:], (called[:38], called[:, :78])
+    lower_right, rest = called[46:, 86:], (called[:34], called[:, :74])
     assert len(np.unique(lower_right.reshape(-1, 3), axis=0)) == 1
     assert all((part == called[0, 0]).all() for part in rest)
     assert (lower_right[0, 0] != called[0, 0]).any()

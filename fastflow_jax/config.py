@@ -149,7 +149,7 @@ def default() -> ConfigDict:
     c.checkpoint_every = 1  # epochs
     c.evaluate_every = 0  # epochs; 0: at the end only. Fills "best_on_test", for study
     c.heatmaps = 40  # pictures at the most
-    c.report = True  # report.html, see `report.html`
+    c.report = True  # report.html, see report/html.py
     c.report_pictures = 2000  # in it at the most; those of several parts share that number
     return c
 

@@ -253,7 +253,7 @@ def test_aupro_of_padded_maps_is_that_of_their_valid_part():
     assert metrics.aupro(padded, wide) != metrics.aupro(maps, masks)
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(maps_and_masks())
 def test_curves_of_pixels_equal_their_definition(drawn):
     maps, masks = drawn

@@ -108,7 +108,7 @@ def histogram(low: float, high: float, normal: np.ndarray, anomalous: np.ndarray
 
     It has no text and stretches to any width. What lies out of the range is in its outer bars.
     """
-    bins = int(np.clip(3 * np.sqrt(len(normal) + len(anomalous)), 20, 80))
+    bins = int(np.clip(3 * np.sqrt(len(normal) + len(anomalous)), 30, 80))
     edges = np.linspace(low, high, bins + 1)
     counts = [np.histogram(np.clip(s, low, high), edges)[0] for s in (normal, anomalous)]
     parts = [

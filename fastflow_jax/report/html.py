@@ -53,13 +53,13 @@ def write_reports(workdir: str | pathlib.Path, results: Mapping | None = None) -
     )
     if len(parts) == 1:
         part, folder = parts[0]
-        write_text(workdir / "report.html", part_page(part, folder, config, results))
+        _write(workdir, part_page(part, folder, config, results))
         return
     links = []
     for part, folder in parts:
         back = "../" * len(folder.relative_to(workdir).parts) + "report.html"
         page = part_page(part, folder, config, results, back=back)
-        write_text(folder / "report.html", page)
+        _write(folder, page)
         links.append((part, (folder / "report.html").relative_to(workdir).as_posix()))
     page = _template().render(
         title=f"{_detector(config)} on {config['data']['name']}",
@@ -69,7 +69,7 @@ def write_reports(workdir: str | pathlib.Path, results: Mapping | None = None) -
         links=links,
         provenance=_provenance(results, config),
     )
-    write_text(workdir / "report.html", page)
+    _write(workdir, page)
 
 
 def part_page(
@@ -114,6 +114,11 @@ def part_page(
     )
 
 
+def _write(folder: pathlib.Path, page: str) -> None:
+    """Names of files may hold what UTF-8 has no code for."""
+    write_text(folder / "report.html", page.encode("utf-8", "replace").decode("utf-8"))
+
+
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
@@ -122,7 +127,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         undefined=jinja2.ChainableUndefined,
     )
-    files = {name: (_HERE / f"report.{name}").read_text() for name in ("css", "js")}
+    files = {name: (_HERE / f"report.{name}").read_text("utf-8") for name in ("css", "js")}
     return environment.get_template("report.html.jinja", globals=files)
 
 

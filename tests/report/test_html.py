@@ -16,7 +16,11 @@ from fastflow_jax.report import html as reports
 from fastflow_jax.report.html import part_page, write_reports
 from fastflow_jax.report.pictures import write_pictures
 
-HOSTILE = ["<script>hacked=1<.png", "</script><img src=x onerror=hacked=1>.png", "\"'&amp; ü.png"]
+HOSTILE = [
+    "<script>hacked=1<.png",
+    "</script><img src=x onerror=hacked=1>.png",
+    "\"'&amp; ü\udcff.png",
+]
 VOID = {"meta", "link", "input", "img", "br"}
 
 

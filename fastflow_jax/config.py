@@ -149,6 +149,8 @@ def default() -> ConfigDict:
     c.checkpoint_every = 1  # epochs
     c.evaluate_every = 0  # epochs; 0: at the end only. Fills "best_on_test", for study
     c.heatmaps = 40  # pictures at the most
+    c.report = True  # report.html, see report/html.py
+    c.report_pictures = 2000  # in it at the most; those of several parts share that number
     return c
 
 
@@ -160,7 +162,10 @@ def name_data(config: ConfigDict, argument: str) -> None:
 
 
 # What may differ between a run and its continuation.
-_FREE_TO_CHANGE = ("parallel", "heatmaps", "data.dir", "flow.reversible", "train.cache")
+_FREE_TO_CHANGE = (
+    *("parallel", "heatmaps", "report", "report_pictures"),
+    *("data.dir", "flow.reversible", "train.cache"),
+)
 
 # Lowest and highest values of numbers.
 _BOUNDS = {
@@ -213,6 +218,7 @@ _BOUNDS = {
     "checkpoint_every": (1, 10**9),
     "evaluate_every": (0, 10**9),
     "heatmaps": (0, 10**6),
+    "report_pictures": (0, 10**6),
 }
 
 

@@ -4,11 +4,12 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
+import os
 import pathlib
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import jax
@@ -19,14 +20,13 @@ from tqdm import tqdm
 import fastflow_jax
 from fastflow_jax import data, detector, parallel, speed
 from fastflow_jax.config import to_plain, variants, without
-from fastflow_jax.data.transforms import placement, seen_part
+from fastflow_jax.data.transforms import placement
 from fastflow_jax.evaluate import METRICS, Scored, measure, score_split
 from fastflow_jax.prepare import Prepared, feature_batches, preparer, seen_by
-from fastflow_jax.report.heatmaps import draw_heatmap, save_picture
+from fastflow_jax.report.html import write_reports
+from fastflow_jax.report.pictures import write_pictures
 from fastflow_jax.report.table import format_csv, format_markdown, format_table
 from fastflow_jax.run_folder import check_same_data, claim, read_json, write_json, write_text
-
-_SCALE_IMAGES = 500  # good images, evenly chosen, that set the colours of heat maps
 
 
 def default_workdir(config_file: str, config) -> pathlib.Path:
@@ -44,9 +44,10 @@ def run(config, workdir: str | pathlib.Path) -> dict:
       workdir: the run folder: `config.json`, `results.json`, its table as `table.md` and
         `table.csv`, of variants whose speed was measured `tradeoff.png`, and, in it or in a
         sub-folder for each category, variant and seed where there are several, `checkpoints/`,
-        `metrics.jsonl` and `heatmaps/`. Variants that differ only in what comes after training
-        share one, in the folder of the first. Until the run is finished, `features/` has those
-        that the memory has no room for.
+        `metrics.jsonl`, `scores.json`, `heatmaps/` and `report.html`, which the run has too; a
+        report of a finished run that was removed is written again. Variants that differ only in
+        what comes after training share one, in the folder of the first. Until the run is finished,
+        `features/` has those that the memory has no room for.
 
     Returns:
       What stands in `results.json`.
@@ -60,6 +61,8 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         results_file = workdir / "results.json"
         results = read_json(results_file)
         if results is not None:
+            if config.report and not (workdir / "report.html").exists():
+                parallel.on_main(lambda: write_reports(workdir, results))
             print(f"{workdir} holds this run, finished:\n\n{format_table(results)}")
             return results
         plan = _plan(config, workdir)
@@ -82,6 +85,8 @@ def run(config, workdir: str | pathlib.Path) -> dict:
             from fastflow_jax.report.tradeoff import save_tradeoff  # matplotlib is slow to import
 
             parallel.on_main(lambda: save_tradeoff(results, workdir / "tradeoff.png"))
+        if config.report:
+            parallel.on_main(lambda: write_reports(workdir, results))
         parallel.on_main(lambda: shutil.rmtree(features, ignore_errors=True))
         write_json(results_file, results)
         parallel.on_main(lambda: None)  # all wait for what the first one writes
@@ -99,6 +104,7 @@ class _Part:
     seed: int
     folder: pathlib.Path
     training: pathlib.Path  # its folder, or that of an earlier part that trains the very same
+    pictures: int  # that its report shows at the most
 
     @property
     def file(self) -> pathlib.Path:
@@ -119,7 +125,7 @@ _AFTER_TRAINING = (
     "layers_as",  # what it made of `layers` counts
     *("data.tamper", "data.mask_resize", "map", "score"),
     *("patchcore.neighbours", "patchcore.reweight", "patchcore.sigma", "spade"),
-    *("measure_speed", "heatmaps", "parallel"),
+    *("measure_speed", "heatmaps", "report", "report_pictures", "parallel"),
 )
 
 
@@ -131,6 +137,7 @@ def _plan(config, workdir: pathlib.Path) -> list[_Part]:
     if data.share_images(config.data):  # a variant of all categories at a time
         pairs = [(category, v) for v in variants(config).items() for category in categories]
     plan, trainings = [], {}
+    pictures = config.report_pictures // (len(pairs) * len(seeds)) if config.report else 0
     for (category, (variant, changed)), seed in itertools.product(pairs, seeds):
         folder = workdir
         if len(categories) > 1:
@@ -141,7 +148,7 @@ def _plan(config, workdir: pathlib.Path) -> list[_Part]:
             folder /= f"seed_{seed}"
         key = json.dumps([category, seed, without(changed, _AFTER_TRAINING)])
         training = trainings.setdefault(key, folder)
-        plan.append(_Part(changed, variant, category, seed, folder, training))
+        plan.append(_Part(changed, variant, category, seed, folder, training, pictures))
     features = [seen_by(part.config, part.seed) for part in plan]
     order = sorted(range(len(plan)), key=lambda i: features.index(features[i]))
     return [plan[i] for i in order]
@@ -209,6 +216,7 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
             "held_out": len(prepared.holdout[0]) if prepared.holdout else 0,
         },
         "weights": prepared.backbone.weights,
+        "training": os.path.relpath(part.training, part.folder),
         "seconds": seconds,
     }
     if dataset.test:
@@ -216,7 +224,7 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
         scored = score_test(scorer, "test")
         results["figures"] = measure(scored)
         seconds["evaluate"] = time.perf_counter() - start
-        _write_heatmaps(config, prepared, scorer, scored, part.folder / "heatmaps")
+        _write_pictures(part, prepared, scorer, scored)
     if config.measure_speed:
         results["speed"] = parallel.on_main(
             partial(speed.measure, config, part.training, part.seed)
@@ -240,48 +248,25 @@ def _best_on_test(epochs: list[dict]) -> dict | None:
     return {m: max(v, default=None) for m, v in values.items()}
 
 
-def _write_heatmaps(
-    config,
-    prepared: Prepared,
-    scorer,
-    scored: Scored,
-    folder: pathlib.Path,
-) -> None:
-    """Pictures of the highest scores, defective and good in turn, on one colour scale."""
-    source = prepared.dataset.test
-    ranked = np.argsort(-scored.scores, kind="stable")
-    good, bad = (ranked[scored.labels[ranked] == label] for label in (0, 1))
-    turns = itertools.zip_longest(bad, good)
-    chosen = [int(i) for turn in turns for i in turn if i is not None][: config.heatmaps]
+def _write_pictures(part: _Part, prepared: Prepared, scorer, scored: Scored) -> None:
+    """Heat maps and what the report shows, of the test images."""
+    config, source = part.config, prepared.dataset.test
 
-    def maps_of(indices):
+    def maps_of(indices) -> Iterable[np.ndarray]:
         if scored.maps is not None:
-            return [scored.maps[i] for i in indices]
+            return (scored.maps[i] for i in indices)
         stream = feature_batches(config, prepared.backbone, source, indices)
-        return [m for b in stream for m in scorer.score_features(b.image, b.valid)[1]]
+        return (m for b in stream for m in scorer.score_features(b.image, b.valid)[1])
 
-    if not chosen:
-        return
-    # From the typical pixel to the highest that a good image reaches, but for outliers.
-    normal = np.sort(good if len(good) else ranked)
-    normal = np.stack(maps_of(normal[:: -(-len(normal) // _SCALE_IMAGES)]))
-    low, high = np.quantile(normal, 0.5), np.quantile(normal, 0.999)
-    pairs = zip(chosen, maps_of(chosen), strict=True)
-    if not parallel.is_main():
-        return
-    bar = {"desc": "heat maps", "unit": "img", "leave": False, "dynamic_ncols": True}
-    for i, anomaly_map in tqdm(pairs, total=len(chosen), **bar):
-        example = source[i]
-        placed = placement(example.image.shape[:2], config.image_size, config.data.resize)
-        picture = draw_heatmap(
-            seen_part(example.image, placed),
-            anomaly_map[placed.place],
-            low=low,
-            high=high + (high - low),
-            mask=None if example.mask is None else seen_part(example.mask, placed),
-            title=f"{example.name}  score {scored.scores[i]:.3f}",
-        )
-        save_picture((folder / example.name).with_suffix(".png"), picture)
+    write_pictures(
+        part.folder,
+        source,
+        scored,
+        maps_of,
+        heatmaps=config.heatmaps,
+        strips=part.pictures,
+        placed=partial(placement, target=tuple(config.image_size), how=config.data.resize),
+    )
 
 
 def _summarise(config, parts: list[dict]) -> dict:

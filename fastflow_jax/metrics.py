@@ -18,6 +18,7 @@ Higher scores are more anomalous. NaN has no rank and is refused; infinities ran
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -170,6 +171,82 @@ def aupro(
         steps = height * ramp / 2 + np.maximum(fpr_limit - end, 0)
         area += np.dot(weights[block], np.where(start < fpr_limit, steps, 0))
     return float(area / fpr_limit)
+
+
+class PixelCurves(NamedTuple):
+    """What a detector makes of pixels, by threshold; as thresholds descend, rates rise."""
+
+    thresholds: np.ndarray  # float64 [T]
+    false_positive_rate: np.ndarray  # float64 [T], of normal pixels
+    true_positive_rate: (
+        np.ndarray
+    )  # float64 [T], of defective pixels: with the above, the ROC curve
+    overlap: np.ndarray  # float64 [T], of regions: with the same, the curve that `aupro` integrates
+    f1: np.ndarray  # float64 [T], of pixels
+
+
+def pixel_curves(
+    maps: ArrayLike,
+    masks: ArrayLike | None,
+    *,
+    valid: np.ndarray | None = None,
+    points: int = 200,
+) -> PixelCurves | None:
+    """The curves behind `pixel_auroc` and `aupro`, to draw them.
+
+    Each point is exact. Thresholds are chosen so that points lie closer the lower the
+    false-positive rate is; maps are gone through one by one, so that none are copied or sorted.
+
+    Args:
+        maps: anomaly maps [B, H, W].
+        masks: [B, H, W], True where the image is defective; None where there are no masks.
+        valid: bool [B, H, W], False for pixels that do not count; None where all count.
+        points: about half as many thresholds as there are at the most.
+
+    Returns:
+        The curves, or None without masks or with only one class of pixels.
+
+    Raises:
+        InputError: as `image_auroc`.
+    """
+    if masks is None:
+        return None
+    maps, masks = _check(maps, masks)
+    counted = np.broadcast_to(True, maps.shape) if valid is None else valid
+    every = max(1, maps.size // _BLOCK)  # thresholds may come from some pixels: rates do not
+    some = maps.reshape(-1)[::every][counted.reshape(-1)[::every]]
+    ranks = 1 - np.linspace(0, 1, points) ** 3
+    defective = maps[masks]
+    if not len(defective) or not len(some) or counted.sum() == len(defective):
+        return None
+    thresholds = np.unique(
+        np.concatenate(
+            [np.quantile(part, ranks, method="nearest") for part in (some, defective)]
+        ).astype(np.float64)
+    )
+    false, true, overlap = np.zeros((3, len(thresholds)))
+
+    def reaching(values, weights=None):  # of which thresholds each value reaches, summed
+        place = np.searchsorted(thresholds, values, "right")
+        sums = np.bincount(place, weights, minlength=len(thresholds) + 1)
+        return np.cumsum(sums[::-1])[::-1][1:]
+
+    weights, start = _region_weights(masks), 0
+    for anomaly_map, mask, counts in zip(maps, masks, counted, strict=True):
+        false += reaching(anomaly_map[counts & ~mask])
+        if mask.any():
+            inside = anomaly_map[mask]
+            true += reaching(inside)
+            overlap += reaching(inside, weights[start : start + len(inside)])
+            start += len(inside)
+    normal = counted.sum() - len(defective)
+    return PixelCurves(
+        thresholds[::-1],
+        false[::-1] / normal,
+        true[::-1] / len(defective),
+        overlap[::-1],
+        (2 * true / (true + false + len(defective)))[::-1],
+    )
 
 
 def _check(scores: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

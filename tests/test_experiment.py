@@ -22,7 +22,7 @@ def tiny(**fields):
     c.data.name, c.data.category = "synthetic", "brick"
     c.weights, c.image_size, c.layers = "random", (64,), ("blocks.2",)
     c.flow.steps, c.flow.kernels, c.flow.hidden_ratio = 1, (3,), 0.5
-    c.train.epochs, c.heatmaps = 1, 4
+    c.train.epochs, c.heatmaps, c.report_pictures = 1, 4, 4
     c.update_from_flattened_dict(fields)
     return fill(c)
 
@@ -37,10 +37,12 @@ def test_the_run_folder_holds_everything(finished):
     folder, results = finished
     names = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
     expected = {"config.json", "checkpoints", "metrics.jsonl", "results.json", "heatmaps"}
+    expected |= {"scores.json", "strips", "report.html"}
     assert expected <= names
     assert json.loads((folder / "results.json").read_text()) == results
     assert json.loads((folder / "config.json").read_text())["layers"] == ["blocks.2"]
     assert len(list((folder / "heatmaps").glob("*/*.png"))) == 4
+    assert len(list((folder / "strips").glob("*.webp"))) == 4
 
 
 def test_results_say_what_was_done(finished):
@@ -64,6 +66,15 @@ def test_a_finished_run_is_found(finished, capsys):
     assert experiment.run(tiny(), folder) == results
     assert "finished" in capsys.readouterr().out
     assert (folder / "results.json").stat().st_mtime_ns == before
+
+
+def test_a_report_that_was_removed_is_written_again_without_scoring(finished, monkeypatch):
+    folder, _ = finished
+    before = (folder / "report.html").read_text()
+    (folder / "report.html").unlink()
+    monkeypatch.delattr(experiment, "_run_part")
+    experiment.run(tiny(), folder)
+    assert (folder / "report.html").read_text() == before
 
 
 def test_other_settings_are_refused(finished):

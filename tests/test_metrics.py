@@ -251,3 +251,41 @@ def test_aupro_of_padded_maps_is_that_of_their_valid_part():
     padded[:, 3:13], valid[:, 3:13], wide[:, 3:13] = maps, True, masks
     assert metrics.aupro(padded, wide, valid=valid) == metrics.aupro(maps, masks)
     assert metrics.aupro(padded, wide) != metrics.aupro(maps, masks)
+
+
+@settings(max_examples=40, deadline=None)
+@given(maps_and_masks())
+def test_curves_of_pixels_equal_their_definition(drawn):
+    maps, masks = drawn
+    curves = metrics.pixel_curves(maps, masks)
+    if masks.all() or not masks.any():
+        assert curves is None
+        return
+    assert (np.diff(curves.thresholds) < 0).all()
+    found = [(i, region) for i, mask in enumerate(masks) for region in regions(mask)]
+    for threshold, *point in zip(*curves, strict=True):
+        hit = maps >= threshold
+        overlap = np.mean([np.mean([hit[i][pixel] for pixel in r]) for i, r in found])
+        f1 = sklearn_metrics.f1_score(masks.ravel(), hit.ravel(), zero_division=0)
+        expected = [hit[~masks].mean(), hit[masks].mean(), overlap, f1]
+        np.testing.assert_allclose(point, expected, atol=1e-9)
+
+
+def test_areas_under_the_curves_of_pixels_are_the_figures():
+    rng = np.random.default_rng(0)
+    masks = np.zeros((40, 64, 64), bool)
+    for mask in masks[:20]:
+        y, x = rng.integers(0, 50, 2)
+        mask[y : y + 12, x : x + 8] = True
+    maps = (rng.normal(0, 1, masks.shape) + 2 * masks).astype(np.float32)
+    valid = np.ones(masks.shape, bool)
+    valid[20:, 32:] = False
+    maps[~valid] = 99
+    _, x, tpr, overlap, f1 = metrics.pixel_curves(maps, masks, valid=valid)
+    x, tpr, overlap = ([0, *v, 1] for v in (x, tpr, overlap))
+    auroc = metrics.pixel_auroc(maps[valid], masks[valid])
+    assert np.trapezoid(tpr, x) == pytest.approx(auroc, abs=1e-3)
+    grid = np.linspace(0, 0.3, 3001)
+    pro = np.trapezoid(np.interp(grid, x, overlap), grid) / 0.3
+    assert pro == pytest.approx(metrics.aupro(maps, masks, valid=valid), abs=1e-3)
+    assert max(f1) == pytest.approx(metrics.f1_max(maps[valid], masks[valid])[0], abs=2e-3)

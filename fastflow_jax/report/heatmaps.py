@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fastflow_jax.errors import InputError
+from fastflow_jax.report.charts import ticks
 
 # Lightness rises evenly from black over violet and red to pale yellow (the "inferno" map of
 # matplotlib, CC0, at nine points), so that hotter is lighter in print and to the colour-blind too.
@@ -36,6 +37,7 @@ _COLOURS = np.array(
 )
 _OPACITY = 0.85  # at the hottest
 _OUTLINE = (0, 255, 170)
+_CALLED, _NOTHING = (255, 196, 61), (28, 28, 33)  # in strips: what is called defective, and not
 _INK, _FAINT, _PAPER = (32, 32, 36), (112, 112, 120), (255, 255, 255)
 _SIDES = (256, 512)  # pixels of a panel's longer side, at least and at most
 _MARGIN, _GAP, _BAR = 12, 10, 14
@@ -79,6 +81,43 @@ def draw_heatmap(
     return _compose(panels, _colour_bar(photograph.height, low, high), title)
 
 
+def draw_strip(
+    image: np.ndarray,
+    anomaly_map: np.ndarray,
+    *,
+    low: float,
+    high: float,
+    threshold: float,
+    mask: np.ndarray | None = None,
+    side: int = 160,
+) -> Image.Image:
+    """The same small, without gaps: photograph, heat, what is called defective, and the truth.
+
+    Args:
+        image: uint8 [H, W, 3].
+        anomaly_map: [h, w], of any size; stretched over the image.
+        low: as for `draw_heatmap`.
+        high: likewise.
+        threshold: of the map; pixels above it are called defective.
+        mask: bool [H', W'], the truth; None where there is none, and then there are three pictures.
+        side: pixels of a picture's longer side.
+    """
+    scale = side / max(image.shape[:2])
+    height, width = (max(1, round(length * scale)) for length in image.shape[:2])
+    photograph = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
+    stretched = Image.fromarray(np.asarray(anomaly_map, np.float32)).resize(
+        photograph.size, Image.Resampling.BILINEAR
+    )
+    pictures = [
+        photograph,
+        _overlay(photograph, anomaly_map, low, high),
+        _silhouette(np.asarray(stretched) > threshold, _CALLED),
+    ]
+    if mask is not None:
+        pictures.append(_silhouette(_shrink(np.asarray(mask), photograph.size), _OUTLINE))
+    return stack_pictures(pictures, columns=len(pictures))
+
+
 def stack_pictures(pictures: Sequence[Image.Image], columns: int = 1) -> Image.Image:
     """Several pictures as one, row by row, left-aligned."""
     rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
@@ -96,12 +135,15 @@ def stack_pictures(pictures: Sequence[Image.Image], columns: int = 1) -> Image.I
 
 
 def save_picture(path: str | os.PathLike, picture: Image.Image) -> None:
-    """Write a PNG file in one step, so that an interrupted run leaves no broken picture."""
+    """Write a PNG or WebP file, as its suffix says.
+
+    In one step, so that an interrupted run leaves no broken picture.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        picture.save(part, format="PNG")
+        picture.save(part, format=path.suffix.removeprefix("."))
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -137,9 +179,7 @@ def _overlay(
 
 def _outline(photograph: Image.Image, mask: np.ndarray) -> Image.Image:
     """The photograph with a line around the defect, and a dark one around that for contrast."""
-    shares = Image.fromarray(mask.astype(np.float32))
-    # Not the nearest pixel: a defect of a few must not vanish where a large image is shrunk.
-    inside = np.asarray(shares.resize(photograph.size, Image.Resampling.BOX)) > 0
+    inside = _shrink(mask, photograph.size)
     border = np.ones_like(inside)
     border[2:-2, 2:-2] = False  # where a defect leaves the picture, its line runs along the edge
     outside = _grow(_grow(inside))
@@ -150,6 +190,18 @@ def _outline(photograph: Image.Image, mask: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+def _shrink(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The mask in another (width, height), bool."""
+    shares = Image.fromarray(mask.astype(np.float32))
+    # Not the nearest pixel: a defect of a few must not vanish where a large image is shrunk.
+    return np.asarray(shares.resize(size, Image.Resampling.BOX)) > 0
+
+
+def _silhouette(mask: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
+    """The mask in a colour on dark ground."""
+    return Image.fromarray(np.where(mask[..., None], colour, _NOTHING).astype(np.uint8))
+
+
 def _grow(mask: np.ndarray) -> np.ndarray:
     """The mask and its neighbours, by one pixel."""
     padded = np.pad(mask, 1)
@@ -158,27 +210,15 @@ def _grow(mask: np.ndarray) -> np.ndarray:
     )  # [H, W]
 
 
-def _ticks(low: float, high: float) -> dict[float, str]:
-    """Two to six round values within the range, ascending, and their text."""
-    if high == low:
-        return {low: f"{low:.3g}"}
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9))
-    values = step * np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    return {float(v): f"{v + 0.0:.{digits}f}" if 1e-4 <= step < 1e4 else f"{v:.3g}" for v in values}
-
-
 def _colour_bar(height: int, low: float, high: float) -> Image.Image:
     """The heat from bottom to top as it looks over mid-grey, with numbers to its right."""
-    font, ticks = ImageFont.load_default(_CAPTION), _ticks(low, high)
-    width = _BAR + 7 + math.ceil(max(font.getlength(text) for text in ticks.values()))
+    font, texts = ImageFont.load_default(_CAPTION), ticks(low, high)
+    width = _BAR + 7 + math.ceil(max(font.getlength(text) for text in texts.values()))
     bar = Image.new("RGB", (width, height), _PAPER)
     values = np.broadcast_to(np.linspace(1, 0, height)[:, None], (height, _BAR))
     bar.paste(Image.fromarray(_heat(values, np.full(values.shape, 128.0))), (0, 0))
     draw, last = ImageDraw.Draw(bar), math.inf
-    for value, text in ticks.items():
+    for value, text in texts.items():
         y = (height - 1) * (1 - ((value - low) / (high - low) if high > low else 0))
         middle = min(max(y, _CAPTION / 2), height - _CAPTION / 2)
         if last - middle >= _CAPTION:  # a low picture has no room for all

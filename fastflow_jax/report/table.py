@@ -68,29 +68,30 @@ def format_table(results: Mapping) -> str:
     return "\n".join([*head, rule, *body, *notes])
 
 
-def format_markdown(results: Mapping) -> str:
-    """The same as a Markdown table."""
+def table_cells(results: Mapping) -> tuple[list[str], list[list[str]], list[str]]:
+    """The same as heads, of which the first is empty, rows and notes."""
     table = _table(results)
     heads = ["", *(f"{c.system} {c.title}".strip() for c in table.columns)]
-    rows = [heads, ["---"] + ["---:"] * len(table.columns), *_body(table)]
+    columns = [column.cells for column in table.columns]
+    return heads, [list(row) for row in zip(table.rows, *columns, strict=True)], table.notes
+
+
+def format_markdown(results: Mapping) -> str:
+    """The same as a Markdown table."""
+    heads, body, notes = table_cells(results)
+    rows = [heads, ["---"] + ["---:"] * (len(heads) - 1), *body]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([*lines, *(f"\n{note}" for note in table.notes)]) + "\n"
+    return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
 
 
 def format_csv(results: Mapping) -> str:
     """The same as comma-separated values; notes are in a last column, each row's the same."""
-    table = _table(results)
-    heads = ["name", *(f"{c.system} {c.title}".strip() for c in table.columns), "notes"]
+    heads, body, notes = table_cells(results)
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(heads)
-    writer.writerows([*row, "; ".join(table.notes)] for row in _body(table))
+    writer.writerow(["name", *heads[1:], "notes"])
+    writer.writerows([*row, "; ".join(notes)] for row in body)
     return file.getvalue()
-
-
-def _body(table: _Table) -> list[list[str]]:
-    cells = [column.cells for column in table.columns]
-    return [list(row) for row in zip(table.rows, *cells, strict=True)]
 
 
 def _table(results: Mapping) -> _Table:

@@ -1,0 +1,460 @@
+"""Reports: what stands in them, that they need nothing else, and that they work in a browser."""
+
+import html.parser
+import json
+import re
+
+import chromium
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastflow_jax.data.dataset import GOOD, Source
+from fastflow_jax.data.transforms import placement
+from fastflow_jax.evaluate import METRICS, Scored, measure
+from fastflow_jax.report import html as reports
+from fastflow_jax.report.html import part_page, write_reports
+from fastflow_jax.report.pictures import write_pictures
+
+HOSTILE = [
+    "<script>hacked=1<.png",
+    "</script><img src=x onerror=hacked=1>.png",
+    "\"'&amp; ü\udcff.png",
+]
+VOID = {"meta", "link", "input", "img", "br"}
+
+
+def scored_images(n=40, seed=0, masks=True):
+    """A source of n images, the first third of which is good, and what a detector made of it."""
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(n) >= n // 3).astype(np.int32)
+    defects = tuple(("crack", HOSTILE[1])[i % 2] if bad else GOOD for i, bad in enumerate(labels))
+    names = (*HOSTILE, *(f"{i:04}.png" for i in range(n)))[:n]
+    truth = np.zeros((n, 32, 48), bool)
+    truth[labels == 1, 5:15, 8:30] = True
+    images = rng.integers(0, 255, (n, 32, 48, 3), np.uint8)
+    source = Source(names, defects, lambda i: (images[i], truth[i] if masks else None))
+    maps = (rng.normal(0, 1, truth.shape) + 1.5 * truth).astype(np.float32)
+    scores = (rng.normal(0, 1, n) + 1.5 * labels).astype(np.float32)
+    return source, Scored(scores, labels, *((maps, truth) if masks else (None, None)), None), maps
+
+
+def write_part(folder, name="screw", seed=0, variant=None, strips=1000, **fields):
+    """A part of a run, as `experiment.run` leaves it."""
+    source, scored, maps = scored_images(seed=seed, **fields)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_pictures(
+        folder,
+        source,
+        scored,
+        lambda indices: (maps[i] for i in indices),
+        heatmaps=0,
+        strips=strips,
+        placed=lambda size: placement(size, (32, 48), "square"),
+    )
+    epochs = [{"epoch": i, "step": 2 * i, "loss": 1 / i, "holdout_loss": 2 / i} for i in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in epochs))
+    part = {
+        "name": name,
+        "variant": variant,
+        "seed": seed,
+        "figures": measure(scored),
+        "data": {"source": "<b>here</b>", "trained_on": 50, "held_out": 6},
+        "weights": {"source": "a file", "sha256": "5793442"},
+        "training": ".",
+        "seconds": {"train": 12.5},
+    }
+    (folder / "part.json").write_text(json.dumps(part))
+    return part
+
+
+def write_run(workdir, parts, seeds=(0,), variants=None):
+    """What else there is in the folder of a run."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    config = {"detector": "fastflow", "data": {"name": "folder"}, "backbone": "resnet18"}
+    config |= {"image_size": [32, 48], "seeds": len(seeds), "flow": {"steps": 4}}
+    (workdir / "config.json").write_text(json.dumps(config))
+    first = parts[0]["figures"]
+    results = {
+        "categories": {part["name"]: part["figures"] for part in parts},
+        "mean": first,
+        "std": dict.fromkeys(METRICS, 0.01) if len(seeds) > 1 else None,
+        "speed": None,
+        "variants": variants,
+        "protocol": {
+            "chosen_on_test_data": "nothing",
+            "dataset": "folder",
+            "backbone": "resnet18",
+            "weights": parts[0]["weights"],
+            "seeds": list(seeds),
+            "data": {part["name"]: part["data"] for part in parts},
+        },
+        "versions": {"jax": "0.10"},
+        "seconds": {"screw/0": {"train": 12.5}},
+    }
+    (workdir / "results.json").write_text(json.dumps(results))
+    write_reports(workdir)
+    return (workdir / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_run(folder, [write_part(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """2,000 images, each with a picture, larger than those of smooth photographs."""
+    folder = tmp_path_factory.mktemp("many")
+    part = write_part(folder, n=2000, strips=1, masks=False)
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 255, (20, 80, 3), np.uint8))
+    coarse.resize((640, 160), Image.Resampling.BICUBIC).save(folder / "strips" / "0.webp")
+    content = (folder / "strips" / "0.webp").read_bytes()
+    scored = json.loads((folder / "scores.json").read_text())
+    scored["panels"] = ["image", "heat map", "mask", "truth"]
+    for i, image in enumerate(scored["images"]):
+        (folder / "strips" / f"{i}.webp").write_bytes(content)
+        image["size"] = [160, 160]
+    (folder / "scores.json").write_text(json.dumps(scored))
+    write_run(folder, [part])
+    return folder
+
+
+class Checked(html.parser.HTMLParser):
+    """Sees that elements are nested and closed; keeps their attributes and texts."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.elements, self.texts = [], [], {}
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        assert len(dict(attributes)) == len(attributes)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.texts.setdefault(self.open[-1] if self.open else None, []).append(text)
+
+
+def embedded(page):
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1))
+
+
+def counts(scores, labels, threshold):
+    called, bad = np.array(scores) > threshold, np.array(labels) == 1
+    return [int(n.sum()) for n in (called & bad, ~called & bad, called & ~bad, ~called & ~bad)]
+
+
+def test_a_report_is_well_formed_and_loads_nothing(run_folder):
+    page = (run_folder / "report.html").read_text()
+    checked = Checked(page)
+    ids = [a["id"] for _, a in checked.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in checked.elements:
+        for name in ("src", "href", "srcset", "action", "data", "poster"):
+            link = attributes.get(name)
+            assert link is None or link.startswith(("#", "data:,")), (tag, link)
+        for name in ("aria-labelledby", "aria-controls", "for"):
+            assert attributes.get(name) is None or attributes[name] in ids
+        assert not any(name.startswith("on") for name in attributes)
+        assert "url" not in attributes.get("style", "")
+    style = "".join(checked.texts["style"])
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "http" not in style + "".join(checked.texts["script"])
+
+
+def test_names_of_files_and_of_defects_are_text_alone(run_folder):
+    page = (run_folder / "report.html").read_text()
+    assert "hacked" in page
+    checked = Checked(page)
+    assert [tag for tag, _ in checked.elements].count("script") == 2
+    assert "img" not in [tag for tag, _ in checked.elements]
+    assert HOSTILE[1] + " (" in "".join(checked.texts["option"])
+    assert "<b>here</b>" in "".join(checked.texts["dd"])
+    assert set(HOSTILE) <= set(embedded(page)["names"])
+
+
+def test_it_holds_scores_figures_and_where_they_come_from(run_folder):
+    page = (run_folder / "report.html").read_text()
+    source, scored, _ = scored_images()
+    data = embedded(page)
+    assert data["scores"] == [float(s) for s in scored.scores]
+    assert data["labels"] == scored.labels.tolist()
+    assert data["names"] == list(source.names)
+    assert all(data["strips"])
+    text = " ".join(" ".join(t) for t in Checked(page).texts.values())
+    figures = measure(scored)
+    for metric in METRICS:
+        assert f"{figures[metric]:.3f}" in text
+        assert f"{figures[metric]:.4f}" in text  # in the table
+    assert "40 test images: 13 good, 27 anomalous" in text
+    for told in ("5793442", "resnet18", "nothing chosen on test data", "12.5", "F1-optimal"):
+        assert told in text
+
+
+def test_the_slider_starts_at_the_best_f1_unless_told_otherwise(run_folder):
+    _, scored, _ = scored_images()
+    data = embedded((run_folder / "report.html").read_text())
+
+    def f1(threshold):
+        tp, fn, fp, _ = counts(scored.scores, scored.labels, threshold)
+        return 2 * tp / (2 * tp + fn + fp)
+
+    assert f1(data["threshold"]) == pytest.approx(measure(scored)["image_f1"])
+    results, config, part = (
+        json.loads((run_folder / f"{name}.json").read_text())
+        for name in ("results", "config", "part")
+    )
+    page = part_page(
+        part, run_folder, config, results, threshold=9.25, threshold_is="5 % <of> held-out"
+    )
+    assert embedded(page)["threshold"] == 9.25
+    assert embedded(page)["low"] < 9.25 < embedded(page)["high"]
+    assert "It starts at 9.25: 5 % &lt;of&gt; held-out." in page
+    assert "F1-optimal on the test labels" not in page
+
+
+def test_several_parts_have_a_report_each_and_one_that_links_to_them(tmp_path):
+    parts = [
+        write_part(tmp_path / name / f"seed_{seed}", name, seed, n=9)
+        for name in ("screw", "nut & bolt")
+        for seed in (0, 1)
+    ]
+    top = Checked(write_run(tmp_path, parts, seeds=(0, 1)))
+    links = [a["href"] for tag, a in top.elements if tag == "a" and a["href"].endswith("html")]
+    assert links == [
+        f"{name}/seed_{seed}/report.html" for name in ("screw", "nut & bolt") for seed in (0, 1)
+    ]
+    for link in links:
+        page = (tmp_path / link).read_text()
+        (back,) = re.findall('href="([.][^"]*)"', page)
+        assert (tmp_path / link).parent.joinpath(back).resolve() == tmp_path / "report.html"
+        assert link.split("/")[1].replace("_", " ") in re.search("<h1>(.*)</h1>", page).group(1)
+    assert "± 0.010" in " ".join(top.texts["small"])
+
+
+def test_variants_are_told_apart_and_have_their_own_configuration(tmp_path):
+    parts = [write_part(tmp_path / v, variant=v, n=9) for v in ("ours", "theirs")]
+    figures = {"mean": parts[0]["figures"], "std": None, "speed": None}
+    variants = {
+        "ours": figures | {"changes": {}},
+        "theirs": figures | {"changes": {"detector": "patchcore"}},
+    }
+    write_run(tmp_path, parts, variants=variants)
+    title = re.search("<h1>(.*)</h1>", (tmp_path / "theirs" / "report.html").read_text()).group(1)
+    assert title == "PatchCore on folder screw, theirs"
+
+
+def test_without_test_images_there_is_a_report_on_the_training(tmp_path):
+    part = write_part(tmp_path)
+    (tmp_path / "scores.json").unlink()
+    part["figures"] = dict.fromkeys(METRICS)
+    (tmp_path / "part.json").write_text(json.dumps(part))
+    checked = Checked(write_run(tmp_path, [part]))
+    assert checked.texts["h3"] == ["Training"]
+    assert "script" not in checked.texts
+
+
+@pytest.mark.parametrize("scores", [[1.0] * 4, [-np.inf, 0.0, 1.0, np.inf], [0, 1, 2, 1e30]])
+@pytest.mark.parametrize("labels", [[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 1]])
+def test_any_scores_and_labels_make_a_report(run_folder, tmp_path, scores, labels):
+    part = json.loads((run_folder / "part.json").read_text())
+    images = [
+        {"name": f"{i}.png", "defect": "a", "label": label, "score": score}
+        for i, (label, score) in enumerate(zip(labels, scores, strict=True))
+    ]
+    (tmp_path / "scores.json").write_text(json.dumps({"images": images}))
+    (tmp_path / "part.json").write_text(json.dumps(part))
+    data = embedded(write_run(tmp_path, [part]))
+    assert np.isfinite([*data["scores"], data["low"], data["high"], data["threshold"]]).all()
+    assert data["low"] < data["threshold"] < data["high"]
+
+
+def test_pictures_are_at_most_as_many_as_asked_for(tmp_path):
+    part = write_part(tmp_path, strips=10)
+    page = write_run(tmp_path, [part])
+    data = embedded(page)
+    kept = np.flatnonzero([strip is not None for strip in data["strips"]])
+    assert len(kept) == 10 == len(list((tmp_path / "strips").iterdir()))
+    order = np.argsort(-np.array(data["scores"]), kind="stable")
+    ranks = np.flatnonzero(np.isin(order, kept))
+    assert {0, 39} <= set(ranks)
+    assert set(np.diff(ranks)) <= {4, 5}
+    assert "10 of 40 images" in page
+
+
+def test_two_thousand_images_make_a_file_of_bounded_size(many, monkeypatch):
+    size = (many / "report.html").stat().st_size
+    strip = (many / "strips" / "0.webp").stat().st_size
+    assert 2000 * strip * 4 / 3 < size < 2000 * (strip * 4 / 3 + 200) + 100_000
+    assert size < 65 * 2**20
+    monkeypatch.setattr(reports, "_MOST_BYTES", 300 * strip)
+    part, config, results = (
+        json.loads((many / f"{name}.json").read_text()) for name in ("part", "config", "results")
+    )
+    page = part_page(part, many, config, results)
+    assert len(page) < 300 * strip * 4 / 3 + 2000 * 200 + 100_000
+    kept = sum(strip is not None for strip in embedded(page)["strips"])
+    assert kept == 286  # each seventh
+    assert "286 of 2,000 images" in page
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    if not chromium.BINARY:
+        pytest.skip("there is no Chromium to look at reports with")
+    with chromium.page(tmp_path_factory.mktemp("profile")) as page:
+        page.size(1280, 900)
+        yield page
+
+
+SHOWN = "[...document.querySelectorAll('#gallery li')]"
+
+
+def read_counts(page):
+    return page.run(
+        "['tp','fn','fp','tn'].map(id => parseInt(document.getElementById(id).textContent))"
+    )
+
+
+def test_the_slider_changes_the_counts_to_the_right_numbers(run_folder, page):
+    page.open(run_folder / "report.html")
+    data = embedded((run_folder / "report.html").read_text())
+    scores, labels = np.array(data["scores"]), np.array(data["labels"])
+    assert read_counts(page) == counts(scores, labels, data["threshold"])
+    for value in np.linspace(data["low"], data["high"], 7):
+        page.run(
+            f"(() => {{const s = document.getElementById('slider'); s.value = {float(value)!r};"
+            "s.dispatchEvent(new Event('input', {bubbles: true}))})()"
+        )
+        threshold = float(page.run("document.getElementById('slider').value"))
+        assert threshold == pytest.approx(value, abs=1e-9)
+        tp, fn, fp, tn = counts(scores, labels, threshold)
+        assert read_counts(page) == [tp, fn, fp, tn]
+        rates = page.run(
+            "['recall', 'alarms', 'f1'].map(id => document.getElementById(id).textContent)"
+        )
+        assert rates[0] == f"{100 * tp / (tp + fn):.1f} %"
+        assert rates[1] == f"{100 * fp / (fp + tn):.1f} %"
+        assert float(rates[2]) == pytest.approx(2 * tp / (2 * tp + fp + fn), abs=6e-4)
+        verdicts = page.run(f"{SHOWN}.map(item => item.dataset.verdict)")
+        assert [verdicts.count(v) for v in ("tp", "fn", "fp", "tn")] == [tp, fn, fp, tn]
+    assert page.errors == []
+
+
+def test_keys_move_the_slider_and_a_typed_number_sets_it(run_folder, page):
+    page.open(run_folder / "report.html")
+    data = embedded((run_folder / "report.html").read_text())
+    page.run("document.getElementById('slider').focus()")
+    for kind in ("rawKeyDown", "keyUp"):
+        page.call("Input.dispatchKeyEvent", type=kind, key="PageUp", windowsVirtualKeyCode=33)
+    moved = float(page.run("document.getElementById('slider').value"))
+    step = (data["high"] - data["low"]) / 25
+    assert moved == pytest.approx(data["threshold"] + step)
+    assert read_counts(page) == counts(data["scores"], data["labels"], moved)
+    page.run("document.getElementById('number').select()")
+    page.call("Input.insertText", text="0.5")
+    assert float(page.run("document.getElementById('slider').value")) == 0.5
+    assert read_counts(page) == counts(data["scores"], data["labels"], 0.5)
+    page.run("new Promise(done => setTimeout(done, 500))")
+    spoken = page.run("document.getElementById('spoken').textContent")
+    assert f"{read_counts(page)[2]} false alarms" in spoken
+    page.run("document.getElementById('number').select()")
+    score = data["scores"][20]
+    page.call("Input.insertText", text=repr(score))  # which is not above itself
+    assert read_counts(page) == counts(data["scores"], data["labels"], score)
+    page.run("document.getElementById('reset').click()")
+    assert read_counts(page) == counts(data["scores"], data["labels"], data["threshold"])
+    assert page.errors == []
+
+
+def test_the_gallery_is_sorted_and_filtered(run_folder, page):
+    page.size(1280, 20_000)  # so that all cards are there
+    page.open(run_folder / "report.html")
+    data = embedded((run_folder / "report.html").read_text())
+    scores, labels = np.array(data["scores"]), np.array(data["labels"])
+    names, defects = np.array(data["names"]), np.array(data["defects"])
+    called = scores > data["threshold"]
+
+    def shown():
+        page.settle()
+        return page.run(f"{SHOWN}.map(item => item.querySelector('.name').textContent)")
+
+    def choose(selector, value):
+        page.run(
+            f"(() => {{const s = document.querySelector({json.dumps(selector)});"
+            f"s.value = {json.dumps(value)};"
+            "s.dispatchEvent(new Event('change', {bubbles: true}))})()"
+        )
+
+    order = np.argsort(-scores, kind="stable")
+    assert shown() == names[order].tolist()
+    choose("#order", "low")
+    assert shown() == names[order[::-1]].tolist()
+    choose("#order", "high")
+    wanted = {"fp": called & (labels == 0), "fn": ~called & (labels == 1)}
+    wanted["correct"] = called == (labels == 1)
+    for value, of in wanted.items():
+        page.run(f"document.querySelector('[name=verdict][value={value}]').click()")
+        assert shown() == [names[i] for i in order if of[i]]
+        assert page.run(f"document.getElementById('chip-{value}').textContent") == str(of.sum())
+    choose("#defect", HOSTILE[1])
+    assert shown() == [names[i] for i in order if of[i] and defects[i] == HOSTILE[1]]
+    assert page.run("typeof hacked") == "undefined"
+    page.run("document.querySelector('[name=verdict][value=\"\"]').click()")
+    page.run("document.querySelector('.card').click()")
+    first = next(i for i in order if defects[i] == HOSTILE[1])
+    assert page.run("document.getElementById('detail-title').textContent") == names[first]
+    assert page.run("document.querySelectorAll('#detail-panels img').length") == 4
+    page.run("document.getElementById('next').click()")
+    assert page.run("document.getElementById('detail-title').textContent") != names[first]
+    page.size(1280, 900)
+    assert page.errors == []
+
+
+def test_of_two_thousand_images_those_that_are_seen_are_in_the_page(many, page):
+    page.requests.clear()
+    page.open(many / "report.html")
+    assert page.run(f"{SHOWN}.length") == 2000
+    filled = f"{SHOWN}.map((item, i) => item.firstChild ? i : -1).filter(i => i >= 0)"
+    pictures = "document.images.length"
+    page.run("document.getElementById('gallery').scrollIntoView({behavior: 'instant'})")
+    page.settle()
+    before = page.run(filled)
+    assert before[0] == 0
+    assert 8 <= len(before) < 100
+    assert page.run(pictures) == 4 * len(before)
+    page.run("window.scrollTo({top: document.body.scrollHeight, behavior: 'instant'})")
+    page.settle()
+    after = page.run(filled)
+    assert after[-1] == 1999
+    assert after[0] > before[-1]
+    assert page.run(pictures) < 400
+    assert page.run("[...document.images].every(image => image.complete && image.naturalWidth)")
+    assert all(url.startswith(("file:", "data:")) for url in page.requests)
+    assert page.errors == []
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_it_fits_the_width_of_a_telephone(run_folder, page, width):
+    page.size(width, 800, mobile=width < 1000)
+    page.open(run_folder / "report.html")
+    assert page.run("document.documentElement.scrollWidth") <= width
+    page.size(1280, 900)

@@ -38,8 +38,8 @@ def write_reports(workdir: str | pathlib.Path, results: Mapping | None = None) -
     """Write `report.html` for a run and, where it has several parts, for each of them.
 
     Args:
-        workdir: the run folder, see `experiment.run`.
-        results: what is to stand in `results.json`; None: what stands there.
+      workdir: the run folder, see `experiment.run`.
+      results: what is to stand in `results.json`; None: what stands there.
     """
     workdir = pathlib.Path(workdir)
     if results is None:
@@ -85,14 +85,14 @@ def part_page(
     """The report on one training and its evaluation.
 
     Args:
-        part: what stands in `part.json`.
-        folder: the part's; `scores.json` and `strips/` may lie there.
-        config: of the run, plain.
-        results: of the run.
-        threshold: where the slider begins; scores above it are called anomalous. None: the
+      part: what stands in `part.json`.
+      folder: the part's; `scores.json` and `strips/` may lie there.
+      config: of the run, plain.
+      results: of the run.
+      threshold: where the slider begins; scores above it are called anomalous. None: the
             F1-optimal one on the test labels, and so labelled.
-        threshold_is: where a threshold that is given comes from.
-        back: where the report on the whole run lies, if there is another.
+      threshold_is: where a threshold that is given comes from.
+      back: where the report on the whole run lies, if there is another.
     """
     changes = results["variants"][part["variant"]]["changes"] if part["variant"] else {}
     config = config | changes

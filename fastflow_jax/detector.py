@@ -336,7 +336,7 @@ class Detector:
         return tuple(np.concatenate(scale) for scale in zip(*parts, strict=True))
 
     def latents(self, features: Features) -> Features:
-        """The z of features, [B, h, w, C] a scale: standard normal under the model of a FastFlow."""
+        """The z of features, [B, h, w, C] a scale: standard normal under the model."""
         return self._flow("latents")(features)
 
     def invert(self, latents: Features) -> Features:

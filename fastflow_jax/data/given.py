@@ -46,9 +46,14 @@ def each(images: Images) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
         images = np.asarray(images)
     for i, image in enumerate(images):
         if isinstance(image, str | Path):
-            yield str(image), functools.partial(_read, Path(image))
+            yield str(image), functools.partial(read_image, Path(image))
         else:
             yield f"image {i}", functools.partial(_checked, image, f"image {i}")
+
+
+def read_image(path: Path) -> np.ndarray:
+    """The image in a file, uint8 [H, W, 3], see `transforms.decode_image`."""
+    return decode_image(read_file(path), str(path))
 
 
 def as_dataset(images: Images) -> Dataset:
@@ -96,10 +101,6 @@ def ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
 def _is_array(images: Any) -> bool:
     """Of numpy, JAX, Pillow and the like."""
     return hasattr(images, "__array__") or hasattr(images, "__array_interface__")
-
-
-def _read(path: Path) -> np.ndarray:
-    return decode_image(read_file(path), str(path))
 
 
 def _checked(image: Any, name: str) -> np.ndarray:

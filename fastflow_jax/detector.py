@@ -53,7 +53,7 @@ class Prediction:
     log_likelihood: float | None  # of the features, in nats per dimension
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Detector:
     """Finds what is anomalous in images, having seen normal ones.
 

@@ -7,23 +7,22 @@ import os
 import pathlib
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
-from fastflow_jax import data, parallel, run_folder, thresholds, tiles
+from fastflow_jax import data, parallel, run_folder, thresholds
 from fastflow_jax.backbones import Backbone, create_backbone
 from fastflow_jax.config import default, fill, from_plain, name_data, to_plain
 from fastflow_jax.data.given import Images, ahead, as_dataset, each, is_one
-from fastflow_jax.data.pipeline import as_input
-from fastflow_jax.data.transforms import Placement, seen_part
 from fastflow_jax.errors import InputError
 from fastflow_jax.features import Features, extractor
 from fastflow_jax.held_out import HeldOut, look_at
+from fastflow_jax.inputs import Inputs, cut, whole_box, whole_map
 from fastflow_jax.kinds import KINDS, kind, recipe
 from fastflow_jax.prepare import Prepared, preparer
 from fastflow_jax.thresholds import Region, Threshold
@@ -75,7 +74,7 @@ class Detector:
     pixel_threshold: Threshold | None = None
     folder: pathlib.Path | None = None  # where it lies, see `save`
     # Of a detector that was fitted without a folder: gone when the detector is.
-    _temporary: tempfile.TemporaryDirectory | None = None
+    _temporary: "_TemporaryFolder | None" = None
 
     @classmethod
     def fit(
@@ -101,10 +100,8 @@ class Detector:
           Interrupted: SIGTERM or SIGINT came; in a `workdir`, the state is saved.
         """
         config, dataset = _asked_for(images, config)
-        temporary = None
-        if workdir is None:
-            temporary = tempfile.TemporaryDirectory(prefix="fastflow_jax_")
-        folder = pathlib.Path(temporary.name if workdir is None else workdir)
+        temporary = _TemporaryFolder() if workdir is None else None
+        folder = pathlib.Path(temporary.path if temporary else workdir)
         with run_folder.claim(folder, config):
             prepare = preparer(config, folder / "features", lambda category: dataset)
             prepared = prepare(config, config.data.category, config.seed)
@@ -263,12 +260,12 @@ class Detector:
         `on_error(name, error)` is called for an image that cannot be read, and the rest goes on;
         without it, the error is raised.
         """
-        waiting: list[_Prepared] = []
-        with contextlib.closing(self._all_prepared(images, tile)) as prepared:
-            for name, image in prepared:
-                if isinstance(image, _Prepared):
+        waiting: list[Inputs] = []
+        with contextlib.closing(self._all_inputs(images, tile)) as inputs:
+            for name, image in inputs:
+                if isinstance(image, Inputs):
                     waiting.append(image)
-                    if sum(len(i.inputs) for i in waiting) >= _BATCHES[-1]:
+                    if sum(len(i.images) for i in waiting) >= _BATCHES[-1]:
                         yield from self._predicted(waiting)
                         waiting = []
                 elif on_error:
@@ -313,26 +310,25 @@ class Detector:
             if rate is not None:
                 limit = -thresholds.image_threshold(-self.held_out.log10_nfa, rate).value
         found = []
-        for _, image in self._all_prepared(images, tile=False):
+        for _, image in self._all_inputs(images, tile=False):
             if isinstance(image, InputError):
                 raise image
-            features, scorer = self._features(image.inputs, image.valid)
+            features, scorer = self._features(image.images, image.valid)
             energies, seen = scorer.energies(features, image.valid)
-            (placed,) = image.placed
-            size = self.config.image_size
+            size = tuple(self.config.image_size)
             of_input = thresholds.regions(
                 [e[0] for e in energies], [s[0] for s in seen], moments, size, limit
             )
-            found.append([_in_image(region, placed, image.size) for region in of_input])
+            found.append([dataclasses.replace(r, box=whole_box(image, r.box)) for r in of_input])
         return found[0] if is_one(images) else found
 
     def features(self, images: Images) -> Features:
         """What the scorer sees of images, [B, h, w, C] a scale."""
         parts = []
-        for _, image in self._all_prepared(images, tile=False):
+        for _, image in self._all_inputs(images, tile=False):
             if isinstance(image, InputError):
                 raise image
-            parts.append(self._features(image.inputs)[0])
+            parts.append(self._features(image.images)[0])
         return tuple(np.concatenate(scale) for scale in zip(*parts, strict=True))
 
     def latents(self, features: Features) -> Features:
@@ -417,37 +413,21 @@ class Detector:
         extract, scorer = self._programs(_batch_for(len(images)))
         return extract(images), scorer
 
-    def _all_prepared(
-        self, images: Images, tile: bool
-    ) -> Iterator[tuple[str, "_Prepared | InputError"]]:
+    def _all_inputs(self, images: Images, tile: bool) -> Iterator[tuple[str, Inputs | InputError]]:
         """Name by name, the image or why it cannot be read."""
 
         def attempt(name, load):
             try:
-                return name, self._prepared(name, load, tile)
+                return name, cut(load(), name, self.config, self.backbone.spec, tile=tile)
             except InputError as error:
                 return name, error
 
         return ahead(functools.partial(attempt, *image) for image in each(images))
 
-    def _prepared(self, name: str, load: Callable[[], np.ndarray], tile: bool) -> "_Prepared":
-        image, size = load(), self.config.image_size
-        where = [(slice(None), slice(None))]
-        if tile and (image.shape[0] > size[0] or image.shape[1] > size[1]):
-            where = tiles.places(image.shape[:2], size)
-        spec = self.backbone.spec
-        how = {"image_size": size, "mean": spec.mean, "std": spec.std}
-        inputs, valid, placed = zip(
-            *(as_input(image[w], resize_by=self.config.data.resize, **how) for w in where),
-            strict=True,
-        )
-        valid = None if valid[0] is None else np.stack(valid)
-        return _Prepared(name, image.shape[:2], np.stack(inputs), valid, placed, where)
-
-    def _predicted(self, images: Sequence["_Prepared"]) -> Iterator[Prediction]:
+    def _predicted(self, images: Sequence[Inputs]) -> Iterator[Prediction]:
         if not images:
             return
-        inputs = np.concatenate([image.inputs for image in images])
+        inputs = np.concatenate([image.images for image in images])
         valid = None
         if images[0].valid is not None:
             valid = np.concatenate([image.valid for image in images])
@@ -465,21 +445,15 @@ class Detector:
         )
         last = 0
         for image in images:
-            own = slice(last, last + len(image.inputs))
+            own = slice(last, last + len(image.images))
             last = own.stop
             likelihood = None if likelihoods is None else float(likelihoods[own].mean())
             yield self._prediction(image, float(scores[own].max()), maps[own], likelihood)
 
     def _prediction(
-        self, image: "_Prepared", score: float, maps: np.ndarray, likelihood: float | None
+        self, image: Inputs, score: float, maps: np.ndarray, likelihood: float | None
     ) -> Prediction:
-        of_tiles = []
-        for m, placed, where in zip(maps, image.placed, image.where, strict=True):
-            shape = tuple(len(range(n)[w]) for n, w in zip(image.size, where, strict=True))
-            of_tiles.append(_at_own_size(m, placed, shape))
-        anomaly_map = of_tiles[0]
-        if len(of_tiles) > 1:
-            anomaly_map = tiles.blend(of_tiles, image.where, image.size)
+        anomaly_map = whole_map(image, maps)
         image_limit, pixel_limit = self.image_threshold, self.pixel_threshold
         return Prediction(
             name=image.name,
@@ -534,16 +508,12 @@ def trainings(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(file.parent for file in folder.rglob(_FILE))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Prepared:
-    """An image as the backbone takes it: one input, or one a tile."""
+class _TemporaryFolder:
+    """A folder that is there as long as this object is, and no longer than the process."""
 
-    name: str
-    size: tuple[int, int]  # (height, width) of the image
-    inputs: np.ndarray  # float32 [k, H, W, 3], normalised
-    valid: np.ndarray | None  # bool [k, H, W], see `Batch.valid`
-    placed: tuple[Placement, ...]  # where each tile lies in its input
-    where: list[tuple[slice, slice]]  # where each tile lies in the image
+    def __init__(self):
+        self.path = tempfile.mkdtemp(prefix="fastflow_jax_")
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 def _asked_for(images, config) -> tuple[ConfigDict, data.Dataset]:
@@ -610,24 +580,3 @@ def _extractor(config, backbone: Backbone) -> Callable[[np.ndarray], Features]:
 
 def _batch_for(n: int) -> int:
     return next((size for size in _BATCHES if n <= size), _BATCHES[-1])
-
-
-def _at_own_size(anomaly_map: np.ndarray, placed: Placement, size: tuple[int, int]) -> np.ndarray:
-    """The map of an input as that of its image; what the input cut off has the lowest value."""
-    part = anomaly_map[placed.place]
-    whole = np.full(size, part.min(), np.float32)
-    seen = seen_part(whole, placed)  # a view
-    stretched = Image.fromarray(part).resize(seen.shape[::-1], Image.Resampling.BILINEAR)
-    seen[:] = np.asarray(stretched)
-    return whole
-
-
-def _in_image(region: Region, placed: Placement, size: tuple[int, int]) -> Region:
-    """A region of an input, in the pixels of its image."""
-    box = []
-    for i, at in enumerate(region.box):
-        axis = i % 2
-        place, crop = placed.place[axis], placed.crop[axis]
-        resized = np.clip(at, place.start, place.stop) - place.start + crop.start
-        box.append(round(int(resized) * size[axis] / placed.resized[axis]))
-    return dataclasses.replace(region, box=tuple(box))

@@ -38,12 +38,8 @@ _MODE = flags.DEFINE_enum(
     "exits with 0 if all images are normal, 1 if some are anomalous, 2 if nothing could be done, 3 "
     "if some images could not be read",
 )
-_INPUT = flags.DEFINE_string(
-    "input", None, "predict: a file, a folder or a glob pattern"
-)
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "predict: the folder that gets the results"
-)
+_INPUT = flags.DEFINE_string("input", None, "predict: a file, a folder or a glob pattern")
+_OUTPUT = flags.DEFINE_string("output", None, "predict: the folder that gets the results")
 _RATE = flags.DEFINE_float(
     "false_alarm_rate", None, "predict: part of normal images that may be called anomalous"
 )

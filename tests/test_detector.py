@@ -51,18 +51,18 @@ def detector(tmp_path_factory):
 def test_every_kind_is_fitted_saved_loaded_and_finds_the_defect(kind, tmp_path):
     Detector.fit(photographs(), config=tiny(kind)).save(tmp_path / "saved")
     detector = Detector.load(tmp_path / "saved")
-    bad, good = detector.predict([spoilt(), photographs(1, seed=8)[0]])
-    assert bad.score > good.score
+    bad, *good = detector.predict([spoilt(), *photographs(6, seed=8)])
+    assert bad.score > max(result.score for result in good)
     assert bad.is_anomalous
     assert bad.p_value == pytest.approx(1 / 5)  # the lowest there is, with four held out
-    assert good.p_value > bad.p_value
+    assert np.mean([result.p_value for result in good]) > 0.3
     assert bad.anomaly_map.shape == bad.mask.shape == (20, 30)
     inside = np.zeros((20, 30), bool)
     inside[6:16, 12:24] = True
     assert bad.anomaly_map[inside].mean() > bad.anomaly_map[~inside].mean()
     assert (bad.log_likelihood is not None) == (kind in ("fastflow", "cflow"))
     if bad.log_likelihood is not None:
-        assert bad.log_likelihood < good.log_likelihood
+        assert bad.log_likelihood < min(result.log_likelihood for result in good)
 
 
 def test_a_prediction_is_what_the_scorer_says_of_the_resized_image(detector):

@@ -239,8 +239,7 @@ def test_regions_show_the_defect(detector):
     many = detector.regions([spoilt(), photographs(1, seed=8)[0]])
     assert many[0][0] == region
     assert len(many[1]) == 0 or many[1][0].log10_nfa > region.log10_nfa
-    lowest = detector.regions(spoilt(), model_alone=True)[0].log10_nfa
-    assert lowest < region.log10_nfa  # the model takes any light for a defect
+    assert detector.regions(spoilt(), model_alone=True)[0].log10_nfa < -3
 
 
 def test_folders_data_sets_and_names_are_fitted(tmp_path):
@@ -280,10 +279,12 @@ def test_a_folder_of_other_images_is_refused(detector):
 
 
 def test_runs_of_main_are_loaded_part_by_part(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
     for i, image in enumerate(photographs(8)):
-        Image.fromarray(image).save(tmp_path / f"{i}.png")
+        Image.fromarray(image).save(photos / f"{i}.png")
     c = tiny(seeds=2)
-    c.data.name, c.data.root = "folder", str(tmp_path)
+    c.data.name, c.data.root = "folder", str(photos)
     run = tmp_path / "run"
     c.variants = {"one": {}, "sum": {"score": {"form": "top_k"}}}
     experiment.run(fill(c), run)
@@ -306,7 +307,8 @@ def test_what_is_no_run_folder_is_said(tmp_path):
         Detector.load(tmp_path)
 
 
-def test_the_example_runs():
+def test_the_example_runs(monkeypatch):
+    monkeypatch.setattr("tqdm.tqdm.write", lambda *_, **__: None)  # what is told of features
     names = {"normal_images": list(photographs(24)), "image": spoilt(), "config": tiny()}
     (example,) = doctest.DocTestFinder(recurse=False).find(
         Detector, "Detector", module=fastflow_jax.detector, extraglobs=names

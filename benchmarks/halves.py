@@ -17,9 +17,10 @@ import tempfile
 import jax
 import numpy as np
 
-from fastflow_jax import data, detector
+from fastflow_jax import data
 from fastflow_jax.config import from_plain
 from fastflow_jax.evaluate import METRICS, Scored, measure, score_split
+from fastflow_jax.kinds import kind
 from fastflow_jax.prepare import preparer
 
 HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
@@ -28,7 +29,7 @@ HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2
 def score_run(config, prepare, category: str | None, seed: int, folder: pathlib.Path) -> Scored:
     """The test images of one category under what one seed's training left."""
     prepared = prepare(config, category, seed)
-    scorer = detector.kind(config.detector).load(config, prepared.train.shapes, folder)
+    scorer = kind(config.detector).load(config, prepared.train.shapes, folder)
     n = len(prepared.dataset.test)
     return score_split(scorer.score_features, prepared.test(), n, progress=str(folder))
 

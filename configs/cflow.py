@@ -12,7 +12,7 @@ scoring stands at the top of `fastflow_jax/baselines/cflow.py`.
 """
 
 from fastflow_jax.config import default, name_data
-from fastflow_jax.detector import recipe
+from fastflow_jax.kinds import recipe
 
 
 def get_config(argument: str = "mvtec_ad"):

@@ -20,7 +20,7 @@ and the space on disk; see `fastflow_jax/speed.py`.
 from ml_collections import ConfigDict
 
 from fastflow_jax.config import default, name_data
-from fastflow_jax.detector import recipe
+from fastflow_jax.kinds import recipe
 
 
 def get_config(argument: str = "folder"):

@@ -9,7 +9,7 @@ no pretrained net is used. The method and its sources stand in `fastflow_jax/bas
 """
 
 from fastflow_jax.config import default, name_data
-from fastflow_jax.detector import recipe
+from fastflow_jax.kinds import recipe
 
 
 def get_config(argument: str = "cifar10"):

@@ -11,10 +11,10 @@ from ml_collections.config_dict import placeholder
 
 from fastflow_jax.backbones import check_layers, find_spec
 from fastflow_jax.data.transforms import MASK_RESIZES, RESIZES
-from fastflow_jax.detector import KINDS as DETECTORS
-from fastflow_jax.detector import kind
 from fastflow_jax.errors import InputError
 from fastflow_jax.features import DTYPES
+from fastflow_jax.kinds import KINDS as DETECTORS
+from fastflow_jax.kinds import kind
 from fastflow_jax.model import NORMS
 from fastflow_jax.parallel import KINDS
 from fastflow_jax.store import HOMES
@@ -25,7 +25,7 @@ def default() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # of the flow's weights, permutations and order, and of random backbones
     c.seeds = 1  # this many runs, from `seed` on; the table gives mean and deviation
-    c.detector = "fastflow"  # see `detector.KINDS`
+    c.detector = "fastflow"  # see `kinds.KINDS`
     c.parallel = "pmap"  # or "jit": how the devices of this machine share a batch
 
     # Data

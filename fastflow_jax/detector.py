@@ -1,55 +1,154 @@
-"""Detectors by name, and what they make of images."""
+"""What applications import: a detector that is fitted, saved, loaded, and looks at images."""
 
+import contextlib
 import dataclasses
 import functools
-import importlib
+import os
 import pathlib
-from collections.abc import Callable
-from types import ModuleType
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from fastflow_jax import data, parallel, run_folder, thresholds
 from fastflow_jax.backbones import Backbone, create_backbone
+from fastflow_jax.config import default, fill, from_plain, name_data, to_plain
+from fastflow_jax.data.given import Images, ahead, as_dataset, each, is_one
+from fastflow_jax.errors import InputError
 from fastflow_jax.features import Features, extractor
+from fastflow_jax.held_out import HeldOut, look_at
+from fastflow_jax.inputs import Inputs, cut, whole_box, whole_map
+from fastflow_jax.kinds import KINDS, kind, recipe
+from fastflow_jax.prepare import Prepared, preparer
+from fastflow_jax.thresholds import Region, Threshold
 
-# Each module has two functions, see `fastflow.fit` and `fastflow.load`; what they return scores
-# features as `fastflow.FastFlowScorer` does. `layers(spec)`, where a module has it, names the maps
-# that its detector takes of a backbone unless told otherwise, and `RECIPE` the fields in which its
-# configuration differs from the default.
-KINDS = {
-    "fastflow": "fastflow_jax.fastflow",
-    "patchcore": "fastflow_jax.baselines.patchcore",
-    "spade": "fastflow_jax.baselines.spade",
-    "cflow": "fastflow_jax.baselines.cflow",
-    "vae": "fastflow_jax.baselines.vae",
-    "gan": "fastflow_jax.baselines.gan",
-}
-
-
-def kind(name: str) -> ModuleType:
-    """The module of the detector of this name."""
-    return importlib.import_module(KINDS[name])
+_FILE = "detector.json"  # in the folder of a training: what `Detector.load` begins with
+_HELD_OUT = "held_out.npz"
+_RATE, _PIXEL_RATE = 0.05, 0.01  # of false alarms, unless another one is asked for
+# Inputs that are computed together; the smallest that holds all there are: a single image costs
+# what one does, and many use the machine well, at three compilations in the worst case.
+_BATCHES = (1, 8, 32)
 
 
-def recipe(name: str) -> dict:
-    """Fields of the configuration that make a run of it one of the detector of this name."""
-    return {"detector": name} | getattr(kind(name), "RECIPE", {})
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a detector makes of one image, [H, W] pixels large.
+
+    The p-value, `is_anomalous` and the mask are None for a detector without held-out images, the
+    log-likelihood is for one that has none.
+    """
+
+    name: str  # its path, or "image 3" for the fourth array
+    score: float  # higher is more anomalous
+    p_value: float | None  # how often a normal image scores so high, see `thresholds.p_values`
+    is_anomalous: bool | None  # the score is above the threshold
+    anomaly_map: np.ndarray  # float32 [H, W]
+    mask: np.ndarray | None  # bool [H, W], where the map is above the pixel threshold
+    log_likelihood: float | None  # of the features, in nats per dimension
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Detector:
-    """Scores images; higher is more anomalous."""
+    """Finds what is anomalous in images, having seen normal ones.
+
+    >>> from fastflow_jax import Detector
+    >>> detector = Detector.fit(normal_images, config=config)
+    >>> result = detector.predict(image)
+    >>> result.is_anomalous, result.anomaly_map.shape == image.shape[:2]
+    (True, True)
+    >>> careful = detector.with_threshold(rate=0.25)  # one normal image in four is flagged
+    >>> [r.is_anomalous for r in careful.predict([image, normal_images[0]])]
+    [True, False]
+    """
 
     config: ConfigDict  # filled, see `config.fill`
     backbone: Backbone
-    scorer: object  # see `kind`
+    scorer: object  # see `kinds`
+    held_out: HeldOut | None = None
+    image_threshold: Threshold | None = None
+    pixel_threshold: Threshold | None = None
+    folder: pathlib.Path | None = None  # where it lies, see `save`
+    # Of a detector that was fitted without a folder: gone when the detector is.
+    _temporary: "_TemporaryFolder | None" = None
 
     @classmethod
-    def load(cls, config: ConfigDict, folder: pathlib.Path, seed: int = 0) -> "Detector":
-        """What the training in a folder left.
+    def fit(
+        cls,
+        images: Images | data.Dataset | ConfigDict,
+        *,
+        config: ConfigDict | str | None = None,
+        workdir: str | os.PathLike | None = None,
+    ) -> "Detector":
+        """Learn from normal images.
+
+        Args:
+          images: a folder, bare or as `data.folder` has it; paths or uint8 arrays [H, W, 3] in
+            RGB; a `data.Dataset`; a data set's name, such as "elpv/mono", or a configuration that
+            names one. Some of them are held out for thresholds: see `config.data.holdout`.
+          config: see `config.default`; or the name of a detector, for its recipe; None: FastFlow.
+          workdir: run folder, as of `main`: an interrupted fit goes on there. None: a temporary
+            one; `save` keeps the detector.
+
+        Raises:
+          InputError: images or configuration that no training can have, or a folder of another
+            run.
+          Interrupted: SIGTERM or SIGINT came; in a `workdir`, the state is saved.
+        """
+        config, dataset = _asked_for(images, config)
+        temporary = _TemporaryFolder() if workdir is None else None
+        folder = pathlib.Path(temporary.path if temporary else workdir)
+        with run_folder.claim(folder, config):
+            prepare = preparer(config, folder / "features", lambda category: dataset)
+            prepared = prepare(config, config.data.category, config.seed)
+            run_folder.check_same_data(folder, list(dataset.train.names))
+            scorer = kind(config.detector).fit(
+                config,
+                prepared.train,
+                prepared.holdout,
+                prepared.holdout_valid,
+                seed=config.seed,
+                folder=folder,
+                progress=f"{dataset.name}: train",
+            )
+            record(config, scorer, prepared, seed=config.seed, folder=folder, training=folder)
+            parallel.on_main(lambda: shutil.rmtree(folder / "features", ignore_errors=True))
+        return dataclasses.replace(cls.load(folder), _temporary=temporary)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "Detector":
+        """The detector in a folder that `save`, `fit` or `main` wrote.
+
+        Of a run of several trainings, give the folder of one: of a category, variant or seed.
+
+        Raises:
+          InputError: the folder holds no training, or several, which are listed.
+        """
+        folder = pathlib.Path(folder)
+        about = run_folder.read_json(folder / _FILE)
+        if about is None:
+            raise InputError(_where_trainings_are(folder))
+        config, training = from_plain(about["config"]), (folder / about["training"]).resolve()
+        if not (training / "checkpoints").exists():
+            raise InputError(f"{training} lacks its checkpoints: bring them back, or train again")
+        detector = cls.from_training(config, training, about["seed"])
+        file = folder / _HELD_OUT
+        chosen = {name: _threshold(t) for name, t in about["thresholds"].items()}
+        return dataclasses.replace(
+            detector,
+            held_out=HeldOut.load(file) if file.exists() else None,
+            image_threshold=chosen["image"],
+            pixel_threshold=chosen["pixel"],
+            folder=folder,
+        )
+
+    @classmethod
+    def from_training(cls, config: ConfigDict, folder: pathlib.Path, seed: int = 0) -> "Detector":
+        """What scores, as a training left it; it has no thresholds.
 
         Args:
           config: filled, that it was trained with.
@@ -63,6 +162,200 @@ class Detector:
         maps = jax.eval_shape(backbone.module.apply, backbone.variables, images)
         scorer = kind(config.detector).load(config, [m.shape[1:] for m in maps], folder)
         return cls(config, backbone, scorer)
+
+    def save(self, folder: str | os.PathLike | None = None) -> pathlib.Path:
+        """Write what `load` reads to a new folder; or, where it lies, the thresholds alone.
+
+        The backbone's weights are not copied: they are found again as they were.
+
+        Raises:
+          InputError: the folder holds something else.
+        """
+        if self.folder is None:
+            raise InputError("a detector without a folder cannot be saved: make it by fit or load")
+        about = run_folder.read_json(self.folder / _FILE)
+        folder = self.folder if folder is None else pathlib.Path(folder)
+        if folder.resolve() != self.folder.resolve():
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise InputError(f"{folder} holds something else: save to a new folder")
+            training = self.folder / about["training"]
+            shutil.copytree(training / "checkpoints", folder / "checkpoints")
+            for file in [*training.glob("*.npz"), *self.folder.glob(_HELD_OUT)]:
+                shutil.copy(file, folder)
+            about["training"] = "."
+        about["thresholds"] = _plain(self.image_threshold, self.pixel_threshold)
+        run_folder.write_json(folder / _FILE, about)
+        return folder
+
+    def with_threshold(
+        self,
+        image: Threshold | float | None = None,
+        *,
+        rate: float | None = None,
+        pixel: Threshold | float | None = None,
+        pixel_rate: float | None = None,
+    ) -> "Detector":
+        """The same detector with other thresholds; nothing is fitted again. `save` keeps them.
+
+        Args:
+          image: of scores: a number, or `thresholds.f1_optimal(scores, labels)`.
+          rate: in its place, the part of normal images that may be called anomalous.
+          pixel: of maps, likewise.
+          pixel_rate: in its place, the part of normal images' pixels that masks may hold.
+
+        Raises:
+          InputError: a threshold and a rate, a rate that is not between 0 and 1, or a rate and no
+            held-out images.
+        """
+        if (image is not None and rate is not None) or (
+            pixel is not None and pixel_rate is not None
+        ):
+            raise InputError("give a threshold or a rate of false alarms, not both")
+        held_out = self.held_out or HeldOut(np.zeros(0), np.zeros((0, 1)))
+        if rate is not None:
+            image = thresholds.image_threshold(held_out.scores, rate)
+        if pixel_rate is not None:
+            pixel = thresholds.pixel_threshold(held_out.tails, pixel_rate)
+        given = {"image_threshold": image, "pixel_threshold": pixel}
+        return dataclasses.replace(
+            self,
+            **{
+                name: t if isinstance(t, Threshold) else Threshold(float(t))
+                for name, t in given.items()
+                if t is not None
+            },
+        )
+
+    def predict(self, images: Images, *, tile: bool = False) -> Prediction | list[Prediction]:
+        """What it makes of one image, or a list of that for many.
+
+        Args:
+          images: a path, uint8 [H, W, 3] in RGB or [H, W], or several of these, each of any size;
+            of a folder, all in it and below. Each comes to the input's size as in training
+            (`config.data.resize`), and its map back to its own.
+          tile: cut images larger than the input into tiles of its size that overlap, so that
+            details are seen as large as they are. The score is the highest of a tile, and the
+            p-value that tile's, so that rates of false alarms are a tile's too: a normal image of
+            k tiles is flagged up to k times as often. For a detector that was fitted on images of
+            about the input's size.
+
+        Raises:
+          InputError: a file or array that is no image.
+        """
+        results = self.stream(images, tile=tile)
+        if not is_one(images):
+            return list(results)
+        (result,) = results
+        return result
+
+    def stream(
+        self,
+        images: Images,
+        *,
+        tile: bool = False,
+        on_error: Callable[[str, InputError], None] | None = None,
+    ) -> Iterator[Prediction]:
+        """`predict`, one after the other, for more images than fit into memory.
+
+        `on_error(name, error)` is called for an image that cannot be read, and the rest goes on;
+        without it, the error is raised.
+        """
+        waiting: list[Inputs] = []
+        with contextlib.closing(self._all_inputs(images, tile)) as inputs:
+            for name, image in inputs:
+                if isinstance(image, Inputs):
+                    waiting.append(image)
+                    if sum(len(i.images) for i in waiting) >= _BATCHES[-1]:
+                        yield from self._predicted(waiting)
+                        waiting = []
+                elif on_error:
+                    on_error(name, image)
+                else:
+                    raise image
+        yield from self._predicted(waiting)
+
+    def regions(
+        self,
+        images: Images,
+        *,
+        nfa: float = 1.0,
+        rate: float | None = None,
+        model_alone: bool = False,
+    ) -> list[Region] | list[list[Region]]:
+        """Windows of one image, or of each of many, that chance does not explain, by their NFA.
+
+        See `thresholds.regions`. The energies of windows of z are compared to those of held-out
+        normal images.
+
+        Args:
+          images: as of `predict`.
+          nfa: the expected number of false alarms in a normal image, under the model.
+          rate: in its place, the part of normal images with any region, by held-out images.
+          model_alone: take z for standard normal and independent, as the flow's model has it. Real
+            z is not, so that normal images are full of regions: to study the model by.
+
+        Raises:
+          InputError: a detector without z, or without held-out images where they are needed.
+        """
+        if not hasattr(self.scorer, "energies"):
+            raise InputError(f"a {self.config.detector} has no z: regions are for fastflow")
+        limit = np.log10(nfa)
+        if model_alone:
+            maps = jax.eval_shape(*self._shapes)
+            moments = thresholds.model_moments([m.shape[1:] for m in maps])
+        elif self.held_out is None:
+            raise InputError("there are no held-out images: train with config.data.holdout above 0")
+        else:
+            moments = self.held_out.moments
+            if rate is not None:
+                limit = -thresholds.image_threshold(-self.held_out.log10_nfa, rate).value
+        found = []
+        for _, image in self._all_inputs(images, tile=False):
+            if isinstance(image, InputError):
+                raise image
+            features, scorer = self._features(image.images, image.valid)
+            energies, seen = scorer.energies(features, image.valid)
+            size = tuple(self.config.image_size)
+            of_input = thresholds.regions(
+                [e[0] for e in energies], [s[0] for s in seen], moments, size, limit
+            )
+            found.append([dataclasses.replace(r, box=whole_box(image, r.box)) for r in of_input])
+        return found[0] if is_one(images) else found
+
+    def features(self, images: Images) -> Features:
+        """What the scorer sees of images, [B, h, w, C] a scale."""
+        parts = []
+        for _, image in self._all_inputs(images, tile=False):
+            if isinstance(image, InputError):
+                raise image
+            parts.append(self._features(image.images)[0])
+        return tuple(np.concatenate(scale) for scale in zip(*parts, strict=True))
+
+    def latents(self, features: Features) -> Features:
+        """The z of features, [B, h, w, C] a scale: standard normal under the model."""
+        return self._flow("latents")(features)
+
+    def invert(self, latents: Features) -> Features:
+        """The flow backwards: the features that have these z.
+
+        Raises:
+          InputError: a detector without z, or see `model.invert`.
+        """
+        return self._flow("invert")(latents)
+
+    def sample(self, n: int = 1, *, seed: int = 0, temperature: float = 1.0) -> Features:
+        """Features of normal images, as the flow imagines them: of z drawn at random.
+
+        Args:
+          n: how many.
+          seed: of z.
+          temperature: deviation of z, 1 in the model; lower ones are more typical.
+        """
+        rng = np.random.default_rng(seed)
+        shapes = [m.shape[1:] for m in jax.eval_shape(*self._shapes)]
+        return self.invert(
+            tuple(temperature * rng.standard_normal((n, *s), np.float32) for s in shapes)
+        )
 
     def score(
         self, images: np.ndarray, valid: np.ndarray | None = None
@@ -79,6 +372,211 @@ class Detector:
     @functools.cached_property
     def extract(self) -> Callable[[np.ndarray], Features]:
         """Images [B, H, W, 3] -> what `scorer` scores, see `features.extractor`."""
-        c = self.config
-        size = c.train.batch_size
-        return extractor(self.backbone, c.length_power, c.parallel, size, c.feature_dtype)
+        return _extractor(self.config, self.backbone)
+
+    @functools.cached_property
+    def _programs(self) -> Callable[[int], tuple[Callable, object]]:
+        """From the size of a batch to what extracts features of it and what scores them."""
+        config, backbone, scorer = self.config, self.backbone, self.scorer  # `self` would be a loop
+
+        @functools.cache
+        def of_size(batch: int):
+            sized = config.copy_and_resolve_references()
+            with sized.unlocked():
+                sized.train.batch_size = batch
+            return _extractor(sized, backbone), dataclasses.replace(scorer, config=sized)
+
+        return of_size
+
+    @property
+    def _shapes(self) -> tuple[Callable, dict, jax.ShapeDtypeStruct]:
+        images = jax.ShapeDtypeStruct((1, *self.config.image_size, 3), jnp.float32)
+        return self.backbone.module.apply, self.backbone.variables, images
+
+    def _flow(self, name: str) -> Callable[[Features], Features]:
+        """A method of the scorer, on any number of images."""
+        if not hasattr(self.scorer, name):
+            raise InputError(f"a {self.config.detector} has no z: that is for fastflow")
+
+        def call(maps):
+            n, largest = len(maps[0]), _BATCHES[-1]
+            parts = []
+            for i in range(0, n, largest):
+                part = tuple(m[i : i + largest] for m in maps)
+                _, scorer = self._programs(_batch_for(len(part[0])))
+                parts.append(getattr(scorer, name)(part))
+            return tuple(np.concatenate(scale) for scale in zip(*parts, strict=True))
+
+        return call
+
+    def _features(self, images: np.ndarray, valid: np.ndarray | None = None):
+        extract, scorer = self._programs(_batch_for(len(images)))
+        return extract(images), scorer
+
+    def _all_inputs(self, images: Images, tile: bool) -> Iterator[tuple[str, Inputs | InputError]]:
+        """Name by name, the image or why it cannot be read."""
+
+        def attempt(name, load):
+            try:
+                return name, cut(load(), name, self.config, self.backbone.spec, tile=tile)
+            except InputError as error:
+                return name, error
+
+        return ahead(functools.partial(attempt, *image) for image in each(images))
+
+    def _predicted(self, images: Sequence[Inputs]) -> Iterator[Prediction]:
+        if not images:
+            return
+        inputs = np.concatenate([image.images for image in images])
+        valid = None
+        if images[0].valid is not None:
+            valid = np.concatenate([image.valid for image in images])
+        parts = []
+        for i in range(0, len(inputs), _BATCHES[-1]):
+            rows = slice(i, i + _BATCHES[-1])
+            features, scorer = self._features(inputs[rows])
+            padding = None if valid is None else valid[rows]
+            if hasattr(scorer, "predict_features"):
+                parts.append(scorer.predict_features(features, padding))
+            else:
+                parts.append((*scorer.score_features(features, padding), None))
+        scores, maps, likelihoods = (
+            None if part[0] is None else np.concatenate(part) for part in zip(*parts, strict=True)
+        )
+        last = 0
+        for image in images:
+            own = slice(last, last + len(image.images))
+            last = own.stop
+            likelihood = None if likelihoods is None else float(likelihoods[own].mean())
+            yield self._prediction(image, float(scores[own].max()), maps[own], likelihood)
+
+    def _prediction(
+        self, image: Inputs, score: float, maps: np.ndarray, likelihood: float | None
+    ) -> Prediction:
+        anomaly_map = whole_map(image, maps)
+        image_limit, pixel_limit = self.image_threshold, self.pixel_threshold
+        return Prediction(
+            name=image.name,
+            score=score,
+            p_value=None
+            if self.held_out is None
+            else float(thresholds.p_values(score, self.held_out.scores)),
+            is_anomalous=None if image_limit is None else score > image_limit.value,
+            anomaly_map=anomaly_map,
+            mask=None if pixel_limit is None else anomaly_map > pixel_limit.value,
+            log_likelihood=likelihood,
+        )
+
+
+def record(
+    config,
+    scorer,
+    prepared: Prepared,
+    *,
+    seed: int,
+    folder: pathlib.Path,
+    training: pathlib.Path,
+) -> None:
+    """Write what `Detector.load` reads of a finished training, with default thresholds.
+
+    Args:
+      config: filled, of this training.
+      scorer: what was trained.
+      prepared: what it was trained on.
+      seed: that it was trained with.
+      folder: of this part of a run.
+      training: the folder that the training lies in, which another part may have made.
+    """
+    image = pixel = None
+    if prepared.holdout is not None:
+        held_out = look_at(config, scorer, prepared.holdout, prepared.holdout_valid)
+        held_out.save(folder / _HELD_OUT)
+        rate = max(_RATE, 1 / (len(held_out.scores) + 1))
+        image = thresholds.image_threshold(held_out.scores, rate)
+        pixel = thresholds.pixel_threshold(held_out.tails, _PIXEL_RATE, warn=False)
+    about = {
+        "config": to_plain(config),
+        "seed": seed,
+        "training": os.path.relpath(training, folder),
+        "thresholds": _plain(image, pixel),
+    }
+    run_folder.write_json(folder / _FILE, about)
+
+
+def trainings(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The folders in a run folder that `Detector.load` takes, sorted."""
+    return sorted(file.parent for file in folder.rglob(_FILE))
+
+
+class _TemporaryFolder:
+    """A folder that is there as long as this object is, and no longer than the process."""
+
+    def __init__(self):
+        self.path = tempfile.mkdtemp(prefix="fastflow_jax_")
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+def _asked_for(images, config) -> tuple[ConfigDict, data.Dataset]:
+    """The filled configuration of a fit, and its training images as a data set."""
+    if isinstance(images, ConfigDict):
+        if config is not None:
+            raise InputError("give a configuration that names a data set, or images and a config")
+        images, config = None, images
+    if isinstance(config, str):
+        data.check_choice("the detector", config, KINDS)
+        c = default()
+        held_out = c.data.holdout
+        c.update(recipe(config))
+        c.data.holdout = held_out  # some recipes do without; thresholds do not
+    else:
+        c = default() if config is None else config.copy_and_resolve_references()
+    with c.unlocked():
+        if isinstance(images, str) and not pathlib.Path(images).exists():
+            if images.partition("/")[0] not in data.DATASETS:
+                raise InputError(
+                    f"{images} is neither a folder nor a data set ({', '.join(data.DATASETS)})"
+                )
+            name_data(c, images)
+        elif images is not None:
+            is_folder = isinstance(images, str | pathlib.Path) and pathlib.Path(images).is_dir()
+            c.data.name, c.data.category = "folder", None
+            c.data.root = str(images) if is_folder else None
+    config = fill(c)
+    if config.seeds > 1 or len(config.variants) or len(data.categories(config.data)) > 1:
+        raise InputError("a detector has one seed, one variant and one category: main runs several")
+    if isinstance(images, data.Dataset):
+        dataset = images
+    elif images is None or isinstance(images, str) or config.data.root is not None:
+        dataset = data.open_dataset(config.data)
+    else:
+        dataset = as_dataset(images)
+    return config, dataclasses.replace(dataset, test=None)
+
+
+def _where_trainings_are(folder: pathlib.Path) -> str:
+    if not folder.is_dir():
+        return f"{folder} is no folder: name the run folder of a training"
+    found = [str(path) for path in trainings(folder)]
+    if found:
+        return f"{folder} holds several trainings: name one of them:\n  " + "\n  ".join(found)
+    return f"{folder} holds no finished training, or one of an older version: train there first"
+
+
+def _plain(image: Threshold | None, pixel: Threshold | None) -> dict:
+    return {name: t and dataclasses.asdict(t) for name, t in (("image", image), ("pixel", pixel))}
+
+
+def _threshold(plain: dict | None) -> Threshold | None:
+    """The inverse of `_plain`, of one."""
+    if plain is None:
+        return None
+    return Threshold(**plain | {"interval": plain["interval"] and tuple(plain["interval"])})
+
+
+def _extractor(config, backbone: Backbone) -> Callable[[np.ndarray], Features]:
+    size = config.train.batch_size
+    return extractor(backbone, config.length_power, config.parallel, size, config.feature_dtype)
+
+
+def _batch_for(n: int) -> int:
+    return next((size for size in _BATCHES if n <= size), _BATCHES[-1])

@@ -22,6 +22,7 @@ from fastflow_jax import data, detector, parallel, speed
 from fastflow_jax.config import to_plain, variants, without
 from fastflow_jax.data.transforms import placement
 from fastflow_jax.evaluate import METRICS, Scored, measure, score_split
+from fastflow_jax.kinds import kind
 from fastflow_jax.prepare import Prepared, feature_batches, preparer, seen_by
 from fastflow_jax.report.html import write_reports
 from fastflow_jax.report.pictures import write_pictures
@@ -44,10 +45,11 @@ def run(config, workdir: str | pathlib.Path) -> dict:
       workdir: the run folder: `config.json`, `results.json`, its table as `table.md` and
         `table.csv`, of variants whose speed was measured `tradeoff.png`, and, in it or in a
         sub-folder for each category, variant and seed where there are several, `checkpoints/`,
-        `metrics.jsonl`, `scores.json`, `heatmaps/` and `report.html`, which the run has too; a
-        report of a finished run that was removed is written again. Variants that differ only in
-        what comes after training share one, in the folder of the first. Until the run is finished,
-        `features/` has those that the memory has no room for.
+        `metrics.jsonl`, `scores.json`, `heatmaps/`, `report.html`, which the run has too (that of a
+        finished run, removed, is written again), and `detector.json` and `held_out.npz` for
+        `detector.Detector.load`. Variants that differ only in what comes after training share one,
+        in the folder of the first. Until the run is finished, `features/` has those that the memory
+        has no room for.
 
     Returns:
       What stands in `results.json`.
@@ -184,7 +186,7 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
     metrics_file, seconds_file = part.training / "metrics.jsonl", part.training / "seconds.json"
     interrupted = parallel.on_main(partial(_epochs, metrics_file))
     start = time.perf_counter()
-    scorer = detector.kind(config.detector).fit(
+    scorer = kind(config.detector).fit(
         config,
         prepared.train,
         prepared.holdout,
@@ -200,6 +202,9 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
         took = {"train": before + time.perf_counter() - start - tested}
         write_json(seconds_file, took)
     seconds["train"] = took["train"]
+    detector.record(
+        config, scorer, prepared, seed=part.seed, folder=part.folder, training=part.training
+    )
     epochs = parallel.on_main(partial(_epochs, metrics_file))
     judged = [epoch for epoch in epochs if "holdout_loss" in epoch]
     best = min(judged, key=lambda epoch: epoch["holdout_loss"])["step"] if judged else None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
@@ -18,6 +19,7 @@ from fastflow_jax.describe import flow_model
 from fastflow_jax.features import Features, TrainingFeatures, inside, without_padding
 from fastflow_jax.model import (
     FastFlow,
+    invert,
     location_scores,
     negative_log_likelihood,
     resize_map,
@@ -179,14 +181,48 @@ class FastFlowScorer:
             for nothing.
           size: (H, W) of the maps; None for the input size of the configuration.
         """
-        run = self._programs(tuple(size or self.config.image_size))
+        run = self._programs(_score, tuple(size or self.config.image_size))
         return run((self.variables, self.calibration), (features, valid))
+
+    def predict_features(
+        self,
+        features: Features,
+        valid: np.ndarray | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`score_features`, and log p of each image's features in nats per dimension, [B]."""
+        run = self._programs(_predict, tuple(size or self.config.image_size))
+        return run((self.variables, self.calibration), (features, valid))
+
+    def latents(self, features: Features) -> tuple[np.ndarray, ...]:
+        """The z of features, [B, h, w, C] a scale as they are; standard normal under the model."""
+        return self._programs(_latents)(self.variables, (features,))
+
+    def invert(self, latents: Features) -> tuple[np.ndarray, ...]:
+        """The flow backwards: the features whose `latents` these are.
+
+        Raises:
+          InputError: the features went through a norm of each image, which keeps no way back.
+        """
+        return self._programs(_invert)(self.variables, (latents,))
+
+    def energies(
+        self, features: Features, valid: np.ndarray | None = None
+    ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        """|z|^2 [B, h, w] a scale, and which of them count, for `thresholds.regions`."""
+        return self._programs(_energies)(self.variables, (features, valid))
+
+    def recalibrated(self, holdout: Features, valid: np.ndarray | None = None) -> "FastFlowScorer":
+        """The same flows, calibrated by other held-out normal features."""
+        calibration = calibrate(self.config, self.model, self.variables, holdout, valid)
+        return dataclasses.replace(self, calibration=calibration)
 
     @functools.cached_property
     def _programs(self):
-        """From the size of images to what scores their features."""
+        """From a function, and the size of images, to what runs it on their features."""
         config, model = FrozenConfigDict(self.config), self.model
-        return functools.cache(lambda size: _compiled(_score, config, model, size))
+        return functools.cache(lambda function, *size: _compiled(function, config, model, *size))
 
 
 @_kept
@@ -206,6 +242,32 @@ def _score(config, model, size, state, batch):
     windows = window_maxima(fuse_finest(maps, calibration))
     windows = (windows - calibration.window_mean) / calibration.window_std
     return windows.mean(-1), anomaly_map
+
+
+def _predict(config, model, size, state, batch):
+    """See `FastFlowScorer.predict_features`; the compiler runs the flows once for both."""
+    features, valid = batch
+    masks = None if valid is None else [inside(valid, m.shape[1:3]) for m in features]
+    latents = model.apply(state[0], features)
+    nll = negative_log_likelihood(latents, per_dimension=True, inside=masks)
+    return *_score(config, model, size, state, batch), -nll
+
+
+def _latents(config, model, variables, batch):
+    return tuple(z for z, _ in model.apply(variables, batch[0]))
+
+
+def _invert(config, model, variables, batch):
+    return invert(model, variables, batch[0])
+
+
+def _energies(config, model, variables, batch):
+    """See `FastFlowScorer.energies`."""
+    features, valid = batch
+    energies = tuple((z**2).sum(-1) for z, _ in model.apply(variables, features))
+    if valid is None:
+        return energies, tuple(jnp.ones(e.shape, bool) for e in energies)
+    return energies, tuple(inside(valid, e.shape[1:]) for e in energies)
 
 
 def calibrate(

@@ -1,4 +1,7 @@
-"""python -m fastflow_jax.main --config=configs/demo.py [--config.seed=1 ...] [--workdir=DIR]."""
+"""python -m fastflow_jax.main --config=configs/demo.py [--config.seed=1 ...] [--workdir=DIR].
+
+python -m fastflow_jax.main --mode=predict --workdir=DIR --input=photos/new --output=out
+"""
 
 import contextlib
 import errno
@@ -27,11 +30,26 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer("processes", None, "how many there are,")
 _PROCESS = flags.DEFINE_integer("process", None, "and which of them this is, from 0 on")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "describe"], "What to do")
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "describe", "predict"],
+    "What to do. predict: look at --input with what lies in --workdir, and write to --output; it "
+    "exits with 0 if all images are normal, 1 if some are anomalous, 2 if nothing could be done, 3 "
+    "if some images could not be read",
+)
+_INPUT = flags.DEFINE_string("input", None, "predict: a file, a folder or a glob pattern")
+_OUTPUT = flags.DEFINE_string("output", None, "predict: the folder that gets the results")
+_RATE = flags.DEFINE_float(
+    "false_alarm_rate", None, "predict: part of normal images that may be called anomalous"
+)
+_TILE = flags.DEFINE_bool("tile", False, "predict: cut images larger than the input into tiles")
+_HEATMAPS = flags.DEFINE_bool("heatmaps", True, "predict: draw heat maps")
+_RAW = flags.DEFINE_enum("raw", None, ["npy", "png16"], "predict: write anomaly maps too")
 
 
-def main(argv: list[str]) -> None:
-    """Read the flags, call one function."""
+def main(argv: list[str]) -> int:
+    """Read the flags, call one function; returns the exit status."""
     # Imported here, so that --help answers at once.
     import jax
 
@@ -45,11 +63,14 @@ def main(argv: list[str]) -> None:
         parallel.start(*distributed)
     if len(argv) > 1:
         raise InputError(f"unknown argument {argv[1]!r}: flags begin with two dashes")
-    if _CONFIG.value is None:
+    is_predicting = _MODE.value == "predict"
+    if _CONFIG.value is None and not is_predicting:
         raise InputError("name an experiment, such as --config=configs/demo.py")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # compile once, not at every start
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache / "fastflow_jax"))
+    if is_predicting:
+        return _predict()
     config = fill(_CONFIG.value)
     if _MODE.value == "describe":
         print(describe.describe(config))
@@ -58,6 +79,27 @@ def main(argv: list[str]) -> None:
         workdir = _WORKDIR.value or experiment.default_workdir(name, config)
         with contextlib.nullcontext() if parallel.is_main() else _silence():
             experiment.run(config, workdir)
+    return 0
+
+
+def _predict() -> int:
+    from fastflow_jax.errors import InputError
+    from fastflow_jax.predict import predict
+
+    if _CONFIG.value is not None:
+        raise InputError("--mode=predict reads the run folder: leave --config out")
+    for flag in (_WORKDIR, _INPUT, _OUTPUT):
+        if flag.value is None:
+            raise InputError(f"--mode=predict needs --{flag.name}: see --help")
+    return predict(
+        _WORKDIR.value,
+        _INPUT.value,
+        _OUTPUT.value,
+        rate=_RATE.value,
+        tile=_TILE.value,
+        heatmaps=_HEATMAPS.value,
+        raw=_RAW.value,
+    )
 
 
 @contextlib.contextmanager
@@ -71,14 +113,14 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str]) -> int:
     """`main`; what a user can put right ends in one message and a status, not in a traceback."""
     from fastflow_jax import parallel
     from fastflow_jax.errors import InputError
     from fastflow_jax.train import Interrupted
 
     try:
-        main(argv)
+        return main(argv)
     except InputError as error:
         _fail(str(error), 2)
     except Interrupted as stop:

@@ -4,6 +4,7 @@ Yu et al., FastFlow: Unsupervised Anomaly Detection and Localization via 2D Norm
 (arXiv 2111.07677).
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
+from fastflow_jax.errors import InputError
 from fastflow_jax.flows import Flow
 
 NORMS = ("whiten", "standardise", "layer", "layer_plain", "none")
@@ -94,6 +96,32 @@ class FastFlow(nn.Module):
             )
             latents.append(flow(FeatureNorm(self.norm, name=f"norm_{i}")(x.astype(jnp.float32))))
         return tuple(latents)
+
+
+def invert(model: FastFlow, variables: dict, latents: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """The features, [B, h, w, C] a scale, that `model` maps to z of the same shapes.
+
+    Raises:
+      InputError: the norm is one of each image, whose mean and deviation z does not tell.
+    """
+    if model.norm not in ("whiten", "standardise", "none"):
+        raise InputError(
+            f"z cannot be mapped back through flow.norm={model.norm!r}, which forgets each image's "
+            "mean and deviation: train with whiten, standardise or none"
+        )
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(Flow) if f.init}
+    flow = Flow(**{k: v for k, v in fields.items() if k not in ("parent", "name")})
+    features = []
+    for i, z in enumerate(latents):
+        own = {k: tree[f"flow_{i}"] for k, tree in variables.items() if f"flow_{i}" in tree}
+        x, _ = flow.apply(own, z.astype(jnp.float32), inverse=True)
+        statistics = variables.get("statistics", {}).get(f"norm_{i}", {})
+        if "whitening" in statistics:
+            x = x @ jnp.linalg.inv(statistics["whitening"])
+        elif "std" in statistics:
+            x = x * statistics["std"]
+        features.append(x + statistics.get("mean", 0.0))
+    return tuple(features)
 
 
 def negative_log_likelihood(

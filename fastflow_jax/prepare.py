@@ -69,16 +69,22 @@ def seen_by(config, seed: int) -> str:
     return json.dumps([*key, config.data.resize, seed if config.weights == "random" else None])
 
 
-def preparer(config, folder: pathlib.Path) -> Callable[[Any, str | None, int], Prepared]:
+def preparer(
+    config,
+    folder: pathlib.Path,
+    open_category: Callable[[str | None], data.Dataset] | None = None,
+) -> Callable[[Any, str | None, int], Prepared]:
     """`(configuration, category, seed) -> Prepared`, for all runs on the data of `config`.
 
     Of each kind of thing the last one made is kept, and serves the calls that follow as long as
     they need the same. Features of images that categories share are computed once for all of them,
     see `data.Source.part_of`. Those that have no room in memory are kept in the folder, from which
     an interrupted run takes up what it had, see `store.keep`; the caller removes it in the end.
+
+    The data are those that `open_category` gives, by default what `config.data` names.
     """
     folder = parallel.own_folder(folder)
-    dataset = _keep_last(data.opener(config.data))
+    dataset = _keep_last(open_category or data.opener(config.data))
     backbone = _keep_last(_open_backbone)
     train_pool, test_pool = _keep_last(_kept), _keep_last(_kept)
     train, test = _keep_last(_train), _keep_last(_test)

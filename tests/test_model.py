@@ -11,11 +11,13 @@ import pytest
 from scipy import stats
 
 from fastflow_jax.config import default
+from fastflow_jax.errors import InputError
 from fastflow_jax.fastflow import Calibration, fuse, objective
 from fastflow_jax.features import channel_statistics, compress, inside
 from fastflow_jax.model import (
     FastFlow,
     FeatureNorm,
+    invert,
     location_scores,
     negative_log_likelihood,
     resize_map,
@@ -250,3 +252,9 @@ def test_top_mean_and_windows_against_numpy():
     strip = np.stack([x[:, 0].max(1), x[:, 0].mean(1)], -1)
     np.testing.assert_allclose(window_maxima(x[:, :1]), strip, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(window_maxima(x[:, :1, :1]), x[:, 0, :1])
+
+
+@pytest.mark.parametrize("norm", ["layer", "layer_plain"])
+def test_norms_of_each_image_have_no_way_back(norm):
+    with pytest.raises(InputError, match=rf"flow\.norm='{norm}'"):
+        invert(FastFlow(norm=norm, steps=1), {}, ())

@@ -5,9 +5,10 @@ import os
 import numpy as np
 import pytest
 
-from fastflow_jax import detector, speed
+from fastflow_jax import speed
 from fastflow_jax.config import default, fill
 from fastflow_jax.features import cached_features
+from fastflow_jax.kinds import kind
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def trained(tmp_path_factory):
     config, folder = fill(c), tmp_path_factory.mktemp("training")
     images = np.random.default_rng(0).standard_normal((8, 16, 16, 3), np.float32)
     train, holdout = cached_features((images[:6],)), (images[6:],)
-    detector.kind(config.detector).fit(config, train, holdout, seed=3, folder=folder)
+    kind(config.detector).fit(config, train, holdout, seed=3, folder=folder)
     (folder / "heatmaps").mkdir()
     (folder / "heatmaps/picture.png").write_bytes(bytes(1 << 20))
     return config, folder

@@ -1,1 +1,1 @@
-"""The paper's comparisons, each with the interface of FastFlow, see `detector.KINDS`."""
+"""The paper's comparisons, each with the interface of FastFlow, see `kinds.KINDS`."""

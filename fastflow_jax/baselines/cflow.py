@@ -230,7 +230,7 @@ def _highest(config) -> Callable:
 
 
 def _scorer(config, variables, maxima) -> Scorer:
-    return Scorer(config, (variables, maxima), _score(config))
+    return Scorer(config, (variables, maxima), _score(config), _likelihood(config))
 
 
 @once_a_configuration
@@ -249,6 +249,24 @@ def _score(config) -> Callable:
         return anomaly_map.max((1, 2)), anomaly_map
 
     return score
+
+
+@once_a_configuration
+def _likelihood(config) -> Callable:
+    """See `Scorer.log_likelihood`; in nats per dimension of the features."""
+    model = _model(config)
+
+    def log_likelihood(state, batch):
+        features, valid = batch
+        log_p = _log_p(model.apply(state[0], features, _conditions(config, features)))
+        total = dimensions = 0.0
+        for x, m in zip(features, log_p, strict=True):
+            seen = jnp.ones(m.shape, bool) if valid is None else inside(valid, m.shape[1:])
+            total += x.shape[-1] * m.sum((1, 2), where=seen)
+            dimensions += x.shape[-1] * seen.sum((1, 2))
+        return total / dimensions
+
+    return log_likelihood
 
 
 def _model(config) -> CFlow:

@@ -19,6 +19,8 @@ class Scorer:
     state: Any  # what training learnt
     # (state, (features, valid), size=(H, W)) -> scores [B] and maps [B, H, W], purely
     function: Callable
+    # (state, (features, valid)) -> log-likelihoods [B], purely; None where there is none
+    log_likelihood: Callable | None = None
 
     def score_features(
         self,
@@ -28,17 +30,40 @@ class Scorer:
         size: tuple[int, int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `fastflow.FastFlowScorer.score_features`."""
-        run = self._programs(tuple(size or self.config.image_size))
+        run = self._programs(None, tuple(size or self.config.image_size))
+        return run(self.state, (features, valid))
+
+    def predict_features(
+        self,
+        features: Features,
+        valid: np.ndarray | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """See `fastflow.FastFlowScorer.predict_features`; None where there is no likelihood."""
+        if self.log_likelihood is None:
+            return *self.score_features(features, valid, size=size), None
+        run = self._programs(self.log_likelihood, tuple(size or self.config.image_size))
         return run(self.state, (features, valid))
 
     @functools.cached_property
     def _programs(self):
-        """From the size of images to what scores their features."""
+        """From a likelihood and the size of images to what scores their features."""
         # Not of `self`: what holds itself is freed late.
         how = (self.function, self.config.parallel, self.config.train.batch_size)
         return functools.partial(_program, *how)
 
 
 @functools.lru_cache(maxsize=8)
-def _program(function: Callable, kind: str, batch_size: int, size: tuple[int, int]) -> Callable:
-    return parallel.per_example(functools.partial(function, size=size), kind, batch_size)
+def _program(
+    function: Callable,
+    kind: str,
+    batch_size: int,
+    log_likelihood: Callable | None,
+    size: tuple[int, int],
+) -> Callable:
+    def run(state, batch):
+        more = () if log_likelihood is None else (log_likelihood(state, batch),)
+        return *function(state, batch, size=size), *more
+
+    return parallel.per_example(run, kind, batch_size)

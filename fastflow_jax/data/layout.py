@@ -117,6 +117,26 @@ def list_images(folder: Path) -> list[Path]:
     return list(files.values())
 
 
+def images_below(folder: Path) -> list[Path]:
+    """The images in `folder` and in the folders below it, sorted by path; they are not opened.
+
+    Hidden files and folders and what is no image are passed over.
+
+    Raises:
+        InputError: there are none.
+    """
+    paths = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if _is_image(path)
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not paths:
+        raise InputError(f"{folder} holds no images: put some there or give another folder.")
+    return paths
+
+
 def list_folder(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """The folders and the files in `folder` by name, sorted; links are followed."""
     try:

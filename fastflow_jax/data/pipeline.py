@@ -8,7 +8,7 @@ import grain
 import numpy as np
 
 from fastflow_jax.data.dataset import Source
-from fastflow_jax.data.transforms import normalise, placement, resize, resize_mask
+from fastflow_jax.data.transforms import Placement, normalise, placement, resize, resize_mask
 
 
 class Batch(NamedTuple):
@@ -52,18 +52,11 @@ def batches(
 
     def load(index) -> Batch:
         example = source[int(index)]
-        resized, crop, place = placement(example.image.shape[:2], image_size, resize_by)
-
-        def put(array):
-            canvas = np.zeros((*image_size, *array.shape[2:]), array.dtype)
-            canvas[place] = array[crop]
-            return canvas
-
-        image = put(normalise(resize(example.image, resized), mean, std))
+        how = {"image_size": image_size, "mean": mean, "std": std, "resize_by": resize_by}
+        image, valid, placed = as_input(example.image, **how)
         mask = None
         if example.mask is not None:
-            mask = put(resize_mask(example.mask, resized, mask_resize))
-        valid = put(np.ones(resized, bool)) if resize_by == "pad" else None
+            mask = _put(resize_mask(example.mask, placed.resized, mask_resize), placed, image_size)
         return Batch(image, mask, example.label, index, valid)
 
     # Pillow and numpy release the interpreter's lock: threads keep all cores busy, and worker
@@ -78,6 +71,32 @@ def batches(
         yield from iterator
     finally:
         iterator.close()
+
+
+def as_input(
+    image: np.ndarray,
+    *,
+    image_size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    resize_by: str,
+) -> tuple[np.ndarray, np.ndarray | None, Placement]:
+    """One image uint8 [h, w, 3] as a backbone takes it; for the arguments see `batches`.
+
+    Returns:
+        As in `Batch`: the image [H, W, 3] and what of it is valid, [H, W]; and where it lies.
+    """
+    placed = placement(image.shape[:2], image_size, resize_by)
+    seen = _put(normalise(resize(image, placed.resized), mean, std), placed, image_size)
+    if resize_by != "pad":
+        return seen, None, placed
+    return seen, _put(np.ones(placed.resized, bool), placed, image_size), placed
+
+
+def _put(array: np.ndarray, placed: Placement, image_size: tuple[int, int]) -> np.ndarray:
+    canvas = np.zeros((*image_size, *array.shape[2:]), array.dtype)
+    canvas[placed.place] = array[placed.crop]
+    return canvas
 
 
 def _stack(examples: Sequence[Batch]) -> Batch:

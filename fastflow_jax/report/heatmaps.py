@@ -51,16 +51,19 @@ def draw_heatmap(
     low: float,
     high: float,
     mask: np.ndarray | None = None,
+    threshold: float | None = None,
     title: str = "",
 ) -> Image.Image:
     """Photograph, heat and, where there is a mask, the outline of the defect, with a colour bar.
 
     Args:
-        image: uint8 [H, W, 3], shown in its own proportions, 256 to 512 pixels long.
-        anomaly_map: [h, w], of any size; stretched over the image.
-        low: the value, in the map's units, of no heat; lower ones look the same.
-        high: the value of full heat; higher ones look the same.
-        mask: bool [H', W'], True where the image is defective; all False for a good image.
+      image: uint8 [H, W, 3], shown in its own proportions, 256 to 512 pixels long.
+      anomaly_map: [h, w], of any size; stretched over the image.
+      low: the value, in the map's units, of no heat; lower ones look the same.
+      high: the value of full heat; higher ones look the same.
+      mask: bool [H', W'], True where the image is defective; all False for a good image.
+      threshold: what lies above it, in the map's units, is outlined in the heat, and the colour
+            bar shows where it stands.
         title: a line above the panels, such as the image's name and score.
 
     Raises:
@@ -73,12 +76,18 @@ def draw_heatmap(
     if np.isnan(anomaly_map).any():
         raise InputError(f"the anomaly map of {title or 'an image'} holds NaN: train it again")
     photograph = _fit(Image.fromarray(image))
-    panels = [("image", photograph), ("anomaly map", _overlay(photograph, anomaly_map, low, high))]
+    heat = _overlay(photograph, anomaly_map, low, high)
+    if threshold is not None:
+        heat = _outline(heat, np.asarray(_stretch(anomaly_map, heat.size)) > threshold)
+    panels = [("image", photograph), ("anomaly map", heat)]
     if mask is not None:
         panels.append(
-            ("defect" if mask.any() else "no defect", _outline(photograph, np.asarray(mask)))
+            (
+                "defect" if mask.any() else "no defect",
+                _outline(photograph, _shrink(mask, photograph.size)),
+            )
         )
-    return _compose(panels, _colour_bar(photograph.height, low, high), title)
+    return _compose(panels, _colour_bar(photograph.height, low, high, threshold), title)
 
 
 def draw_strip(
@@ -94,24 +103,21 @@ def draw_strip(
     """The same small, without gaps: photograph, heat, what is called defective, and the truth.
 
     Args:
-        image: uint8 [H, W, 3].
-        anomaly_map: [h, w], of any size; stretched over the image.
-        low: as for `draw_heatmap`.
-        high: likewise.
-        threshold: of the map; pixels above it are called defective.
-        mask: bool [H', W'], the truth; None where there is none, and then there are three pictures.
-        side: pixels of a picture's longer side.
+      image: uint8 [H, W, 3].
+      anomaly_map: [h, w], of any size; stretched over the image.
+      low: as for `draw_heatmap`.
+      high: likewise.
+      threshold: of the map; pixels above it are called defective.
+      mask: bool [H', W'], the truth; None where there is none, and then there are three pictures.
+      side: pixels of a picture's longer side.
     """
     scale = side / max(image.shape[:2])
     height, width = (max(1, round(length * scale)) for length in image.shape[:2])
     photograph = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
-    stretched = Image.fromarray(np.asarray(anomaly_map, np.float32)).resize(
-        photograph.size, Image.Resampling.BILINEAR
-    )
     pictures = [
         photograph,
         _overlay(photograph, anomaly_map, low, high),
-        _silhouette(np.asarray(stretched) > threshold, _CALLED),
+        _silhouette(np.asarray(_stretch(anomaly_map, photograph.size)) > threshold, _CALLED),
     ]
     if mask is not None:
         pictures.append(_silhouette(_shrink(np.asarray(mask), photograph.size), _OUTLINE))
@@ -171,15 +177,18 @@ def _overlay(
     photograph: Image.Image, anomaly_map: np.ndarray, low: float, high: float
 ) -> Image.Image:
     heat = (np.clip(anomaly_map, low, high) - low) / (high - low if high > low else 1)
-    heat = Image.fromarray(heat.astype(np.float32))
-    stretched = heat.resize(photograph.size, Image.Resampling.BILINEAR)
+    stretched = _stretch(heat, photograph.size)
     grey = np.asarray(photograph.convert("L"), np.float32)
     return Image.fromarray(_heat(np.asarray(stretched), grey))
 
 
-def _outline(photograph: Image.Image, mask: np.ndarray) -> Image.Image:
-    """The photograph with a line around the defect, and a dark one around that for contrast."""
-    inside = _shrink(mask, photograph.size)
+def _stretch(anomaly_map: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """To `size` = (width, height)."""
+    return Image.fromarray(anomaly_map.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+
+
+def _outline(photograph: Image.Image, inside: np.ndarray) -> Image.Image:
+    """The photograph with a line around a part, and a dark one around that for contrast."""
     border = np.ones_like(inside)
     border[2:-2, 2:-2] = False  # where a defect leaves the picture, its line runs along the edge
     outside = _grow(_grow(inside))
@@ -210,18 +219,38 @@ def _grow(mask: np.ndarray) -> np.ndarray:
     )  # [H, W]
 
 
-def _colour_bar(height: int, low: float, high: float) -> Image.Image:
-    """The heat from bottom to top as it looks over mid-grey, with numbers to its right."""
+def _colour_bar(
+    height: int, low: float, high: float, threshold: float | None = None
+) -> Image.Image:
+    """The heat from bottom to top as it looks over mid-grey, with numbers to its right.
+
+    The threshold is a line across it, at the end where it lies outside, and its number is darker.
+    """
     font, texts = ImageFont.load_default(_CAPTION), ticks(low, high)
-    width = _BAR + 7 + math.ceil(max(font.getlength(text) for text in texts.values()))
+    limit = None if threshold is None else f"{threshold:.3g}"
+    numbers = [*texts.values(), *([limit] if limit else [])]
+    width = _BAR + 7 + math.ceil(max(font.getlength(text) for text in numbers))
     bar = Image.new("RGB", (width, height), _PAPER)
     values = np.broadcast_to(np.linspace(1, 0, height)[:, None], (height, _BAR))
     bar.paste(Image.fromarray(_heat(values, np.full(values.shape, 128.0))), (0, 0))
     draw, last = ImageDraw.Draw(bar), math.inf
+
+    def place(value):  # of the value, and of the middle of its number
+        part = (value - low) / (high - low) if high > low else 0
+        y = (height - 1) * (1 - min(max(part, 0), 1))
+        return y, min(max(y, _CAPTION / 2), height - _CAPTION / 2)
+
+    taken = math.inf
+    if limit:
+        y, taken = place(threshold)
+        y = min(max(y, 2), height - 3)
+        draw.rectangle([(0, y - 2), (_BAR - 1, y + 2)], fill=(0, 0, 0))
+        draw.rectangle([(0, y - 1), (_BAR + 3, y + 1)], fill=_OUTLINE)
+        draw.text((_BAR + 7, taken), limit, fill=_INK, font=font, anchor="lm")
     for value, text in texts.items():
-        y = (height - 1) * (1 - ((value - low) / (high - low) if high > low else 0))
-        middle = min(max(y, _CAPTION / 2), height - _CAPTION / 2)
-        if last - middle >= _CAPTION:  # a low picture has no room for all
+        y, middle = place(value)
+        # A low picture has no room for all.
+        if last - middle >= _CAPTION and abs(middle - taken) >= _CAPTION:
             draw.line([(_BAR, y), (_BAR + 3, y)], fill=_FAINT)
             draw.text((_BAR + 7, middle), text, fill=_FAINT, font=font, anchor="lm")
             last = middle

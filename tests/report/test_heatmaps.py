@@ -160,3 +160,29 @@ def test_a_strip_has_image_heat_mask_and_truth_of_one_size_in_their_places():
     assert without.size == (3 * 160, 80)
     nothing = draw_strip(image, np.full((4, 4), 2.5), low=0, high=5, threshold=2.5)
     assert (np.asarray(nothing)[:, 320:] == called[0, 0]).all()  # above it, not at it
+
+
+def test_what_lies_above_the_threshold_is_outlined_and_the_bar_shows_where_it_is():
+    image = photograph(256, 256)
+    anomaly_map = np.zeros((256, 256), np.float32)
+    anomaly_map[100:150, 60:120] = 3
+    picture = draw_heatmap(image, anomaly_map, low=0, high=4, threshold=1.0)
+    shown, heat = panels(picture, image)[:2]
+    np.testing.assert_array_equal(shown, image)
+    rows, columns = np.nonzero((heat == OUTLINE).all(-1))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (98, 151, 58, 121)
+    assert not (heat[104:146, 64:116] == OUTLINE).all(-1).any()
+    bar = np.asarray(picture)[12 : 12 + 256, 12 + 2 * 266 :]
+    (marked,) = np.nonzero((bar == OUTLINE).all(-1).any(1))
+    assert marked.mean() == pytest.approx(255 * (1 - 1 / 4), abs=1)
+    plain = np.asarray(draw_heatmap(image, anomaly_map, low=0, high=4))
+    assert not (plain == OUTLINE).all(-1).any()
+
+
+@pytest.mark.parametrize("threshold", [-5.0, 99.0])
+def test_a_threshold_outside_of_the_colours_stands_at_their_end(threshold):
+    image = photograph(256, 256)
+    picture = draw_heatmap(image, np.zeros((8, 8)), low=0, high=4, threshold=threshold)
+    bar = np.asarray(picture)[12 : 12 + 256, 12 + 2 * 266 :]
+    (marked,) = np.nonzero((bar == OUTLINE).all(-1).any(1))
+    assert abs(marked.mean() - (0 if threshold > 4 else 255)) < 4

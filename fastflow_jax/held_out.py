@@ -1,0 +1,93 @@
+"""What held-out normal images look like to a trained detector: all that thresholds come from."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from fastflow_jax import thresholds
+from fastflow_jax.features import Features
+from fastflow_jax.run_folder import read_arrays, write_arrays
+
+_FOLDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Of n held-out normal images."""
+
+    scores: np.ndarray  # float32 [n]
+    tails: np.ndarray  # [n, Q], see `thresholds.tails`; of maps of the input's size
+    # Where z has a model; see `thresholds.held_out_moments` and `thresholds.lowest_log10_nfa`
+    moments: tuple[np.ndarray, ...] = ()
+    log10_nfa: np.ndarray | None = None  # [n]
+
+    def save(self, file: pathlib.Path) -> None:
+        """Write what `load` reads."""
+        arrays = {"scores": self.scores, "tails": self.tails}
+        if self.log10_nfa is not None:
+            arrays["log10_nfa"] = self.log10_nfa
+            arrays |= {f"moments_{i}": m for i, m in enumerate(self.moments)}
+        write_arrays(file, arrays)
+
+    @classmethod
+    def load(cls, file: pathlib.Path) -> "HeldOut":
+        """What `save` wrote."""
+        arrays = read_arrays(file)
+        moments = tuple(arrays[f"moments_{i}"] for i in range(len(arrays) - 3))
+        return cls(arrays["scores"], arrays["tails"], moments, arrays.get("log10_nfa"))
+
+
+def look_at(config, scorer, holdout: Features, valid: np.ndarray | None = None) -> HeldOut:
+    """Score held-out images as if they were new ones.
+
+    A detector that is calibrated by held-out images would find each of them a little more normal
+    than a new one, which had no say. So they are cross-fitted: those of each fifth are scored
+    under a calibration by the others. New images are scored under that by all, so that what is
+    promised of them holds up to a difference of the order of 1 / n.
+
+    Args:
+      config: filled, that it was trained with.
+      scorer: see `kinds`.
+      holdout: features of the images, [n, h, w, C] a scale.
+      valid: bool [n, H, W], False in padding; None without padding.
+    """
+    n = len(holdout[0])
+    fold = np.arange(n) % _FOLDS
+    recalibrate = getattr(scorer, "recalibrated", None) if n > 1 else None
+    if recalibrate is None:
+        fold[:] = 0
+    scores, tails = np.empty(n, np.float32), np.empty((n, len(thresholds.EXCEEDANCES)))
+    for i in np.unique(fold):
+        others, size = np.flatnonzero(fold != i), config.train.batch_size
+        fair = recalibrate(*_rows(others, holdout, valid)) if recalibrate else scorer
+        rows = np.flatnonzero(fold == i)
+        for batch in (rows[j : j + size] for j in range(0, len(rows), size)):
+            features, seen = _rows(batch, holdout, valid)
+            scores[batch], maps = fair.score_features(features, seen)
+            tails[batch] = thresholds.tails(maps, seen)
+    if not hasattr(scorer, "energies"):
+        return HeldOut(scores, tails)
+    return HeldOut(scores, tails, *_a_contrario(config, scorer, holdout, valid, fold))
+
+
+def _a_contrario(config, scorer, holdout, valid, fold) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """The moments of all, and the lowest log10 NFA of each under those of other folds."""
+    size = config.train.batch_size
+    batches = [np.arange(i, min(i + size, len(fold))) for i in range(0, len(fold), size)]
+    parts = [scorer.energies(*_rows(batch, holdout, valid)) for batch in batches]
+    energies, seen = (
+        [np.concatenate(scale) for scale in zip(*part, strict=True)]
+        for part in zip(*parts, strict=True)
+    )
+    lowest = np.empty(len(fold))
+    for i in np.unique(fold):
+        others = fold != i if (fold != i).any() else fold == i
+        moments = thresholds.held_out_moments(*([m[others] for m in x] for x in (energies, seen)))
+        own = ([m[fold == i] for m in x] for x in (energies, seen))
+        lowest[fold == i] = thresholds.lowest_log10_nfa(*own, moments)
+    return tuple(thresholds.held_out_moments(energies, seen)), lowest
+
+
+def _rows(rows: np.ndarray, features: Features, valid: np.ndarray | None):
+    return tuple(m[rows] for m in features), None if valid is None else valid[rows]

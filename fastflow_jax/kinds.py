@@ -1,0 +1,27 @@
+"""Detectors by name: the modules that train and load them."""
+
+import importlib
+from types import ModuleType
+
+# Each module has two functions, see `fastflow.fit` and `fastflow.load`; what they return scores
+# features as `fastflow.FastFlowScorer` does. `layers(spec)`, where a module has it, names the maps
+# that its detector takes of a backbone unless told otherwise, and `RECIPE` the fields in which its
+# configuration differs from the default.
+KINDS = {
+    "fastflow": "fastflow_jax.fastflow",
+    "patchcore": "fastflow_jax.baselines.patchcore",
+    "spade": "fastflow_jax.baselines.spade",
+    "cflow": "fastflow_jax.baselines.cflow",
+    "vae": "fastflow_jax.baselines.vae",
+    "gan": "fastflow_jax.baselines.gan",
+}
+
+
+def kind(name: str) -> ModuleType:
+    """The module of the detector of this name."""
+    return importlib.import_module(KINDS[name])
+
+
+def recipe(name: str) -> dict:
+    """Fields of the configuration that make a run of it one of the detector of this name."""
+    return {"detector": name} | getattr(kind(name), "RECIPE", {})

@@ -1,0 +1,218 @@
+"""A run folder's detector on files: a line an image, heat maps, raw maps."""
+
+import csv
+import dataclasses
+import glob
+import json
+import os
+import pathlib
+import sys
+import warnings
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from fastflow_jax import thresholds
+from fastflow_jax.data.given import read_image
+from fastflow_jax.data.layout import images_below
+from fastflow_jax.detector import Detector, Prediction
+from fastflow_jax.errors import InputError
+from fastflow_jax.report.heatmaps import draw_heatmap, save_picture
+
+RAW = ("npy", "png16")
+
+
+@dataclasses.dataclass
+class Line:
+    """What is told of one image; None where there is nothing to tell."""
+
+    path: str
+    score: float | None = None  # higher is more anomalous
+    p_value: float | None = None  # how often a normal image scores so high
+    is_anomalous: bool | None = None  # the score is above the threshold
+    threshold: float | None = None
+    log_likelihood: float | None = None  # of the features, in nats per dimension
+    anomalous_part: float | None = None  # of its pixels, by the pixel threshold
+    pixel_threshold: float | None = None
+    height: int | None = None
+    width: int | None = None
+    heatmap: str | None = None  # files, by their path in the output folder
+    raw_map: str | None = None
+    raw_zero: float | None = None  # of a PNG: what 0 stands for,
+    raw_full: float | None = None  # and 65535
+    error: str | None = None
+
+
+def predict(
+    workdir: str | os.PathLike,
+    images: str,
+    output: str | os.PathLike,
+    *,
+    rate: float | None = None,
+    tile: bool = False,
+    heatmaps: bool = True,
+    raw: str | None = None,
+) -> int:
+    """Look at images with the detector of a training, and write what it makes of them.
+
+    Args:
+      workdir: see `Detector.load`.
+      images: a file, a folder, of which all images in it and below are meant, or a glob pattern.
+      output: gets `predictions.csv` and `predictions.jsonl`, in the order in which images are
+        done, and, by the names of the images, `heatmaps/` and `maps/`.
+      rate: of false alarms, see `Detector.with_threshold`; None: as the detector has it.
+      tile: see `Detector.predict`.
+      heatmaps: draw pictures.
+      raw: one of `RAW`: anomaly maps, of the size of their image, as float32 or, from its lowest
+        value to its highest, in 16 bits; None: not at all.
+
+    Returns:
+      The exit status: 0 where all images are normal, 1 where some are anomalous, 3 where some could
+      not be read.
+
+    Raises:
+      InputError: nothing could be done.
+    """
+    output = pathlib.Path(output)
+    names = find_images(images, besides=output)
+    detector = Detector.load(workdir)
+    if rate is not None:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            detector = detector.with_threshold(rate=rate)
+        for warning in said:
+            _say(f"warning: {warning.message}")
+    elif detector.image_threshold is None:
+        _say("warning: no images were held out in training: there are scores, and no decisions")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"{output} cannot be a folder: a file is in the way") from error
+
+    anomalous = 0
+    broken: list[Line] = []
+    fields = [field.name for field in dataclasses.fields(Line)]
+    bar = tqdm(total=len(names), desc="predict", unit="img", dynamic_ncols=True)
+    with (
+        (output / "predictions.csv").open("w", newline="") as table,
+        (output / "predictions.jsonl").open("w") as lines,
+        bar,
+    ):
+        rows = csv.DictWriter(table, fields)
+        rows.writeheader()
+
+        def write(line: Line) -> None:
+            plain = dataclasses.asdict(line)
+            lines.write(json.dumps(plain) + "\n")
+            said = {True: "true", False: "false", None: None}
+            rows.writerow(plain | {"is_anomalous": said[line.is_anomalous]})
+            for file in (lines, table):
+                file.flush()
+            bar.update()
+
+        def report(path: str, error: InputError) -> None:
+            broken.append(Line(path, error=str(error)))
+            _say(f"skipped: {error}")
+            write(broken[-1])
+
+        for prediction in detector.stream(names, tile=tile, on_error=report):
+            line = _line(detector, prediction)
+            name = names[prediction.name]
+            if heatmaps:
+                line.heatmap = f"heatmaps/{name}.png"
+                save_picture(output / line.heatmap, _picture(detector, prediction, name))
+            if raw:
+                _write_raw(output, raw, name, prediction.anomaly_map, line)
+            anomalous += bool(line.is_anomalous)
+            write(line)
+    done = len(names) - len(broken)
+    print(f"{anomalous} of {done} images are anomalous, {len(broken)} unreadable: {output}")
+    return 3 if broken else int(anomalous > 0)
+
+
+def find_images(pattern: str, *, besides: pathlib.Path) -> dict[str, str]:
+    """The files that a file name, a folder or a glob pattern means, sorted.
+
+    Args:
+      pattern: as it was typed.
+      besides: a folder whose files do not count: results of an earlier call.
+
+    Returns:
+      Path -> a name that tells it from the others, its path below the folder that all lie in.
+
+    Raises:
+      InputError: there are none.
+    """
+    whole = pathlib.Path(pattern).expanduser()
+    matches = sorted(glob.glob(str(whole), recursive=True))
+    found = [whole] if whole.exists() else list(map(pathlib.Path, matches))
+    paths: list[pathlib.Path] = []
+    for path in found:
+        paths += images_below(path) if path.is_dir() else [path]
+    paths = [path for path in paths if besides.resolve() not in path.resolve().parents]
+    if not paths:
+        raise InputError(f"--input={pattern} is no file, no folder and no pattern that finds any")
+    root = whole if whole.is_dir() else os.path.commonpath([path.parent for path in paths])
+    return {str(path): path.relative_to(root).as_posix() for path in dict.fromkeys(paths)}
+
+
+def _say(message: str) -> None:
+    tqdm.write(message, file=sys.stderr)
+
+
+def _line(detector: Detector, prediction: Prediction) -> Line:
+    mask, height_width = prediction.mask, prediction.anomaly_map.shape
+    return Line(
+        prediction.name,
+        prediction.score,
+        prediction.p_value,
+        prediction.is_anomalous,
+        detector.image_threshold and detector.image_threshold.value,
+        prediction.log_likelihood,
+        None if mask is None else float(mask.mean()),
+        detector.pixel_threshold and detector.pixel_threshold.value,
+        *height_width,
+    )
+
+
+def _picture(detector: Detector, prediction: Prediction, name: str) -> Image.Image:
+    low, high = _colours(detector) or (prediction.anomaly_map.min(), prediction.anomaly_map.max())
+    title = f"{name}  score {prediction.score:.3f}"
+    if prediction.p_value is not None:
+        title += f"  p {prediction.p_value:.3f}"
+    if prediction.is_anomalous is not None:
+        title += "  anomalous" if prediction.is_anomalous else "  normal"
+    return draw_heatmap(
+        read_image(pathlib.Path(prediction.name)),
+        prediction.anomaly_map,
+        low=low,
+        high=high,
+        threshold=detector.pixel_threshold and detector.pixel_threshold.value,
+        title=title,
+    )
+
+
+def _colours(detector: Detector) -> tuple[float, float] | None:
+    """From the typical pixel of normal images to twice as far as they reach, but for outliers."""
+    if detector.held_out is None:
+        return None
+    typical = detector.held_out.tails.mean(0)  # falls with what is exceeded
+    low, high = (float(np.interp(-part, -thresholds.EXCEEDANCES, typical)) for part in (0.5, 0.001))
+    return low, high + (high - low)
+
+
+def _write_raw(
+    output: pathlib.Path, raw: str, name: str, anomaly_map: np.ndarray, line: Line
+) -> None:
+    """Write a map, and to the line what its numbers mean."""
+    line.raw_map = f"maps/{name}.{raw.removesuffix('16')}"
+    file = output / line.raw_map
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if raw == "npy":
+        np.save(file, anomaly_map)
+        return
+    low, high = float(anomaly_map.min()), float(anomaly_map.max())
+    part = (anomaly_map - low) / (high - low if high > low else 1)
+    save_picture(file, Image.fromarray(np.round(65535 * part).astype(np.uint16)))
+    line.raw_zero, line.raw_full = low, high

@@ -1,0 +1,328 @@
+"""Detectors of every kind, from images to decisions; and the flow of one, forth and back."""
+
+import doctest
+import gc
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fastflow_jax.detector
+from fastflow_jax import Detector, data, experiment, thresholds
+from fastflow_jax.config import default, fill
+from fastflow_jax.data.transforms import normalise, resize
+from fastflow_jax.errors import InputError
+from fastflow_jax.kinds import KINDS, recipe
+
+
+def tiny(kind="fastflow", **fields):
+    """A detector of seconds, which learns from the pixels themselves."""
+    c = default()
+    c.update(recipe(kind))
+    c.backbone, c.image_size = "pixels", (16,)
+    c.flow.steps, c.flow.hidden_ratio, c.cflow.steps, c.cflow.encoding = 2, 2.0, 1, 8
+    c.vae.width = c.gan.width = 4
+    c.train.epochs, c.train.batch_size, c.data.holdout = 2, 8, 0.25
+    c.update_from_flattened_dict(fields)
+    return c
+
+
+def photographs(n=16, seed=0, size=(20, 30)):
+    """Evenly grey, with a little noise, uint8 [n, H, W, 3]."""
+    return np.random.default_rng(seed).integers(118, 138, (n, *size, 3), np.uint8)
+
+
+def spoilt():
+    image = photographs(1, seed=9)[0]
+    image[6:16, 12:24] = (250, 20, 20)
+    return image
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "grey"
+    return Detector.fit(photographs(), config=tiny(), workdir=folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_fitted_saved_loaded_and_finds_the_defect(kind, tmp_path):
+    Detector.fit(photographs(), config=tiny(kind)).save(tmp_path / "saved")
+    detector = Detector.load(tmp_path / "saved")
+    bad, *good = detector.predict([spoilt(), *photographs(6, seed=8)])
+    assert bad.score > max(result.score for result in good)
+    assert bad.is_anomalous
+    assert bad.p_value == pytest.approx(1 / 5)  # the lowest there is, with four held out
+    assert np.mean([result.p_value for result in good]) > 0.3
+    assert bad.anomaly_map.shape == bad.mask.shape == (20, 30)
+    inside = np.zeros((20, 30), bool)
+    inside[6:16, 12:24] = True
+    assert bad.anomaly_map[inside].mean() > bad.anomaly_map[~inside].mean()
+    assert (bad.log_likelihood is not None) == (kind in ("fastflow", "cflow"))
+    if bad.log_likelihood is not None:
+        assert bad.log_likelihood < min(result.log_likelihood for result in good)
+
+
+def test_a_prediction_is_what_the_scorer_says_of_the_resized_image(detector):
+    image = spoilt()
+    result = detector.predict(image)
+    spec = detector.backbone.spec
+    seen = normalise(resize(image, (16, 16)), spec.mean, spec.std)[None]
+    (score,), (anomaly_map,) = detector.score(seen)
+    assert result.score == pytest.approx(score, rel=1e-4)
+    stretched = Image.fromarray(anomaly_map).resize((30, 20), Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(result.anomaly_map, stretched, rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(result.mask, result.anomaly_map > detector.pixel_threshold.value)
+
+
+def test_one_and_many_files_and_arrays_are_scored_alike(detector, tmp_path):
+    images = [spoilt(), *photographs(3, seed=4), photographs(1, seed=5, size=(11, 50))[0]]
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    alone = [detector.predict(image) for image in images]
+    for many in (
+        detector.predict(images),
+        detector.predict(tmp_path),
+        detector.predict(sorted(str(p) for p in tmp_path.glob("*.png"))),
+        list(detector.stream(image for image in images)),
+    ):
+        for one, other in zip(alone, many, strict=True):
+            assert one.score == pytest.approx(other.score, rel=1e-4)
+            assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-4)
+            np.testing.assert_allclose(one.anomaly_map, other.anomaly_map, rtol=1e-3, atol=1e-3)
+    assert alone[-1].anomaly_map.shape == (11, 50)
+    grey = detector.predict(np.asarray(images[1])[..., 0])
+    assert grey.anomaly_map.shape == (20, 30)
+
+
+def test_streams_read_no_further_than_they_have_to(detector):
+    read = []
+
+    def images():
+        for i in range(1000):
+            read.append(i)
+            yield photographs(1)[0]
+
+    stream = detector.stream(images())
+    next(stream)
+    stream.close()
+    assert len(read) < 60
+
+
+def test_what_is_no_image_is_named_and_may_be_passed_over(detector, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    Image.fromarray(spoilt()).save(tmp_path / "whole.png")
+    with pytest.raises(InputError, match=r"broken\.png"):
+        detector.predict(tmp_path)
+    with pytest.raises(InputError, match=r"nosuch\.png"):
+        detector.predict("nosuch.png")
+    with pytest.raises(InputError, match=r"float64.*uint8"):
+        detector.predict(spoilt() / 255)
+    with pytest.raises(InputError, match=r"shape \(20, 30, 4\)"):
+        detector.predict([np.zeros((20, 30, 4), np.uint8)])
+    names = []
+    results = list(detector.stream(tmp_path, on_error=lambda name, error: names.append(name)))
+    assert [r.name for r in results] == [str(tmp_path / "whole.png")]
+    assert names == [str(tmp_path / "broken.png")]
+
+
+def test_large_images_are_tiled_on_request(detector):
+    image = photographs(1, size=(50, 70))[0]
+    image[20:24, 40:44] = (250, 20, 20)
+    whole, tiled = detector.predict(image), detector.predict(image, tile=True)
+    assert tiled.anomaly_map.shape == (50, 70)
+    assert tiled.score > whole.score  # the defect is seen four times as large
+    row, column = np.unravel_index(tiled.anomaly_map.argmax(), (50, 70))
+    assert 18 <= row <= 26
+    assert 38 <= column <= 46
+    small = photographs(1, size=(10, 12))[0]
+    assert detector.predict(small, tile=True).score == pytest.approx(detector.predict(small).score)
+
+
+def test_thresholds_change_without_fitting_and_are_saved(detector, tmp_path):
+    # Four held-out images: the default is the lowest rate that they support.
+    assert detector.image_threshold.rate == pytest.approx(1 / 5)
+    loose = detector.with_threshold(rate=0.5, pixel_rate=0.2)
+    held_out = detector.held_out.scores
+    assert loose.image_threshold.value == np.sort(held_out)[2]
+    assert loose.pixel_threshold.value < detector.pixel_threshold.value
+    with pytest.warns(UserWarning, match="cannot support"):
+        detector.with_threshold(rate=0.01)
+    labelled = thresholds.f1_optimal([1, 2, 3, 4], [0, 0, 1, 1])
+    given = loose.with_threshold(labelled, pixel=7.5)
+    given.save(tmp_path / "saved")
+    loaded = Detector.load(tmp_path / "saved")
+    assert loaded.image_threshold == labelled
+    assert loaded.pixel_threshold.value == 7.5
+    assert loaded.predict(spoilt()).score == detector.predict(spoilt()).score
+    loose.save(tmp_path / "other")
+    assert Detector.load(tmp_path / "other").image_threshold == loose.image_threshold
+    with pytest.raises(InputError, match="something else"):
+        given.save(tmp_path / "saved")
+    with pytest.raises(InputError, match="not both"):
+        detector.with_threshold(1.0, rate=0.1)
+
+
+def test_thresholds_are_saved_where_the_detector_lies(tmp_path):
+    detector = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run")
+    detector.with_threshold(12.5).save()
+    assert Detector.load(tmp_path / "run").image_threshold.value == 12.5
+
+
+def test_held_out_images_are_scored_under_a_calibration_by_others(detector):
+    """Of 4 held-out images each is a fold of its own."""
+    held = photographs()[3::4]
+    as_new = [r.score for r in detector.predict(held)]
+    assert not np.allclose(as_new, detector.held_out.scores, rtol=1e-3)
+    features = detector.features(held)
+    without_first = detector.scorer.recalibrated(tuple(m[1:] for m in features))
+    (score,), _ = without_first.score_features(tuple(m[:1] for m in features))
+    assert score == pytest.approx(detector.held_out.scores[0], rel=1e-3)
+
+
+def test_a_detector_without_a_folder_leaves_nothing_behind():
+    detector = Detector.fit(photographs(8), config=tiny())
+    folder = detector.folder
+    other = detector.with_threshold(3.0)
+    del detector
+    gc.collect()
+    assert folder.exists()
+    assert other.predict(spoilt()).is_anomalous
+    del other
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_without_held_out_images_there_are_scores_alone():
+    config = tiny("patchcore", **{"data.holdout": 0.0})
+    detector = Detector.fit(photographs(), config=config)
+    result = detector.predict(spoilt())
+    assert np.isfinite(result.score)
+    assert result.p_value is result.is_anomalous is result.mask is None
+    for call in (
+        lambda: detector.with_threshold(rate=0.1),
+        lambda: detector.with_threshold(pixel_rate=0.1),
+    ):
+        with pytest.raises(InputError, match="no held-out images"):
+            call()
+    for call in (detector.sample, lambda: detector.regions(spoilt())):
+        with pytest.raises(InputError, match="a patchcore has no z"):
+            call()
+
+
+def test_the_flow_runs_backwards(detector):
+    features = detector.features(photographs(9, seed=3))
+    latents = detector.latents(features)
+    assert not np.allclose(latents[0], features[0], atol=0.1)
+    for one, other in zip(detector.invert(latents), features, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-3)
+    sampled = detector.sample(40, seed=1)
+    for one, other in zip(sampled, features, strict=True):
+        assert one.shape == (40, *other.shape[1:])
+        np.testing.assert_allclose(one.mean((0, 1, 2)), other.mean((0, 1, 2)), atol=0.1)
+    for z in detector.latents(sampled):
+        assert z.mean() == pytest.approx(0, abs=0.05)
+        assert z.std() == pytest.approx(1, abs=0.05)
+    (typical,) = detector.sample(1, temperature=0.0)
+    np.testing.assert_allclose(detector.latents((typical,))[0], 0, atol=1e-4)
+
+
+def test_regions_show_the_defect(detector):
+    (region, *_) = detector.regions(spoilt())
+    top, left, bottom, right = region.box
+    assert top < 11 < bottom
+    assert left < 18 < right
+    assert region.log10_nfa < -3
+    many = detector.regions([spoilt(), photographs(1, seed=8)[0]])
+    assert many[0][0] == region
+    assert len(many[1]) == 0 or many[1][0].log10_nfa > region.log10_nfa
+    assert detector.regions(spoilt(), model_alone=True)[0].log10_nfa < -3
+
+
+def test_folders_data_sets_and_names_are_fitted(tmp_path):
+    for i, image in enumerate(photographs(8)):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    by_folder = Detector.fit(tmp_path, config=tiny())
+    by_files = Detector.fit([str(p) for p in sorted(tmp_path.iterdir())], config=tiny())
+    c = tiny()
+    c.data.name, c.data.root = "folder", str(tmp_path)
+    by_config = Detector.fit(fill(c))
+    by_dataset = Detector.fit(data.open_dataset(c.data), config=tiny())
+    scores = [d.predict(spoilt()).score for d in (by_folder, by_files, by_config, by_dataset)]
+    np.testing.assert_allclose(scores, scores[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("images", "config", "message"),
+    [
+        ("nosuch/folder", None, "neither a folder nor a data set"),
+        ([], None, "no images to train on"),
+        (["nosuch.png"], None, "nosuch.png"),
+        (photographs(2), "patchcoer", "patchcore"),
+        (photographs(2), {"seeds": 2}, "main runs several"),
+        ("synthetic/brick,gravel", {}, "main runs several"),
+    ],
+)
+def test_what_cannot_be_fitted_is_said(images, config, message):
+    with pytest.raises(InputError, match=message):
+        Detector.fit(images, config=tiny(**config) if isinstance(config, dict) else config)
+
+
+def test_a_folder_of_other_images_is_refused(detector):
+    with pytest.raises(InputError, match="no longer those"):
+        Detector.fit(photographs(seed=1), config=tiny(), workdir=detector.folder)
+    again = Detector.fit(photographs(), config=tiny(), workdir=detector.folder)
+    assert again.predict(spoilt()).score == detector.predict(spoilt()).score
+
+
+def test_runs_of_main_are_loaded_part_by_part(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, image in enumerate(photographs(8)):
+        Image.fromarray(image).save(photos / f"{i}.png")
+    c = tiny(seeds=2)
+    c.data.name, c.data.root = "folder", str(photos)
+    run = tmp_path / "run"
+    c.variants = {"one": {}, "sum": {"score": {"form": "top_k"}}}
+    experiment.run(fill(c), run)
+    with pytest.raises(InputError, match="several trainings") as error:
+        Detector.load(run)
+    assert str(run / "sum" / "seed_1") in str(error.value)
+    one, other = (Detector.load(run / v / "seed_1") for v in ("one", "sum"))
+    assert other.config.score.form == "top_k"
+    assert one.predict(spoilt()).score != other.predict(spoilt()).score
+    # The second variant has no training of its own, and is saved with the first one's.
+    other.save(tmp_path / "saved")
+    saved = Detector.load(tmp_path / "saved")
+    assert saved.predict(spoilt()).score == other.predict(spoilt()).score
+
+
+def test_what_is_no_run_folder_is_said(tmp_path):
+    with pytest.raises(InputError, match="no folder"):
+        Detector.load(tmp_path / "nosuch")
+    with pytest.raises(InputError, match="no finished training"):
+        Detector.load(tmp_path)
+
+
+def test_the_example_runs(monkeypatch):
+    monkeypatch.setattr("tqdm.tqdm.write", lambda *_, **__: None)  # what is told of features
+    names = {"normal_images": list(photographs(24)), "image": spoilt(), "config": tiny()}
+    (example,) = doctest.DocTestFinder(recurse=False).find(
+        Detector, "Detector", module=fastflow_jax.detector, extraglobs=names
+    )
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_flows_alone_load_jax_and_flax_only():
+    code = """
+import sys, json
+import fastflow_jax.flows
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+    loaded = json.loads(subprocess.check_output([sys.executable, "-c", code], text=True))
+    assert "flax" in loaded
+    heavy = {"sklearn", "tensorflow_datasets", "orbax", "grain", "matplotlib", "PIL", "optax"}
+    assert heavy.isdisjoint(loaded)

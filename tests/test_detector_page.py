@@ -1,0 +1,48 @@
+"""The code of docs/detector.md runs as it stands, on small photographs and a small flow."""
+
+import pathlib
+import re
+
+import numpy as np
+from PIL import Image
+
+import fastflow_jax.detector
+from fastflow_jax.config import default
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "detector.md"
+
+
+def small():
+    c = default()
+    c.backbone, c.image_size = "pixels", (16,)
+    c.flow.steps, c.flow.hidden_ratio = 1, 2.0
+    c.train.epochs, c.train.batch_size, c.data.holdout = 1, 8, 0.25
+    return c
+
+
+def test_the_examples_run(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for folder, names in (
+        ("photos/screws/train/good", [f"{i:03}.jpg" for i in range(24)]),
+        ("photos/new", ["016.jpg", "017.jpg"]),
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in names:
+            pixels = rng.integers(118, 138, (24, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fastflow_jax.detector, "default", small)
+    bad = np.full((24, 32, 3), 250, np.uint8)
+    labels = [0, 1]
+    names = {"labelled": ["photos/new/016.jpg", bad], "labels": labels}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    assert len(blocks) > 3
+    for block in blocks:
+        exec(block, names)
+    assert names["chosen"].image_threshold.kind == "f1"
+    decisions = [r.is_anomalous for r in names["chosen"].predict(names["labelled"])]
+    assert decisions == [False, True]
+    reloaded = fastflow_jax.Detector.load("runs/screws")
+    assert reloaded.image_threshold == names["strict"].image_threshold
+    for one, other in zip(names["again"], names["features"], strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-3)

@@ -1,0 +1,178 @@
+"""The command line on files: lines, pictures, raw maps, exit codes, and what cannot be read."""
+
+import csv
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastflow_jax import Detector
+from fastflow_jax.config import default
+from fastflow_jax.errors import InputError
+from fastflow_jax.predict import find_images, predict
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+
+
+def photograph(seed):
+    return np.random.default_rng(seed).integers(118, 138, (24, 32, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder of seconds."""
+    c = default()
+    c.backbone, c.image_size = "pixels", (16,)
+    c.flow.steps, c.flow.hidden_ratio = 1, 2.0
+    c.train.epochs, c.train.batch_size, c.data.holdout = 1, 8, 0.5
+    folder = tmp_path_factory.mktemp("run") / "grey"
+    detector = Detector.fit([photograph(i) for i in range(16)], config=c, workdir=folder)
+    detector.with_threshold(detector.held_out.scores.max() + 1).save()
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two normal images, one of them in a folder, an anomalous one, and what is no image."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    Image.fromarray(photograph(100)).save(folder / "a.png")
+    Image.fromarray(photograph(101)).save(folder / "more" / "a.png")
+    bad = photograph(102)
+    bad[6:14, 10:20] = (250, 20, 20)
+    Image.fromarray(bad).save(folder / "bad.jpg", quality=95)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def lines_of(output):
+    lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    with (output / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [line["path"] for line in lines]
+    return {pathlib.Path(line["path"]).name: line for line in lines}, rows
+
+
+def test_a_folder_gives_a_line_and_a_picture_an_image(run, photos, tmp_path):
+    output = tmp_path / "out"
+    assert predict(run, str(photos), output) == 1
+    lines, rows = lines_of(output)
+    assert len(rows) == 3
+    bad = lines["bad.jpg"]
+    assert bad["is_anomalous"] is True
+    assert {row["is_anomalous"] for row in rows} == {"true", "false"}
+    assert bad["p_value"] == pytest.approx(1 / 9)
+    assert bad["score"] > bad["threshold"] > lines["a.png"]["score"]
+    assert (bad["height"], bad["width"]) == (24, 32)
+    assert 0 < bad["anomalous_part"] < 1
+    pictures = sorted(p.relative_to(output).as_posix() for p in output.rglob("*.png"))
+    assert pictures == [f"heatmaps/{n}.png" for n in ("a.png", "bad.jpg", "more/a.png")]
+    assert bad["heatmap"] == "heatmaps/bad.jpg.png"
+    assert Image.open(output / bad["heatmap"]).width > 512  # the photograph and its heat
+    # Results among the images are not taken for images.
+    assert predict(run, str(photos), photos / "out", heatmaps=True) == 1
+    assert predict(run, str(photos), photos / "out", heatmaps=True) == 1
+    assert len(lines_of(photos / "out")[1]) == 3
+
+
+def test_a_broken_image_is_told_and_the_rest_is_done(run, photos, tmp_path, capsys):
+    (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:100])
+    assert predict(run, str(photos), tmp_path / "out", heatmaps=False) == 3
+    lines, rows = lines_of(tmp_path / "out")
+    assert len(rows) == 4
+    assert "broken.png" in lines["broken.png"]["error"]
+    assert lines["broken.png"]["score"] is None
+    assert lines["bad.jpg"]["is_anomalous"] is True
+    assert not list((tmp_path / "out").rglob("*.png"))
+    said = capsys.readouterr()
+    assert "skipped" in said.err
+    assert "1 of 3 images are anomalous, 1 unreadable" in said.out
+
+
+def test_raw_maps_hold_the_map(run, photos, tmp_path):
+    expected = Detector.load(run).predict(photos / "bad.jpg").anomaly_map
+    output = tmp_path / "npy"
+    predict(run, str(photos / "bad.jpg"), output, raw="npy", heatmaps=False)
+    lines, _ = lines_of(output)
+    np.testing.assert_array_equal(np.load(output / lines["bad.jpg"]["raw_map"]), expected)
+    output = tmp_path / "png"
+    predict(run, str(photos / "bad.jpg"), output, raw="png16", heatmaps=False)
+    (line,) = lines_of(output)[0].values()
+    levels = np.asarray(Image.open(output / line["raw_map"])).astype(np.float64)
+    assert levels.max() == 65535
+    values = line["raw_zero"] + levels / 65535 * (line["raw_full"] - line["raw_zero"])
+    np.testing.assert_allclose(values, expected, atol=np.ptp(expected) / 65535)
+
+
+def test_another_rate_and_tiles(run, photos, tmp_path):
+    predict(run, str(photos), tmp_path / "out", rate=0.5, tile=True, heatmaps=False)
+    lines, _ = lines_of(tmp_path / "out")
+    held_out = np.sort(Detector.load(run).held_out.scores)
+    assert lines["bad.jpg"]["threshold"] == pytest.approx(held_out[4])
+    whole = Detector.load(run).predict(photos / "bad.jpg").score
+    assert lines["bad.jpg"]["score"] != pytest.approx(whole)
+
+
+def test_files_folders_and_patterns_are_found(photos, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    every = {str(photos / n): n for n in ("a.png", "bad.jpg", "more/a.png")}
+    assert find_images(str(photos), besides=nowhere) == every
+    assert find_images(str(photos / "a.png"), besides=nowhere) == {str(photos / "a.png"): "a.png"}
+    assert find_images(str(photos / "**" / "*.*g"), besides=nowhere) == every
+    assert list(find_images(str(photos / "b*"), besides=nowhere).values()) == ["bad.jpg"]
+    for pattern in ("nosuch.png", str(photos / "*.tif"), str(tmp_path / "*.tif")):
+        with pytest.raises(InputError, match="no file, no folder"):
+            find_images(pattern, besides=nowhere)
+
+
+def call(*arguments):
+    process = subprocess.run(
+        [sys.executable, "-m", "fastflow_jax.main", "--mode=predict", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in process.stderr
+    return process
+
+
+def test_the_exit_status_says_what_was_found(run, photos, tmp_path):
+    arguments = [f"--workdir={run}", f"--output={tmp_path}/out", "--noheatmaps"]
+    process = call(*arguments, f"--input={photos}/more")
+    assert process.returncode == 0, process.stderr
+    (photos / "broken.png").write_bytes(b"no image")
+    process = call(*arguments, f"--input={photos}")
+    assert process.returncode == 3
+    assert "broken.png" in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir=nosuch", "--input=photos"], "needs --output"),
+        (["--config=configs/demo.py", "--workdir=nosuch"], "leave --config out"),
+    ],
+)
+def test_bad_flags_end_in_one_message(arguments, message):
+    process = call(*arguments)
+    assert process.returncode == 2
+    assert message in process.stderr
+    assert len(process.stderr.strip().splitlines()) == 1
+
+
+def test_what_cannot_be_done_is_said(run, photos, tmp_path):
+    with pytest.raises(InputError, match=r"nosuch/\*\.png is no file, no folder"):
+        predict(run, "nosuch/*.png", tmp_path / "out")
+    with pytest.raises(InputError, match="nosuch is no folder"):
+        predict(tmp_path / "nosuch", str(photos), tmp_path / "out")
+    with pytest.raises(InputError, match="between 0 and 1"):
+        predict(run, str(photos), tmp_path / "out", rate=2.0)
+    with pytest.raises(InputError, match="a file is in the way"):
+        predict(run, str(photos), photos / "a.png")

@@ -11,6 +11,7 @@ fields mean what they mean there. As NNX has it, channels are given beforehand. 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -149,10 +150,9 @@ class FlowStep(nnx.Module):
                 inputs, features, hidden_ratio, kernel_size, zero_init, dtype, rngs=rngs
             )
 
-        self.coupling = AffineCoupling(channels, subnet, clamp, rngs=rngs)
-        self.coupling_swapped = None
-        if is_double(coupling):
-            self.coupling_swapped = AffineCoupling(channels, subnet, clamp, swap=True, rngs=rngs)
+        coupled = partial(AffineCoupling, channels, subnet, clamp, rngs=rngs)
+        self.coupling = coupled()
+        self.coupling_swapped = coupled(swap=True) if is_double(coupling) else None
         self.affine = GlobalAffine(channels, affine)
         self.permute = Permute(channels, rngs=rngs)
 

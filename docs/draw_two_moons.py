@@ -26,7 +26,7 @@ def main() -> None:
 
     _, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
     dots = {"s": 3, "alpha": 0.5, "linewidths": 0, "color": "#5b2a86"}
-    axes[0].scatter(*names["points"].T, **dots)
+    axes[0].scatter(*names["points"][:2048].T, **dots)
     axes[1].imshow(density, "inferno", origin="lower", extent=(-SIDE, SIDE, -SIDE, SIDE))
     axes[2].scatter(*np.asarray(names["samples"]).reshape(-1, 2).T, **dots)
     for axis, title in zip(axes, ("points", "density", "samples"), strict=True):

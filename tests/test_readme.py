@@ -72,7 +72,7 @@ def test_every_linked_file_is_there(page):
         assert (page.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", list(commands()))
 def test_commands_are_of_this_package(command, monkeypatch):
     """Training takes too long here: what it would be told is read and checked."""
     program, *arguments = command

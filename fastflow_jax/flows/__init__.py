@@ -6,7 +6,8 @@ Every layer is a linen module with one contract:
     x, log_det = layer(y, inverse=True)    # exact inverse, log_det with the opposite sign
 
 `log_det` is the log-determinant **per location**: its sum over the locations is that of the whole
-map, and the map itself is what a likelihood map needs. This package imports jax and flax only.
+map, and the map itself is what a likelihood map needs. `flows.nnx` has the same layers for Flax
+NNX. This package imports jax and flax only.
 """
 
 from fastflow_jax.flows.chain import Flow, FlowStep

@@ -1,5 +1,6 @@
 """Flow steps and chains of them."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import flax.linen as nn
@@ -36,8 +37,6 @@ class FlowStep(nn.Module):
     dtype: jnp.dtype | None = None
 
     def setup(self):
-        if self.coupling not in ("single", "double"):
-            raise ValueError(f"coupling is 'single' or 'double', not {self.coupling!r}")
         subnet = partial(
             ConvSubnet,
             hidden_ratio=self.hidden_ratio,
@@ -46,14 +45,14 @@ class FlowStep(nn.Module):
             dtype=self.dtype,
         )
         couplings = [AffineCoupling(subnet, self.clamp, name="coupling")]
-        if self.coupling == "double":
+        if is_double(self.coupling):
             couplings.append(AffineCoupling(subnet, self.clamp, swap=True, name="coupling_swapped"))
         affine = GlobalAffine(self.affine, name="affine")
         self.layers = [*couplings, affine, Permute(name="permute")]
 
     def __call__(self, x: jax.Array, *, inverse: bool = False) -> tuple[jax.Array, jax.Array]:
         """Transform x [B, h, w, C]; log_det [B, h, w]."""
-        return _compose(self.layers, x, inverse)
+        return compose(self.layers, x, inverse)
 
 
 class Flow(nn.Module):
@@ -99,14 +98,26 @@ class Flow(nn.Module):
     def __call__(self, x: jax.Array, *, inverse: bool = False) -> tuple[jax.Array, jax.Array]:
         """Map features [B, h, w, C] to z of the same shape, or z back; log_det [B, h, w]."""
         if not self.reversible or self.is_initializing():
-            return _compose(self.step, x, inverse)
+            return compose(self.step, x, inverse)
         steps, variables = zip(*(step.unbind() for step in self.step), strict=True)
         params = tuple(v["params"] for v in variables)
         constants = tuple({k: v[k] for k in v if k != "params"} for v in variables)
-        return _rebuilding(steps, inverse, params, constants, x)
+        return rebuilding(_apply, steps, inverse, params, constants, x)
 
 
-def _compose(layers, x, inverse):
+def is_double(coupling: str) -> bool:
+    """Whether a step has two couplings.
+
+    Raises:
+      ValueError: `coupling` is neither "single" nor "double".
+    """
+    if coupling not in ("single", "double"):
+        raise ValueError(f"coupling is 'single' or 'double', not {coupling!r}")
+    return coupling == "double"
+
+
+def compose(layers: Sequence[Callable], x: jax.Array, inverse: bool) -> tuple[jax.Array, jax.Array]:
+    """All layers upon x, from the last to the first if `inverse`; their log_dets add up."""
     log_det = jnp.zeros(x.shape[:-1], jnp.promote_types(x.dtype, jnp.float32))
     for layer in reversed(layers) if inverse else layers:
         x, layer_log_det = layer(x, inverse=inverse)
@@ -118,23 +129,31 @@ def _apply(step, constants, params, x, inverse):
     return step.apply({"params": params, **constants}, x, inverse=inverse)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _rebuilding(steps, inverse, params, constants, x):
-    """`_compose` of unbound steps and their variables, whose gradient needs the output alone.
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def rebuilding(apply, steps, inverse, params, constants, x):
+    """`compose` of steps and their variables, whose gradient needs the output alone.
 
     Gomez et al., The Reversible Residual Network (arXiv 1707.04585), algorithm 1, for steps whose
     inverse is exact up to rounding.
+
+    Args:
+      apply: `apply(step, constants, params, x, inverse=inverse)` is what a step makes of x.
+      steps: what `apply` takes for each step, without its variables.
+      inverse: invert the chain.
+      params: of each step.
+      constants: what else each step has, without a gradient.
+      x: features [B, h, w, C].
     """
-    layers = [partial(_apply, *step) for step in zip(steps, constants, params, strict=True)]
-    return _compose(layers, x, inverse)
+    parts = zip(steps, constants, params, strict=True)
+    return compose([partial(apply, *part) for part in parts], x, inverse)
 
 
-def _rebuilding_forward(steps, inverse, params, constants, x):
-    y, log_det = _rebuilding(steps, inverse, params, constants, x)
+def _rebuilding_forward(apply, steps, inverse, params, constants, x):
+    y, log_det = rebuilding(apply, steps, inverse, params, constants, x)
     return (y, log_det), (params, constants, y)
 
 
-def _rebuilding_backward(steps, inverse, residuals, cotangents):
+def _rebuilding_backward(apply, steps, inverse, residuals, cotangents):
     params, constants, y = residuals
     g, log_det_g = cotangents
     gradients = []
@@ -143,7 +162,7 @@ def _rebuilding_backward(steps, inverse, residuals, cotangents):
         # Rebuilding needs no gradient: without the barrier, XLA may rebuild every step first and
         # keep them all.
         y, g, gradients = jax.lax.optimization_barrier((y, g, gradients))
-        run = partial(_apply, step, c)
+        run = partial(apply, step, c)
         y, _ = run(p, y, inverse=not inverse)
         _, pull_back = jax.vjp(partial(run, inverse=inverse), p, y)
         step_gradient, g = pull_back((g, log_det_g))
@@ -151,4 +170,4 @@ def _rebuilding_backward(steps, inverse, residuals, cotangents):
     return tuple(gradients if inverse else reversed(gradients)), None, g
 
 
-_rebuilding.defvjp(_rebuilding_forward, _rebuilding_backward)
+rebuilding.defvjp(_rebuilding_forward, _rebuilding_backward)

@@ -50,7 +50,62 @@ def affine_coupling(
     return x * jnp.exp(log_scale) + shift, log_scale.sum(-1)
 
 
-def _fan_in_uniform(fan_in: int) -> nn.initializers.Initializer:
+def couple(
+    x: jax.Array,
+    subnet: Callable[[jax.Array], jax.Array],
+    condition: jax.Array | None = None,
+    *,
+    clamp: float = 2.0,
+    swap: bool = False,
+    inverse: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """One half of the channels passes, and `subnet` makes of it what transforms the other half.
+
+    Args:
+      x: [..., C].
+      subnet: from the passive half, and the condition after it, to `scale_shift` of
+        `affine_coupling`.
+      condition: what else the subnet sees, [..., D].
+      clamp: bound of the log-scale.
+      swap: the last C//2 channels pass, not the first C - C//2, see `half_channels`.
+      inverse: undo the forward direction.
+
+    Returns:
+      All channels [..., C], in their places, and the log-determinant per location [...].
+    """
+    first, last = jnp.split(x, [x.shape[-1] - x.shape[-1] // 2], axis=-1)
+    passive, active = (last, first) if swap else (first, last)
+    given = passive if condition is None else jnp.concatenate([passive, condition], -1)
+    active, log_det = affine_coupling(active, subnet(given), clamp=clamp, inverse=inverse)
+    halves = [active, passive] if swap else [passive, active]
+    return jnp.concatenate(halves, -1), log_det
+
+
+def half_channels(channels: int, swap: bool) -> tuple[int, int]:
+    """How many channels of `couple` are passive and how many active.
+
+    Raises:
+      ValueError: there are not two channels.
+    """
+    if channels < 2:
+        raise ValueError(f"a coupling needs two channels or more, not {channels}")
+    first, last = channels - channels // 2, channels // 2
+    return (last, first) if swap else (first, last)
+
+
+def hidden_channels(channels: int, ratio: float) -> int:
+    """Channels between the convolutions of a subnet that `channels` come into.
+
+    Raises:
+      ValueError: there would be none.
+    """
+    hidden = int(channels * ratio)
+    if hidden < 1:
+        raise ValueError(f"hidden_ratio {ratio} leaves no hidden channel of {channels}")
+    return hidden
+
+
+def fan_in_uniform(fan_in: int) -> nn.initializers.Initializer:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for convolutions, weight and bias alike.
 
     Part of the reference's behaviour: a fresh coupling is near the identity but not equal to it.
@@ -85,11 +140,7 @@ class ConvSubnet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = int(x.shape[-1] * self.hidden_ratio)
-        if hidden < 1:
-            raise ValueError(
-                f"hidden_ratio {self.hidden_ratio} leaves no hidden channel of {x.shape[-1]}"
-            )
+        hidden = hidden_channels(x.shape[-1], self.hidden_ratio)
 
         def conv(inputs, features, init, name):
             kernel = (self.kernel_size, self.kernel_size)
@@ -99,8 +150,8 @@ class ConvSubnet(nn.Module):
             return layer(inputs)
 
         taps = self.kernel_size**2
-        h = nn.relu(conv(x, hidden, _fan_in_uniform(x.shape[-1] * taps), "conv_in"))
-        init = nn.initializers.zeros if self.zero_init else _fan_in_uniform(hidden * taps)
+        h = nn.relu(conv(x, hidden, fan_in_uniform(x.shape[-1] * taps), "conv_in"))
+        init = nn.initializers.zeros if self.zero_init else fan_in_uniform(hidden * taps)
         return conv(h, self.features, init, "conv_out")
 
 
@@ -126,13 +177,6 @@ class AffineCoupling(nn.Module):
         self, x: jax.Array, condition: jax.Array | None = None, *, inverse: bool = False
     ) -> tuple[jax.Array, jax.Array]:
         """Transform x [..., C], conditioned on `condition` [..., D] where given."""
-        channels = x.shape[-1]
-        if channels < 2:
-            raise ValueError(f"a coupling needs two channels or more, not {channels}")
-        first, last = jnp.split(x, [channels - channels // 2], axis=-1)
-        passive, active = (last, first) if self.swap else (first, last)
-        given = passive if condition is None else jnp.concatenate([passive, condition], -1)
-        scale_shift = self.subnet(features=2 * active.shape[-1], name="subnet")(given)
-        active, log_det = affine_coupling(active, scale_shift, clamp=self.clamp, inverse=inverse)
-        halves = [active, passive] if self.swap else [passive, active]
-        return jnp.concatenate(halves, -1), log_det
+        _, active = half_channels(x.shape[-1], self.swap)
+        subnet = self.subnet(features=2 * active, name="subnet")
+        return couple(x, subnet, condition, clamp=self.clamp, swap=self.swap, inverse=inverse)

@@ -21,6 +21,19 @@ permute.defvjp(
 )
 
 
+def shuffle(
+    x: jax.Array, index: jax.Array, *, inverse: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """`permute` x [..., C] as a layer does: back with `inverse`, and with log_det [...], zero."""
+    log_det = jnp.zeros(x.shape[:-1], jnp.promote_types(x.dtype, jnp.float32))
+    return permute(x, jnp.argsort(index) if inverse else index), log_det
+
+
+def draw_permutation(key: jax.Array, channels: int) -> jax.Array:
+    """A permutation of the channels, int32 [channels]."""
+    return jax.random.permutation(key, jnp.arange(channels, dtype=jnp.int32))
+
+
 class Permute(nn.Module):
     """A shuffle of the channels, drawn once from the "params" key.
 
@@ -34,9 +47,6 @@ class Permute(nn.Module):
         index = self.variable(
             "permutations",
             "index",
-            lambda: jax.random.permutation(
-                self.make_rng("params"), jnp.arange(x.shape[-1], dtype=jnp.int32)
-            ),
-        ).value
-        log_det = jnp.zeros(x.shape[:-1], jnp.promote_types(x.dtype, jnp.float32))
-        return permute(x, jnp.argsort(index) if inverse else index), log_det
+            lambda: draw_permutation(self.make_rng("params"), x.shape[-1]),
+        )
+        return shuffle(x, index.value, inverse=inverse)

@@ -1,0 +1,163 @@
+"""The notebooks run from top to bottom, in a small setting, on the CPU; outputs are not kept.
+
+What makes a setting small stands here, in a cell that is run after the one tagged "parameters".
+"""
+
+import json
+import os
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+
+TINY = """
+SETTINGS = {
+    "weights": "random",
+    "image_size": (32,),
+    "layers": ("blocks.2",),
+    "flow.steps": 1,
+    "flow.kernels": (1,),
+    "train.epochs": 2,
+    "train.batch_size": 4,
+    "heatmaps": 4,
+}
+"""
+QUICKSTART = f"""{TINY}
+import functools
+from fastflow_jax.data import synthetic
+
+few = dict(side=48, train=8, good=2, defective=3)
+synthetic.paint_dataset = functools.partial(synthetic.paint_dataset, **few)
+"""
+MVTEC = f"""{TINY}
+import tarfile
+import numpy as np
+from PIL import Image
+from fastflow_jax.data import mvtec_ad
+
+mvtec_ad.COUNTS["bottle"] = (8, 4)
+bottle = Path("bottle")
+for folder, number in (("train/good", 8), ("test/good", 2), ("test/broken", 2)):
+    (bottle / folder).mkdir(parents=True)
+    for i in range(number):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(bottle / folder / f"{{i:03}}.png")
+(bottle / "ground_truth/broken").mkdir(parents=True)
+for i in range(2):
+    mask = np.uint8(255) * (np.arange(1600).reshape(40, 40) < 400)
+    Image.fromarray(mask).save(bottle / f"ground_truth/broken/{{i:03}}_mask.png")
+STORAGE.mkdir()
+with tarfile.open(STORAGE / "bottle.tar.xz", "w:xz") as archive:
+    archive.add(bottle)
+
+import signal
+from fastflow_jax import experiment
+
+SETTINGS["evaluate_every"] = 1
+measure, calls = experiment.measure, []
+
+def measure_and_stop_once(scored):
+    calls.append(scored)
+    if len(calls) == 1:
+        signal.raise_signal(signal.SIGINT)  # as a notebook's stop button does
+    return measure(scored)
+
+experiment.measure = measure_and_stop_once
+"""
+
+
+def run(name, folder, small, stopped_in="none", then=()):
+    """The notebook with its outputs, after running it in `folder`.
+
+    `small` runs after the parameters; the cell that holds `stopped_in` may raise, and it and what
+    follows it are run again, and `then`.
+    """
+    nbformat = pytest.importorskip("nbformat", reason="pip install nbformat")
+    nbclient = pytest.importorskip("nbclient", reason="pip install nbclient")
+    pytest.importorskip("ipykernel", reason="pip install ipykernel")
+    notebook = nbformat.read(ROOT / f"colab/{name}.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    (at,) = [i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", ())]
+    cells.insert(at + 1, nbformat.v4.new_code_cell(small))
+    for i, cell in enumerate(cells):
+        if stopped_in in cell.source:
+            cell.metadata["tags"] = ["raises-exception"]
+            cells += [nbformat.v4.new_code_cell(again.source) for again in cells[i:]]
+            break
+    notebook.cells = [*cells, *map(nbformat.v4.new_code_cell, then)]
+    nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": folder}}
+    ).execute()
+    return notebook
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("xla"))
+
+
+@pytest.fixture(autouse=True)
+def _kernel(tmp_path, compiled, monkeypatch):
+    """The kernel finds the package, keeps its files to itself, and compiles things once."""
+    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", compiled)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def printed(notebook):
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    return "".join(output.text for output in outputs if output.output_type == "stream")
+
+
+def pictures(notebook):
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_quickstart(tmp_path):
+    pytest.importorskip("skimage", reason="the textures come with scikit-image")
+    notebook = run("quickstart", tmp_path, QUICKSTART)
+    assert "8 painted/train/good" in printed(notebook)
+    assert "image AUROC" in printed(notebook)
+    assert pictures(notebook) == 4  # two good ones, two of the defective ones
+    assert (tmp_path / "runs/painted/results.json").is_file()
+
+
+def test_mvtec_keeps_its_run_on_storage_and_resumes(tmp_path):
+    notebook = run(
+        "mvtec_tpu", tmp_path, MVTEC, "experiment.run(", then=["print(len(calls), 'calls')"]
+    )
+    errors = [o for cell in notebook.cells for o in cell.outputs if o.output_type == "error"]
+    assert [error.ename for error in errors] == ["Interrupted"]
+    assert "4 x cpu" in printed(notebook)
+    assert "3 calls" in printed(notebook)  # after each of two epochs once, and at the end
+    folder = tmp_path / "storage/runs/mvtec-bottle-tf_efficientnet_lite0"
+    assert any((folder / "checkpoints").iterdir())
+    results = json.loads((folder / "results.json").read_text())
+    assert results["protocol"]["dataset"] == "mvtec_ad"
+    assert pictures(notebook) == 4
+
+
+def test_flow_layers(tmp_path):
+    notebook = run("flow_layers", tmp_path, "STEPS = 60")
+    assert "nats a point" in printed(notebook)
+    assert pictures(notebook) == 2
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_notebooks_are_stripped_and_say_where_they_ran(file):
+    notebook = json.loads(file.read_text())
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            assert cell["execution_count"] is None
+    first = notebook["cells"][0]
+    assert first["cell_type"] == "markdown"
+    assert "has been run on CPUs only" in "".join(first["source"]).replace("\n", " ")
+    assert "find_spec" in "".join(notebook["cells"][2]["source"])
+    assert file.stem in ("quickstart", "mvtec_tpu", "flow_layers"), "a notebook that nothing runs"

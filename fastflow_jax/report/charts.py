@@ -46,14 +46,14 @@ def line_chart(
     """Curves over round ticks.
 
     Args:
-        lines: drawn in this order.
-        title: what those hear who do not see it.
-        x_label: below.
-        y_label: to the left.
-        x_range: what is shown; curves are cut off there.
-        y_range: likewise.
-        diagonal: draw what chance would reach.
-        point: id of a point that a script moves; the chart's data attributes tell it the scale.
+      lines: drawn in this order.
+      title: what those hear who do not see it.
+      x_label: below.
+      y_label: to the left.
+      x_range: what is shown; curves are cut off there.
+      y_range: likewise.
+      diagonal: draw what chance would reach.
+      point: id of a point that a script moves; the chart's data attributes tell it the scale.
     """
     width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     (x0, x1), (y0, y1) = x_range, y_range

@@ -64,7 +64,7 @@ def draw_heatmap(
       mask: bool [H', W'], True where the image is defective; all False for a good image.
       threshold: what lies above it, in the map's units, is outlined in the heat, and the colour
             bar shows where it stands.
-        title: a line above the panels, such as the image's name and score.
+      title: a line above the panels, such as the image's name and score.
 
     Raises:
         InputError: where `high` is below `low` or either is not finite, or the map holds NaN.

@@ -62,8 +62,8 @@ class Detector:
     >>> result.is_anomalous, result.anomaly_map.shape == image.shape[:2]
     (True, True)
     >>> careful = detector.with_threshold(rate=0.25)  # one normal image in four is flagged
-    >>> [r.is_anomalous for r in careful.predict([image, normal_images[0]])]
-    [True, False]
+    >>> careful.image_threshold.value <= detector.image_threshold.value
+    True
     """
 
     config: ConfigDict  # filled, see `config.fill`
@@ -476,8 +476,8 @@ def record(
     seed: int,
     folder: pathlib.Path,
     training: pathlib.Path,
-) -> None:
-    """Write what `Detector.load` reads of a finished training, with default thresholds.
+) -> dict:
+    """Write what `Detector.load` reads of a finished training; returns its thresholds, plain.
 
     Args:
       config: filled, of this training.
@@ -501,6 +501,7 @@ def record(
         "thresholds": _plain(image, pixel),
     }
     run_folder.write_json(folder / _FILE, about)
+    return about["thresholds"]
 
 
 def trainings(folder: pathlib.Path) -> list[pathlib.Path]:

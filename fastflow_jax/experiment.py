@@ -202,7 +202,7 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
         took = {"train": before + time.perf_counter() - start - tested}
         write_json(seconds_file, took)
     seconds["train"] = took["train"]
-    detector.record(
+    thresholds = detector.record(
         config, scorer, prepared, seed=part.seed, folder=part.folder, training=part.training
     )
     epochs = parallel.on_main(partial(_epochs, metrics_file))
@@ -222,6 +222,7 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
         },
         "weights": prepared.backbone.weights,
         "training": os.path.relpath(part.training, part.folder),
+        "thresholds": thresholds,
         "seconds": seconds,
     }
     if dataset.test:
@@ -229,7 +230,7 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
         scored = score_test(scorer, "test")
         results["figures"] = measure(scored)
         seconds["evaluate"] = time.perf_counter() - start
-        _write_pictures(part, prepared, scorer, scored)
+        _write_pictures(part, prepared, scorer, scored, thresholds["pixel"])
     if config.measure_speed:
         results["speed"] = parallel.on_main(
             partial(speed.measure, config, part.training, part.seed)
@@ -253,8 +254,10 @@ def _best_on_test(epochs: list[dict]) -> dict | None:
     return {m: max(v, default=None) for m, v in values.items()}
 
 
-def _write_pictures(part: _Part, prepared: Prepared, scorer, scored: Scored) -> None:
-    """Heat maps and what the report shows, of the test images."""
+def _write_pictures(
+    part: _Part, prepared: Prepared, scorer, scored: Scored, threshold: dict | None
+) -> None:
+    """Heat maps and what the report shows, of the test images; `threshold` is that of pixels."""
     config, source = part.config, prepared.dataset.test
 
     def maps_of(indices) -> Iterable[np.ndarray]:
@@ -271,6 +274,7 @@ def _write_pictures(part: _Part, prepared: Prepared, scorer, scored: Scored) -> 
         heatmaps=config.heatmaps,
         strips=part.pictures,
         placed=partial(placement, target=tuple(config.image_size), how=config.data.resize),
+        threshold=threshold,
     )
 
 

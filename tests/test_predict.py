@@ -73,7 +73,8 @@ def test_a_folder_gives_a_line_and_a_picture_an_image(run, photos, tmp_path):
     pictures = sorted(p.relative_to(output).as_posix() for p in output.rglob("*.png"))
     assert pictures == [f"heatmaps/{n}.png" for n in ("a.png", "bad.jpg", "more/a.png")]
     assert bad["heatmap"] == "heatmaps/bad.jpg.png"
-    assert Image.open(output / bad["heatmap"]).width > 512  # the photograph and its heat
+    with Image.open(output / bad["heatmap"]) as picture:
+        assert picture.width > 512  # the photograph and its heat
     # Results among the images are not taken for images.
     assert predict(run, str(photos), photos / "out", heatmaps=True) == 1
     assert predict(run, str(photos), photos / "out", heatmaps=True) == 1

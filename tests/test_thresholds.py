@@ -183,9 +183,9 @@ def test_the_moments_of_the_model_are_those_of_its_energies():
 
 
 def test_what_correlates_is_calibrated_by_held_out_images():
-    """One brightness an image: under the model every fourth is an alarm, calibrated few are."""
-    energies, seen = gaussian(600)
-    shared = np.random.default_rng(1).gamma(20, 1 / 20, size=(600, 1, 1))
+    """One brightness an image: the model has twice the alarms asked for, calibrated it has not."""
+    energies, seen = gaussian(2300)
+    shared = np.random.default_rng(1).gamma(20, 1 / 20, size=(2300, 1, 1))
     energies = [shared * e for e in energies]
     moments = T.held_out_moments([e[:300] for e in energies], [s[:300] for s in seen])
     new = [e[300:] for e in energies], [s[300:] for s in seen]
@@ -193,7 +193,7 @@ def test_what_correlates_is_calibrated_by_held_out_images():
         np.mean(T.lowest_log10_nfa(*new, m) <= -1) for m in (T.model_moments(SHAPES), moments)
     ]
     assert alarms[0] > 0.15
-    assert alarms[1] < 0.1
+    assert alarms[1] < 0.1 + 3 * (0.1 * 0.9 / 2000) ** 0.5
 
 
 def test_a_defect_is_one_region_where_it_lies():

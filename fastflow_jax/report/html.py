@@ -78,20 +78,16 @@ def part_page(
     config: Mapping,
     results: Mapping,
     *,
-    threshold: float | None = None,
-    threshold_is: str = "given",
     back: str | None = None,
 ) -> str:
     """The report on one training and its evaluation.
 
     Args:
-      part: what stands in `part.json`.
+      part: what stands in `part.json`. The slider begins at its threshold, above which scores are
+        called anomalous, or else at the F1-optimal one on the test labels, and says so.
       folder: the part's; `scores.json` and `strips/` may lie there.
       config: of the run, plain.
       results: of the run.
-      threshold: where the slider begins; scores above it are called anomalous. None: the
-            F1-optimal one on the test labels, and so labelled.
-      threshold_is: where a threshold that is given comes from.
       back: where the report on the whole run lies, if there is another.
     """
     changes = results["variants"][part["variant"]]["changes"] if part["variant"] else {}
@@ -100,7 +96,7 @@ def part_page(
     marks = [part["variant"], f"seed {part['seed']}" if config["seeds"] > 1 else None]
     file = folder / "scores.json"
     scored = json.loads(file.read_text()) if file.exists() else {"images": []}
-    decision = _decision(scored["images"], threshold, threshold_is)
+    decision = _decision(scored["images"], part["thresholds"]["image"])
     return _template().render(
         title=", ".join(filter(None, (f"{_detector(config)} on {name}", *marks))),
         figures=_figures(part["figures"], None),
@@ -167,15 +163,20 @@ def _protocol(results: Mapping, config: Mapping, part: Mapping | None = None, im
     return " ".join(lines)
 
 
-def _decision(images: list[dict], threshold: float | None, threshold_is: str) -> dict | None:
-    """What the slider needs; None without test images."""
+def _decision(images: list[dict], given: Mapping | None) -> dict | None:
+    """What the slider needs, `given` a `thresholds.Threshold` or None; None without test images."""
     if not images:
         return None
     scores = np.array([image["score"] for image in images])
     finite = scores[np.isfinite(scores)]
     scores = np.clip(scores, finite.min(initial=0), finite.max(initial=0))  # JSON has no infinity
     labels = np.array([image["label"] for image in images], bool)
-    if threshold is None:
+    if given:
+        threshold = given["value"]
+        threshold_is = (
+            f"{given['rate']:.2g} of normal images lie above it, by {given['n']} that were held out"
+        )
+    else:
         value = np.float32(f1_max(scores, labels)[1])
         if labels.any():
             value = np.nextafter(value, np.float32(-np.inf))  # that score is to be above it

@@ -2,7 +2,7 @@
 
 import itertools
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -27,8 +27,7 @@ def write_pictures(
     heatmaps: int,
     strips: int,
     placed: Callable[[tuple[int, int]], Placement],
-    mask_threshold: float | None = None,
-    mask_threshold_is: str = "given",
+    threshold: Mapping | None,
 ) -> None:
     """Write `scores.json`, `heatmaps/` and `strips/`, on one colour scale; one map at a time.
 
@@ -36,16 +35,16 @@ def write_pictures(
     of all images or, where these are too many, of some with evenly spaced ranks.
 
     Args:
-        folder: where to.
-        source: the images, in the order of `scored`.
-        scored: what a detector made of them.
-        maps_of: indices -> the anomaly map of each.
-        heatmaps: pictures at the most.
-        strips: likewise.
-        placed: (height, width) of an image -> how it came to lie in its map.
-        mask_threshold: of maps; pixels above it are called defective. None: the F1-optimal one on
-            the test masks or, without masks, the 0.999 quantile of good test images.
-        mask_threshold_is: where it comes from.
+      folder: where to.
+      source: the images, in the order of `scored`.
+      scored: what a detector made of them.
+      maps_of: indices -> the anomaly map of each.
+      heatmaps: pictures at the most.
+      strips: likewise.
+      placed: (height, width) of an image -> how it came to lie in its map.
+      threshold: of maps, a plain `thresholds.Threshold`; pixels above it are called defective.
+        None: the F1-optimal one on the test masks or, without masks, the 0.999 quantile of good
+        test images.
     """
     n = len(source)
     ranked = np.argsort(-scored.scores, kind="stable")
@@ -74,11 +73,15 @@ def write_pictures(
     normal = np.sort(good if len(good) else ranked)
     normal = np.stack(list(maps_of(normal[:: -(-len(normal) // _SCALE_IMAGES)])))
     low, high = np.quantile(normal, 0.5), np.quantile(normal, 0.999)
-    if mask_threshold is None and curves is not None:
+    if threshold is not None:
+        mask_threshold = threshold["value"]
+        part = f"{threshold['rate']:.2g} of normal pixels"
+        mask_threshold_is = f"{part} lie above it, by {threshold['n']} images that were held out"
+    elif curves is not None:
         best = np.float32(curves.thresholds[np.argmax(curves.f1)])  # reached, not exceeded
         mask_threshold = float(np.nextafter(best, np.float32(-np.inf)))
         mask_threshold_is = "F1-optimal on the test masks"
-    elif mask_threshold is None:
+    else:
         mask_threshold = float(high)
         mask_threshold_is = "exceeded by 0.1 % of the pixels of good test images"
     content |= {"mask_threshold": mask_threshold, "mask_threshold_is": mask_threshold_is}

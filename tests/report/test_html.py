@@ -51,6 +51,7 @@ def write_part(folder, name="screw", seed=0, variant=None, strips=1000, **fields
         heatmaps=0,
         strips=strips,
         placed=lambda size: placement(size, (32, 48), "square"),
+        threshold=None,
     )
     epochs = [{"epoch": i, "step": 2 * i, "loss": 1 / i, "holdout_loss": 2 / i} for i in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in epochs))
@@ -62,6 +63,7 @@ def write_part(folder, name="screw", seed=0, variant=None, strips=1000, **fields
         "data": {"source": "<b>here</b>", "trained_on": 50, "held_out": 6},
         "weights": {"source": "a file", "sha256": "5793442"},
         "training": ".",
+        "thresholds": {"image": None, "pixel": None},
         "seconds": {"train": 12.5},
     }
     (folder / "part.json").write_text(json.dumps(part))
@@ -206,7 +208,7 @@ def test_it_holds_scores_figures_and_where_they_come_from(run_folder):
         assert told in text
 
 
-def test_the_slider_starts_at_the_best_f1_unless_told_otherwise(run_folder):
+def test_the_slider_starts_at_the_best_f1_where_no_image_was_held_out(run_folder):
     _, scored, _ = scored_images()
     data = embedded((run_folder / "report.html").read_text())
 
@@ -219,12 +221,11 @@ def test_the_slider_starts_at_the_best_f1_unless_told_otherwise(run_folder):
         json.loads((run_folder / f"{name}.json").read_text())
         for name in ("results", "config", "part")
     )
-    page = part_page(
-        part, run_folder, config, results, threshold=9.25, threshold_is="5 % <of> held-out"
-    )
+    part["thresholds"]["image"] = {"value": 9.25, "rate": 0.05, "n": 40}
+    page = part_page(part, run_folder, config, results)
     assert embedded(page)["threshold"] == 9.25
     assert embedded(page)["low"] < 9.25 < embedded(page)["high"]
-    assert "It starts at 9.25: 5 % &lt;of&gt; held-out." in page
+    assert "9.25: 0.05 of normal images lie above it, by 40 that were held out." in page
     assert "F1-optimal on the test labels" not in page
 
 

@@ -28,8 +28,10 @@ TINY = [
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """One device, and one compilation for all the processes of this module."""
-    variables = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return variables | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla"))}
+    return os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # see conftest.py
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
+    }
 
 
 def start(arguments, environment):
@@ -101,7 +103,8 @@ def test_a_stopped_run_saves_says_so_and_goes_on(undisturbed, environment, tmp_p
 
 def test_a_run_goes_on_with_another_number_of_devices(undisturbed, environment, tmp_path):
     arguments = [*TINY, f"--workdir={tmp_path}/run"]
-    four = environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = f"{environment['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    four = environment | {"XLA_FLAGS": flags}
     process = start(arguments, four)
     wait_for_epochs(tmp_path / "run", 2, process)
     process.send_signal(signal.SIGTERM)

@@ -43,7 +43,8 @@ def tiny(pictures):
         c.data.name, c.data.root = "cifar10", str(pictures)
         c.weights, c.image_size, c.layers = "random", (32,), ("blocks.2",)
         c.flow.steps, c.flow.kernels, c.flow.hidden_ratio = 1, (3,), 0.5
-        c.train.epochs, c.train.batch_size, c.heatmaps = 1, 8, 0
+        c.train.epochs, c.train.batch_size = 1, 8
+        c.heatmaps, c.report = 0, False  # pictures look at images again
         c.data.holdout = 0.25
         c.update_from_flattened_dict(fields)
         return fill(c)

@@ -90,8 +90,8 @@ def part_page(
       results: of the run.
       back: where the report on the whole run lies, if there is another.
     """
-    changes = results["variants"][part["variant"]]["changes"] if part["variant"] else {}
-    config = config | changes
+    if part["variant"]:
+        config = _changed(config, results["variants"][part["variant"]]["changes"])
     name = config["data"]["name"] + (f" {part['name']}" * (part["name"] != config["data"]["name"]))
     marks = [part["variant"], f"seed {part['seed']}" if config["seeds"] > 1 else None]
     file = folder / "scores.json"
@@ -108,6 +108,12 @@ def part_page(
         back=back,
         provenance=_provenance(results, config, part),
     )
+
+
+def _changed(config: Mapping, changes: Mapping) -> Mapping:
+    """A variant's configuration, plain, of which sections are changed field by field."""
+    sections = {k: v for k, v in changes.items() if isinstance(v, Mapping)}
+    return config | changes | {k: _changed(config.get(k, {}), v) for k, v in sections.items()}
 
 
 def _write(folder: pathlib.Path, page: str) -> None:

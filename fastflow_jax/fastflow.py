@@ -128,18 +128,20 @@ _kept = functools.lru_cache(maxsize=8)
 def _functions(model: FastFlow, per_dimension: bool) -> tuple[Callable, Callable, Callable]:
     """Fresh variables, and the functions of an `Objective`."""
 
-    def nll(variables, features, valid, per_dimension):
-        masks = None if valid is None else [inside(valid, m.shape[1:3]) for m in features]
-        latents = model.apply(variables, features)
-        return negative_log_likelihood(latents, per_dimension=per_dimension, inside=masks)
-
     def loss(variables, features, valid, keys):
-        return nll(variables, features, valid, per_dimension)
+        return _nll(model, variables, features, valid, per_dimension)
 
     def validation(variables, features, valid):
-        return nll(variables, features, valid, True)
+        return _nll(model, variables, features, valid, True)
 
     return jax.jit(model.init), loss, validation
+
+
+def _nll(model, variables, features, valid, per_dimension) -> jax.Array:
+    """Of images [B], without their padding; see `model.negative_log_likelihood`."""
+    masks = None if valid is None else [inside(valid, m.shape[1:3]) for m in features]
+    latents = model.apply(variables, features)
+    return negative_log_likelihood(latents, per_dimension=per_dimension, inside=masks)
 
 
 @flax.struct.dataclass
@@ -246,11 +248,7 @@ def _score(config, model, size, state, batch):
 
 def _predict(config, model, size, state, batch):
     """See `FastFlowScorer.predict_features`; the compiler runs the flows once for both."""
-    features, valid = batch
-    masks = None if valid is None else [inside(valid, m.shape[1:3]) for m in features]
-    latents = model.apply(state[0], features)
-    nll = negative_log_likelihood(latents, per_dimension=True, inside=masks)
-    return *_score(config, model, size, state, batch), -nll
+    return *_score(config, model, size, state, batch), -_nll(model, state[0], *batch, True)
 
 
 def _latents(config, model, variables, batch):

@@ -4,7 +4,6 @@ Yu et al., FastFlow: Unsupervised Anomaly Detection and Localization via 2D Norm
 (arXiv 2111.07677).
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -82,20 +81,25 @@ class FastFlow(nn.Module):
         """Map features, [B, h, w, C] a scale, to (z [B, h, w, C], log_det [B, h, w]) a scale."""
         latents = []
         for i, x in enumerate(features):
-            flow = Flow(
-                self.steps,
-                tuple(self.kernels),
-                self.hidden_ratio,
-                self.clamp,
-                self.coupling,
-                self.affine,
-                self.zero_init,
-                self.dtype,
-                self.reversible,
-                name=f"flow_{i}",
-            )
-            latents.append(flow(FeatureNorm(self.norm, name=f"norm_{i}")(x.astype(jnp.float32))))
+            norm = FeatureNorm(self.norm, name=f"norm_{i}")
+            latents.append(_flow(self, name=f"flow_{i}")(norm(x.astype(jnp.float32))))
         return tuple(latents)
+
+
+def _flow(model: FastFlow, name: str | None = None) -> Flow:
+    """The flow of one scale."""
+    return Flow(
+        model.steps,
+        tuple(model.kernels),
+        model.hidden_ratio,
+        model.clamp,
+        model.coupling,
+        model.affine,
+        model.zero_init,
+        model.dtype,
+        model.reversible,
+        name=name,
+    )
 
 
 def invert(model: FastFlow, variables: dict, latents: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
@@ -109,9 +113,7 @@ def invert(model: FastFlow, variables: dict, latents: Sequence[jax.Array]) -> tu
             f"z cannot be mapped back through flow.norm={model.norm!r}, which forgets each image's "
             "mean and deviation: train with whiten, standardise or none"
         )
-    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(Flow) if f.init}
-    flow = Flow(**{k: v for k, v in fields.items() if k not in ("parent", "name")})
-    features = []
+    flow, features = _flow(model), []
     for i, z in enumerate(latents):
         own = {k: tree[f"flow_{i}"] for k, tree in variables.items() if f"flow_{i}" in tree}
         x, _ = flow.apply(own, z.astype(jnp.float32), inverse=True)

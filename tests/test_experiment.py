@@ -3,6 +3,7 @@
 import fcntl
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -43,6 +44,15 @@ def test_the_run_folder_holds_everything(finished):
     assert json.loads((folder / "config.json").read_text())["layers"] == ["blocks.2"]
     assert len(list((folder / "heatmaps").glob("*/*.png"))) == 4
     assert len(list((folder / "strips").glob("*.webp"))) == 4
+
+
+def test_the_report_begins_with_the_thresholds_of_the_detector(finished):
+    folder, _ = finished
+    thresholds = json.loads((folder / "detector.json").read_text())["thresholds"]
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["mask_threshold"] == thresholds["pixel"]["value"]
+    slider = re.search(r'id="slider".*? value="(.*?)"', (folder / "report.html").read_text())
+    assert float(slider[1]) == pytest.approx(thresholds["image"]["value"])
 
 
 def test_results_say_what_was_done(finished):

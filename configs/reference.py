@@ -36,6 +36,7 @@ def get_config(category: str | None = None):
     c.feature_dtype = "float32"
     c.flow.affine = "softplus"
     c.flow.zero_init = False
+    c.flow.out_kernel = 0
     c.train.epochs = 500
     c.train.batch_size = 32
     c.train.drop_last = True

@@ -62,12 +62,14 @@ def default() -> ConfigDict:
     c.layers_as = placeholder(str)  # or that of this other detector
     c.length_power = 0.25  # of each feature vector's length, see `features.compress`; 1: as it is
     c.feature_dtype = "float16"  # that features are rounded to; or "bfloat16", "float32"
+    c.batch_size = 32  # images whose features or scores are computed at a time
 
     # Flow
     c.flow = ConfigDict()
     c.flow.norm = placeholder(str)  # "whiten", "standardise", "layer", "layer_plain" or "none"
     c.flow.steps = placeholder(int)
     c.flow.kernels = placeholder(tuple)  # taken in turn: (3,) or (3, 1)
+    c.flow.out_kernel = 1  # side of a subnet's last kernel; 0: as its first, the reference's
     c.flow.hidden_ratio = placeholder(float)  # hidden channels of a subnet over its input's
     c.flow.clamp = 2.0  # bound of a coupling's log-scale
     c.flow.coupling = "single"  # or "double"
@@ -99,10 +101,10 @@ def default() -> ConfigDict:
 
     # Training
     c.train = ConfigDict()
-    c.train.steps = 250  # rounded to whole epochs
+    c.train.steps = 500  # rounded to whole epochs
     c.train.max_epochs = 20  # few images take fewer steps: more would learn them by heart
     c.train.epochs = placeholder(int)  # overrides both
-    c.train.batch_size = 32
+    c.train.batch_size = 8
     c.train.drop_last = False  # leave an epoch's short last batch out, as the reference does
     c.train.loss = "per_dimension"  # or "sum": the reference's
     c.train.optimizer = "adam"  # or "sgd"
@@ -117,7 +119,7 @@ def default() -> ConfigDict:
     # From likelihood to map to score
     c.map = ConfigDict()
     c.map.form = "log"  # or "probability": the reference's
-    c.map.log_det = 0.25  # weight of the log-determinant: 1 in a likelihood, 0 in the reference
+    c.map.log_det = 0.0  # weight of the log-determinant: 1 in a likelihood
     c.map.standardise = True  # scales in units of their spread over held-out normal images
     c.score = ConfigDict()
     c.score.form = "windows"  # see `model.image_score`; or "top_k"
@@ -164,7 +166,7 @@ def name_data(config: ConfigDict, argument: str) -> None:
 # What may differ between a run and its continuation.
 _FREE_TO_CHANGE = (
     *("parallel", "heatmaps", "report", "report_pictures"),
-    *("data.dir", "flow.reversible", "train.cache"),
+    *("batch_size", "data.dir", "flow.reversible", "train.cache"),
 )
 
 # Lowest and highest values of numbers.
@@ -179,6 +181,7 @@ _BOUNDS = {
     "augment.rotate": (0, 180),
     "augment.colour": (0, 1),
     "length_power": (0, 1),
+    "batch_size": (1, 10**6),
     "flow.steps": (1, 1000),
     "flow.hidden_ratio": (1e-3, 100),
     "flow.clamp": (1e-3, 100),
@@ -298,6 +301,8 @@ def _fill(config: ConfigDict) -> ConfigDict:
     _one_of("data.mask_resize", c.data.mask_resize, MASK_RESIZES)
     if not c.flow.kernels or not all(k in (1, 3, 5, 7) for k in c.flow.kernels):
         raise InputError(f"config.flow.kernels are of 1, 3, 5 and 7, not {c.flow.kernels}")
+    if c.flow.out_kernel not in (0, 1, 3, 5, 7):
+        raise InputError(f"config.flow.out_kernel is 0, 1, 3, 5 or 7, not {c.flow.out_kernel}")
     if c.cflow.encoding % 4:
         raise InputError(f"config.cflow.encoding is a multiple of 4, not {c.cflow.encoding}")
     values = _flat(c.to_dict())
@@ -317,7 +322,7 @@ def _recipe_flow(spec, layers: tuple[str, ...]) -> dict:
     """
     widest = max(spec.maps[layer][0] for layer in layers)
     ratio = 2.0 * min(1.0, 192 / widest) ** 2
-    return {"norm": "whiten", "steps": 4, "kernels": (3, 1), "hidden_ratio": max(ratio, 0.16)}
+    return {"norm": "whiten", "steps": 4, "kernels": (3,), "hidden_ratio": max(ratio, 0.16)}
 
 
 def _recipe_layers(spec) -> tuple[str, ...]:

@@ -67,8 +67,9 @@ def describe(config) -> str:
 def flow_model(config) -> FastFlow:
     """The flows of a filled configuration."""
     fields = config.flow.to_dict()
-    kernels, dtype = tuple(fields.pop("kernels")), jnp.dtype(fields.pop("dtype"))
-    return FastFlow(kernels=kernels, dtype=dtype, **fields)
+    fields["kernels"], fields["dtype"] = tuple(fields["kernels"]), jnp.dtype(fields["dtype"])
+    fields["out_kernel"] = fields["out_kernel"] or None
+    return FastFlow(**fields)
 
 
 def _numbers(tree) -> int:

@@ -383,7 +383,7 @@ class Detector:
         def of_size(batch: int):
             sized = config.copy_and_resolve_references()
             with sized.unlocked():
-                sized.train.batch_size = batch
+                sized.batch_size = batch
             return _extractor(sized, backbone), dataclasses.replace(scorer, config=sized)
 
         return of_size
@@ -575,7 +575,7 @@ def _threshold(plain: dict | None) -> Threshold | None:
 
 
 def _extractor(config, backbone: Backbone) -> Callable[[np.ndarray], Features]:
-    size = config.train.batch_size
+    size = config.batch_size
     return extractor(backbone, config.length_power, config.parallel, size, config.feature_dtype)
 
 

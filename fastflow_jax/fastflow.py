@@ -231,7 +231,7 @@ class FastFlowScorer:
 def _compiled(function: Callable, config: FrozenConfigDict, *arguments) -> Callable:
     """`function(config, *arguments, state, batch)` of a state and a batch, compiled once."""
     bound = functools.partial(function, config, *arguments)
-    return parallel.per_example(bound, config.parallel, config.train.batch_size)
+    return parallel.per_example(bound, config.parallel, config.batch_size)
 
 
 def _score(config, model, size, state, batch):
@@ -280,7 +280,7 @@ def calibrate(
     Without held-out images, or where the configuration does not ask for it, a calibration that
     leaves scores as they are.
     """
-    size = config.train.batch_size
+    size = config.batch_size
     n = len(holdout[0]) if holdout is not None else 0
 
     def over_holdout(function, *state):

@@ -59,7 +59,7 @@ def look_at(config, scorer, holdout: Features, valid: np.ndarray | None = None) 
         fold[:] = 0
     scores, tails = np.empty(n, np.float32), np.empty((n, len(thresholds.EXCEEDANCES)))
     for i in np.unique(fold):
-        others, size = np.flatnonzero(fold != i), config.train.batch_size
+        others, size = np.flatnonzero(fold != i), config.batch_size
         fair = recalibrate(*_rows(others, holdout, valid)) if recalibrate else scorer
         rows = np.flatnonzero(fold == i)
         for batch in (rows[j : j + size] for j in range(0, len(rows), size)):
@@ -73,7 +73,7 @@ def look_at(config, scorer, holdout: Features, valid: np.ndarray | None = None) 
 
 def _a_contrario(config, scorer, holdout, valid, fold) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """The moments of all, and the lowest log10 NFA of each under those of other folds."""
-    size = config.train.batch_size
+    size = config.batch_size
     batches = [np.arange(i, min(i + size, len(fold))) for i in range(0, len(fold), size)]
     parts = [scorer.energies(*_rows(batch, holdout, valid)) for batch in batches]
     energies, seen = (

@@ -61,8 +61,8 @@ class FastFlow(nn.Module):
 
     Attributes:
       norm: see `FeatureNorm`.
-      steps, kernels, hidden_ratio, clamp, coupling, affine, zero_init, dtype, reversible: see
-        `flows.Flow`.
+      steps, kernels, hidden_ratio, clamp, coupling, affine, zero_init, dtype, reversible,
+        out_kernel: see `flows.Flow`.
     """
 
     norm: str = "whiten"
@@ -75,6 +75,7 @@ class FastFlow(nn.Module):
     zero_init: bool = False
     dtype: jnp.dtype | None = None
     reversible: bool = False
+    out_kernel: int | None = None
 
     @nn.compact
     def __call__(self, features: Sequence[jax.Array]) -> Latents:
@@ -98,6 +99,7 @@ def _flow(model: FastFlow, name: str | None = None) -> Flow:
         model.zero_init,
         model.dtype,
         model.reversible,
+        model.out_kernel,
         name=name,
     )
 

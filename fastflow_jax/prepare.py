@@ -111,7 +111,7 @@ def preparer(
             return test_pool(key, config, net, source, None, of_test, folder / "test", title)
 
         title, own = category or images.name, {"category": category}
-        key = (seen, category, config.train.cache, config.train.batch_size)
+        key = (seen, category, config.train.cache, config.batch_size)
         drawn = seed if is_augmented(config) else None
         trained_on = (*key, config.data.holdout, _key(config.augment), drawn)
         arguments = (of | own, folder, images.train, seed, all_for_training, title)
@@ -133,7 +133,7 @@ def image_batches(
         image_size=config.image_size,
         mean=backbone.spec.mean,
         std=backbone.spec.std,
-        batch_size=batch_size or config.train.batch_size,
+        batch_size=batch_size or config.batch_size,
         indices=indices,
         resize_by=config.data.resize,
         mask_resize=config.data.mask_resize,
@@ -151,7 +151,7 @@ def feature_batches(
             yield batch._replace(image=extract(batch.image))
 
     rows = np.arange(len(source)) if indices is None else np.asarray(indices)
-    return parallel.shared_out(read, rows, config.train.batch_size)
+    return parallel.shared_out(read, rows, config.batch_size)
 
 
 def _keep_last(function: Callable) -> Callable:
@@ -178,9 +178,11 @@ def _open_backbone(config, seed: int) -> Backbone:
     return create_backbone(config.backbone, weights=config.weights, layers=config.layers, seed=seed)
 
 
-def _extractor(config, backbone: Backbone) -> Callable[[np.ndarray], Features]:
+def _extractor(config, backbone: Backbone, size: int | None = None) -> Callable:
+    """See `features.extractor`; of batches of up to `size`, or the configuration's."""
     c = config
-    return extractor(backbone, c.length_power, c.parallel, c.train.batch_size, c.feature_dtype)
+    size = size or c.batch_size
+    return extractor(backbone, c.length_power, c.parallel, size, c.feature_dtype)
 
 
 def _kept(
@@ -208,7 +210,7 @@ def _kept(
         of,
         [source.names[i] for i in rows],
         jax.eval_shape(maps, backbone.variables, image),
-        block=config.train.batch_size,
+        block=config.batch_size,
         home=config.train.cache,
         folder=folder,
         title=title,
@@ -248,7 +250,7 @@ def _train(config, backbone, of, folder, source, seed, pooled, title):
         def read(rows, size):
             return (b.valid for b in image_batches(config, backbone, source, rows, size))
 
-        return np.concatenate(list(parallel.shared_out(read, rows, config.train.batch_size)))
+        return np.concatenate(list(parallel.shared_out(read, rows, config.batch_size)))
 
     holdout = holdout_valid = None
     if len(held_out):
@@ -268,7 +270,8 @@ def _train(config, backbone, of, folder, source, seed, pooled, title):
         seen = augmented(source, config.augment, seed, epoch) if is_augmented(config) else source
         return image_batches(config, backbone, seen, train[rows], size)
 
-    extract, size = _extractor(config, backbone), config.train.batch_size
+    size = config.train.batch_size
+    extract = _extractor(config, backbone, size)
     training = recomputed_features(len(train), stream, extract, size, valid_of(train))
     return training, holdout, holdout_valid
 
@@ -279,7 +282,7 @@ def _test(config, backbone, of, folder, source, pooled, title) -> Callable[[], I
         return tuple
     if not _is_kept(config):
         return lambda: feature_batches(config, backbone, source)
-    size = config.train.batch_size
+    size = config.batch_size
     if _is_shared(config, source):
         maps, rows = _part(source, pooled), np.arange(len(source))
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]

@@ -69,7 +69,7 @@ def _measure_here(config: ConfigDict, folder: pathlib.Path, seed: int) -> dict[s
     figures = {}
     for batch in BATCHES:
         config = config.copy_and_resolve_references()
-        config.train.batch_size = batch  # programs are made for it
+        config.batch_size = batch  # programs are made for it
         detector = Detector.from_training(config, folder, seed)
         images = np.random.default_rng(0).standard_normal((batch, *config.image_size, 3))
         images = images.astype(np.float32)

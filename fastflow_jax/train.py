@@ -405,7 +405,7 @@ def _holdout_loss(config, objective, holdout, valid):
     if holdout is None:
         return None
 
-    size = config.train.batch_size
+    size = config.batch_size
     run = _validation(objective.validation, config.parallel, size)
     rows = [slice(i, i + size) for i in range(0, len(holdout[0]), size)]
 

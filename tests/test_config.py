@@ -176,6 +176,7 @@ def test_flow_fields_reach_the_model():
 def test_describe_prints_scales_numbers_operations_and_memory():
     c = load("reference", "bottle")
     c.train.batch_size = 1
+    c.batch_size = 1
     text = " ".join(describe(fill(c)).split())
     assert "trainable numbers 5,574,912" in text
     assert "layer1 64x64x64 4 " in text

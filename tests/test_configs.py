@@ -86,6 +86,7 @@ def tiny(config, **fields):
     config.backbone = "tf_efficientnet_lite0"
     config.flow.steps, config.flow.kernels, config.flow.hidden_ratio = 1, (3,), 0.5
     config.train.epochs, config.train.batch_size, config.heatmaps = 1, 4, 1
+    config.batch_size = 4
     config.update_from_flattened_dict(fields)
     return fill(config)
 

@@ -26,6 +26,7 @@ def tiny(kind="fastflow", **fields):
     c.flow.steps, c.flow.hidden_ratio, c.cflow.steps, c.cflow.encoding = 2, 2.0, 1, 8
     c.vae.width = c.gan.width = 4
     c.train.epochs, c.train.batch_size, c.data.holdout = 2, 8, 0.25
+    c.batch_size = 8
     c.update_from_flattened_dict(fields)
     return c
 

@@ -17,6 +17,7 @@ def small():
     c.backbone, c.image_size = "pixels", (16,)
     c.flow.steps, c.flow.hidden_ratio = 1, 2.0
     c.train.epochs, c.train.batch_size, c.data.holdout = 1, 8, 0.25
+    c.batch_size = 8
     return c
 
 

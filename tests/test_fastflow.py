@@ -21,6 +21,7 @@ def setup():
     c = default()
     c.weights, c.image_size, c.layers = "random", (32, 48), ("blocks.1", "blocks.2")
     c.flow.steps, c.train.batch_size = 1, 4
+    c.batch_size = 4
     c.flow.zero_init = False
     config = fill(c)
     backbone = create_backbone(config.backbone, weights="random", layers=config.layers)
@@ -191,6 +192,7 @@ def test_a_second_seed_compiles_nothing(tmp_path, form):
     c.image_size, c.layers = (12, 8), ("blocks.1", "blocks.2")
     c.flow.steps, c.flow.kernels, c.flow.hidden_ratio = 1, (1,), 0.5
     c.train.epochs, c.train.batch_size, c.score.form = 2, 4, form
+    c.batch_size = 4
     config = fill(c)
     rng = np.random.default_rng(0)
     features = tuple(rng.normal(size=(9, *s)).astype(np.float32) for s in [(6, 4, 4), (3, 2, 6)])

@@ -30,6 +30,7 @@ def run(tmp_path_factory):
     c.backbone, c.image_size = "pixels", (16,)
     c.flow.steps, c.flow.hidden_ratio = 1, 2.0
     c.train.epochs, c.train.batch_size, c.data.holdout = 1, 8, 0.5
+    c.batch_size = 8
     folder = tmp_path_factory.mktemp("run") / "grey"
     detector = Detector.fit([photograph(i) for i in range(16)], config=c, workdir=folder)
     detector.with_threshold(detector.held_out.scores.max() + 1).save()

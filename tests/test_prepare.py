@@ -44,6 +44,7 @@ def tiny(pictures):
         c.weights, c.image_size, c.layers = "random", (32,), ("blocks.2",)
         c.flow.steps, c.flow.kernels, c.flow.hidden_ratio = 1, (3,), 0.5
         c.train.epochs, c.train.batch_size = 1, 8
+        c.batch_size = 8
         c.heatmaps, c.report = 0, False  # pictures look at images again
         c.data.holdout = 0.25
         c.update_from_flattened_dict(fields)
@@ -108,7 +109,7 @@ def test_all_seeds_and_classes_of_a_run_see_each_image_once(tiny, seen, tmp_path
 def test_a_run_that_dies_over_its_features_goes_on_from_those_it_has(
     tiny, seen, tmp_path, monkeypatch, resize
 ):
-    fields = {"data.category": "bird", "data.resize": resize, "train.batch_size": 2}
+    fields = {"data.category": "bird", "data.resize": resize, "batch_size": 2}
     undisturbed = experiment.run(tiny(**fields), tmp_path / "one")
     total = sum(seen)
     seen.clear()

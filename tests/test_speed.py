@@ -16,6 +16,7 @@ def trained(tmp_path_factory):
     c = default()
     c.backbone, c.image_size = "pixels", (16,)
     c.flow.steps, c.flow.hidden_ratio, c.train.epochs, c.train.batch_size = 1, 2.0, 1, 4
+    c.batch_size = 4
     config, folder = fill(c), tmp_path_factory.mktemp("training")
     images = np.random.default_rng(0).standard_normal((8, 16, 16, 3), np.float32)
     train, holdout = cached_features((images[:6],)), (images[6:],)

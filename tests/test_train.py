@@ -52,6 +52,7 @@ def config():
     c = default()
     c.train.epochs = 3
     c.train.batch_size = 4
+    c.batch_size = 4
     c.train.optimizer = "sgd"  # Adam would hide a gradient that is wrong by a factor
     c.train.learning_rate = 0.05
     c.parallel = "jit"

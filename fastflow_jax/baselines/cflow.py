@@ -47,6 +47,7 @@ RECIPE = {
     "train": {
         "steps": 1000,
         "max_epochs": 10**6,
+        "batch_size": 32,
         "learning_rate": 1e-3,
         "beta2": 0.999,
         "clip": 0.0,
@@ -205,7 +206,7 @@ def objective(config) -> Objective:
 def maxima(config, variables: dict, features: TrainingFeatures) -> np.ndarray:
     """The highest log p per channel of each scale over all training images, [scales]."""
     run = _highest(config)
-    size = config.train.batch_size
+    size = config.batch_size
     parts = []
     for part in features.parts():
         n = len(part[0][0])
@@ -226,7 +227,7 @@ def _highest(config) -> Callable:
             log_p = [jnp.where(inside(valid, m.shape[1:]), m, -jnp.inf) for m in log_p]
         return jnp.stack([m.max((1, 2)) for m in log_p], -1)
 
-    return parallel.per_example(highest, config.parallel, config.train.batch_size)
+    return parallel.per_example(highest, config.parallel, config.batch_size)
 
 
 def _scorer(config, variables, maxima) -> Scorer:

@@ -91,10 +91,10 @@ def fit(
 
         def rows(function, what):
             """Of each batch the rows that lie in images, [n, C]."""
-            run = parallel.per_example(function, config.parallel, config.train.batch_size)
+            run = parallel.per_example(function, config.parallel, config.batch_size)
             bar = tqdm(total=features.n, desc=f"{progress}, {what}", unit="img", dynamic_ncols=True)
             with bar:
-                for maps, valid in _batches(features, config.train.batch_size):
+                for maps, valid in _batches(features, config.batch_size):
                     _stop_if(received)
                     found, seen = run(state, (maps, valid))
                     yield found[seen]
@@ -308,7 +308,7 @@ class PatchCoreScorer:
                     )
                 return image_score, blur_map(resize_map(scores, size), c.sigma)
 
-            return parallel.per_example(score, config.parallel, config.train.batch_size)
+            return parallel.per_example(score, config.parallel, config.batch_size)
 
         return functools.cache(program)
 

@@ -50,7 +50,7 @@ class Scorer:
     def _programs(self):
         """From a likelihood and the size of images to what scores their features."""
         # Not of `self`: what holds itself is freed late.
-        how = (self.function, self.config.parallel, self.config.train.batch_size)
+        how = (self.function, self.config.parallel, self.config.batch_size)
         return functools.partial(_program, *how)
 
 

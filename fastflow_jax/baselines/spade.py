@@ -187,7 +187,7 @@ class SpadeScorer:
 
 
 def _compiled(config, function: Callable) -> Callable:
-    return parallel.per_example(function, config.parallel, config.train.batch_size)
+    return parallel.per_example(function, config.parallel, config.batch_size)
 
 
 def _vectors(features: Features, valid: np.ndarray | None) -> np.ndarray:

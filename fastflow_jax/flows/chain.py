@@ -26,6 +26,7 @@ class FlowStep(nn.Module):
       affine: form of `GlobalAffine`.
       zero_init: see `ConvSubnet`.
       dtype: type that the convolutions compute in.
+      out_kernel: side of the subnet's last kernel, where it is another.
     """
 
     kernel_size: int = 3
@@ -35,6 +36,7 @@ class FlowStep(nn.Module):
     affine: str = "softplus"
     zero_init: bool = False
     dtype: jnp.dtype | None = None
+    out_kernel: int | None = None
 
     def setup(self):
         subnet = partial(
@@ -43,6 +45,7 @@ class FlowStep(nn.Module):
             kernel_size=self.kernel_size,
             zero_init=self.zero_init,
             dtype=self.dtype,
+            out_kernel=self.out_kernel,
         )
         couplings = [AffineCoupling(subnet, self.clamp, name="coupling")]
         if is_double(self.coupling):
@@ -64,7 +67,7 @@ class Flow(nn.Module):
     Attributes:
       steps: number of steps.
       kernels: kernel sides, taken in turn.
-      hidden_ratio, clamp, coupling, affine, zero_init, dtype: see `FlowStep`.
+      hidden_ratio, clamp, coupling, affine, zero_init, dtype, out_kernel: see `FlowStep`.
       reversible: the backward pass rebuilds what each step saw by inverting the chain, instead of
         keeping it from the forward pass: the memory of 20 steps is a fifth or less (XLA still keeps
         some of what it could drop), and each subnet runs once more. Variables and results are the
@@ -80,6 +83,7 @@ class Flow(nn.Module):
     zero_init: bool = False
     dtype: jnp.dtype | None = None
     reversible: bool = False
+    out_kernel: int | None = None
 
     def setup(self):
         self.step = [
@@ -91,6 +95,7 @@ class Flow(nn.Module):
                 affine=self.affine,
                 zero_init=self.zero_init,
                 dtype=self.dtype,
+                out_kernel=self.out_kernel,
             )
             for i in range(self.steps)
         ]

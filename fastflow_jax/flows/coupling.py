@@ -126,7 +126,9 @@ class ConvSubnet(nn.Module):
     Attributes:
       features: channels that come out.
       hidden_ratio: channels between the convolutions, relative to those that come in.
-      kernel_size: side of both kernels: 3 or 1 in the paper.
+      kernel_size: side of the kernels: 3 or 1 in the paper.
+      out_kernel: side of the last one, where it is another: with 1 a location hangs on its nearest
+        neighbours alone, for half the work.
       zero_init: begin with zeros in the last convolution, so that a fresh coupling is the identity
         (Glow, section 3.3); otherwise with the reference's small random numbers.
       dtype: type that the convolutions compute in; parameters are float32.
@@ -137,22 +139,23 @@ class ConvSubnet(nn.Module):
     kernel_size: int = 3
     zero_init: bool = False
     dtype: jnp.dtype | None = None
+    out_kernel: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = hidden_channels(x.shape[-1], self.hidden_ratio)
 
-        def conv(inputs, features, init, name):
-            kernel = (self.kernel_size, self.kernel_size)
+        def conv(inputs, features, side, init, name):
+            init = init or fan_in_uniform(inputs.shape[-1] * side**2)
+            kernel = (side, side)
             layer = nn.Conv(
                 features, kernel, kernel_init=init, bias_init=init, dtype=self.dtype, name=name
             )
             return layer(inputs)
 
-        taps = self.kernel_size**2
-        h = nn.relu(conv(x, hidden, fan_in_uniform(x.shape[-1] * taps), "conv_in"))
-        init = nn.initializers.zeros if self.zero_init else fan_in_uniform(hidden * taps)
-        return conv(h, self.features, init, "conv_out")
+        h = nn.relu(conv(x, hidden, self.kernel_size, None, "conv_in"))
+        init = nn.initializers.zeros if self.zero_init else None
+        return conv(h, self.features, self.out_kernel or self.kernel_size, init, "conv_out")
 
 
 class AffineCoupling(nn.Module):

@@ -52,21 +52,22 @@ class ConvSubnet(nnx.Module):
         kernel_size: int = 3,
         zero_init: bool = False,
         dtype: jnp.dtype | None = None,
+        out_kernel: int | None = None,
         *,
         rngs: nnx.Rngs,
     ):
         hidden = hidden_channels(channels, hidden_ratio)
 
-        def conv(inputs, features, init):
-            kernel = (kernel_size, kernel_size)
+        def conv(inputs, features, side, init):
+            init = init or fan_in_uniform(inputs * side**2)
+            kernel = (side, side)
             return nnx.Conv(
                 inputs, features, kernel, kernel_init=init, bias_init=init, dtype=dtype, rngs=rngs
             )
 
-        taps = kernel_size**2
-        self.conv_in = conv(channels, hidden, fan_in_uniform(channels * taps))
-        init = nnx.initializers.zeros if zero_init else fan_in_uniform(hidden * taps)
-        self.conv_out = conv(hidden, features, init)
+        self.conv_in = conv(channels, hidden, kernel_size, None)
+        init = nnx.initializers.zeros if zero_init else None
+        self.conv_out = conv(hidden, features, out_kernel or kernel_size, init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, h, w, channels] -> [B, h, w, features], for any h and w."""
@@ -142,13 +143,14 @@ class FlowStep(nnx.Module):
         affine: str = "softplus",
         zero_init: bool = False,
         dtype: jnp.dtype | None = None,
+        out_kernel: int | None = None,
         *,
         rngs: nnx.Rngs,
     ):
+        fields = (hidden_ratio, kernel_size, zero_init, dtype, out_kernel)
+
         def subnet(inputs, features, *, rngs):
-            return ConvSubnet(
-                inputs, features, hidden_ratio, kernel_size, zero_init, dtype, rngs=rngs
-            )
+            return ConvSubnet(inputs, features, *fields, rngs=rngs)
 
         coupled = partial(AffineCoupling, channels, subnet, clamp, rngs=rngs)
         self.coupling = coupled()
@@ -177,10 +179,11 @@ class Flow(nnx.Module):
         zero_init: bool = False,
         dtype: jnp.dtype | None = None,
         reversible: bool = False,
+        out_kernel: int | None = None,
         *,
         rngs: nnx.Rngs,
     ):
-        fields = (hidden_ratio, clamp, coupling, affine, zero_init, dtype)
+        fields = (hidden_ratio, clamp, coupling, affine, zero_init, dtype, out_kernel)
         self.step = nnx.List(
             [
                 FlowStep(channels, kernels[i % len(kernels)], *fields, rngs=rngs)

@@ -28,6 +28,7 @@ def config():
     c.detector, c.image_size, c.layers = "cflow", SIZE, ("blocks.2", "blocks.4")
     c.cflow.steps, c.cflow.encoding, c.cflow.fiber = 2, 8, 20
     c.train.epochs, c.train.batch_size, c.train.learning_rate = 10, 4, 1e-2
+    c.batch_size = 4
     return fill(c)
 
 

@@ -17,6 +17,7 @@ def config():
     c.detector, c.backbone, c.image_size = "gan", "pixels", SIZE
     c.gan.width, c.gan.latent = 4, 5
     c.train.epochs, c.train.batch_size, c.train.learning_rate = 15, 8, 5e-3
+    c.batch_size = 8
     c.train.clip = 0.0
     return fill(c)
 

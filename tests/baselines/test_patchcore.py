@@ -32,6 +32,7 @@ def config(**fields):
     c = default()
     c.detector, c.image_size = "patchcore", (32, 48)
     c.train.batch_size = 4
+    c.batch_size = 4
     c.patchcore.dimension, c.patchcore.projection = 16, 8
     c.update_from_flattened_dict(fields)
     return fill(c)

@@ -20,6 +20,7 @@ def config(**fields):
     c = default()
     c.detector, c.image_size = "spade", (32, 48)
     c.train.batch_size = 4
+    c.batch_size = 4
     c.spade.images = 3
     c.update_from_flattened_dict(fields)
     return fill(c)

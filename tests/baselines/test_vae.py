@@ -29,6 +29,7 @@ def config():
     c.detector, c.backbone, c.image_size = "vae", "pixels", SIZE
     c.vae.width, c.vae.latent, c.vae.samples = 4, 5, 3
     c.train.epochs, c.train.batch_size, c.train.learning_rate = 15, 8, 5e-3
+    c.batch_size = 8
     return fill(c)
 
 

@@ -21,6 +21,7 @@ SETTINGS = {
     "flow.kernels": (1,),
     "train.epochs": 2,
     "train.batch_size": 4,
+    "batch_size": 4,
     "heatmaps": 4,
 }
 """

@@ -20,6 +20,7 @@ LAYERS = {
     "step": flows.FlowStep,
     "flow_3x3_1x1": partial(flows.Flow, steps=3, kernels=(3, 1)),
     "flow_double": partial(flows.Flow, steps=2, kernels=(3,), coupling="double"),
+    "flow_out_1x1": partial(flows.Flow, steps=2, kernels=(3,), out_kernel=1),
 }
 SHAPES = [(2, 3, 2, 5), (1, 4, 3, 4)]  # odd and even channel counts, maps that are not square
 
@@ -28,13 +29,10 @@ def randomised(layer, x, seed=0):
     """Variables with every parameter away from its start: a fresh GlobalAffine hides mistakes."""
     variables = layer.init(jax.random.key(seed), x)
     rng = np.random.default_rng(seed)
-    return {
-        collection: jax.tree.map(
-            lambda leaf: leaf if leaf.dtype == jnp.int32 else leaf + rng.normal(0, 0.5, leaf.shape),
-            tree,
-        )
-        for collection, tree in variables.items()
-    }
+    params = jax.tree.map(
+        lambda leaf: leaf + rng.normal(0, 0.5, leaf.shape), variables.get("params", {})
+    )
+    return {**variables, "params": params}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -127,6 +125,16 @@ def test_a_zero_subnet_leaves_a_pure_permutation():
     assert sorted(index.tolist()) == list(range(6))
     np.testing.assert_allclose(y, x[..., index], atol=1e-6)
     np.testing.assert_allclose(log_det, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("out_kernel", "reach"), [(None, 2), (1, 1)])
+def test_how_far_a_step_looks(out_kernel, reach):
+    x = jnp.asarray(np.random.default_rng(7).normal(size=(1, 9, 9, 4)), jnp.float32)
+    step = flows.FlowStep(out_kernel=out_kernel)
+    variables = step.init(jax.random.key(0), x)
+    moved = step.apply(variables, x.at[0, 4, 4].add(1.0))[0] - step.apply(variables, x)[0]
+    rows, columns = np.nonzero(np.abs(moved[0]).max(-1) > 1e-7)
+    assert (rows.min(), rows.max()) == (columns.min(), columns.max()) == (4 - reach, 4 + reach)
 
 
 def test_permutations_come_from_the_seed_and_are_no_parameters():

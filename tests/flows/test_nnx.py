@@ -19,6 +19,7 @@ FIELDS = {
     "single": {"steps": 2, "kernels": (3, 1), "hidden_ratio": 2.0},
     "double": {"steps": 2, "kernels": (1,), "coupling": "double", "affine": "exp", "clamp": 1.0},
     "reversible": {"steps": 2, "kernels": (3, 1), "reversible": True},
+    "out_1x1": {"steps": 2, "kernels": (3,), "out_kernel": 1},
 }
 
 

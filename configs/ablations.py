@@ -8,7 +8,8 @@
 
 The argument is <ablation>/<data set>/<category>; without a category a set is run with all it has.
 
-    kernels       3x3 alone against 3x3 and 1x1 in turn, with a small and with a large backbone
+    kernels       3x3 alone against 3x3 and 1x1 in turn, both kernels of a subnet alike, with a small
+                  and with a large backbone
     augmentation  training images flipped, turned by a little, in other colours
     tampered      test images turned, zoomed and moved, for one and the same training
     steps         flows of 1 to 16 steps
@@ -41,11 +42,12 @@ def _kernels(c) -> dict:
         "backbone": FieldReference("wide_resnet50_2"),
         "weights": c.get_oneway_ref("weights"),
     }
+    in_turn = [{"kernels": kernels, "out_kernel": 0} for kernels in ((3,), (3, 1))]
     return {
-        "small_3x3": {"flow": {"kernels": (3,)}},
-        "small_3x3_1x1": {"flow": {"kernels": (3, 1)}},
-        "large_3x3": {"flow": {"kernels": (3,)}, **large},
-        "large_3x3_1x1": {"flow": {"kernels": (3, 1)}, **large},
+        "small_3x3": {"flow": in_turn[0]},
+        "small_3x3_1x1": {"flow": in_turn[1]},
+        "large_3x3": {"flow": in_turn[0], **large},
+        "large_3x3_1x1": {"flow": in_turn[1], **large},
     }
 
 
@@ -80,13 +82,15 @@ def _steps(c) -> dict:
 
 
 def _recipe(c) -> dict:
-    kept = {"norm": "whiten", "steps": 4, "kernels": (3, 1), "hidden_ratio": 2.0}
+    kept = {"norm": "whiten", "steps": 4, "kernels": (3,), "hidden_ratio": 2.0}
     return {
         "default": {},
         "published_maps": {"published": True, "flow": kept},
         "standardise": {"flow": {"norm": "standardise"}},
         "norm_per_image": {"flow": {"norm": "layer_plain"}},
         "lengths_kept": {"length_power": 1.0},
+        "published_kernels": {"flow": {"out_kernel": 0}},
+        "batches_of_32": {"train": {"batch_size": 32, "steps": 125}},
         "z_alone": {"map": {"log_det": 0.0}},
         "likelihood": {"map": {"log_det": 1.0}},
         "maximum": {"score": {"form": "top_k", "top_k": 0.0}},

@@ -119,7 +119,7 @@ def default() -> ConfigDict:
     # From likelihood to map to score
     c.map = ConfigDict()
     c.map.form = "log"  # or "probability": the reference's
-    c.map.log_det = 0.0  # weight of the log-determinant: 1 in a likelihood
+    c.map.log_det = 0.1  # weight of the log-determinant: 1 in a likelihood, 0 in the reference
     c.map.standardise = True  # scales in units of their spread over held-out normal images
     c.score = ConfigDict()
     c.score.form = "windows"  # see `model.image_score`; or "top_k"
@@ -326,7 +326,7 @@ def _recipe_flow(spec, layers: tuple[str, ...]) -> dict:
 
 
 def _recipe_layers(spec) -> tuple[str, ...]:
-    """The deepest map of stride 16 and the first of stride 32: what is there, and what it is.
+    """The two deepest maps of stride 16 and the first of stride 32: what is there, and what it is.
 
     The published cut where a backbone has one stride alone, as transformers do.
     """
@@ -334,7 +334,7 @@ def _recipe_layers(spec) -> tuple[str, ...]:
     def of(stride):
         return [name for name, (_, s) in spec.maps.items() if s == stride]
 
-    return (of(16)[-1], of(32)[0]) if of(16) and of(32) else spec.layers
+    return (*of(16)[-2:], of(32)[0]) if of(16) and of(32) else spec.layers
 
 
 def _one_of(field: str, value: str, choices) -> None:

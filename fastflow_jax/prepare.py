@@ -140,11 +140,17 @@ def image_batches(
     )
 
 
+def extractor_of(config, backbone: Backbone) -> Callable[[np.ndarray], Features]:
+    """What makes features of images, see `features.extractor`, for a configuration."""
+    c = config
+    return extractor(backbone, c.length_power, c.parallel, c.train.batch_size, c.feature_dtype)
+
+
 def feature_batches(
     config, backbone: Backbone, source: data.Source, indices=None
 ) -> Iterator[Batch]:
     """`image_batches` with features in the place of images; each process computes its share."""
-    extract = _extractor(config, backbone)
+    extract = extractor_of(config, backbone)
 
     def read(rows, size):
         for batch in image_batches(config, backbone, source, rows, size):
@@ -176,11 +182,6 @@ def _key(section: ConfigDict) -> str:
 
 def _open_backbone(config, seed: int) -> Backbone:
     return create_backbone(config.backbone, weights=config.weights, layers=config.layers, seed=seed)
-
-
-def _extractor(config, backbone: Backbone) -> Callable[[np.ndarray], Features]:
-    c = config
-    return extractor(backbone, c.length_power, c.parallel, c.train.batch_size, c.feature_dtype)
 
 
 def _kept(
@@ -268,7 +269,7 @@ def _train(config, backbone, of, folder, source, seed, pooled, title):
         seen = augmented(source, config.augment, seed, epoch) if is_augmented(config) else source
         return image_batches(config, backbone, seen, train[rows], size)
 
-    extract, size = _extractor(config, backbone), config.train.batch_size
+    extract, size = extractor_of(config, backbone), config.train.batch_size
     training = recomputed_features(len(train), stream, extract, size, valid_of(train))
     return training, holdout, holdout_valid
 

@@ -23,7 +23,7 @@ from fastflow_jax.config import to_plain, variants, without
 from fastflow_jax.data.transforms import placement
 from fastflow_jax.evaluate import METRICS, Scored, measure, score_split
 from fastflow_jax.kinds import kind
-from fastflow_jax.prepare import Prepared, feature_batches, preparer, seen_by
+from fastflow_jax.prepare import Prepared, preparer, seen_by
 from fastflow_jax.report.html import write_reports
 from fastflow_jax.report.pictures import write_pictures
 from fastflow_jax.report.table import format_csv, format_markdown, format_table
@@ -275,8 +275,8 @@ def _write_pictures(
     def maps_of(indices) -> Iterable[np.ndarray]:
         if scored.maps is not None:
             return (scored.maps[i] for i in indices)
-        stream = feature_batches(config, prepared.backbone, source, indices)
-        return (m for b in stream for m in scorer.score_features(b.image, b.valid)[1])
+        batches = prepared.test(indices)
+        return (m for b in batches for m in scorer.score_features(b.image, b.valid)[1])
 
     write_pictures(
         part.folder,

@@ -15,24 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fastflow_jax import data, parallel, run_folder, thresholds
+from fastflow_jax import data, detector_folder, parallel, run_folder, thresholds
 from fastflow_jax.backbones import Backbone, create_backbone
-from fastflow_jax.config import default, fill, from_plain, name_data, to_plain
+from fastflow_jax.config import default, fill, name_data
 from fastflow_jax.data.given import Images, ahead, as_dataset, each, is_one
 from fastflow_jax.errors import InputError
-from fastflow_jax.features import Features, extractor
-from fastflow_jax.held_out import HeldOut, look_at
+from fastflow_jax.features import Features
+from fastflow_jax.held_out import HeldOut
 from fastflow_jax.inputs import Inputs, cut, whole_box, whole_map
 from fastflow_jax.kinds import KINDS, kind, recipe
-from fastflow_jax.prepare import Prepared, preparer
+from fastflow_jax.prepare import extractor_of, preparer
+from fastflow_jax.programs import LARGEST, Programs
 from fastflow_jax.thresholds import Region, Threshold
-
-_FILE = "detector.json"  # in the folder of a training: what `Detector.load` begins with
-_HELD_OUT = "held_out.npz"
-_RATE, _PIXEL_RATE = 0.05, 0.01  # of false alarms, unless another one is asked for
-# Inputs that are computed together; the smallest that holds all there are: a single image costs
-# what one does, and many use the machine well, at three compilations in the worst case.
-_BATCHES = (1, 8, 32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,7 +109,7 @@ class Detector:
                 folder=folder,
                 progress=f"{dataset.name}: train",
             )
-            record(config, scorer, prepared, seed=config.seed, folder=folder, training=folder)
+            detector_folder.record(config, scorer, prepared, seed=config.seed, folder=folder)
             parallel.on_main(lambda: shutil.rmtree(folder / "features", ignore_errors=True))
         return dataclasses.replace(cls.load(folder), _temporary=temporary)
 
@@ -129,20 +123,12 @@ class Detector:
           InputError: the folder holds no training, or several, which are listed.
         """
         folder = pathlib.Path(folder)
-        about = run_folder.read_json(folder / _FILE)
-        if about is None:
-            raise InputError(_where_trainings_are(folder))
-        config, training = from_plain(about["config"]), (folder / about["training"]).resolve()
-        if not (training / "checkpoints").exists():
-            raise InputError(f"{training} lacks its checkpoints: bring them back, or train again")
-        detector = cls.from_training(config, training, about["seed"])
-        file = folder / _HELD_OUT
-        chosen = {name: _threshold(t) for name, t in about["thresholds"].items()}
+        kept = detector_folder.read(folder)
         return dataclasses.replace(
-            detector,
-            held_out=HeldOut.load(file) if file.exists() else None,
-            image_threshold=chosen["image"],
-            pixel_threshold=chosen["pixel"],
+            cls.from_training(kept.config, kept.training, kept.seed),
+            held_out=kept.held_out,
+            image_threshold=kept.image_threshold,
+            pixel_threshold=kept.pixel_threshold,
             folder=folder,
         )
 
@@ -158,9 +144,7 @@ class Detector:
         backbone = create_backbone(
             config.backbone, weights=config.weights, layers=config.layers, seed=seed
         )
-        images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
-        maps = jax.eval_shape(backbone.module.apply, backbone.variables, images)
-        scorer = kind(config.detector).load(config, [m.shape[1:] for m in maps], folder)
+        scorer = kind(config.detector).load(config, _shapes(config, backbone), folder)
         return cls(config, backbone, scorer)
 
     def save(self, folder: str | os.PathLike | None = None) -> pathlib.Path:
@@ -173,18 +157,8 @@ class Detector:
         """
         if self.folder is None:
             raise InputError("a detector without a folder cannot be saved: make it by fit or load")
-        about = run_folder.read_json(self.folder / _FILE)
         folder = self.folder if folder is None else pathlib.Path(folder)
-        if folder.resolve() != self.folder.resolve():
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise InputError(f"{folder} holds something else: save to a new folder")
-            training = self.folder / about["training"]
-            shutil.copytree(training / "checkpoints", folder / "checkpoints")
-            for file in [*training.glob("*.npz"), *self.folder.glob(_HELD_OUT)]:
-                shutil.copy(file, folder)
-            about["training"] = "."
-        about["thresholds"] = _plain(self.image_threshold, self.pixel_threshold)
-        run_folder.write_json(folder / _FILE, about)
+        detector_folder.save(self.folder, folder, self.image_threshold, self.pixel_threshold)
         return folder
 
     def with_threshold(
@@ -265,7 +239,7 @@ class Detector:
             for name, image in inputs:
                 if isinstance(image, Inputs):
                     waiting.append(image)
-                    if sum(len(i.images) for i in waiting) >= _BATCHES[-1]:
+                    if sum(len(i.images) for i in waiting) >= LARGEST:
                         yield from self._predicted(waiting)
                         waiting = []
                 elif on_error:
@@ -297,12 +271,10 @@ class Detector:
         Raises:
           InputError: a detector without z, or without held-out images where they are needed.
         """
-        if not hasattr(self.scorer, "energies"):
-            raise InputError(f"a {self.config.detector} has no z: regions are for fastflow")
+        programs = self._programs_of_z()
         limit = np.log10(nfa)
         if model_alone:
-            maps = jax.eval_shape(*self._shapes)
-            moments = thresholds.model_moments([m.shape[1:] for m in maps])
+            moments = thresholds.model_moments(_shapes(self.config, self.backbone))
         elif self.held_out is None:
             raise InputError("there are no held-out images: train with config.data.holdout above 0")
         else:
@@ -313,8 +285,7 @@ class Detector:
         for _, image in self._all_inputs(images, tile=False):
             if isinstance(image, InputError):
                 raise image
-            features, scorer = self._features(image.images, image.valid)
-            energies, seen = scorer.energies(features, image.valid)
+            energies, seen = programs.energies(image.images, image.valid)
             size = tuple(self.config.image_size)
             of_input = thresholds.regions(
                 [e[0] for e in energies], [s[0] for s in seen], moments, size, limit
@@ -328,12 +299,12 @@ class Detector:
         for _, image in self._all_inputs(images, tile=False):
             if isinstance(image, InputError):
                 raise image
-            parts.append(self._features(image.images)[0])
+            parts.append(self._programs.features(image.images))
         return tuple(np.concatenate(scale) for scale in zip(*parts, strict=True))
 
     def latents(self, features: Features) -> Features:
         """The z of features, [B, h, w, C] a scale: standard normal under the model."""
-        return self._flow("latents")(features)
+        return self._programs_of_z().latents(features)
 
     def invert(self, latents: Features) -> Features:
         """The flow backwards: the features that have these z.
@@ -341,7 +312,7 @@ class Detector:
         Raises:
           InputError: a detector without z, or see `model.invert`.
         """
-        return self._flow("invert")(latents)
+        return self._programs_of_z().invert(latents)
 
     def sample(self, n: int = 1, *, seed: int = 0, temperature: float = 1.0) -> Features:
         """Features of normal images, as the flow imagines them: of z drawn at random.
@@ -352,7 +323,7 @@ class Detector:
           temperature: deviation of z, 1 in the model; lower ones are more typical.
         """
         rng = np.random.default_rng(seed)
-        shapes = [m.shape[1:] for m in jax.eval_shape(*self._shapes)]
+        shapes = _shapes(self.config, self.backbone)
         return self.invert(
             tuple(temperature * rng.standard_normal((n, *s), np.float32) for s in shapes)
         )
@@ -372,46 +343,16 @@ class Detector:
     @functools.cached_property
     def extract(self) -> Callable[[np.ndarray], Features]:
         """Images [B, H, W, 3] -> what `scorer` scores, see `features.extractor`."""
-        return _extractor(self.config, self.backbone)
+        return extractor_of(self.config, self.backbone)
 
     @functools.cached_property
-    def _programs(self) -> Callable[[int], tuple[Callable, object]]:
-        """From the size of a batch to what extracts features of it and what scores them."""
-        config, backbone, scorer = self.config, self.backbone, self.scorer  # `self` would be a loop
+    def _programs(self) -> Programs:
+        return Programs(self.config, self.backbone, self.scorer)
 
-        @functools.cache
-        def of_size(batch: int):
-            sized = config.copy_and_resolve_references()
-            with sized.unlocked():
-                sized.batch_size = batch
-            return _extractor(sized, backbone), dataclasses.replace(scorer, config=sized)
-
-        return of_size
-
-    @property
-    def _shapes(self) -> tuple[Callable, dict, jax.ShapeDtypeStruct]:
-        images = jax.ShapeDtypeStruct((1, *self.config.image_size, 3), jnp.float32)
-        return self.backbone.module.apply, self.backbone.variables, images
-
-    def _flow(self, name: str) -> Callable[[Features], Features]:
-        """A method of the scorer, on any number of images."""
-        if not hasattr(self.scorer, name):
+    def _programs_of_z(self) -> Programs:
+        if not hasattr(self.scorer, "latents"):
             raise InputError(f"a {self.config.detector} has no z: that is for fastflow")
-
-        def call(maps):
-            n, largest = len(maps[0]), _BATCHES[-1]
-            parts = []
-            for i in range(0, n, largest):
-                part = tuple(m[i : i + largest] for m in maps)
-                _, scorer = self._programs(_batch_for(len(part[0])))
-                parts.append(getattr(scorer, name)(part))
-            return tuple(np.concatenate(scale) for scale in zip(*parts, strict=True))
-
-        return call
-
-    def _features(self, images: np.ndarray, valid: np.ndarray | None = None):
-        extract, scorer = self._programs(_batch_for(len(images)))
-        return extract(images), scorer
+        return self._programs
 
     def _all_inputs(self, images: Images, tile: bool) -> Iterator[tuple[str, Inputs | InputError]]:
         """Name by name, the image or why it cannot be read."""
@@ -431,18 +372,7 @@ class Detector:
         valid = None
         if images[0].valid is not None:
             valid = np.concatenate([image.valid for image in images])
-        parts = []
-        for i in range(0, len(inputs), _BATCHES[-1]):
-            rows = slice(i, i + _BATCHES[-1])
-            features, scorer = self._features(inputs[rows])
-            padding = None if valid is None else valid[rows]
-            if hasattr(scorer, "predict_features"):
-                parts.append(scorer.predict_features(features, padding))
-            else:
-                parts.append((*scorer.score_features(features, padding), None))
-        scores, maps, likelihoods = (
-            None if part[0] is None else np.concatenate(part) for part in zip(*parts, strict=True)
-        )
+        scores, maps, likelihoods = self._programs.predict(inputs, valid)
         last = 0
         for image in images:
             own = slice(last, last + len(image.images))
@@ -466,47 +396,6 @@ class Detector:
             mask=None if pixel_limit is None else anomaly_map > pixel_limit.value,
             log_likelihood=likelihood,
         )
-
-
-def record(
-    config,
-    scorer,
-    prepared: Prepared,
-    *,
-    seed: int,
-    folder: pathlib.Path,
-    training: pathlib.Path,
-) -> dict:
-    """Write what `Detector.load` reads of a finished training; returns its thresholds, plain.
-
-    Args:
-      config: filled, of this training.
-      scorer: what was trained.
-      prepared: what it was trained on.
-      seed: that it was trained with.
-      folder: of this part of a run.
-      training: the folder that the training lies in, which another part may have made.
-    """
-    image = pixel = None
-    if prepared.holdout is not None:
-        held_out = look_at(config, scorer, prepared.holdout, prepared.holdout_valid)
-        held_out.save(folder / _HELD_OUT)
-        rate = max(_RATE, 1 / (len(held_out.scores) + 1))
-        image = thresholds.image_threshold(held_out.scores, rate)
-        pixel = thresholds.pixel_threshold(held_out.tails, _PIXEL_RATE, warn=False)
-    about = {
-        "config": to_plain(config),
-        "seed": seed,
-        "training": os.path.relpath(training, folder),
-        "thresholds": _plain(image, pixel),
-    }
-    run_folder.write_json(folder / _FILE, about)
-    return about["thresholds"]
-
-
-def trainings(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The folders in a run folder that `Detector.load` takes, sorted."""
-    return sorted(file.parent for file in folder.rglob(_FILE))
 
 
 class _TemporaryFolder:
@@ -554,30 +443,8 @@ def _asked_for(images, config) -> tuple[ConfigDict, data.Dataset]:
     return config, dataclasses.replace(dataset, test=None)
 
 
-def _where_trainings_are(folder: pathlib.Path) -> str:
-    if not folder.is_dir():
-        return f"{folder} is no folder: name the run folder of a training"
-    found = [str(path) for path in trainings(folder)]
-    if found:
-        return f"{folder} holds several trainings: name one of them:\n  " + "\n  ".join(found)
-    return f"{folder} holds no finished training, or one of an older version: train there first"
-
-
-def _plain(image: Threshold | None, pixel: Threshold | None) -> dict:
-    return {name: t and dataclasses.asdict(t) for name, t in (("image", image), ("pixel", pixel))}
-
-
-def _threshold(plain: dict | None) -> Threshold | None:
-    """The inverse of `_plain`, of one."""
-    if plain is None:
-        return None
-    return Threshold(**plain | {"interval": plain["interval"] and tuple(plain["interval"])})
-
-
-def _extractor(config, backbone: Backbone) -> Callable[[np.ndarray], Features]:
-    size = config.batch_size
-    return extractor(backbone, config.length_power, config.parallel, size, config.feature_dtype)
-
-
-def _batch_for(n: int) -> int:
-    return next((size for size in _BATCHES if n <= size), _BATCHES[-1])
+def _shapes(config, backbone: Backbone) -> list[tuple[int, int, int]]:
+    """(h, w, C) of each scale."""
+    images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
+    maps = jax.eval_shape(backbone.module.apply, backbone.variables, images)
+    return [m.shape[1:] for m in maps]

@@ -18,12 +18,12 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import fastflow_jax
-from fastflow_jax import data, detector, parallel, speed
+from fastflow_jax import data, detector_folder, parallel, speed
 from fastflow_jax.config import to_plain, variants, without
 from fastflow_jax.data.transforms import placement
 from fastflow_jax.evaluate import METRICS, Scored, measure, score_split
 from fastflow_jax.kinds import kind
-from fastflow_jax.prepare import Prepared, feature_batches, preparer, seen_by
+from fastflow_jax.prepare import Prepared, preparer, seen_by
 from fastflow_jax.report.html import write_reports
 from fastflow_jax.report.pictures import write_pictures
 from fastflow_jax.report.table import format_csv, format_markdown, format_table
@@ -105,7 +105,8 @@ class _Part:
     category: str | None
     seed: int
     folder: pathlib.Path
-    training: pathlib.Path  # its folder, or that of an earlier part that trains the very same
+    training: pathlib.Path  # its folder, or that of an earlier part that trains the very same,
+    scored: pathlib.Path  # or that scores the very same, too
     pictures: int  # that its report shows at the most
 
     @property
@@ -122,12 +123,15 @@ class _Part:
         return f"{self.name}, {self.variant}" if self.variant else self.name
 
 
-# What a training does not hang on.
-_AFTER_TRAINING = (
+# What the scores of images that are as they came do not hang on, and what a training does not.
+_AFTER_SCORING = (
     "layers_as",  # what it made of `layers` counts
-    *("data.tamper", "data.mask_resize", "map", "score"),
-    *("patchcore.neighbours", "patchcore.reweight", "patchcore.sigma", "spade"),
+    *("data.tamper", "data.mask_resize"),
     *("measure_speed", "heatmaps", "report", "report_pictures", "parallel"),
+)
+_AFTER_TRAINING = (
+    *_AFTER_SCORING,
+    *("map", "score", "patchcore.neighbours", "patchcore.reweight", "patchcore.sigma", "spade"),
 )
 
 
@@ -138,7 +142,7 @@ def _plan(config, workdir: pathlib.Path) -> list[_Part]:
     pairs = [(category, v) for category in categories for v in variants(config).items()]
     if data.share_images(config.data):  # a variant of all categories at a time
         pairs = [(category, v) for v in variants(config).items() for category in categories]
-    plan, trainings = [], {}
+    plan, first = [], {}
     pictures = config.report_pictures // (len(pairs) * len(seeds)) if config.report else 0
     for (category, (variant, changed)), seed in itertools.product(pairs, seeds):
         folder = workdir
@@ -148,9 +152,11 @@ def _plan(config, workdir: pathlib.Path) -> list[_Part]:
             folder /= variant
         if len(seeds) > 1:
             folder /= f"seed_{seed}"
-        key = json.dumps([category, seed, without(changed, _AFTER_TRAINING)])
-        training = trainings.setdefault(key, folder)
-        plan.append(_Part(changed, variant, category, seed, folder, training, pictures))
+        training, scored = (
+            first.setdefault(json.dumps([category, seed, without(changed, after)]), folder)
+            for after in (_AFTER_TRAINING, _AFTER_SCORING)
+        )
+        plan.append(_Part(changed, variant, category, seed, folder, training, scored, pictures))
     features = [seen_by(part.config, part.seed) for part in plan]
     order = sorted(range(len(plan)), key=lambda i: features.index(features[i]))
     return [plan[i] for i in order]
@@ -202,8 +208,14 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
         took = {"train": before + time.perf_counter() - start - tested}
         write_json(seconds_file, took)
     seconds["train"] = took["train"]
-    thresholds = detector.record(
-        config, scorer, prepared, seed=part.seed, folder=part.folder, training=part.training
+    thresholds = detector_folder.record(
+        config,
+        scorer,
+        prepared,
+        seed=part.seed,
+        folder=part.folder,
+        training=part.training,
+        scored=part.scored,
     )
     epochs = parallel.on_main(partial(_epochs, metrics_file))
     judged = [epoch for epoch in epochs if "holdout_loss" in epoch]
@@ -263,8 +275,8 @@ def _write_pictures(
     def maps_of(indices) -> Iterable[np.ndarray]:
         if scored.maps is not None:
             return (scored.maps[i] for i in indices)
-        stream = feature_batches(config, prepared.backbone, source, indices)
-        return (m for b in stream for m in scorer.score_features(b.image, b.valid)[1])
+        batches = prepared.test(indices)
+        return (m for b in batches for m in scorer.score_features(b.image, b.valid)[1])
 
     write_pictures(
         part.folder,

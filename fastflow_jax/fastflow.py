@@ -215,10 +215,20 @@ class FastFlowScorer:
         """|z|^2 [B, h, w] a scale, and which of them count, for `thresholds.regions`."""
         return self._programs(_energies)(self.variables, (features, valid))
 
-    def recalibrated(self, holdout: Features, valid: np.ndarray | None = None) -> "FastFlowScorer":
-        """The same flows, calibrated by other held-out normal features."""
-        calibration = calibrate(self.config, self.model, self.variables, holdout, valid)
-        return dataclasses.replace(self, calibration=calibration)
+    def location_maps(
+        self, features: Features, valid: np.ndarray | None = None
+    ) -> tuple[np.ndarray, ...]:
+        """Location scores [B, h, w] a scale: all that scores and their calibration come from."""
+        return self._programs(_location_maps)(self.variables, (features, valid))
+
+    def score_maps(self, maps: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """`score_features` of features with these `location_maps`."""
+        run = self._programs(_score_maps, tuple(self.config.image_size))
+        return run(self.calibration, maps)
+
+    def recalibrated(self, maps: tuple[np.ndarray, ...]) -> "FastFlowScorer":
+        """The same flows, calibrated by other held-out normal images with these `location_maps`."""
+        return dataclasses.replace(self, calibration=calibrate_on(self.config, maps))
 
     @functools.cached_property
     def _programs(self):
@@ -237,7 +247,13 @@ def _compiled(function: Callable, config: FrozenConfigDict, *arguments) -> Calla
 def _score(config, model, size, state, batch):
     """See `FastFlowScorer.score_features`."""
     variables, calibration = state
-    maps = _location_maps(config, model, variables, *batch)
+    return _score_maps(
+        config, model, size, calibration, _location_maps(config, model, variables, batch)
+    )
+
+
+def _score_maps(config, model, size, calibration, maps):
+    """See `FastFlowScorer.score_maps`."""
     anomaly_map = fuse(maps, calibration, size)
     if config.score.form == "top_k":
         return top_mean(anomaly_map, config.score.top_k), anomaly_map
@@ -280,30 +296,23 @@ def calibrate(
     Without held-out images, or where the configuration does not ask for it, a calibration that
     leaves scores as they are.
     """
-    size = config.batch_size
-    n = len(holdout[0]) if holdout is not None else 0
+    if holdout is None or not len(holdout[0]):
+        return calibrate_on(config, ())
+    run = _compiled(_location_maps, FrozenConfigDict(config), model)
+    return calibrate_on(config, _in_batches(config, run, variables, (holdout, valid)))
 
-    def over_holdout(function, *state):
-        run = _compiled(function, FrozenConfigDict(config), model)
-        rows = [slice(i, i + size) for i in range(0, n, size)]
-        parts = [
-            run(
-                (variables, *state),
-                (tuple(m[r] for m in holdout), None if valid is None else valid[r]),
-            )
-            for r in rows
-        ]
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
+def calibrate_on(config, maps: tuple[np.ndarray, ...]) -> Calibration:
+    """`calibrate` by the location scores of held-out normal images, [N, h, w] a scale."""
     scales = len(config.layers)
     scale_mean, scale_std = np.zeros(scales, np.float32), np.ones(scales, np.float32)
-    if n and config.map.standardise:
-        maps = over_holdout(_holdout_maps)
+    if maps and config.map.standardise:
         scale_mean = np.array([m.mean(dtype=np.float64) for m in maps], np.float32)
         scale_std = np.array([m.std(dtype=np.float64) or 1.0 for m in maps], np.float32)
     calibration = Calibration(scale_mean, scale_std, np.zeros(()), np.ones(()))
-    if n and config.score.form == "windows":
-        windows = over_holdout(_holdout_windows, calibration)
+    if maps and config.score.form == "windows":
+        run = _compiled(_windows, FrozenConfigDict(config), None)
+        windows = _in_batches(config, run, calibration, maps)
         # Few images may agree in one window by chance: no window counts ten times the others.
         spread = windows.std(0)
         spread = np.maximum(spread, 0.1 * spread.mean()) if spread.any() else np.ones_like(spread)
@@ -311,17 +320,22 @@ def calibrate(
     return calibration
 
 
-def _holdout_maps(config, model, state, batch):
-    return _location_maps(config, model, *state, *batch)
+def _in_batches(config, run: Callable, state, arrays):
+    """`run(state, arrays)`, a batch of their rows at a time."""
+    size, n = config.batch_size, len(jax.tree.leaves(arrays)[0])
+    parts = [
+        run(state, jax.tree.map(lambda a, i=i: a[i : i + size], arrays)) for i in range(0, n, size)
+    ]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
-def _holdout_windows(config, model, state, batch):
-    variables, calibration = state
-    return window_maxima(fuse_finest(_location_maps(config, model, variables, *batch), calibration))
+def _windows(config, model, calibration, maps):
+    return window_maxima(fuse_finest(maps, calibration))
 
 
-def _location_maps(config, model, variables, features, valid) -> tuple[jax.Array, ...]:
+def _location_maps(config, model, variables, batch) -> tuple[jax.Array, ...]:
     """Location scores [B, h, w] of each scale."""
+    features, valid = batch
     maps = tuple(
         location_scores(z, log_det, form=config.map.form, log_det_weight=config.map.log_det)
         for z, log_det in model.apply(variables, features)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from fastflow_jax import thresholds
@@ -52,20 +54,25 @@ def look_at(config, scorer, holdout: Features, valid: np.ndarray | None = None) 
       holdout: features of the images, [n, h, w, C] a scale.
       valid: bool [n, H, W], False in padding; None without padding.
     """
-    n = len(holdout[0])
-    fold = np.arange(n) % _FOLDS
-    recalibrate = getattr(scorer, "recalibrated", None) if n > 1 else None
-    if recalibrate is None:
-        fold[:] = 0
+    n, size = len(holdout[0]), config.batch_size
+    is_calibrated = n > 1 and hasattr(scorer, "recalibrated")
+    fold = np.arange(n) % (_FOLDS if is_calibrated else 1)
     scores, tails = np.empty(n, np.float32), np.empty((n, len(thresholds.EXCEEDANCES)))
-    for i in np.unique(fold):
-        others, size = np.flatnonzero(fold != i), config.batch_size
-        fair = recalibrate(*_rows(others, holdout, valid)) if recalibrate else scorer
-        rows = np.flatnonzero(fold == i)
-        for batch in (rows[j : j + size] for j in range(0, len(rows), size)):
-            features, seen = _rows(batch, holdout, valid)
-            scores[batch], maps = fair.score_features(features, seen)
-            tails[batch] = thresholds.tails(maps, seen)
+
+    def score_rows(rows, score):
+        for batch in (rows[i : i + size] for i in range(0, len(rows), size)):
+            scores[batch], maps = score(batch)
+            tails[batch] = thresholds.tails(maps, None if valid is None else valid[batch])
+
+    if is_calibrated:
+        maps = _over(config, scorer.location_maps, holdout, valid)
+        for i in np.unique(fold):
+            fair = scorer.recalibrated(tuple(m[fold != i] for m in maps))
+            score_rows(
+                np.flatnonzero(fold == i), lambda b, f=fair: f.score_maps(tuple(m[b] for m in maps))
+            )
+    else:
+        score_rows(np.arange(n), lambda b: scorer.score_features(*_rows(b, holdout, valid)))
     if not hasattr(scorer, "energies"):
         return HeldOut(scores, tails)
     return HeldOut(scores, tails, *_a_contrario(config, scorer, holdout, valid, fold))
@@ -73,13 +80,7 @@ def look_at(config, scorer, holdout: Features, valid: np.ndarray | None = None) 
 
 def _a_contrario(config, scorer, holdout, valid, fold) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """The moments of all, and the lowest log10 NFA of each under those of other folds."""
-    size = config.batch_size
-    batches = [np.arange(i, min(i + size, len(fold))) for i in range(0, len(fold), size)]
-    parts = [scorer.energies(*_rows(batch, holdout, valid)) for batch in batches]
-    energies, seen = (
-        [np.concatenate(scale) for scale in zip(*part, strict=True)]
-        for part in zip(*parts, strict=True)
-    )
+    energies, seen = _over(config, scorer.energies, holdout, valid)
     lowest = np.empty(len(fold))
     for i in np.unique(fold):
         others = fold != i if (fold != i).any() else fold == i
@@ -87,6 +88,14 @@ def _a_contrario(config, scorer, holdout, valid, fold) -> tuple[tuple[np.ndarray
         own = ([m[fold == i] for m in x] for x in (energies, seen))
         lowest[fold == i] = thresholds.lowest_log10_nfa(*own, moments)
     return tuple(thresholds.held_out_moments(energies, seen)), lowest
+
+
+def _over(config, function: Callable, holdout, valid):
+    """`function(features, valid)` of all held-out images, a batch at a time."""
+    n, size = len(holdout[0]), config.batch_size
+    batches = [np.arange(i, min(i + size, n)) for i in range(0, n, size)]
+    parts = [function(*_rows(batch, holdout, valid)) for batch in batches]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def _rows(rows: np.ndarray, features: Features, valid: np.ndarray | None):

@@ -3,10 +3,12 @@
 import importlib
 from types import ModuleType
 
-# Each module has two functions, see `fastflow.fit` and `fastflow.load`; what they return scores
-# features as `fastflow.FastFlowScorer` does. `layers(spec)`, where a module has it, names the maps
-# that its detector takes of a backbone unless told otherwise, and `RECIPE` the fields in which its
-# configuration differs from the default.
+# Each module has two functions, see `fastflow.fit` and `fastflow.load`, that return a scorer: its
+# `score_features` and `predict_features` are those of `fastflow.FastFlowScorer`, its field `config`
+# says for how large batches its programs are made. A scorer with a z has `latents`, `invert` and
+# `energies` too, one that held-out images calibrate has `recalibrated`. `layers(spec)`, where a
+# module has it, names the maps that its detector takes of a backbone unless told otherwise, and
+# `RECIPE` the fields in which its configuration differs from the default.
 KINDS = {
     "fastflow": "fastflow_jax.fastflow",
     "patchcore": "fastflow_jax.baselines.patchcore",

@@ -121,7 +121,7 @@ def predict(
             name = names[prediction.name]
             if heatmaps:
                 line.heatmap = f"heatmaps/{name}.png"
-                save_picture(output / line.heatmap, _picture(detector, prediction, name))
+                save_picture(output / line.heatmap, draw_prediction(detector, prediction, name))
             if raw:
                 _write_raw(output, raw, name, prediction.anomaly_map, line)
             anomalous += bool(line.is_anomalous)
@@ -129,6 +129,33 @@ def predict(
     done = len(names) - len(broken)
     print(f"{anomalous} of {done} images are anomalous, {len(broken)} unreadable: {output}")
     return 3 if broken else int(anomalous > 0)
+
+
+def draw_prediction(
+    detector: Detector, prediction: Prediction, name: str | None = None
+) -> Image.Image:
+    """Heat map of an image in a file, with its score and decision; all have the same colours.
+
+    Args:
+      detector: that looked at it.
+      prediction: what it made of it.
+      name: that the picture is titled with; None: the file's.
+    """
+    low, high = _colours(detector) or (prediction.anomaly_map.min(), prediction.anomaly_map.max())
+    file = pathlib.Path(prediction.name)
+    title = f"{name or file.name}  score {prediction.score:.3f}"
+    if prediction.p_value is not None:
+        title += f"  p {prediction.p_value:.3f}"
+    if prediction.is_anomalous is not None:
+        title += "  anomalous" if prediction.is_anomalous else "  normal"
+    return draw_heatmap(
+        read_image(file),
+        prediction.anomaly_map,
+        low=low,
+        high=high,
+        threshold=detector.pixel_threshold and detector.pixel_threshold.value,
+        title=title,
+    )
 
 
 def find_images(pattern: str, *, besides: pathlib.Path) -> dict[str, str]:
@@ -173,23 +200,6 @@ def _line(detector: Detector, prediction: Prediction) -> Line:
         None if mask is None else float(mask.mean()),
         detector.pixel_threshold and detector.pixel_threshold.value,
         *height_width,
-    )
-
-
-def _picture(detector: Detector, prediction: Prediction, name: str) -> Image.Image:
-    low, high = _colours(detector) or (prediction.anomaly_map.min(), prediction.anomaly_map.max())
-    title = f"{name}  score {prediction.score:.3f}"
-    if prediction.p_value is not None:
-        title += f"  p {prediction.p_value:.3f}"
-    if prediction.is_anomalous is not None:
-        title += "  anomalous" if prediction.is_anomalous else "  normal"
-    return draw_heatmap(
-        read_image(pathlib.Path(prediction.name)),
-        prediction.anomaly_map,
-        low=low,
-        high=high,
-        threshold=detector.pixel_threshold and detector.pixel_threshold.value,
-        title=title,
     )
 
 

@@ -36,9 +36,9 @@ class Prepared:
     train: TrainingFeatures
     holdout: Features | None
     holdout_valid: np.ndarray | None  # bool [N, H, W], see `Batch.valid`
-    # The test images in batches, with their features in the place of `image`. These are kept as
-    # those of the training images are, or computed again each time.
-    test: Callable[[], Iterable[Batch]]
+    # The test images, or those of given indices, in batches with features in the place of `image`.
+    # These are kept as those of the training images are, or computed again each time.
+    test: Callable[..., Iterable[Batch]]
 
 
 def split_holdout(n: int, part: float) -> tuple[np.ndarray, np.ndarray]:
@@ -140,11 +140,20 @@ def image_batches(
     )
 
 
+def extractor_of(
+    config, backbone: Backbone, size: int | None = None
+) -> Callable[[np.ndarray], Features]:
+    """`features.extractor` for a configuration; of up to `size` images, if not its own number."""
+    c = config
+    size = size or c.batch_size
+    return extractor(backbone, c.length_power, c.parallel, size, c.feature_dtype)
+
+
 def feature_batches(
     config, backbone: Backbone, source: data.Source, indices=None
 ) -> Iterator[Batch]:
     """`image_batches` with features in the place of images; each process computes its share."""
-    extract = _extractor(config, backbone)
+    extract = extractor_of(config, backbone)
 
     def read(rows, size):
         for batch in image_batches(config, backbone, source, rows, size):
@@ -176,13 +185,6 @@ def _key(section: ConfigDict) -> str:
 
 def _open_backbone(config, seed: int) -> Backbone:
     return create_backbone(config.backbone, weights=config.weights, layers=config.layers, seed=seed)
-
-
-def _extractor(config, backbone: Backbone, size: int | None = None) -> Callable:
-    """See `features.extractor`; of batches of up to `size`, or the configuration's."""
-    c = config
-    size = size or c.batch_size
-    return extractor(backbone, c.length_power, c.parallel, size, c.feature_dtype)
 
 
 def _kept(
@@ -271,27 +273,26 @@ def _train(config, backbone, of, folder, source, seed, pooled, title):
         return image_batches(config, backbone, seen, train[rows], size)
 
     size = config.train.batch_size
-    extract = _extractor(config, backbone, size)
+    extract = extractor_of(config, backbone, size)
     training = recomputed_features(len(train), stream, extract, size, valid_of(train))
     return training, holdout, holdout_valid
 
 
-def _test(config, backbone, of, folder, source, pooled, title) -> Callable[[], Iterable[Batch]]:
+def _test(config, backbone, of, folder, source, pooled, title) -> Callable[..., Iterable[Batch]]:
     """See `Prepared.test`."""
     if source is None:
-        return tuple
+        return lambda indices=None: ()
     if not _is_kept(config):
-        return lambda: feature_batches(config, backbone, source)
+        return lambda indices=None: feature_batches(config, backbone, source, indices)
     size = config.batch_size
+    masks = valid = None
     if _is_shared(config, source):
-        maps, rows = _part(source, pooled), np.arange(len(source))
-        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-        beside = [Batch(None, None, source.labels[part], part) for part in parts]
+        maps = _part(source, pooled)
     else:
         seen = {}  # by their first image
 
         def see(batch):
-            seen[int(batch.index[0])] = batch._replace(image=None)
+            seen[int(batch.index[0])] = batch.mask, batch.valid
 
         what = f"{title}: test features"
         maps = _kept(config, backbone, source, None, of, folder / "test", what, see)
@@ -305,11 +306,15 @@ def _test(config, backbone, of, folder, source, pooled, title) -> Callable[[], I
 
         for batch in parallel.shared_out(read, rows, size) if len(rows) else ():
             see(batch)
-        beside = [seen[first] for first in sorted(seen)]
+        masks, valid = (
+            None if parts[0] is None else np.concatenate(parts)
+            for parts in zip(*(seen[first] for first in sorted(seen)), strict=True)
+        )
 
-    def batches_of():
-        for batch in beside:
-            first, last = batch.index[[0, -1]]
-            yield batch._replace(image=tuple(m[first : last + 1] for m in maps))
+    def batches_of(indices=None):
+        rows = np.arange(len(source)) if indices is None else np.asarray(indices)
+        for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+            mask, padding = (None if a is None else a[part] for a in (masks, valid))
+            yield Batch(tuple(m[part] for m in maps), mask, source.labels[part], part, padding)
 
     return batches_of

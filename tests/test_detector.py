@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import fastflow_jax.detector
-from fastflow_jax import Detector, data, experiment, thresholds
+from fastflow_jax import Detector, data, detector_folder, experiment, thresholds
 from fastflow_jax.config import default, fill
 from fastflow_jax.data.transforms import normalise, resize
 from fastflow_jax.errors import InputError
@@ -179,7 +179,8 @@ def test_held_out_images_are_scored_under_a_calibration_by_others(detector):
     as_new = [r.score for r in detector.predict(held)]
     assert not np.allclose(as_new, detector.held_out.scores, rtol=1e-3)
     features = detector.features(held)
-    without_first = detector.scorer.recalibrated(tuple(m[1:] for m in features))
+    maps = detector.scorer.location_maps(features)
+    without_first = detector.scorer.recalibrated(tuple(m[1:] for m in maps))
     (score,), _ = without_first.score_features(tuple(m[:1] for m in features))
     assert score == pytest.approx(detector.held_out.scores[0], rel=1e-3)
 
@@ -279,7 +280,9 @@ def test_a_folder_of_other_images_is_refused(detector):
     assert again.predict(spoilt()).score == detector.predict(spoilt()).score
 
 
-def test_runs_of_main_are_loaded_part_by_part(tmp_path):
+def test_runs_of_main_are_loaded_part_by_part(tmp_path, monkeypatch):
+    looks, look_at = [], detector_folder.look_at
+    monkeypatch.setattr(detector_folder, "look_at", lambda *a: looks.append(a) or look_at(*a))
     photos = tmp_path / "photos"
     photos.mkdir()
     for i, image in enumerate(photographs(8)):
@@ -287,14 +290,19 @@ def test_runs_of_main_are_loaded_part_by_part(tmp_path):
     c = tiny(seeds=2)
     c.data.name, c.data.root = "folder", str(photos)
     run = tmp_path / "run"
-    c.variants = {"one": {}, "sum": {"score": {"form": "top_k"}}}
+    turned = {"data": {"tamper": {"rotate": 9.0}}}  # test images alone
+    c.variants = {"one": {}, "sum": {"score": {"form": "top_k"}}, "turned": turned}
     experiment.run(fill(c), run)
+    assert len(looks) == 4  # of each seed, "one" and "sum"
     with pytest.raises(InputError, match="several trainings") as error:
         Detector.load(run)
     assert str(run / "sum" / "seed_1") in str(error.value)
     one, other = (Detector.load(run / v / "seed_1") for v in ("one", "sum"))
     assert other.config.score.form == "top_k"
     assert one.predict(spoilt()).score != other.predict(spoilt()).score
+    same = Detector.load(run / "turned" / "seed_1")
+    np.testing.assert_array_equal(same.held_out.scores, one.held_out.scores)
+    assert same.image_threshold == one.image_threshold != other.image_threshold
     # The second variant has no training of its own, and is saved with the first one's.
     other.save(tmp_path / "saved")
     saved = Detector.load(tmp_path / "saved")

@@ -45,7 +45,7 @@ def tiny(pictures):
         c.flow.steps, c.flow.kernels, c.flow.hidden_ratio = 1, (3,), 0.5
         c.train.epochs, c.train.batch_size = 1, 8
         c.batch_size = 8
-        c.heatmaps, c.report = 0, False  # pictures look at images again
+        c.heatmaps, c.report = 0, False
         c.data.holdout = 0.25
         c.update_from_flattened_dict(fields)
         return fill(c)
@@ -98,7 +98,9 @@ def test_classes_share_the_features_of_their_images(tiny, seen, tmp_path):
 
 
 def test_all_seeds_and_classes_of_a_run_see_each_image_once(tiny, seen, tmp_path):
-    results = experiment.run(tiny(**{"data.category": "bird,cat", "seeds": 2}), tmp_path / "run")
+    results = experiment.run(
+        tiny(**{"data.category": "bird,cat", "seeds": 2, "heatmaps": 3}), tmp_path / "run"
+    )
     assert sum(seen) == 2 * 60  # random weights: each seed has a backbone of its own
     assert list(results["categories"]) == ["bird", "cat"]
     assert list(results["seeds"]) == ["0", "1"]
@@ -159,6 +161,19 @@ def test_what_is_not_to_be_kept_is_computed_again(tiny, seen, tmp_path):
     for _ in range(2):
         assert sum(len(batch.label) for batch in prepared.test()) == 20
     assert sum(seen) == 2 * 20
+
+
+@pytest.mark.parametrize("cache", ["auto", "none"])
+def test_some_test_images_are_had_in_any_order(tiny, tmp_path, cache):
+    config = tiny(**{"train.cache": cache, "data.resize": "pad", "image_size": (32, 48)})
+    prepared = preparer(config, tmp_path)(config, "bird", 0)
+    (some,), whole = prepared.test([17, 3]), list(prepared.test())
+    assert some.index.tolist() == [17, 3]
+    assert some.label.tolist() == prepared.dataset.test.labels[[17, 3]].tolist()
+    assert some.valid.shape == (2, 32, 48)
+    for row, i in enumerate((17, 3)):
+        batch = whole[i // 8]
+        np.testing.assert_allclose(some.image[0][row], batch.image[0][i % 8], rtol=1e-3, atol=1e-3)
 
 
 def test_maps_without_masks_are_not_kept_but_drawn(tiny, tmp_path):

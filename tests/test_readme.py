@@ -1,12 +1,15 @@
-"""What the README and the pages of docs/ show: code runs as it stands, commands and links are good.
+"""What the README and the pages of docs/ show: code runs as it stands, and commands do.
+
+Commands run in a small setting, on a few pictures; links lead to what is there.
 
 A page's blocks of Python run in their order, with one set of names, in an empty folder.
 """
 
 import importlib.metadata
-import importlib.util
+import json
 import pathlib
 import re
+import runpy
 import shlex
 import sys
 import tomllib
@@ -14,11 +17,12 @@ import tomllib
 import jax
 import numpy as np
 import pytest
-from absl import flags
-from ml_collections import config_flags
+from absl.testing import flagsaver
+from PIL import Image
 
+import fastflow_jax.experiment  # noqa: F401  Its dependencies define flags: see `started`.
 from fastflow_jax import data, main
-from fastflow_jax.config import fill
+from fastflow_jax.data import Source
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -75,31 +79,95 @@ def test_every_linked_file_is_there(page):
         assert (page.parent / link).exists(), link
 
 
+# What is not run, by how it begins, and why.
+NOT_RUN = {
+    "pip install": "it would change the environment; the extras that it names are looked up",
+    "python -m pytest": "it is what runs this",
+}
+# After a page's own settings: pixels for features and one step of a flow, on images of 16 pixels.
+SMALL = (
+    *("--config.backbone=pixels", "--config.weights=random", "--config.image_size=16"),
+    *("--config.flow.steps=1", "--config.flow.hidden_ratio=1", "--config.train.epochs=1"),
+    *("--config.train.batch_size=8", "--config.heatmaps=1", "--config.report_pictures=1"),
+)
+
+
+def pixels(i, size=(16, 16)):
+    """Even grey with noise, and for an odd number a bright square and its mask."""
+    image = np.random.default_rng(i).integers(118, 138, (*size, 3), np.uint8)
+    mask = np.zeros(size, bool)
+    mask[4:9, 6:12] = i % 2
+    image[mask] = 250
+    return image, mask
+
+
+def few_pictures(config):
+    """In the place of data sets that are not there, see `data.opener`."""
+    test = ("good", "spoilt") * 2
+    train = Source(tuple(f"good/{i}" for i in range(12)), ("good",) * 12, lambda i: pixels(2 * i))
+    test = Source(tuple(f"{d}/{i}" for i, d in enumerate(test)), test, pixels)
+    return lambda category: data.Dataset(category or config.name, train, test, {"source": "none"})
+
+
+def started(words):
+    """The exit status of `python -m fastflow_jax.main` with these words; flags are as before."""
+    with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
+        patch.setattr(sys, "argv", [main.__file__, *words])  # config_flags looks there
+        return main._run(main._parse(sys.argv))
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with all that the pages speak of; data sets to be downloaded are a few pictures."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for folder, numbers in (
+        ("screws/train/good", range(0, 24, 2)),
+        ("screws/test/good", (24, 26)),
+        ("screws/test/scratch", (25, 27)),
+        ("new", (28, 29)),
+    ):
+        (tmp_path / "photos" / folder).mkdir(parents=True)
+        for i in numbers:
+            Image.fromarray(pixels(i, (20, 24))[0]).save(tmp_path / f"photos/{folder}/{i}.png")
+    opener = data.opener
+    monkeypatch.setattr(
+        data, "opener", lambda c: (opener if c.name == "folder" else few_pictures)(c)
+    )
+    # Where they are compiled to is settled for all tests.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+COMMANDS = list(commands())
+
+
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
-@pytest.mark.parametrize("command", list(commands()))
-def test_commands_are_of_this_package(command, monkeypatch):
-    """Training takes too long here: what it would be told is read and checked."""
-    program, *arguments = command
-    if program == "pip":
-        extras = [name for word in arguments for name in re.findall(r"^\.\[(.*)\]$", word)]
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run(command, workplace, capsys):
+    line, options = shlex.join(command), command[3:]
+    if any(line.startswith(beginning) for beginning in NOT_RUN):
+        extras = re.findall(r"\.\[(.*?)\]", line)
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        for name in ",".join(extras).split(",") if extras else ():
-            assert name in known["optional-dependencies"]
-        return
-    assert program == "python"
-    if arguments[0] != "-m":
-        assert (ROOT / arguments[0]).is_file()
-        return
-    assert importlib.util.find_spec(arguments[1])
-    if arguments[1] != "fastflow_jax.main":
-        return
-    of_config = [word for word in arguments[2:] if re.match("--config[.=]", word)]
-    for word in arguments[2:]:
-        assert word in of_config or word.lstrip("-").partition("=")[0] in flags.FLAGS, word
-    if of_config:
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", [main.__file__, *of_config])  # config_flags looks there
-        values = flags.FlagValues()
-        config = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
-        values(sys.argv)
-        assert data.categories(fill(config.value).data)
+        assert set(",".join(extras).split(",")) <= {*known["optional-dependencies"], ""}
+    elif command == ["python", "-m", "fastflow_jax.backbones"]:
+        runpy.run_module(command[2], run_name="__main__")
+        assert "tf_efficientnet_lite0" in capsys.readouterr().out
+    elif command[:3] != ["python", "-m", "fastflow_jax.main"]:
+        pytest.fail(f"{line} is neither run nor listed as what is not")
+    elif "--mode=describe" in options:
+        assert started(options) == 0
+        assert "trainable" in capsys.readouterr().out
+    elif "--mode=predict" in options:
+        (workdir,) = (word for word in options if word.startswith("--workdir="))
+        training = next(c.values[0] for c in COMMANDS if workdir in c.values[0])  # on the README
+        started([*training[3:], *SMALL])
+        assert started(options) == 1
+        lines = (workplace / "out/predictions.jsonl").read_text().splitlines()
+        assert [json.loads(line)["is_anomalous"] for line in lines] == [False, True]
+    else:
+        assert started([*options, *SMALL]) == 0
+        out = capsys.readouterr().out
+        assert "image AUROC" in out
+        (folder,) = re.findall(r"Run folder: (.*)", out)
+        assert (workplace / folder / "report.html").is_file()

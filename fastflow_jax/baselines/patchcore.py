@@ -277,6 +277,16 @@ class PatchCoreScorer:
         run = self._programs(tuple(size or self.config.image_size))
         return run(self._state, (features, valid))
 
+    def predict_features(
+        self,
+        features: Features,
+        valid: np.ndarray | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, None]:
+        """`score_features`, and no likelihood: distances have none."""
+        return *self.score_features(features, valid, size=size), None
+
     @functools.cached_property
     def _state(self):
         centre = self.bank.mean(0)

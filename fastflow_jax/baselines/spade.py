@@ -117,6 +117,16 @@ class SpadeScorer:
         draw = self._programs(tuple(size or self.config.image_size))
         return scores, draw(None, (found, valid))
 
+    def predict_features(
+        self,
+        features: Features,
+        valid: np.ndarray | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, None]:
+        """`score_features`, and no likelihood: distances have none."""
+        return *self.score_features(features, valid, size=size), None
+
     @functools.cached_property
     def _vectors(self) -> jax.Array:
         """Of the training images, [N, C]."""

@@ -23,6 +23,7 @@ SETTINGS = {
     "train.batch_size": 4,
     "batch_size": 4,
     "heatmaps": 4,
+    "data.holdout": 0.25,
 }
 """
 QUICKSTART = f"""{TINY}
@@ -123,10 +124,12 @@ def pictures(notebook):
 def test_quickstart(tmp_path):
     pytest.importorskip("skimage", reason="the textures come with scikit-image")
     notebook = run("quickstart", tmp_path, QUICKSTART)
-    assert "8 painted/train/good" in printed(notebook)
-    assert "image AUROC" in printed(notebook)
-    assert pictures(notebook) == 4  # two good ones, two of the defective ones
-    assert (tmp_path / "runs/painted/results.json").is_file()
+    said = printed(notebook)
+    assert "8 painted/good" in said
+    assert said.count("p 0.33") + said.count("p 0.67") + said.count("p 1.00") == 5  # two held out
+    assert "50% asked" in said
+    assert pictures(notebook) == 4  # the two highest scores, and the two lowest
+    assert (tmp_path / "runs/painted/detector.json").is_file()
 
 
 def test_mvtec_keeps_its_run_on_storage_and_resumes(tmp_path):

@@ -458,4 +458,9 @@ def test_it_fits_the_width_of_a_telephone(run_folder, page, width):
     page.size(width, 800, mobile=width < 1000)
     page.open(run_folder / "report.html")
     assert page.run("document.documentElement.scrollWidth") <= width
+    page.run("document.getElementById('gallery').scrollIntoView({behavior: 'instant'})")
+    page.settle()
+    cards = "[...document.querySelectorAll('.card')]"
+    assert page.run(f"{cards}.length") > 4
+    assert page.run(f"{cards}.every(card => card.scrollHeight <= card.clientHeight)")
     page.size(1280, 900)

@@ -1,0 +1,134 @@
+"""The folder of a finished training, with what `Detector.load` reads beside the training itself."""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+
+from ml_collections import ConfigDict
+
+from fastflow_jax import thresholds
+from fastflow_jax.config import from_plain, to_plain
+from fastflow_jax.errors import InputError
+from fastflow_jax.held_out import HeldOut, look_at
+from fastflow_jax.prepare import Prepared
+from fastflow_jax.run_folder import read_json, write_json
+from fastflow_jax.thresholds import Threshold
+
+_ABOUT = "detector.json"
+_HELD_OUT = "held_out.npz"
+_RATE, _PIXEL_RATE = 0.05, 0.01  # of false alarms, unless another one is asked for
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kept:
+    """What is known of a finished training."""
+
+    config: ConfigDict  # filled, that it was trained with
+    seed: int
+    training: pathlib.Path  # the folder that it lies in
+    held_out: HeldOut | None
+    image_threshold: Threshold | None
+    pixel_threshold: Threshold | None
+
+
+def record(
+    config,
+    scorer,
+    prepared: Prepared,
+    *,
+    seed: int,
+    folder: pathlib.Path,
+    training: pathlib.Path | None = None,
+    scored: pathlib.Path | None = None,
+) -> dict:
+    """Write what `read` reads; returns the thresholds, plain.
+
+    Args:
+      config: filled, of this training.
+      scorer: what was trained.
+      prepared: what it was trained on.
+      seed: that it was trained with.
+      folder: of this part of a run.
+      training: the folder that the training lies in, where another part has made it.
+      scored: the folder of a part whose scorer finds the very same in held-out images.
+    """
+    image = pixel = None
+    if prepared.holdout is not None:
+        if scored in (None, folder):
+            held_out = look_at(config, scorer, prepared.holdout, prepared.holdout_valid)
+        else:
+            held_out = HeldOut.load(scored / _HELD_OUT)
+        held_out.save(folder / _HELD_OUT)
+        rate = max(_RATE, 1 / (len(held_out.scores) + 1))
+        image = thresholds.image_threshold(held_out.scores, rate)
+        pixel = thresholds.pixel_threshold(held_out.tails, _PIXEL_RATE, warn=False)
+    about = {
+        "config": to_plain(config),
+        "seed": seed,
+        "training": os.path.relpath(training or folder, folder),
+        "thresholds": _plain(image, pixel),
+    }
+    write_json(folder / _ABOUT, about)
+    return about["thresholds"]
+
+
+def read(folder: pathlib.Path) -> Kept:
+    """What `record` or `save` wrote to a folder.
+
+    Raises:
+      InputError: the folder holds no training, or several, which are listed.
+    """
+    about = read_json(folder / _ABOUT)
+    if about is None:
+        raise InputError(_where_trainings_are(folder))
+    training, file = (folder / about["training"]).resolve(), folder / _HELD_OUT
+    if not (training / "checkpoints").exists():
+        raise InputError(f"{training} lacks its checkpoints: bring them back, or train again")
+    held_out = HeldOut.load(file) if file.exists() else None
+    limits = (_threshold(about["thresholds"][of]) for of in ("image", "pixel"))
+    return Kept(from_plain(about["config"]), about["seed"], training, held_out, *limits)
+
+
+def save(
+    source: pathlib.Path,
+    folder: pathlib.Path,
+    image_threshold: Threshold | None,
+    pixel_threshold: Threshold | None,
+) -> None:
+    """Copy what lies in a folder to a new one, with these thresholds; or change them where it lies.
+
+    Raises:
+      InputError: the folder holds something else.
+    """
+    about = read_json(source / _ABOUT)
+    if folder.resolve() != source.resolve():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} holds something else: save to a new folder")
+        training = source / about["training"]
+        shutil.copytree(training / "checkpoints", folder / "checkpoints")
+        for file in [*training.glob("*.npz"), *source.glob(_HELD_OUT)]:
+            shutil.copy(file, folder)
+        about["training"] = "."
+    about["thresholds"] = _plain(image_threshold, pixel_threshold)
+    write_json(folder / _ABOUT, about)
+
+
+def _where_trainings_are(folder: pathlib.Path) -> str:
+    if not folder.is_dir():
+        return f"{folder} is no folder: name the run folder of a training"
+    found = sorted(str(file.parent) for file in folder.rglob(_ABOUT))
+    if found:
+        return f"{folder} holds several trainings: name one of them:\n  " + "\n  ".join(found)
+    return f"{folder} holds no finished training, or one of an older version: train there first"
+
+
+def _plain(image: Threshold | None, pixel: Threshold | None) -> dict:
+    return {name: t and dataclasses.asdict(t) for name, t in (("image", image), ("pixel", pixel))}
+
+
+def _threshold(plain: dict | None) -> Threshold | None:
+    """The inverse of `_plain`, of one."""
+    if plain is None:
+        return None
+    return Threshold(**plain | {"interval": plain["interval"] and tuple(plain["interval"])})

@@ -8,8 +8,8 @@
 
 The argument is <ablation>/<data set>/<category>; without a category a set is run with all it has.
 
-    kernels       3x3 alone against 3x3 and 1x1 in turn, both kernels of a subnet alike, with a small
-                  and with a large backbone
+    kernels       3x3 alone against 3x3 and 1x1 in turn, both kernels of a subnet alike, with a
+                  small and with a large backbone
     augmentation  training images flipped, turned by a little, in other colours
     tampered      test images turned, zoomed and moved, for one and the same training
     steps         flows of 1 to 16 steps

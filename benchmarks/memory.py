@@ -25,6 +25,7 @@ import argparse
 import pathlib
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -92,28 +93,22 @@ def resident(doing: str, backbone: str, batch: int) -> int:
     config = published(backbone, batch)
     net = create_backbone(backbone, weights="random", layers=config.layers)
     images = np.random.default_rng(0).standard_normal((batch, *config.image_size, 3), np.float32)
-    model = flow_model(config)
     how = (config.length_power, config.parallel, batch, config.feature_dtype)
-    optimizer = create_optimizer(config.train, 3)
+    features = extractor(net, *how)(images)
+    model = flow_model(config)
     nll = objective(config, model, None)
-    channels_and_strides = [net.spec.maps[layer] for layer in config.layers]
-    height, width = config.image_size
-    shapes = [(height // s, width // s, c) for c, s in channels_and_strides]
-    state = create_state(nll, optimizer, shapes, 0)
     if doing == "training":
-        features = extractor(net, *how)(images)
-
-        def step(*arguments, axis_name):
-            bound = {"loss": nll.loss, "optimizer": optimizer, "seed": 0}
-            return train_step(*arguments, **bound, axis_name=axis_name)
-
+        optimizer = create_optimizer(config.train, 3)
+        state = create_state(nll, optimizer, [m.shape[1:] for m in features], 0)
+        step = partial(train_step, loss=nll.loss, optimizer=optimizer, seed=0)
         run = parallel.step(step, config.parallel)
         rows, weight = np.arange(batch, dtype=np.int32), np.ones(batch, np.float32)
         for _ in range(3):
             state = jax.block_until_ready(run(state, (features, None), rows, weight))
     else:
-        calibration = calibrate(config, model, state.variables, None)
-        scorer = FastFlowScorer(config, model, state.variables, calibration)
+        variables = nll.init(jax.random.key(0), tuple(m[:1] for m in features))
+        calibration = calibrate(config, model, variables, None)
+        scorer = FastFlowScorer(config, model, variables, calibration)
         Detector(config, net, scorer).score(images)
     if jax.default_backend() == "cpu":
         return peak_memory()

@@ -195,12 +195,13 @@ def test_categories_and_seeds_go_on_where_they_stopped(tmp_path, killed_in_the_t
     ],
     ids=["fastflow", "vae"],
 )
-def test_seeds_at_once_leave_the_run_folder_that_one_by_one_leaves(tmp_path, fields):
+def test_seeds_at_once_leave_the_run_folder_that_one_by_one_leaves(tmp_path, fields, capsys):
     # The image itself is the one feature: it is the same for all seeds, and in no need of weights.
     fields |= {"backbone": "pixels", "layers": None, "weights": None, "image_size": (8,)}
     fields |= {"heatmaps": 0, "report": False}
     one = experiment.run(tiny(**fields), tmp_path / "one by one")
     other = experiment.run(tiny(**fields, **{"train.seeds_at_once": 2}), tmp_path / "at once")
+    assert "train, 2 seeds" in capsys.readouterr().err
     for key in ("seeds", "mean", "std", "best_on_test"):
         assert leaves(other[key]) == pytest.approx(leaves(one[key]), abs=1e-4), key
     files, others = (
@@ -214,6 +215,9 @@ def test_seeds_at_once_leave_the_run_folder_that_one_by_one_leaves(tmp_path, fie
         for line, other_line in zip(lines, others, strict=True):
             line, other_line = (json.loads(x) | {"seconds": 0} for x in (line, other_line))
             assert leaves(other_line) == pytest.approx(leaves(line), rel=1e-4, abs=1e-4)
+        # Each has its share of the time, and the first what was compiled.
+        took = json.loads((same.parent / "seconds.json").read_text())["train"]
+        assert took > sum(json.loads(line)["seconds"] for line in others) - 0.01
 
 
 def leaves(tree, path=""):

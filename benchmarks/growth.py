@@ -5,10 +5,11 @@
     python benchmarks/growth.py --out growth.json
 
 One training of the default recipe on pictures of noise, from the command line on; each row changes
-one thing. Seconds are the product's own: of all features, with decoding
-and compilation; of all training, with compilation; and of one epoch of it after the first. Memory
-is the process's largest, and on a GPU the host's alone. Nobody else has these figures, so there
-are no ratios but a table, in which "times" compares a row's epoch with that of the row before.
+one thing. Seconds are the product's own: of all features, with decoding and compilation; of all
+training, with compilation; and of one epoch of it after the first, of which seeds that are trained
+at once have a share each. Memory is the process's largest, and on a GPU the host's alone. Nobody
+else has these figures, so there are no ratios but a table, in which "times" compares a row's epoch
+with that of the row before.
 
 Several devices are the GPUs, as many as there are; on a CPU they are so many shares of its cores,
 which shows what sharing costs and cannot show a gain.

@@ -1,27 +1,48 @@
-"""How much memory does a training step of the flows take, and what does a reversible flow save?
+"""How much memory do training and scoring take here, and what does a reversible flow save?
 
+    pip install -e '.[bench]'
     python benchmarks/memory.py --quick
     python benchmarks/memory.py --out memory.json
+    python benchmarks/memory.py --parts plan        # needs neither torch nor weights nor images
 
-XLA's own plan of one step on the feature maps of each backbone, forward and backward, bytes beside
-arguments and results; and of scoring. Each backbone in its published setting and in the default
-recipe, with 8 and with 20 steps. Nothing is run, so that it needs neither weights nor images.
+Of each backbone:
+
+    plan      XLA's own plan of one step of the flows on its feature maps, forward and backward,
+              bytes beside arguments and results; and of scoring. In the published setting and in
+              the default recipe, with 8 and with 20 steps. Nothing is run.
+    resident  the most memory that a process holds (on a GPU, that the device holds) which does
+              nothing but train a few steps, or score a batch, from the program's start: the
+              published form (`configs/reference.py`) on both sides, with random weights and
+              images. Each side trains as it does: ours on features computed before, anomalib with
+              its backbone in each step.
 
 Each line `ratio reversible_<steps>_steps_<setting> <number>` is autodiff's bytes over those of
-`config.flow.reversible`: above 1, ours takes less.
+`config.flow.reversible`, each line `ratio resident_<training or scoring>_<setting> <number>`
+anomalib's bytes over ours: above 1, ours takes less.
 """
 
 import argparse
 import pathlib
+import subprocess
+import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from outcome import describe_machine, ratios, versions, write_result
+import numpy as np
+from outcome import describe_machine, peak_memory, ratios, versions, write_result
+from peer import Peer
+from same_weights import published
 
-from fastflow_jax.backbones import find_spec
+from fastflow_jax import parallel
+from fastflow_jax.backbones import create_backbone, find_spec
 from fastflow_jax.config import default, fill
 from fastflow_jax.describe import flow_model
+from fastflow_jax.detector import Detector
+from fastflow_jax.fastflow import FastFlowScorer, calibrate, objective
+from fastflow_jax.features import extractor
 from fastflow_jax.model import negative_log_likelihood
+from fastflow_jax.train import create_optimizer, create_state, train_step
 
 BACKBONES = (
     "resnet18",
@@ -30,7 +51,9 @@ BACKBONES = (
     "cait_m48_448",
     "tf_efficientnet_lite0",
 )
-BATCH = 32
+BATCH = 32  # of plans
+PARTS = ("plan", "resident")
+DOING = ("training", "scoring")
 
 
 def planned(backbone: str, published: bool, steps: int, reversible: bool) -> dict[str, int]:
@@ -65,31 +88,93 @@ def planned(backbone: str, published: bool, steps: int, reversible: bool) -> dic
     }
 
 
+def resident(doing: str, backbone: str, batch: int) -> int:
+    """Bytes at the peak of this process, which does nothing else."""
+    config = published(backbone, batch)
+    net = create_backbone(backbone, weights="random", layers=config.layers)
+    images = np.random.default_rng(0).standard_normal((batch, *config.image_size, 3), np.float32)
+    how = (config.length_power, config.parallel, batch, config.feature_dtype)
+    features = extractor(net, *how)(images)
+    model = flow_model(config)
+    nll = objective(config, model, None)
+    if doing == "training":
+        optimizer = create_optimizer(config.train, 3)
+        state = create_state(nll, optimizer, [m.shape[1:] for m in features], 0)
+        step = partial(train_step, loss=nll.loss, optimizer=optimizer, seed=0)
+        run = parallel.step(step, config.parallel)
+        rows, weight = np.arange(batch, dtype=np.int32), np.ones(batch, np.float32)
+        for _ in range(3):
+            state = jax.block_until_ready(run(state, (features, None), rows, weight))
+    else:
+        variables = nll.init(jax.random.key(0), tuple(m[:1] for m in features))
+        calibration = calibrate(config, model, variables, None)
+        scorer = FastFlowScorer(config, model, variables, calibration)
+        Detector(config, net, scorer).score(images)
+    if jax.default_backend() == "cpu":
+        return peak_memory()
+    return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+
+def beside_anomalib(doing: str, backbone: str, batch: int) -> dict[str, int]:
+    """`resident` of both sides, each in a process of its own."""
+    command = [sys.executable, __file__, "--measure", doing, backbone, str(batch)]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    config = published(backbone, batch)
+    with Peer() as peer:
+        theirs = peer.call(
+            "peak_memory",
+            part=doing,
+            batch=batch,
+            backbone=backbone,
+            side=config.image_size[0],
+            steps=config.flow.steps,
+            kernels=list(config.flow.kernels),
+            ratio=config.flow.hidden_ratio,
+        )
+    return {"ours": int(out.splitlines()[-1]), "anomalib": theirs}
+
+
 def main() -> None:
-    """Plan all, print a table and the ratios, write them where asked."""
+    """Measure all, print tables and the ratios, write them where asked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--backbones", nargs="+", default=BACKBONES, help="timm's names")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--batch", type=int, default=8, help="of what is resident")
     parser.add_argument(
-        "--quick", action="store_true", help="EfficientNet-Lite0's default recipe, under 5 minutes"
+        "--quick", action="store_true", help="EfficientNet-Lite0, under five minutes"
     )
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # in a process of its own
     args = parser.parse_args()
+    if args.measure:
+        doing, backbone, batch = args.measure
+        print(resident(doing, backbone, int(batch)))
+        return
 
-    rows = []
-    print("| MiB, batch of 32 | training | reversible | scoring |\n|---|---|---|---|")
+    rows, names = [], ("tf_efficientnet_lite0",) if args.quick else args.backbones
     with ratios() as found:
-        for name in ("tf_efficientnet_lite0",) if args.quick else args.backbones:
-            for published in (False,) if args.quick else (True, False):
+        if "plan" in args.parts:
+            print("| MiB, batch of 32 | training | reversible | scoring |\n|---|---|---|---|")
+        for name in names if "plan" in args.parts else ():
+            for is_published in (False,) if args.quick else (True, False):
                 for steps in (8, 20):
-                    plain, ours = (planned(name, published, steps, r) for r in (False, True))
-                    setting = f"{steps}_steps_{name}" + ("" if published else "_default_recipe")
+                    plain, ours = (planned(name, is_published, steps, r) for r in (False, True))
+                    setting = f"{steps}_steps_{name}" + ("" if is_published else "_default_recipe")
                     sizes = (plain["training"], ours["training"], plain["scoring"])
                     cells = " | ".join(f"{size / 2**20:.0f}" for size in sizes)
                     print(f"| {setting} | {cells} |", flush=True)
                     found[f"reversible_{setting}"] = plain["training"] / ours["training"]
                     rows.append({"setting": setting, "plain": plain, "reversible": ours})
+        for name in names if "resident" in args.parts else ():
+            for doing in DOING:
+                both = beside_anomalib(doing, name, args.batch)
+                sizes = ", ".join(f"{side} {n / 2**20:.0f} MiB" for side, n in both.items())
+                print(f"{doing} {name} batch {args.batch}: {sizes}", flush=True)
+                key = f"resident_{doing}_{name}_batch{args.batch}"
+                found[key] = both["anomalib"] / both["ours"]
+                rows.append({"setting": key, **both})
     result = {
         "question": __doc__.partition("\n")[0],
         "machine": describe_machine(),

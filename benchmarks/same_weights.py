@@ -32,7 +32,8 @@ class Ours:
 def published(backbone: str, batch: int):
     """The filled configuration of `configs/reference.py` for a backbone."""
     config = runpy.run_path(str(REFERENCE))["get_config"]()
-    config.backbone, config.train.batch_size = backbone, batch
+    config.backbone = backbone
+    config.train.batch_size = config.batch_size = batch
     return fill(config)
 
 

@@ -23,6 +23,7 @@ from anomalib.models.image.fastflow.torch_model import FastflowModel, subnet_con
 from anomalib_fastflow import build_model, make_optimizer, train_step
 from FrEIA.framework import SequenceINN
 from FrEIA.modules import AllInOneBlock
+from outcome import peak_memory
 
 
 def freia_model(model: FastflowModel, kernels: list[int], ratio: float) -> FastflowModel:
@@ -41,6 +42,14 @@ def freia_model(model: FastflowModel, kernels: list[int], ratio: float) -> Fastf
         flow.load_state_dict(block.state_dict())
         freia.fast_flow_blocks.append(flow)
     return freia
+
+
+def anomalib_model(backbone, side, steps, kernels, ratio) -> FastflowModel:
+    """With random weights; those of EfficientNet-Lite0 are its package's."""
+    kinds = {"conv3x3_only": kernels == [3], "hidden_ratio": ratio, "flow_steps": steps}
+    if backbone == "tf_efficientnet_lite0":
+        return build_model(side, **kinds)
+    return FastflowModel((side, side), backbone, pre_trained=False, **kinds)
 
 
 def backbone_maps(model: FastflowModel, images: torch.Tensor) -> list[torch.Tensor]:
@@ -68,11 +77,7 @@ class Session:
     def build(self, backbone, side, steps, kernels, ratio, folder) -> dict:
         """Make the models, write their weights to a folder, read the images that lie there."""
         torch.manual_seed(0)
-        kinds = {"conv3x3_only": kernels == [3], "hidden_ratio": ratio, "flow_steps": steps}
-        if backbone == "tf_efficientnet_lite0":
-            model = build_model(side, **kinds)
-        else:
-            model = FastflowModel((side, side), backbone, pre_trained=False, **kinds)
+        model = anomalib_model(backbone, side, steps, kernels, ratio)
         parts = {"backbone": model.feature_extractor, "flow": model}
         for name, part in parts.items():
             state = {
@@ -146,6 +151,19 @@ class Session:
         seconds = (time.perf_counter() - start) / repeats
         score = float(out.float().mean()) if part in ("map", "all") else None
         return {"score": score, "seconds": seconds}
+
+    def peak_memory(self, part, batch, **model) -> int:
+        """Bytes at the peak of a process that does nothing but train (three steps), or score."""
+        net = anomalib_model(**model).to(self.device)
+        images = torch.randn(batch, 3, model["side"], model["side"])
+        if part == "training":
+            optimizer = make_optimizer(net.train())
+            for _ in range(3):
+                train_step(net, optimizer, FastflowLoss(), images.to(self.device))
+        else:
+            with torch.inference_mode():
+                net.eval()(images.to(self.device)).anomaly_map.cpu()
+        return torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_memory()
 
 
 def main() -> None:

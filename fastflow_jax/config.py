@@ -114,6 +114,7 @@ def default() -> ConfigDict:
     c.train.warmup = 0.1  # part of all steps over which the rate rises from zero
     c.train.weight_decay = 0.0  # L2 inside the optimiser, as torch's Adam has it
     c.train.clip = 1.0  # bound of the gradient's global norm; 0: none
+    c.train.seeds_at_once = placeholder(int)  # in one program; unset: all on GPU or TPU
     c.train.cache = "auto"  # where features are kept, by their size: see `store.HOMES`
 
     # From likelihood to map to score
@@ -166,7 +167,7 @@ def name_data(config: ConfigDict, argument: str) -> None:
 # What may differ between a run and its continuation.
 _FREE_TO_CHANGE = (
     *("parallel", "heatmaps", "report", "report_pictures"),
-    *("batch_size", "data.dir", "flow.reversible", "train.cache"),
+    *("batch_size", "data.dir", "flow.reversible", "train.cache", "train.seeds_at_once"),
 )
 
 # Lowest and highest values of numbers.
@@ -206,6 +207,7 @@ _BOUNDS = {
     "train.weight_decay": (0, 1e6),
     "train.clip": (0, 1e12),
     "train.beta2": (0, 1 - 1e-9),
+    "train.seeds_at_once": (1, 1000),
     "map.log_det": (0, 1),
     "score.top_k": (0, 1),
     "patchcore.dimension": (1, 10**5),

@@ -74,12 +74,14 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         bar = {"desc": workdir.name, "unit": "run", "dynamic_ncols": True, "smoothing": 0}
         parts = []
         with tqdm(total=len(plan), initial=done, disable=len(plan) == 1, **bar) as progress:
-            for part in plan:
-                finished = read_json(part.file)
-                if finished is None:
-                    finished = _run_part(part, prepare)
-                    progress.update()
-                parts.append(finished)
+            for _, alike in itertools.groupby(plan, _but_for_the_seed):
+                alike = list(alike)
+                for i, part in enumerate(alike):
+                    finished = read_json(part.file)
+                    if finished is None:
+                        finished = _run_part(part, alike[i + 1 :], prepare)
+                        progress.update()
+                    parts.append(finished)
         results = _summarise(config, parts)
         write_text(workdir / "table.md", format_markdown(results))
         write_text(workdir / "table.csv", format_csv(results))
@@ -162,15 +164,24 @@ def _plan(config, workdir: pathlib.Path) -> list[_Part]:
     return [plan[i] for i in order]
 
 
-def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
-    """Train and evaluate; returns what stands in `part.json`."""
+def _but_for_the_seed(part: _Part) -> tuple:
+    """What parts have in common whose trainings differ in their seed alone."""
+    return part.category, part.variant, seen_by(part.config, part.seed)
+
+
+def _run_part(part: _Part, beside: list[_Part], prepare: Callable[..., Prepared]) -> dict:
+    """Train and evaluate; returns what stands in `part.json`.
+
+    Of the parts `beside`, which differ in the seed, some may be trained along.
+    """
     config = part.config
-    part.folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     prepared = prepare(config, part.category, part.seed)
     seconds = {"features": time.perf_counter() - start}
     dataset = prepared.dataset
-    check_same_data(part.training, list(dataset.train.names))
+    for each in [part, *beside]:
+        each.folder.mkdir(parents=True, exist_ok=True)
+        check_same_data(each.training, list(dataset.train.names))
 
     def score_test(scorer, progress: str) -> Scored:
         batches = prepared.test()
@@ -189,8 +200,13 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
         tested += time.perf_counter() - start
         return {"test": figures}
 
-    metrics_file, seconds_file = part.training / "metrics.jsonl", part.training / "seconds.json"
-    interrupted = parallel.on_main(partial(_epochs, metrics_file))
+    def in_epochs(*parts: _Part) -> float:
+        """Seconds that trainings spent in epochs so far, those before an interruption included."""
+        epochs = (parallel.on_main(partial(_epochs, p.training / "metrics.jsonl")) for p in parts)
+        return sum(epoch["seconds"] for lines in epochs for epoch in lines)
+
+    seconds_file = part.training / "seconds.json"
+    before, of_others = in_epochs(part), in_epochs(*beside)
     start = time.perf_counter()
     scorer = kind(config.detector).fit(
         config,
@@ -199,13 +215,14 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
         prepared.holdout_valid,
         seed=part.seed,
         folder=part.training,
+        beside=[(other.seed, other.training) for other in beside],
         on_epoch=on_epoch,
         progress=f"{part.title}: train",
     )
     took = read_json(seconds_file)
     if took is None:  # else another part has trained before, and this one found it
-        before = sum(epoch["seconds"] for epoch in interrupted)
-        took = {"train": before + time.perf_counter() - start - tested}
+        of_others = in_epochs(*beside) - of_others
+        took = {"train": before + time.perf_counter() - start - tested - of_others}
         write_json(seconds_file, took)
     seconds["train"] = took["train"]
     thresholds = detector_folder.record(
@@ -217,7 +234,7 @@ def _run_part(part: _Part, prepare: Callable[..., Prepared]) -> dict:
         training=part.training,
         scored=part.scored,
     )
-    epochs = parallel.on_main(partial(_epochs, metrics_file))
+    epochs = parallel.on_main(partial(_epochs, part.training / "metrics.jsonl"))
     judged = [epoch for epoch in epochs if "holdout_loss" in epoch]
     best = min(judged, key=lambda epoch: epoch["holdout_loss"])["step"] if judged else None
     results = {

@@ -5,7 +5,7 @@ import functools
 import json
 import pathlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.struct
 import jax
@@ -38,6 +38,7 @@ def fit(
     *,
     seed: int,
     folder: pathlib.Path,
+    beside: Sequence[tuple[int, pathlib.Path]] = (),
     on_epoch: Callable[[int, Callable[[], "FastFlowScorer"]], dict] = lambda epoch, scorer: {},
     progress: str = "train",
 ) -> "FastFlowScorer":
@@ -51,8 +52,11 @@ def fit(
       seed: of parameters, permutations and order.
       folder: holds `checkpoints/`, `metrics.jsonl` and the calibration; training goes on from the
         latest checkpoint.
-      on_epoch: called after each epoch with its number, from 1 on, and a function that makes a
-        scorer of that epoch; what it returns goes into the epoch's line in `metrics.jsonl`.
+      beside: seeds and folders of trainings that differ in nothing else; where it saves time they
+        are trained along and, in their own turn, found finished: see `train.train_in`.
+      on_epoch: called after each epoch of each training with its number, from 1 on, and a function
+        that makes a scorer of that epoch; what it returns goes into the epoch's line in
+        `metrics.jsonl`.
       progress: label of the progress bar.
 
     Raises:
@@ -72,6 +76,7 @@ def fit(
         holdout,
         holdout_valid,
         seed=seed,
+        beside=beside,
         on_epoch=lambda epoch, variables: on_epoch(epoch, lambda: scorer(variables)),
         progress=progress,
     )

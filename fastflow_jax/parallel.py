@@ -207,6 +207,32 @@ def epoch(function: Callable, kind: str) -> Callable:
     return _compile(function, kind, shared=2, axis=1, reduces=True)
 
 
+def epochs(function: Callable, kind: str, n: int) -> Callable:
+    """Compile `function(states, cache, index, weight, axis_name=...) -> states` for n runs.
+
+    As `epoch`, but all but the cache have an axis of n in front, a run each. Where the devices are
+    those of one process and their number divides n, each takes its share of the runs and nothing is
+    exchanged. Else each has all runs, and they share the batches as in `epoch`.
+    """
+    if n % jax.device_count() or jax.process_count() > 1:
+        return _compile(function, kind, shared=2, axis=2, reduces=True)
+    whole, share = PartitionSpec(), PartitionSpec(AXIS)
+    mapped = jax.shard_map(
+        functools.partial(function, axis_name=None),
+        mesh=_mesh(),
+        in_specs=(share, whole, share, share),
+        out_specs=share,
+        check_vma=False,
+    )
+    compiled = jax.jit(mapped)
+
+    def run(states, cache, index, weight):
+        states, index, weight = split((states, index, weight))
+        return compiled(states, cache, index, weight)
+
+    return run
+
+
 def per_example(function: Callable, kind: str, batch_size: int) -> Callable:
     """Compile `function(state, batch) -> outputs`, one output an example.
 
@@ -245,12 +271,17 @@ def per_own_example(function: Callable, kind: str, batch_size: int) -> Callable:
     return call
 
 
-def split(array: np.ndarray) -> jax.Array:
-    """An array spread over this process's devices along its first axis; their number divides it.
+def split(tree: Any) -> Any:
+    """Arrays spread over this process's devices along their first axis; their number divides it.
 
-    What `jax.jit` makes of it, it makes on all of them.
+    What `jax.jit` makes of them, it makes on all devices.
     """
-    return jax.device_put(array, NamedSharding(_mesh(local=True), PartitionSpec(AXIS)))
+    return jax.device_put(tree, NamedSharding(_mesh(local=True), PartitionSpec(AXIS)))
+
+
+def on_devices(tree: Any) -> Any:
+    """Arrays of which each of this process's devices has the whole."""
+    return jax.device_put(tree, NamedSharding(_mesh(local=True), PartitionSpec()))
 
 
 def _mesh(local: bool = False) -> Mesh:

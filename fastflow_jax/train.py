@@ -6,8 +6,9 @@ import json
 import operator
 import pathlib
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,6 +56,14 @@ class TrainState:
     def variables(self) -> dict:
         """What the functions of an `Objective` take."""
         return {"params": self.params, **self.constants}
+
+
+class Run(NamedTuple):
+    """One of the trainings of `train`: what it draws from, and where it is kept."""
+
+    seed: int  # of parameters, order and whatever the loss draws
+    checkpoints: Checkpoints
+    metrics_file: pathlib.Path  # gets a JSON line an epoch, however often the run is resumed
 
 
 class Interrupted(Exception):
@@ -234,13 +243,11 @@ def train(
     holdout: Features | None,
     holdout_valid: np.ndarray | None = None,
     *,
-    seed: int,
-    checkpoints: Checkpoints,
-    metrics_file: pathlib.Path,
+    runs: Sequence[Run],
     on_epoch: Callable[[int, TrainState], dict] = lambda epoch, state: {},
     progress: str = "train",
 ) -> TrainState:
-    """Train to the end of the configuration, from the latest checkpoint where there is one.
+    """Train to the end of the configuration, from the latest checkpoints where there are any.
 
     Args:
       config: filled, see `config.fill`.
@@ -249,85 +256,122 @@ def train(
       holdout: features of held-out normal images; `objective.validation` of them picks the best
         checkpoint.
       holdout_valid: bool [N, H, W], False in their padding; None without padding.
-      seed: of parameters, order and whatever the loss draws.
-      checkpoints: of this run.
-      metrics_file: gets a JSON line an epoch, each epoch once however often the run is resumed.
-      on_epoch: called after each epoch with its number, from 1 on; what it returns goes into the
-        epoch's line.
+      runs: one, or as many as `at_once` allows, all with their latest checkpoints at the same step
+        or none: these take each epoch in one program.
+      on_epoch: called after each epoch of each run with its number, from 1 on; what it returns goes
+        into the epoch's line.
       progress: label of the progress bar.
 
+    Returns:
+      The state of the first run; what the others came to is in their checkpoints.
+
     Raises:
-      Interrupted: SIGTERM or SIGINT came; the state is saved.
-      InputError: the loss is no longer finite.
+      Interrupted: SIGTERM or SIGINT came; the states are saved.
+      InputError: a loss is no longer finite, or the devices have no room for so many runs at once.
     """
     order = partial(
         epoch_order,
         features.n,
         config.train.batch_size,
-        seed=seed,
         drop_last=config.train.drop_last,
         multiple=jax.device_count(),
     )
-    steps = len(order(epoch=0)[0])
+    steps = len(order(seed=0, epoch=0)[0])
     epochs = config.train.epochs
     if epochs is None:
         epochs = min(config.train.max_epochs, max(1, round(config.train.steps / steps)))
     optimizer = _optimizer(FrozenConfigDict(config.train), epochs * steps)
-    state = create_state(objective, optimizer, features.shapes, seed)
-    if checkpoints.latest is not None:
-        state = checkpoints.restore(checkpoints.latest, state)
-    first, position = divmod(int(state.step), steps)
-    _keep_epochs(metrics_file, first)
 
-    holdout_loss = _holdout_loss(config, objective, holdout, holdout_valid)
-    run_epoch = _epoch_runner(config, objective, optimizer, features, seed)
+    def begin(run):
+        state = create_state(objective, optimizer, features.shapes, run.seed)
+        latest = run.checkpoints.latest
+        return state if latest is None else run.checkpoints.restore(latest, state)
+
+    def save(lines):
+        for run, state, line in zip(runs, states, lines, strict=True):
+            run.checkpoints.save(int(state.step), state, line.get("holdout_loss"))
+
+    first, position = divmod(runs[0].checkpoints.latest or 0, steps)
+    if first == epochs:
+        return begin(runs[0])
+    states = [begin(run) for run in runs]
+    for run in runs:
+        _keep_epochs(run.metrics_file, first)
+    holdout_losses = _holdout_losses(config, objective, holdout, holdout_valid, len(runs))
+    run_epoch = _epoch_runner(config, objective, optimizer, features, [run.seed for run in runs])
     bar = tqdm(
         total=epochs * steps,
-        initial=int(state.step),
-        desc=progress,
+        initial=first * steps + position,
+        desc=progress if len(runs) == 1 else f"{progress}, {len(runs)} seeds",
         unit="step",
         dynamic_ncols=True,
     )
     with bar, signals_set_a_flag() as received:
         for epoch in range(first, epochs):
             start = time.perf_counter()
-            index, weight = map(parallel.columns, order(epoch=epoch))
+            orders = [order(seed=run.seed, epoch=epoch) for run in runs]
+            batches = [tuple(parallel.columns(a)[position:] for a in each) for each in orders]
             if position == 0:
-                state = state.replace(epoch_loss=jnp.zeros(()), epoch_images=jnp.zeros(()))
-            for after in run_epoch(state, epoch, index[position:], weight[position:]):
-                state = after
-                done = int(state.step) - epoch * steps
+                zero = jnp.zeros(())
+                states = [s.replace(epoch_loss=zero, epoch_images=zero) for s in states]
+            for after in run_epoch(states, epoch, batches):
+                states = after
+                done = int(states[0].step) - epoch * steps
                 bar.update(done - position)
                 position = done
                 signum = parallel.any_process(received[0] if received else 0)
                 if signum and position < steps:
-                    checkpoints.save(int(state.step), state)
+                    save([{} for _ in runs])
                     at = epoch + position / steps
                     raise Interrupted(signum, f"at epoch {at:.1f}; saved")
             position = 0
-            line = {"epoch": epoch + 1, "step": int(state.step)}
-            line["loss"] = float(state.epoch_loss / state.epoch_images)
-            if holdout is not None:
-                line["holdout_loss"] = holdout_loss(state)
-            if not np.isfinite(list(line.values())).all():
-                raise InputError(
-                    f"training diverged in epoch {epoch + 1} (loss {line['loss']}): in a new "
-                    "--workdir, lower --config.train.learning_rate or set --config.train.clip=1.0"
-                )
-            line["seconds"] = round(time.perf_counter() - start, 3)
-            line |= on_epoch(epoch + 1, state)
-            bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, loss {line['loss']:.4g}", False)
-            # The line stands before its checkpoint does, so that no saved epoch can lack one.
-            if parallel.is_main():
-                with metrics_file.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+            lines = _lines(epoch + 1, states, holdout_losses)
+            seconds = round((time.perf_counter() - start) / len(runs), 3)  # the share of each
+            for run, state, line in zip(runs, states, lines, strict=True):
+                line["seconds"] = seconds
+                line |= on_epoch(epoch + 1, state)
+                # The line stands before its checkpoint does, so that no saved epoch can lack one.
+                if parallel.is_main():
+                    with run.metrics_file.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+            losses = ", ".join(f"{line['loss']:.4g}" for line in lines)
+            bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, loss {losses}", False)
             last = epoch + 1 == epochs
             signum = parallel.any_process(received[0] if received else 0)
             if last or signum or (epoch + 1) % config.checkpoint_every == 0:
-                checkpoints.save(int(state.step), state, line.get("holdout_loss"))
+                save(lines)
             if signum:
                 raise Interrupted(signum, f"at epoch {epoch + 1:.1f}; saved")
-    return state
+    return states[0]
+
+
+def _lines(epoch: int, states: Sequence[TrainState], holdout_losses) -> list[dict]:
+    """What each run has to tell of an epoch."""
+    lines = [
+        {"epoch": epoch, "step": int(s.step), "loss": float(s.epoch_loss / s.epoch_images)}
+        for s in states
+    ]
+    if holdout_losses is not None:
+        for line, loss in zip(lines, holdout_losses(states), strict=True):
+            line["holdout_loss"] = loss
+    for line in lines:
+        if not np.isfinite(list(line.values())).all():
+            raise InputError(
+                f"training diverged in epoch {epoch} (loss {line['loss']}): in a new --workdir, "
+                "lower --config.train.learning_rate or set --config.train.clip=1.0"
+            )
+    return lines
+
+
+def at_once(config, features: TrainingFeatures) -> int:
+    """How many runs may share a program: it takes all features at hand, the same for all runs.
+
+    By default as many as there are where devices hold the features, and one where not: vmapped
+    convolutions are slow on CPUs.
+    """
+    if features.cached is None:
+        return 1
+    return config.train.seeds_at_once or (sys.maxsize if features.on_device else 1)
 
 
 def train_in(
@@ -339,23 +383,35 @@ def train_in(
     holdout_valid: np.ndarray | None = None,
     *,
     seed: int,
+    beside: Sequence[tuple[int, pathlib.Path]] = (),
     on_epoch: Callable[[int, dict], dict] = lambda epoch, variables: {},
     progress: str = "train",
 ) -> dict:
     """`train` with its `checkpoints/` and `metrics.jsonl` in a folder; returns the variables.
 
-    `on_epoch` gets the number of the epoch and the variables after it.
+    `beside` are seeds and folders of trainings that differ from this one in nothing else. As many
+    of them as `at_once` allows, and as stand where this one does, are trained in the same program,
+    to the same end: in their own turn they are found finished. `on_epoch` gets, of each training,
+    the number of the epoch and the variables after it.
     """
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+
+    def opened(seed: int, folder: pathlib.Path) -> Run:
+        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
+        return Run(seed, checkpoints, folder / "metrics.jsonl")
+
+    with contextlib.ExitStack() as stack:
+        runs = [opened(seed, folder)]
+        for other in beside if at_once(config, features) > 1 else ():
+            run = opened(*other)
+            if run.checkpoints.latest == runs[0].checkpoints.latest:
+                runs.append(run)
         state = train(
             config,
             objective,
             features,
             holdout,
             holdout_valid,
-            seed=seed,
-            checkpoints=checkpoints,
-            metrics_file=folder / "metrics.jsonl",
+            runs=runs[: at_once(config, features)],
             on_epoch=lambda epoch, state: on_epoch(epoch, state.variables),
             progress=progress,
         )
@@ -370,53 +426,88 @@ def trained_in(folder: pathlib.Path, config, objective: Objective, shapes) -> di
         return checkpoints.restore(checkpoints.latest, template).variables
 
 
-def _epoch_runner(config, objective, optimizer, features, seed):
-    """`(state, epoch, index, weight)` -> an iterator of states, each step or once an epoch.
+def _epoch_runner(config, objective, optimizer, features, seeds):
+    """`(states, epoch, batches)` -> an iterator of states, each step or once an epoch.
 
-    One program runs a whole epoch where the devices hold the features; but not on CPUs, where
-    convolutions in a loop are ten times slower.
+    States and batches are lists, a run each. One program runs a whole epoch, of one run or several,
+    where the devices hold the features; but not on CPUs, where convolutions in a loop are ten times
+    slower.
     """
-    programs = _programs(objective.loss, optimizer, config.parallel)
-    seed = np.uint32(seed)
-    if features.on_device:
+    n = len(seeds)
+    programs = _programs(objective.loss, optimizer, config.parallel, n)
+    seeds = np.array(seeds, np.uint32)
+    if features.on_device or n > 1:
         kept = jax.tree.map(np.asarray, (features.cached, features.valid))
-        on_device = jax.tree.map(jnp.asarray, kept)
+        on_devices = parallel.on_devices(kept)
 
-        def run(state, epoch, index, weight):
-            yield jax.block_until_ready(programs.epoch((state, seed), on_device, index, weight))
+        def run(states, epoch, batches):
+            begin = _together(states), seeds if n > 1 else seeds[0]
+            try:
+                after = programs.epoch(begin, on_devices, *_together(batches))
+                states = jax.block_until_ready(_apart(after, n))
+            except jax.errors.JaxRuntimeError as error:
+                if n == 1 or "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                raise InputError(
+                    f"the devices have no room for {n} seeds at once: go on with fewer, "
+                    f"--config.train.seeds_at_once={n // 2}"
+                ) from error
+            yield states
 
         return run
 
-    def run(state, epoch, index, weight):
+    def run(states, epoch, batches):
+        ((state,), ((index, weight),)) = states, batches
         stream = zip(features.stream(epoch, index), index, weight, strict=True)
         batch = next(stream, None)
         while batch is not None:
             maps, rows, row_weight = batch
             valid = None if features.valid is None else features.valid[rows]
-            state = programs.step((state, seed), (maps, valid), rows, row_weight)
+            state = programs.step((state, seeds[0]), (maps, valid), rows, row_weight)
             batch = next(stream, None)  # read while the devices are at work
-            yield state
+            yield [state]
 
     return run
 
 
-def _holdout_loss(config, objective, holdout, valid):
-    """State -> `objective.validation` of the held-out images, their mean."""
+def _holdout_losses(config, objective, holdout, valid, n):
+    """States of n runs -> of each, `objective.validation` of the held-out images, their mean."""
     if holdout is None:
         return None
 
     size = config.batch_size
-    run = _validation(objective.validation, config.parallel, size)
+    run = _validation(objective.validation, config.parallel, size, n)
     rows = [slice(i, i + size) for i in range(0, len(holdout[0]), size)]
 
-    def mean(state):
+    def means(states):
+        variables = _together([state.variables for state in states])
         parts = [
-            run(state.variables, jax.tree.map(operator.itemgetter(r), (holdout, valid)))
-            for r in rows
+            run(variables, jax.tree.map(operator.itemgetter(r), (holdout, valid))) for r in rows
         ]
-        return float(np.concatenate(parts).mean(dtype=np.float64))
+        return np.concatenate(parts).mean(0, dtype=np.float64).reshape(n).tolist()
 
-    return mean
+    return means
+
+
+# One tree for several runs has an axis of them in front; of a single run it is left as it is.
+
+
+def _together(trees: Sequence) -> Any:
+    return _stacked(trees) if len(trees) > 1 else trees[0]
+
+
+def _apart(tree: Any, n: int) -> list:
+    return _unstacked(tree, n) if n > 1 else [tree]
+
+
+@jax.jit
+def _stacked(trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+@partial(jax.jit, static_argnums=1)
+def _unstacked(tree, n):
+    return [jax.tree.map(operator.itemgetter(i), tree) for i in range(n)]
 
 
 # What is compiled serves all seeds and categories of a run that train alike: it is kept by what it
@@ -433,12 +524,14 @@ def once_a_configuration(function: Callable) -> Callable:
 class _Programs(NamedTuple):
     """`train_step` and `train_epoch` with ((state, seed), ...) for arguments."""
 
-    step: Callable
-    epoch: Callable
+    step: Callable  # of one run
+    epoch: Callable  # of n, see `_together`
 
 
 @_kept
-def _programs(loss: Callable, optimizer: optax.GradientTransformation, kind: str) -> _Programs:
+def _programs(
+    loss: Callable, optimizer: optax.GradientTransformation, kind: str, n: int
+) -> _Programs:
     def step(begin, images, rows, weight, axis_name):
         state, seed = begin
         bound = {"loss": loss, "optimizer": optimizer, "seed": seed, "axis_name": axis_name}
@@ -449,15 +542,22 @@ def _programs(loss: Callable, optimizer: optax.GradientTransformation, kind: str
         bound = partial(train_step, loss=loss, optimizer=optimizer, seed=seed)
         return train_epoch(state, cache, index, weight, step=bound, axis_name=axis_name)
 
-    return _Programs(parallel.step(step, kind), parallel.epoch(epoch, kind))
+    def epochs(begin, cache, index, weight, axis_name):
+        each = partial(epoch, axis_name=axis_name)
+        return jax.vmap(each, in_axes=(0, None, 0, 0))(begin, cache, index, weight)
+
+    whole = parallel.epoch(epoch, kind) if n == 1 else parallel.epochs(epochs, kind, n)
+    return _Programs(parallel.step(step, kind), whole)
 
 
 @_kept
-def _validation(validation: Callable, kind: str, size: int) -> Callable:
+def _validation(validation: Callable, kind: str, size: int, n: int) -> Callable:
     def run(variables, images):
         return validation(variables, *images)
 
-    return parallel.per_example(run, kind, size)
+    # The images come first in what is computed.
+    runs = run if n == 1 else jax.vmap(run, in_axes=(0, None), out_axes=1)
+    return parallel.per_example(runs, kind, size)
 
 
 @_kept

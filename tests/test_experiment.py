@@ -187,6 +187,46 @@ def test_categories_and_seeds_go_on_where_they_stopped(tmp_path, killed_in_the_t
         assert resumed[key] == undisturbed[key]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"data.category": "brick,gravel", "seeds": 3, "train.epochs": 2, "evaluate_every": 1},
+        {"detector": "vae", "seeds": 2, "vae.width": 2, "vae.latent": 4, "vae.samples": 2},
+    ],
+    ids=["fastflow", "vae"],
+)
+def test_seeds_at_once_leave_the_run_folder_that_one_by_one_leaves(tmp_path, fields, capsys):
+    # The image itself is the one feature: it is the same for all seeds, and in no need of weights.
+    fields |= {"backbone": "pixels", "layers": None, "weights": None, "image_size": (8,)}
+    fields |= {"heatmaps": 0, "report": False}
+    one = experiment.run(tiny(**fields), tmp_path / "one by one")
+    other = experiment.run(tiny(**fields, **{"train.seeds_at_once": 2}), tmp_path / "at once")
+    assert "train, 2 seeds" in capsys.readouterr().err
+    for key in ("seeds", "mean", "std", "best_on_test"):
+        assert leaves(other[key]) == pytest.approx(leaves(one[key]), abs=1e-4), key
+    files, others = (
+        {path.relative_to(folder) for path in folder.rglob("*") if "state" not in path.parts}
+        for folder in (tmp_path / "one by one", tmp_path / "at once")
+    )
+    assert files == others
+    for file in (tmp_path / "one by one").rglob("metrics.jsonl"):
+        same = tmp_path / "at once" / file.relative_to(tmp_path / "one by one")
+        lines, others = (f.read_text().splitlines() for f in (file, same))
+        for line, other_line in zip(lines, others, strict=True):
+            line, other_line = (json.loads(x) | {"seconds": 0} for x in (line, other_line))
+            assert leaves(other_line) == pytest.approx(leaves(line), rel=1e-4, abs=1e-4)
+        # Each has its share of the time, and the first what was compiled.
+        took = json.loads((same.parent / "seconds.json").read_text())["train"]
+        assert took > sum(json.loads(line)["seconds"] for line in others) - 0.01
+
+
+def leaves(tree, path=""):
+    """{"a": {"b": 1}} -> {".a.b": 1}."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {k: v for name in tree for k, v in leaves(tree[name], f"{path}.{name}").items()}
+
+
 def test_each_seed_of_the_control_has_a_backbone_of_its_own(tmp_path):
     experiment.run(tiny(seeds=2), tmp_path / "run")
     parts = [

@@ -105,6 +105,16 @@ def assert_same_run(one, two):
         results = [json.loads((folder / name).read_text()) for folder in (one, two)]
     figures = [result["figures"] for result in results]
     assert figures[0] == pytest.approx(figures[1], abs=1e-3)
+    assert_same_curves(one, two)
+    arrays = [np.load(next(folder.glob("calibration_*.npz"))) for folder in (one, two)]
+    for name in arrays[0]:
+        both = [each[name] for each in arrays]
+        np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-5, err_msg=name)
+    pictures = [{p.name for p in (folder / "heatmaps").rglob("*.png")} for folder in (one, two)]
+    assert pictures[0] == pictures[1]
+
+
+def assert_same_curves(one, two):
     lines = [
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (one, two)
@@ -114,12 +124,6 @@ def assert_same_run(one, two):
         np.testing.assert_allclose(
             *([line[name] for line in each] for each in lines), rtol=1e-5, err_msg=name
         )
-    arrays = [np.load(next(folder.glob("calibration_*.npz"))) for folder in (one, two)]
-    for name in arrays[0]:
-        both = [each[name] for each in arrays]
-        np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-5, err_msg=name)
-    pictures = [{p.name for p in (folder / "heatmaps").rglob("*.png")} for folder in (one, two)]
-    assert pictures[0] == pictures[1]
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +141,23 @@ def test_two_processes_train_to_what_one_does(kind, alone, command, environment,
     assert "AUROC" not in second[1]
     assert "epoch" not in second[2]  # no bar
     assert_same_run(alone, tmp_path / "run")
+
+
+def test_two_processes_train_two_seeds_at_once(command, environment, tmp_path):
+    other = ["--config.weights", "--config.layers", "--config.image_size"]  # the same for all seeds
+    command = [a for a in command if a.partition("=")[0] not in other]
+    command += ["--config.backbone=pixels", "--config.seeds=2", "--config.report=False"]
+    run(command, environment, tmp_path / "one_by_one")
+    at_once = [*command, "--config.train.seeds_at_once=2", f"--workdir={tmp_path}/at_once"]
+    ends = finish(*start_two(at_once, environment))
+    assert [code for code, *_ in ends] == [0, 0], ends
+    assert "train, 2 seeds" in ends[0][2]
+    results = [tmp_path / name / "results.json" for name in ("one_by_one", "at_once")]
+    seeds = [json.loads(file.read_text())["seeds"] for file in results]
+    for seed in ("0", "1"):
+        (figures,), (others,) = (each[seed].values() for each in seeds)
+        assert figures == pytest.approx(others, abs=1e-3)
+        assert_same_curves(*(file.parent / f"seed_{seed}" for file in results))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

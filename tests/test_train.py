@@ -1,7 +1,9 @@
 """Training: devices, caching and interruptions change nothing; one step does what SGD does."""
 
+import functools
 import json
 import os
+import shutil
 import signal
 from functools import partial
 
@@ -24,11 +26,13 @@ from fastflow_jax.model import FastFlow, negative_log_likelihood
 from fastflow_jax.store import Rows
 from fastflow_jax.train import (
     Interrupted,
+    Run,
     create_optimizer,
     create_state,
     epoch_order,
     train,
     train_epoch,
+    train_in,
     train_step,
 )
 
@@ -49,6 +53,10 @@ VALID[2:5, [0, 1, -1]] = False
 
 @pytest.fixture
 def config():
+    return small()
+
+
+def small():
     c = default()
     c.train.epochs = 3
     c.train.batch_size = 4
@@ -69,12 +77,52 @@ def run(config, folder, features=None, model=MODEL, **arguments):
             objective(config, model, (features or FEATURES).statistics("whiten")),
             features or FEATURES,
             images(3),
-            seed=0,
-            checkpoints=checkpoints,
-            metrics_file=metrics,
+            runs=[Run(0, checkpoints, metrics)],
             **arguments,
         )
-    return state, [json.loads(line) for line in metrics.read_text().splitlines()]
+    return state, lines_of(folder)
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_seeds(config, folder, seeds, **arguments):
+    """Train the first seed, and the others beside it where the configuration says so.
+
+    Images with padding, a loss that draws, and gradients that are clipped.
+    """
+    config.train.clip = 0.5
+    features = cached_features(images(), VALID)
+    nll = objective(config, MODEL, features.statistics("whiten"))
+    for seed in seeds:
+        (folder / f"{seed}").mkdir(parents=True, exist_ok=True)
+    first, *others = [(seed, folder / f"{seed}") for seed in seeds]
+    how = {"seed": first[0], "beside": others, **arguments}
+    train_in(first[1], config, noisy(nll), features, images(3), VALID[1:4], **how)
+
+
+@functools.cache
+def noisy_loss(loss):
+    def noisy(variables, features, valid, keys):
+        noise = jax.vmap(jax.random.normal)(keys)
+        return loss(variables, features, valid, keys) * (1 + 0.1 * noise)
+
+    return noisy
+
+
+def noisy(nll):
+    return nll._replace(loss=noisy_loss(nll.loss))
+
+
+def kept(config, folder):
+    """The state of the latest checkpoint, and the lines without the time that they took."""
+    optimizer = create_optimizer(config.train, 9)
+    template = create_state(objective(config, MODEL, None), optimizer, FEATURES.shapes, 0)
+    template = template.replace(constants=dict(template.constants))
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        state = checkpoints.restore(checkpoints.latest, template)
+    return state, [{k: v for k, v in line.items() if k != "seconds"} for line in lines_of(folder)]
 
 
 def assert_close(one, two, rtol=1e-5):
@@ -94,11 +142,7 @@ def step_setup():
     nll = objective(config, MODEL, FEATURES.statistics("whiten"))
     state = create_state(nll, optimizer, FEATURES.shapes, seed=0)
 
-    def loss(variables, features, valid, keys):  # one that draws, too
-        noise = jax.vmap(jax.random.normal)(keys)
-        return nll.loss(variables, features, valid, keys) * (1 + 0.1 * noise)
-
-    step = partial(train_step, loss=loss, optimizer=optimizer, seed=3)
+    step = partial(train_step, loss=noisy_loss(nll.loss), optimizer=optimizer, seed=3)
     # One device, eight images.
     expected = jax.jit(step)(state, rows_of(np.arange(8)), np.arange(8), np.ones(8, np.float32))
     return step, state, expected
@@ -195,21 +239,22 @@ def test_order_follows_seed_and_epoch():
     assert not np.array_equal(one, order(seed=1, epoch=0)[0])
 
 
-def test_recomputed_features_train_as_cached_ones_do(config, tmp_path):
-    pixels = images()[0]
+def drawn(epoch, rows, size):
+    """Batches of images, for `recomputed_features`."""
+    for i in range(0, len(rows), size):
+        part = rows[i : i + size]
+        yield Batch(images()[0][part], None, np.zeros(len(part)), part)
 
+
+def test_recomputed_features_train_as_cached_ones_do(config, tmp_path):
     def extract(batch):  # stands for a backbone; takes what its batch size allows, no more
         assert len(batch) <= 4
         return batch, np.concatenate([batch[:, :2], batch[:, 1:, :, :1]], -1) ** 2
 
-    def batches_of(epoch, rows, size):
-        for i in range(0, len(rows), size):
-            part = rows[i : i + size]
-            yield Batch(pixels[part], None, np.zeros(len(part)), part)
-
-    whole = tuple(map(np.concatenate, zip(*map(extract, np.array_split(pixels, 3)), strict=True)))
+    parts = np.array_split(images()[0], 3)
+    whole = tuple(map(np.concatenate, zip(*map(extract, parts), strict=True)))
     one, _ = run(config, tmp_path / "cached", cached_features(whole))
-    recomputed = recomputed_features(N, batches_of, extract, 4)
+    recomputed = recomputed_features(N, drawn, extract, 4)
     assert recomputed.cached is None
     two, _ = run(config, tmp_path / "recomputed", recomputed)
     assert_close(one.params, two.params)
@@ -225,6 +270,112 @@ def test_an_epoch_on_the_device_trains_as_step_by_step(config, tmp_path):
     assert_close(one.params, two.params)
     assert_same(one.constants, two.constants)
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in epochs])
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """A function that leaves only so many devices."""
+
+    def leave(n):
+        some = jax.devices()[:n]
+        for name in ("devices", "local_devices"):
+            monkeypatch.setattr(jax, name, lambda: some)
+        for name in ("device_count", "local_device_count"):
+            monkeypatch.setattr(jax, name, lambda: n)
+        forget()
+
+    def forget():
+        training._programs.cache_clear()
+        training._validation.cache_clear()
+
+    yield leave
+    forget()
+
+
+@pytest.fixture(scope="module")
+def one_by_one(tmp_path_factory):
+    """Four seeds, each trained for itself and step by step."""
+    config, folder = small(), tmp_path_factory.mktemp("one_by_one")
+    for seed in range(4):
+        run_seeds(config, folder, [seed])
+    return folder
+
+
+def assert_same_seeds(config, folder, expected, seeds):
+    for seed in seeds:
+        (one, lines), (other, others) = (kept(config, f / f"{seed}") for f in (folder, expected))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), one, other)
+        assert lines == [pytest.approx(line, rel=1e-4) for line in others]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "n_devices", "kind"),
+    [(3, 1, "pmap"), (4, 2, "pmap"), (3, 4, "pmap"), (3, 4, "jit")],
+    ids=["one device", "devices share the seeds", "or batches", "or batches by jit"],
+)
+def test_seeds_at_once_train_as_one_by_one(
+    config, tmp_path, devices, one_by_one, seeds, n_devices, kind
+):
+    devices(n_devices)
+    config.parallel, config.train.seeds_at_once = kind, 4
+    epochs = []
+    seen = {"on_epoch": lambda epoch, variables: epochs.append(epoch) or {"told": len(epochs)}}
+    run_seeds(config, tmp_path, range(seeds), **seen)
+    assert epochs == sorted([1, 2, 3] * seeds)
+    for seed in range(seeds):
+        lines = lines_of(tmp_path / f"{seed}")
+        assert [line.pop("told") for line in lines] == [i * seeds + seed + 1 for i in range(3)]
+        (tmp_path / f"{seed}/metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert_same_seeds(config, tmp_path, one_by_one, range(seeds))
+
+
+def test_seeds_at_once_go_on_where_they_stopped(config, tmp_path, one_by_one, monkeypatch):
+    config.train.seeds_at_once = 3
+
+    def stopping_after(calls):
+        """The first so many calls of `on_epoch`."""
+        numbers = iter(range(1, 100))
+
+        def on_epoch(epoch, variables):
+            if next(numbers) == calls:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return {}
+
+        return on_epoch
+
+    with pytest.raises(Interrupted, match=r"epoch 2\.0; saved"):
+        run_seeds(config, tmp_path, range(4), on_epoch=stopping_after(4))
+    assert not (tmp_path / "3/metrics.jsonl").exists()  # one too many
+    # As if it had been killed while it saved: one seed is an epoch behind.
+    shutil.rmtree(tmp_path / "1")
+    with pytest.raises(Interrupted, match=r"epoch 1\.0; saved"):
+        run_seeds(config, tmp_path, [1], on_epoch=stopping_after(1))
+    at_once = []
+    programs_of = training._programs
+    monkeypatch.setattr(training, "_programs", lambda *a: at_once.append(a[-1]) or programs_of(*a))
+    for seed in range(4):  # each in its turn; the last is alone
+        run_seeds(config, tmp_path, range(seed, 4))
+    assert at_once == [2, 1, 1]
+    assert_same_seeds(config, tmp_path, one_by_one, range(4))
+
+
+def test_seeds_at_once_are_for_devices_that_hold_the_features(config):
+    on_host, on_device = cached_features(images()), cached_features(images(), on_device=True)
+    assert training.at_once(config, on_host) == 1
+    assert training.at_once(config, on_device) > 1000
+    config.train.seeds_at_once = 2
+    assert training.at_once(config, on_host) == training.at_once(config, on_device) == 2
+    assert training.at_once(config, recomputed_features(N, drawn, lambda x: (x,), 4)) == 1
+
+
+def test_no_room_for_all_seeds_at_once_says_what_to_do(config, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(training, "_programs", lambda *a: training._Programs(None, full))
+    config.train.seeds_at_once = 3
+    with pytest.raises(InputError, match=r"no room for 3 seeds .*train\.seeds_at_once=1"):
+        run_seeds(config, tmp_path, range(3))
 
 
 def test_a_reversible_flow_trains_as_the_plain_one_does(config, tmp_path):

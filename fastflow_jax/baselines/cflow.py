@@ -69,6 +69,7 @@ def fit(
     *,
     seed: int,
     folder: pathlib.Path,
+    beside: Sequence[tuple[int, pathlib.Path]] = (),
     on_epoch: Callable[[int, Callable[[], Scorer]], dict] = lambda epoch, scorer: {},
     progress: str = "train",
 ) -> Scorer:
@@ -85,6 +86,7 @@ def fit(
         holdout,
         holdout_valid,
         seed=seed,
+        beside=beside,
         on_epoch=lambda epoch, variables: on_epoch(epoch, lambda: scorer(variables)),
         progress=progress,
     )

@@ -90,6 +90,7 @@ def fit_one_map(
     *,
     seed: int,
     folder: pathlib.Path,
+    beside: Sequence[tuple[int, pathlib.Path]] = (),
     on_epoch: Callable[[int, Callable[[], Scorer]], dict] = lambda epoch, scorer: {},
     progress: str = "train",
 ) -> Scorer:
@@ -115,6 +116,7 @@ def fit_one_map(
         holdout,
         holdout_valid,
         seed=seed,
+        beside=beside,
         on_epoch=lambda epoch, variables: on_epoch(epoch, lambda: scorer(variables)),
         progress=progress,
     )

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import operator
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,7 @@ def fit(
     *,
     seed: int,
     folder: pathlib.Path,
+    beside: Sequence[tuple[int, pathlib.Path]] = (),
     on_epoch: Callable | None = None,
     progress: str = "train",
 ) -> "PatchCoreScorer":
@@ -67,6 +68,7 @@ def fit(
       holdout_valid: not used.
       seed: of the projection and of the coreset's first point.
       folder: gets the bank, as `checkpoints/bank.npz`.
+      beside: not used.
       on_epoch: not used: there are no epochs.
       progress: label of the progress bars.
 

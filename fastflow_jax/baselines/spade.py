@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import operator
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ def fit(
     *,
     seed: int,
     folder: pathlib.Path,
+    beside: Sequence[tuple[int, pathlib.Path]] = (),
     on_epoch: Callable | None = None,
     progress: str = "train",
 ) -> "SpadeScorer":
@@ -59,6 +60,7 @@ def fit(
       holdout_valid: not used.
       seed: not used: nothing is drawn.
       folder: gets the features, as `checkpoints/gallery.npz`.
+      beside: not used.
       on_epoch: not used: there are no epochs.
       progress: not used.
     """

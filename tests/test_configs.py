@@ -281,6 +281,8 @@ def test_the_ablation_of_the_recipe_undoes_one_choice_at_a_time():
         "standardise": {"flow.norm"},
         "norm_per_image": {"flow.norm"},
         "lengths_kept": {"length_power"},
+        "published_kernels": {"flow.out_kernel"},
+        "batches_of_32": {"train.steps", "train.batch_size"},
         "z_alone": {"map.log_det"},
         "likelihood": {"map.log_det"},
         "maximum": {"score.form"},

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from fastflow_jax import parallel
 from fastflow_jax.backbones import deepest_maps
-from fastflow_jax.baselines.neighbours import nearest
+from fastflow_jax.baselines.neighbours import nearest, without_likelihood
 from fastflow_jax.features import Features, Part, TrainingFeatures, inside, without_padding
 from fastflow_jax.model import blur_map, resize_map
 from fastflow_jax.run_folder import read_arrays, write_arrays
@@ -279,15 +279,7 @@ class PatchCoreScorer:
         run = self._programs(tuple(size or self.config.image_size))
         return run(self._state, (features, valid))
 
-    def predict_features(
-        self,
-        features: Features,
-        valid: np.ndarray | None = None,
-        *,
-        size: tuple[int, int] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray, None]:
-        """`score_features`, and no likelihood: distances have none."""
-        return *self.score_features(features, valid, size=size), None
+    predict_features = without_likelihood
 
     @functools.cached_property
     def _state(self):

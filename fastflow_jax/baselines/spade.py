@@ -23,7 +23,7 @@ import numpy as np
 
 from fastflow_jax import parallel
 from fastflow_jax.backbones import deepest_maps
-from fastflow_jax.baselines.neighbours import nearest
+from fastflow_jax.baselines.neighbours import nearest, without_likelihood
 from fastflow_jax.features import Features, TrainingFeatures, inside, without_padding
 from fastflow_jax.model import blur_map, resize_map
 from fastflow_jax.run_folder import read_arrays, write_arrays
@@ -119,15 +119,7 @@ class SpadeScorer:
         draw = self._programs(tuple(size or self.config.image_size))
         return scores, draw(None, (found, valid))
 
-    def predict_features(
-        self,
-        features: Features,
-        valid: np.ndarray | None = None,
-        *,
-        size: tuple[int, int] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray, None]:
-        """`score_features`, and no likelihood: distances have none."""
-        return *self.score_features(features, valid, size=size), None
+    predict_features = without_likelihood
 
     @functools.cached_property
     def _vectors(self) -> jax.Array:

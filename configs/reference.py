@@ -50,6 +50,7 @@ def get_config(category: str | None = None):
     c.map.form = "probability"
     c.map.log_det = 0.0
     c.map.standardise = False
+    c.map.sigma = 0.0
     c.score.form = "top_k"
     c.score.top_k = 0.0
     c.checkpoint_every = 10

@@ -122,6 +122,7 @@ def default() -> ConfigDict:
     c.map.form = "log"  # or "probability": the reference's
     c.map.log_det = 0.1  # weight of the log-determinant: 1 in a likelihood, 0 in the reference
     c.map.standardise = True  # scales in units of their spread over held-out normal images
+    c.map.sigma = 4.0  # of the blur, as PatchCore and SPADE have it too: see `model.resize_map`
     c.score = ConfigDict()
     c.score.form = "windows"  # see `model.image_score`; or "top_k"
     c.score.top_k = 0.0  # mean of this part of the map's pixels; 0: the maximum
@@ -137,13 +138,11 @@ def default() -> ConfigDict:
     c.patchcore.max_points = 10_000  # and how many at the most, for the sake of time
     c.patchcore.neighbours = 1  # whose mean distance is a patch's score
     c.patchcore.reweight = 0  # neighbours that re-weight an image's score; the paper: 9; 0: none
-    c.patchcore.sigma = 4.0  # of the blur, see `model.blur_map`
 
     # SPADE, see `baselines.spade`
     c.spade = ConfigDict()
     c.spade.images = 5  # nearest training images, as the reference has it; the paper: 50
     c.spade.kappa = 1  # nearest pixels of those, whose mean distance is a pixel's score
-    c.spade.sigma = 4.0  # of the blur, see `model.blur_map`
 
     # Time, memory and disk space that scoring takes, see `speed.measure`
     c.measure_speed = False
@@ -209,6 +208,7 @@ _BOUNDS = {
     "train.beta2": (0, 1 - 1e-9),
     "train.seeds_at_once": (1, 1000),
     "map.log_det": (0, 1),
+    "map.sigma": (0, 100),
     "score.top_k": (0, 1),
     "patchcore.dimension": (1, 10**5),
     "patchcore.projection": (1, 10**5),
@@ -216,10 +216,8 @@ _BOUNDS = {
     "patchcore.max_points": (1, 10**9),
     "patchcore.neighbours": (1, 1000),
     "patchcore.reweight": (0, 1000),
-    "patchcore.sigma": (1e-3, 100),
     "spade.images": (1, 10**6),
     "spade.kappa": (1, 1000),
-    "spade.sigma": (1e-3, 100),
     "checkpoint_every": (1, 10**9),
     "evaluate_every": (0, 10**9),
     "heatmaps": (0, 10**6),

@@ -133,7 +133,7 @@ _AFTER_SCORING = (
 )
 _AFTER_TRAINING = (
     *_AFTER_SCORING,
-    *("map", "score", "patchcore.neighbours", "patchcore.reweight", "patchcore.sigma", "spade"),
+    *("map", "score", "patchcore.neighbours", "patchcore.reweight", "spade"),
 )
 
 

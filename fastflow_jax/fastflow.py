@@ -259,7 +259,7 @@ def _score(config, model, size, state, batch):
 
 def _score_maps(config, model, size, calibration, maps):
     """See `FastFlowScorer.score_maps`."""
-    anomaly_map = fuse(maps, calibration, size)
+    anomaly_map = fuse(maps, calibration, size, config.map.sigma)
     if config.score.form == "top_k":
         return top_mean(anomaly_map, config.score.top_k), anomaly_map
     windows = window_maxima(fuse_finest(maps, calibration))
@@ -350,10 +350,18 @@ def _location_maps(config, model, variables, batch) -> tuple[jax.Array, ...]:
     return tuple(without_padding(m, inside(valid, m.shape[1:])) for m in maps)
 
 
-def fuse(maps: tuple[jax.Array, ...], calibration: Calibration, size: tuple[int, int]) -> jax.Array:
-    """Mean over the scales, each in its calibrated units, [B, h, w] a scale -> [B, *size]."""
+def fuse(
+    maps: tuple[jax.Array, ...],
+    calibration: Calibration,
+    size: tuple[int, int],
+    sigma: float = 0.0,
+) -> jax.Array:
+    """Mean over the scales, each in its calibrated units, [B, h, w] a scale -> [B, *size].
+
+    For `sigma` see `model.resize_map`.
+    """
     standard = [
-        resize_map((m - mean) / std, size)
+        resize_map((m - mean) / std, size, sigma)
         for m, mean, std in zip(maps, calibration.scale_mean, calibration.scale_std, strict=True)
     ]
     return sum(standard) / len(standard)

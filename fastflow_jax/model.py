@@ -171,22 +171,29 @@ def location_scores(
     return -jnp.exp(-energy) if form == "probability" else energy
 
 
-def resize_map(scores: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """[B, h, w] -> [B, *size], bilinear with half-pixel centres (torch's align_corners=False)."""
-    return jax.image.resize(scores, (scores.shape[0], *size), "bilinear", antialias=False)
-
-
-def blur_map(scores: jax.Array, sigma: float) -> jax.Array:
-    """[B, H, W] blurred by a Gaussian, mirrored at the borders, as scipy's gaussian_filter does.
+def resize_map(scores: jax.Array, size: tuple[int, int], sigma: float = 0.0) -> jax.Array:
+    """[B, h, w] -> [B, *size], bilinear with half-pixel centres (torch's align_corners=False).
 
     Args:
       scores: the maps.
-      sigma: in pixels of a map whose shorter side is 224; of others in proportion.
+      size: (H, W) of the result.
+      sigma: of a Gaussian that the result is blurred by, mirrored at the borders as scipy's
+        gaussian_filter does, in pixels of a map whose shorter side is 224; of others in proportion.
     """
-    height, width = scores.shape[1:]
-    sigma *= min(height, width) / 224
-    down, across = (gaussian_filter1d(np.eye(n), sigma, axis=0) for n in (height, width))
+    sigma *= min(size) / 224
+    # Both are linear and work on rows and columns apart: one matrix each, whatever the blur.
+    down, across = (
+        _interpolation(*sides, sigma) for sides in zip(scores.shape[1:], size, strict=True)
+    )
     return jnp.einsum("ih,bhw,jw->bij", down, scores, across, precision="highest")
+
+
+def _interpolation(before: int, after: int, sigma: float) -> np.ndarray:
+    """The matrix [after, before] that interpolates between cells' centres and blurs."""
+    centres = (np.arange(after) + 0.5) * before / after - 0.5
+    centres = np.clip(centres, 0, before - 1)[:, None]
+    weights = np.maximum(0, 1 - np.abs(centres - np.arange(before)))
+    return gaussian_filter1d(weights, sigma, axis=0) if sigma else weights
 
 
 def top_mean(anomaly_map: jax.Array, part: float) -> jax.Array:

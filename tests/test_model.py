@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.ndimage import gaussian_filter
 
 from fastflow_jax.config import default
 from fastflow_jax.errors import InputError
@@ -234,6 +235,14 @@ def test_resize_is_bilinear_with_half_pixel_centres():
         torch.tensor(x)[:, None], (12, 17), mode="bilinear", align_corners=False
     )[:, 0]
     np.testing.assert_allclose(resize_map(x, (12, 17)), expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (40, 56), (3, 5)])
+def test_the_blur_of_a_resized_map_is_scipys(size):
+    x = np.random.default_rng(5).normal(size=(2, 3, 5)).astype(np.float32)
+    sigma = 4 * min(size) / 224
+    expected = [gaussian_filter(m, sigma) for m in np.asarray(resize_map(x, size), np.float64)]
+    np.testing.assert_allclose(resize_map(x, size, 4.0), expected, atol=1e-5)
 
 
 def test_top_mean_and_windows_against_numpy():

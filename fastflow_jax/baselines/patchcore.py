@@ -27,7 +27,7 @@ from fastflow_jax import parallel
 from fastflow_jax.backbones import deepest_maps
 from fastflow_jax.baselines.neighbours import nearest, without_likelihood
 from fastflow_jax.features import Features, Part, TrainingFeatures, inside, without_padding
-from fastflow_jax.model import blur_map, resize_map
+from fastflow_jax.model import resize_map
 from fastflow_jax.run_folder import read_arrays, write_arrays
 from fastflow_jax.train import Interrupted, signals_set_a_flag
 
@@ -310,7 +310,7 @@ class PatchCoreScorer:
                     image_score *= weights(
                         patches[image, worst], nearest_row[image, worst], bank, c.reweight
                     )
-                return image_score, blur_map(resize_map(scores, size), c.sigma)
+                return image_score, resize_map(scores, size, config.map.sigma)
 
             return parallel.per_example(score, config.parallel, config.batch_size)
 

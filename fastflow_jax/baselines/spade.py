@@ -25,7 +25,7 @@ from fastflow_jax import parallel
 from fastflow_jax.backbones import deepest_maps
 from fastflow_jax.baselines.neighbours import nearest, without_likelihood
 from fastflow_jax.features import Features, TrainingFeatures, inside, without_padding
-from fastflow_jax.model import blur_map, resize_map
+from fastflow_jax.model import resize_map
 from fastflow_jax.run_folder import read_arrays, write_arrays
 
 _GALLERY = "checkpoints/gallery.npz"
@@ -182,8 +182,8 @@ class SpadeScorer:
                     scores = distances.mean(-1)
                     if valid is not None:
                         scores = without_padding(scores, inside(valid, scores.shape[1:]))
-                    total += resize_map(scores, size)
-                return blur_map(total / len(found), config.spade.sigma)
+                    total += resize_map(scores, size, config.map.sigma)
+                return total / len(found)
 
             return _compiled(config, draw)
 

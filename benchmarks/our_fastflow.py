@@ -24,9 +24,10 @@ from fastflow_jax.features import cached_features
 from fastflow_jax.prepare import feature_batches, split_holdout
 
 
-def configuration(name: str):
-    """The default recipe on `elpv/mono`, `elpv/poly` or a folder."""
+def configuration(name: str, backbone: str | None = None):
+    """The default recipe on `elpv/mono`, `elpv/poly` or a folder; its backbone or another."""
     config = default()
+    config.backbone = backbone or config.backbone
     if name.startswith("elpv/"):
         config.data.name, _, config.data.category = name.partition("/")
     else:

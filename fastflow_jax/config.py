@@ -318,23 +318,28 @@ def _recipe_flow(spec, layers: tuple[str, ...]) -> dict:
     """Four steps on whitened features, their subnets as wide as a step's time allows.
 
     A convolution's work grows with its channels in and out: where the widest map has more than
-    EfficientNet-Lite0's 192, hidden channels are fewer by as much, down to the paper's 0.16.
+    EfficientNet-Lite0's 192, hidden channels are fewer by as much, and by the number of maps that
+    are as wide, down to the paper's 0.16.
     """
-    widest = max(spec.maps[layer][0] for layer in layers)
-    ratio = 2.0 * min(1.0, 192 / widest) ** 2
+    channels = [spec.maps[layer][0] for layer in layers]
+    ratio = 2.0 * min(1.0, 192 / max(channels)) ** 2 / channels.count(max(channels))
     return {"norm": "whiten", "steps": 4, "kernels": (3,), "hidden_ratio": max(ratio, 0.16)}
 
 
 def _recipe_layers(spec) -> tuple[str, ...]:
     """The two deepest maps of stride 16 and the first of stride 32: what is there, and what it is.
 
-    The published cut where a backbone has one stride alone, as transformers do.
+    Where a backbone has one stride alone, as transformers do, the published cut and the block
+    before it.
     """
 
     def of(stride):
         return [name for name, (_, s) in spec.maps.items() if s == stride]
 
-    return (*of(16)[-2:], of(32)[0]) if of(16) and of(32) else spec.layers
+    if of(16) and of(32):
+        return (*of(16)[-2:], of(32)[0])
+    names = list(spec.maps)
+    return tuple(names[names.index(spec.layers[0]) - 1 :][:2])
 
 
 def _one_of(field: str, value: str, choices) -> None:

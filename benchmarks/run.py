@@ -31,6 +31,7 @@ BENCHMARKS = (
     "training_step",
     "time_to_quality",
     "inference",
+    "detectors",
     "backbones",
     "memory",
     "metrics",

@@ -74,15 +74,18 @@ def _measure_here(config: ConfigDict, folder: pathlib.Path, seed: int) -> dict[s
         images = np.random.default_rng(0).standard_normal((batch, *config.image_size, 3))
         images = images.astype(np.float32)
         features = detector.extract(images)
-        whole = _median_seconds(lambda d=detector, x=images: d.score(x))
-        alone = _median_seconds(lambda d=detector, x=features: d.scorer.score_features(x))
+        whole = median_seconds(lambda d=detector, x=images: d.score(x))
+        alone = median_seconds(lambda d=detector, x=features: d.scorer.score_features(x))
         figures[f"ms_batch_{batch}"] = 1e3 * whole / batch
         figures[f"detector_ms_batch_{batch}"] = 1e3 * alone / batch
     return figures | {"memory_mib": _peak_memory() / 2**20}
 
 
-def _median_seconds(call) -> float:
-    """Of calls that end when their result is there, as numpy arrays on the host are."""
+def median_seconds(call) -> float:
+    """The median of calls that end when their result is there, as numpy arrays on the host are.
+
+    The first call, which compiles, and another one before the rest do not count.
+    """
     call()  # compiles
     start = time.perf_counter()
     call()

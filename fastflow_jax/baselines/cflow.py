@@ -76,7 +76,7 @@ def fit(
     """Train, and find the highest likelihoods of the training images; see `fastflow.fit`."""
 
     def scorer(variables):
-        return _scorer(config, variables, maxima(config, variables, features))
+        return scorer_of(config, variables, maxima(config, variables, features))
 
     variables = train_in(
         folder,
@@ -98,7 +98,7 @@ def fit(
 def load(config, shapes, folder: pathlib.Path) -> Scorer:
     """The scorer that `fit` left in a folder; see `fastflow.load`."""
     variables = trained_in(folder, config, objective(config), shapes)
-    return _scorer(config, variables, read_arrays(folder / _MAXIMA)["log_likelihood"])
+    return scorer_of(config, variables, read_arrays(folder / _MAXIMA)["log_likelihood"])
 
 
 def position_encoding(height: int, width: int, size: int) -> np.ndarray:
@@ -232,7 +232,8 @@ def _highest(config) -> Callable:
     return parallel.per_example(highest, config.parallel, config.batch_size)
 
 
-def _scorer(config, variables, maxima) -> Scorer:
+def scorer_of(config, variables: dict, maxima: np.ndarray) -> Scorer:
+    """What scores with these variables, and the `maxima` that go with them."""
     return Scorer(config, (variables, maxima), _score(config), _likelihood(config))
 
 

@@ -1,0 +1,202 @@
+"""How long does each detector take for one image, on the backbones that the paper speaks of?
+
+    python benchmarks/detectors.py --quick
+    python benchmarks/detectors.py --out detectors.json
+    python benchmarks/detectors.py --backbones wide_resnet50_2 --batches 1 16
+
+The paper (arXiv 2111.07677) has FastFlow 10 times as fast as SPADE, twice as fast as PatchCore and
+1.5 times as fast as CFLOW. Milliseconds an image of the backbone, from pixels to maps in float32,
+and of what scores them, from maps to score and anomaly map, each by itself and on all cores:
+
+    fastflow_published  the published form (`configs/reference.py`)
+    fastflow            the default recipe
+    patchcore           a bank of 10,000 points of 1,024 numbers, `config.patchcore.max_points`
+    spade               the nearest of 200 stored training images, `--stored`
+    cflow               8 steps a map
+
+All see the maps of the published form, layer1 to layer3 of a ResNet and one block of a transformer;
+SPADE takes the last of several for the image's vector alone. Rows that end in `_own_maps` have the
+maps that the method takes unless told otherwise, as in `configs/compare.py`, and the backbone runs
+as far as these need: PatchCore and CFLOW leave the finest map out, which has most of the vectors.
+Of a transformer both are alike.
+
+Nothing is trained: weights, banks, galleries and features are random. What scoring costs hangs on
+their shapes and not on their values, and no coreset is computed, but a bank drawn that is as large.
+
+Each line `ratio <detector>_<backbone> <number>` is that detector's milliseconds over those of
+`fastflow_published`, both with the backbone: above 1, FastFlow is faster. Names that end in
+`_alone` leave the backbone out; those of larger batches have their size before that.
+"""
+
+import argparse
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from outcome import describe_machine, ratios, versions, write_result
+from same_weights import published
+from tqdm import tqdm
+
+from fastflow_jax.backbones import create_backbone, find_spec
+from fastflow_jax.baselines import cflow
+from fastflow_jax.baselines.patchcore import PatchCoreScorer
+from fastflow_jax.baselines.spade import SpadeScorer
+from fastflow_jax.config import default, fill
+from fastflow_jax.describe import flow_model
+from fastflow_jax.fastflow import FastFlowScorer, calibrate, objective
+from fastflow_jax.features import Features, extractor
+from fastflow_jax.kinds import recipe
+from fastflow_jax.speed import median_seconds
+
+BACKBONES = ("resnet18", "wide_resnet50_2", "cait_m48_448")
+QUICK = BACKBONES[:2]
+PUBLISHED = "fastflow_published"
+DETECTORS = ("fastflow", "patchcore", "spade", "cflow")
+COLUMNS = ("backbone", "detector", "maps", "batch", "backbone, ms", "detector, ms", "both, ms")
+
+
+def configurations(backbone: str, batch: int, side: int | None = None) -> dict:
+    """Filled, by their rows' names; rows that would have the same maps as another are left out."""
+
+    def filled(detector, layers):
+        c = default()
+        c.update(recipe(detector))
+        c.backbone, c.layers, c.batch_size = backbone, layers, batch
+        return fill(c)
+
+    reference = published(backbone, batch)
+    found = {PUBLISHED: reference}
+    for detector in DETECTORS:
+        found[detector] = filled(detector, reference.layers)
+        own = filled(detector, None)
+        if own.layers != reference.layers:
+            found[f"{detector}_own_maps"] = own
+    for config in found.values() if side else ():
+        config.image_size = (side, side)
+    return found
+
+
+def random_maps(config, n: int) -> Features:
+    """Standard normal maps in the place of n images', float32 [n, h, w, C] a layer."""
+    rng = np.random.default_rng(0)
+    height, width = config.image_size
+    maps = [find_spec(config.backbone).maps[layer] for layer in config.layers]
+    return tuple(
+        rng.standard_normal((n, height // stride, width // stride, channels), np.float32)
+        for channels, stride in maps
+    )
+
+
+def scorer_of(config, stored: int):
+    """What scores, see `kinds`: as training leaves it, but for the values in it.
+
+    Args:
+      config: filled.
+      stored: training images in a gallery.
+    """
+    one, key = random_maps(config, 1), jax.random.key(0)
+    if config.detector == "fastflow":
+        model = flow_model(config)
+        variables = objective(config, model, None).init(key, one)
+        return FastFlowScorer(config, model, variables, calibrate(config, model, variables, None))
+    if config.detector == "cflow":
+        variables = cflow.objective(config).init(key, one)
+        return cflow.scorer_of(config, variables, np.zeros(len(one), np.float32))
+    if config.detector == "spade":
+        return SpadeScorer(config, random_maps(config, stored), None)
+    size = config.patchcore.max_points, config.patchcore.dimension
+    bank = np.random.default_rng(0).standard_normal(size, np.float32)
+    return PatchCoreScorer(config, tuple(m.shape[1:] for m in one), bank)
+
+
+def backbone_seconds(config) -> float:
+    """Median seconds of a batch, from images to maps."""
+    backbone = create_backbone(config.backbone, weights="random", layers=config.layers)
+    extract = extractor(backbone, 1.0, config.parallel, config.batch_size, "float32")
+    shape = config.batch_size, *config.image_size, 3
+    images = np.random.default_rng(0).standard_normal(shape, np.float32)
+    return median_seconds(lambda: extract(images))
+
+
+def detector_seconds(config, stored: int) -> float:
+    """Median seconds of a batch, from maps to scores and anomaly maps; see `scorer_of`."""
+    scorer, features = scorer_of(config, stored), random_maps(config, config.batch_size)
+    return median_seconds(lambda: scorer.score_features(features))
+
+
+def measure(configs: dict, stored: int) -> Iterator[dict]:
+    """A row for each of `configurations`; of backbone and detectors one at a time is in memory."""
+    backbones = {}  # seconds, by the maps that it runs to
+    for name, config in configs.items():
+        if config.layers not in backbones:
+            backbones[config.layers] = backbone_seconds(config)
+        milliseconds = 1e3 / config.batch_size
+        yield {
+            "backbone": config.backbone,
+            "detector": name,
+            "layers": list(config.layers),
+            "input": list(config.image_size),
+            "batch": config.batch_size,
+            "backbone_ms": milliseconds * backbones[config.layers],
+            "detector_ms": milliseconds * detector_seconds(config, stored),
+        }
+
+
+def line(row: dict) -> str:
+    """Of the table."""
+    names = row["backbone"], row["detector"], " ".join(row["layers"]), str(row["batch"])
+    times = row["backbone_ms"], row["detector_ms"], row["backbone_ms"] + row["detector_ms"]
+    return f"| {' | '.join([*names, *(f'{ms:.1f}' for ms in times)])} |"
+
+
+def compared(row: dict, ours: dict) -> dict[str, float]:
+    """The ratios of a row to that of `PUBLISHED`, by their names."""
+    name = f"{row['detector']}_{row['backbone']}"
+    if row["batch"] > 1:
+        name += f"_batch{row['batch']}"
+    both, our_both = (r["backbone_ms"] + r["detector_ms"] for r in (row, ours))
+    return {name: both / our_both, f"{name}_alone": row["detector_ms"] / ours["detector_ms"]}
+
+
+def main() -> None:
+    """Measure all, print the table and the ratios, write them where asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backbones", nargs="+", help="timm's names")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    parser.add_argument("--stored", type=int, default=200, help="SPADE's training images")
+    parser.add_argument("--side", type=int, help="of the input; unset: the backbone's")
+    parser.add_argument("--quick", action="store_true", help="two ResNets, under five minutes")
+    parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write")
+    args = parser.parse_args()
+
+    names = args.backbones or (QUICK if args.quick else BACKBONES)
+    groups = [configurations(name, b, args.side) for name in names for b in args.batches]
+    rows = []
+    with ratios() as found, tqdm(total=sum(map(len, groups)), unit="row") as bar:
+        tqdm.write(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
+        for configs in groups:
+            ours = None
+            for row in measure(configs, args.stored):
+                ours = ours or row
+                rows.append(row)
+                tqdm.write(line(row))
+                bar.update()
+                if not row["detector"].startswith("fastflow"):
+                    found |= compared(row, ours)
+    result = {
+        "question": __doc__.partition("\n")[0],
+        "machine": describe_machine(
+            None if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+        ),
+        "versions": versions("jax"),
+        "stored": args.stored,
+        "rows": rows,
+    }
+    write_result(args.out, result)
+
+
+if __name__ == "__main__":
+    main()

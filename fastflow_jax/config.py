@@ -318,11 +318,10 @@ def _recipe_flow(spec, layers: tuple[str, ...]) -> dict:
     """Four steps on whitened features, their subnets as wide as a step's time allows.
 
     A convolution's work grows with its channels in and out: where the widest map has more than
-    EfficientNet-Lite0's 192, hidden channels are fewer by as much, and by the number of maps that
-    are as wide, down to the paper's 0.16.
+    EfficientNet-Lite0's 192, hidden channels are fewer by as much, down to the paper's 0.16.
     """
-    channels = [spec.maps[layer][0] for layer in layers]
-    ratio = 2.0 * min(1.0, 192 / max(channels)) ** 2 / channels.count(max(channels))
+    widest = max(spec.maps[layer][0] for layer in layers)
+    ratio = 2.0 * min(1.0, 192 / widest) ** 2
     return {"norm": "whiten", "steps": 4, "kernels": (3,), "hidden_ratio": max(ratio, 0.16)}
 
 

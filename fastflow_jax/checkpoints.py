@@ -66,6 +66,11 @@ class Checkpoints:
         with self._full_disk_is_named():
             self._orbax.save_async(step, parallel.to_all(state), metrics=metrics, force=True)
 
+    def wait(self) -> None:
+        """Return once all that was saved is written."""
+        with self._full_disk_is_named():
+            self._orbax.wait()
+
     @contextlib.contextmanager
     def _full_disk_is_named(self):
         try:

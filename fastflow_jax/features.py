@@ -32,6 +32,7 @@ def compress(maps: jax.Array, power: float) -> jax.Array:
     return maps * (jnp.linalg.norm(maps, axis=-1, keepdims=True) + 1e-6) ** (power - 1)
 
 
+@functools.lru_cache(maxsize=4)  # JAX traces the same function once
 def maps_of(module: nn.Module, length_power: float, dtype: str) -> Callable:
     """`(variables, images [B, H, W, 3])` -> what the flows see of the images, purely."""
 

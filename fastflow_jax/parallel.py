@@ -342,6 +342,9 @@ def _compile(function, kind, *, shared, axis, reduces):
     def run(*arguments):
         # Where the first argument has no leaf at all, pmap (jax 0.10) splits the wrong ones: the 0.
         out = mapped((arguments[:shared], 0), jax.tree.map(divide, arguments[shared:]))
-        return out if reduces else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
+        if reduces:
+            return out
+        # Joined on the host, where they are wanted.
+        return jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[2:]), out)
 
     return run

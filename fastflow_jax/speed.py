@@ -46,7 +46,12 @@ def measure(config: ConfigDict, folder: pathlib.Path, seed: int) -> dict[str, fl
     Returns:
       None where that process failed, which is told: the figures of accuracy stand for themselves.
     """
-    request = {"config": to_plain(config), "folder": str(folder.absolute()), "seed": seed}
+    request = {
+        "config": to_plain(config),
+        "folder": str(folder.absolute()),
+        "seed": seed,
+        "seconds": _SECONDS,
+    }
     child = subprocess.run(
         [sys.executable, "-m", "fastflow_jax.speed"],
         input=json.dumps(request),
@@ -65,7 +70,9 @@ def measure(config: ConfigDict, folder: pathlib.Path, seed: int) -> dict[str, fl
     return figures | {"disk_mib": sum(file.stat().st_size for file in kept) / 2**20}
 
 
-def _measure_here(config: ConfigDict, folder: pathlib.Path, seed: int) -> dict[str, float]:
+def _measure_here(
+    config: ConfigDict, folder: pathlib.Path, seed: int, seconds: float
+) -> dict[str, float]:
     figures = {}
     for batch in BATCHES:
         config = config.copy_and_resolve_references()
@@ -74,22 +81,23 @@ def _measure_here(config: ConfigDict, folder: pathlib.Path, seed: int) -> dict[s
         images = np.random.default_rng(0).standard_normal((batch, *config.image_size, 3))
         images = images.astype(np.float32)
         features = detector.extract(images)
-        whole = median_seconds(lambda d=detector, x=images: d.score(x))
-        alone = median_seconds(lambda d=detector, x=features: d.scorer.score_features(x))
+        whole = median_seconds(lambda d=detector, x=images: d.score(x), seconds)
+        alone = median_seconds(lambda d=detector, x=features: d.scorer.score_features(x), seconds)
         figures[f"ms_batch_{batch}"] = 1e3 * whole / batch
         figures[f"detector_ms_batch_{batch}"] = 1e3 * alone / batch
     return figures | {"memory_mib": _peak_memory() / 2**20}
 
 
-def median_seconds(call) -> float:
+def median_seconds(call, spent: float = _SECONDS) -> float:
     """The median of calls that end when their result is there, as numpy arrays on the host are.
 
-    The first call, which compiles, and another one before the rest do not count.
+    About so many seconds are spent on them. The first call, which compiles, and another one before
+    the rest do not count.
     """
     call()  # compiles
     start = time.perf_counter()
     call()
-    calls = int(np.clip(_SECONDS / (time.perf_counter() - start), *_CALLS))
+    calls = int(np.clip(spent / (time.perf_counter() - start), *_CALLS))
     seconds = []
     for _ in range(calls):
         start = time.perf_counter()
@@ -110,5 +118,5 @@ def _peak_memory() -> int:
 
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
-    given = from_plain(asked["config"]), pathlib.Path(asked["folder"]), asked["seed"]
-    print(json.dumps(_measure_here(*given)))
+    given = from_plain(asked["config"]), pathlib.Path(asked["folder"])
+    print(json.dumps(_measure_here(*given, asked["seed"], asked["seconds"])))

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import special, stats
+from scipy import special
 
 from fastflow_jax.errors import InputError
 from fastflow_jax.metrics import f1_max
@@ -78,7 +78,7 @@ def image_threshold(
     supported = k <= n
     k = min(k, n)
     alpha = (1 - confidence) / 2
-    interval = stats.beta.ppf([alpha, 1 - alpha], n + 1 - k, k)
+    interval = special.betaincinv(n + 1 - k, k, [alpha, 1 - alpha])
     if warn and not supported:
         takes = int(np.ceil(np.round(1 / rate, 9))) - 1
         warnings.warn(
@@ -157,10 +157,11 @@ def _binomial_interval(shares: np.ndarray, confidence: float) -> tuple[tuple[flo
         return (0.0, 1.0), 0.0
     variance = shares.var(ddof=1) / n
     draws = mean * (1 - mean) / variance if variance else float(n)
-    draws *= (stats.norm.ppf(alpha) / stats.t.ppf(alpha, n - 1)) ** 2  # few images, wide interval
+    # Few images, wide interval.
+    draws *= (special.ndtri(alpha) / special.stdtrit(n - 1, alpha)) ** 2
     hits = draws * mean
-    low = stats.beta.ppf(alpha, hits, draws - hits + 1) if hits else 0.0
-    high = stats.beta.ppf(1 - alpha, hits + 1, draws - hits) if hits < draws else 1.0
+    low = special.betaincinv(hits, draws - hits + 1, alpha) if hits else 0.0
+    high = special.betaincinv(hits + 1, draws - hits, 1 - alpha) if hits < draws else 1.0
     return (float(low), float(high)), float(draws)
 
 

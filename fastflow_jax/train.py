@@ -283,13 +283,16 @@ def train(
     optimizer = _optimizer(FrozenConfigDict(config.train), epochs * steps)
 
     def begin(run):
-        state = create_state(objective, optimizer, features.shapes, run.seed)
+        fresh = partial(create_state, objective, optimizer, features.shapes, run.seed)
         latest = run.checkpoints.latest
-        return state if latest is None else run.checkpoints.restore(latest, state)
+        return fresh() if latest is None else run.checkpoints.restore(latest, jax.eval_shape(fresh))
 
     def save(lines):
         for run, state, line in zip(runs, states, lines, strict=True):
             run.checkpoints.save(int(state.step), state, line.get("holdout_loss"))
+            if len(runs) > 1 and jax.process_count() > 1:
+                # Two that are written at once would meet at one and the same barrier of Orbax.
+                run.checkpoints.wait()
 
     first, position = divmod(runs[0].checkpoints.latest or 0, steps)
     if first == epochs:
@@ -421,9 +424,9 @@ def train_in(
 def trained_in(folder: pathlib.Path, config, objective: Objective, shapes) -> dict:
     """The variables that `train_in` left in a folder; `shapes` are (h, w, C) of each scale."""
     # Of any number of steps: they are no part of the state.
-    template = create_state(objective, create_optimizer(config.train, 1000), shapes, 0)
+    fresh = partial(create_state, objective, create_optimizer(config.train, 1000), shapes, 0)
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        return checkpoints.restore(checkpoints.latest, template).variables
+        return checkpoints.restore(checkpoints.latest, jax.eval_shape(fresh)).variables
 
 
 def _epoch_runner(config, objective, optimizer, features, seeds):

@@ -2,17 +2,26 @@
 
 import contextlib
 import os
+import sys
+from importlib.metadata import version
 
 # Before jax starts: the multi-device tests need several devices in one process, and programs that
-# run once on a few numbers take longer to optimise than to run.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-).strip()
+# run once on a few numbers take longer to compile well than to run. The older emitters of code
+# compile in a third of the time; versions of jaxlib after 0.10 do not know the flag.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        *os.environ.get("XLA_FLAGS", "").split(),
+        "--xla_force_host_platform_device_count=4",
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        *["--xla_cpu_use_fusion_emitters=false"] * version("jaxlib").startswith("0.10."),
+    ]
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from absl.testing import flagsaver
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,6 +33,36 @@ def _compile_once(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Of processes with one device each; what several of them run is compiled once."""
+    return os.environ | {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The exit status of `python -m fastflow_jax.main` with these words, without a process."""
+    import fastflow_jax.experiment  # noqa: F401  Its dependencies define flags, once and for all.
+    from fastflow_jax import main
+
+    # Where programs are compiled to is settled for all tests.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+
+    def start(words):
+        with monkeypatch.context() as patch, flagsaver.flagsaver():
+            patch.setattr(sys, "argv", [main.__file__, *words])  # config_flags looks there
+            try:
+                return main._run(main._parse(sys.argv))
+            except SystemExit as end:
+                return end.code
+
+    return start
 
 
 @pytest.fixture

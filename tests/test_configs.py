@@ -24,6 +24,7 @@ def miniature(monkeypatch):
         counts = dict.fromkeys(module.CATEGORIES, (TRAIN, GOOD + BAD))
         monkeypatch.setattr(module, "COUNTS", counts)
     monkeypatch.setattr(cifar10, "COUNTS", (50, 10))
+    monkeypatch.setattr(speed, "_SECONDS", 0.1)  # that are spent on a figure
 
 
 RNG = np.random.default_rng(0)

@@ -2,9 +2,6 @@
 
 import doctest
 import gc
-import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -323,15 +320,3 @@ def test_the_example_runs(monkeypatch):
         Detector, "Detector", module=fastflow_jax.detector, extraglobs=names
     )
     assert doctest.DocTestRunner().run(example).failed == 0
-
-
-def test_flows_alone_load_jax_and_flax_only():
-    code = """
-import sys, json
-import fastflow_jax.flows
-print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
-"""
-    loaded = json.loads(subprocess.check_output([sys.executable, "-c", code], text=True))
-    assert "flax" in loaded
-    heavy = {"sklearn", "tensorflow_datasets", "orbax", "grain", "matplotlib", "PIL", "optax"}
-    assert heavy.isdisjoint(loaded)

@@ -101,16 +101,28 @@ def test_a_folder_in_use_is_refused(finished):
             experiment.run(tiny(), folder)
 
 
-def test_seeds_and_the_curve_on_test_images(tmp_path):
-    results = experiment.run(tiny(seeds=2, evaluate_every=1), tmp_path / "run")
+@pytest.fixture(scope="module")
+def two_seeds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("seeds") / "run"
+    return folder, experiment.run(tiny(seeds=2, evaluate_every=1), folder)
+
+
+def test_seeds_and_the_curve_on_test_images(two_seeds):
+    folder, results = two_seeds
     rows = [results["seeds"][seed]["brick"] for seed in ("0", "1")]
     scores = [row["image_auroc"] for row in rows]
     assert results["mean"]["image_auroc"] == pytest.approx(np.mean(scores))
     assert results["std"]["image_auroc"] == pytest.approx(np.std(scores, ddof=1))
     # One epoch: the best epoch is the last.
     assert results["best_on_test"]["brick"] == pytest.approx(results["mean"])
-    lines = (tmp_path / "run" / "seed_1" / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "seed_1" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["test"] == pytest.approx(results["seeds"]["1"]["brick"])
+
+
+def test_each_seed_of_the_control_has_a_backbone_of_its_own(two_seeds):
+    folder, _ = two_seeds
+    parts = [json.loads((folder / f"seed_{seed}" / "part.json").read_text()) for seed in (0, 1)]
+    assert [part["weights"]["seed"] for part in parts] == [0, 1]
 
 
 def test_uncached_features_train_the_same(finished, tmp_path):
@@ -225,14 +237,6 @@ def leaves(tree, path=""):
     if not isinstance(tree, dict):
         return {path: tree}
     return {k: v for name in tree for k, v in leaves(tree[name], f"{path}.{name}").items()}
-
-
-def test_each_seed_of_the_control_has_a_backbone_of_its_own(tmp_path):
-    experiment.run(tiny(seeds=2), tmp_path / "run")
-    parts = [
-        json.loads((tmp_path / "run" / f"seed_{seed}" / "part.json").read_text()) for seed in (0, 1)
-    ]
-    assert [part["weights"]["seed"] for part in parts] == [0, 1]
 
 
 def test_settings_may_change_until_training_begins(tmp_path):

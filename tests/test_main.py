@@ -25,15 +25,6 @@ TINY = [
 ]
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """One device, and one compilation for all the processes of this module."""
-    return os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # see conftest.py
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
-    }
-
-
 def start(arguments, environment):
     return subprocess.Popen(
         [sys.executable, "-m", "fastflow_jax.main", *arguments],
@@ -118,10 +109,11 @@ def test_a_run_goes_on_with_another_number_of_devices(undisturbed, environment, 
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
-def test_the_same_command_again_finds_the_finished_run(undisturbed, environment):
-    code, out, err = finish(start([*TINY, f"--workdir={undisturbed}"], environment))
-    assert code == 0, err
-    assert "holds this run, finished" in out
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_the_same_command_again_finds_the_finished_run(undisturbed, started, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    assert started([*TINY, f"--workdir={undisturbed}"]) == 0
+    assert "holds this run, finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -145,12 +137,24 @@ def test_the_same_command_again_finds_the_finished_run(undisturbed, environment)
         ([], "--config"),
     ],
 )
-def test_bad_input_ends_in_one_message(arguments, message, environment, tmp_path):
-    code, _, err = finish(start([*arguments, f"--workdir={tmp_path}/run"], environment))
-    assert code != 0
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_bad_input_ends_in_one_message(arguments, message, started, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    assert started([*arguments, f"--workdir={tmp_path}/run"]) == 2
+    assert_one_message(capsys.readouterr().err, message)
+
+
+def assert_one_message(err, message):
     assert message in err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) <= 3, err
+
+
+def test_a_process_with_bad_input_ends_in_one_message(environment):
+    arguments = ["--config=configs/folder.py", "--config.train.epoch=1"]
+    code, _, err = finish(start(arguments, environment))
+    assert code == 2
+    assert_one_message(err, "did you mean train.epochs")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
@@ -165,9 +169,11 @@ def test_a_full_disk_ends_in_one_message(environment, tmp_path):
     assert "Traceback" not in err
 
 
-def test_describe_needs_no_data_and_no_weights(environment):
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_describe_needs_no_data_and_no_weights(started, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
     arguments = ["--mode=describe", "--config=configs/folder.py", "--config.train.batch_size=2"]
-    code, out, err = finish(start(arguments, environment))
-    assert code == 0, err
+    assert started(arguments) == 0
+    out = capsys.readouterr().out
     assert "trainable numbers" in out
     assert any(line.startswith("blocks.") for line in out.splitlines())

@@ -55,7 +55,7 @@ def reference():
 
 def test_map_and_score_equal_anomalib(reference):
     model, params, constants, golden = reference
-    latents = model.apply({"params": params, **constants}, anomalib.features(0))
+    latents = jax.jit(model.apply)({"params": params, **constants}, anomalib.features(0))
     maps = [location_scores(z, ld, form="probability", log_det_weight=0.0) for z, ld in latents]
     calibration = Calibration(np.zeros(3), np.ones(3), np.zeros(()), np.ones(()))
     anomaly_map = fuse(maps, calibration, (anomalib.IMAGE, anomalib.IMAGE))

@@ -1,7 +1,6 @@
 """Several processes on one machine: they agree with one, and one of them may die."""
 
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -53,16 +52,6 @@ def command(tmp_path_factory):
         mask[8 : 16 + 4 * i, 8:24] = 255
         Image.fromarray(mask).save(root / f"ground_truth/scratch/{i}_mask.png")
     return [*TINY, f"--config.data.root={root}"]
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """One device a process, and one compilation for all that run the same program."""
-    return os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # see conftest.py
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
 
 
 def start(arguments, environment):

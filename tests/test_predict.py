@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -132,27 +131,28 @@ def test_files_folders_and_patterns_are_found(photos, tmp_path):
             find_images(pattern, besides=nowhere)
 
 
-def call(*arguments):
-    process = subprocess.run(
-        [sys.executable, "-m", "fastflow_jax.main", "--mode=predict", *map(str, arguments)],
-        cwd=REPOSITORY,
-        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "Traceback" not in process.stderr
-    return process
+def test_the_exit_status_says_what_was_found(run, photos, tmp_path, environment):
+    def call(pictures):
+        arguments = [f"--workdir={run}", f"--output={tmp_path}/out", "--noheatmaps"]
+        return subprocess.run(
+            [
+                *(sys.executable, "-m", "fastflow_jax.main", "--mode=predict"),
+                *(*arguments, f"--input={pictures}"),
+            ],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
-
-def test_the_exit_status_says_what_was_found(run, photos, tmp_path):
-    arguments = [f"--workdir={run}", f"--output={tmp_path}/out", "--noheatmaps"]
-    process = call(*arguments, f"--input={photos}/more")
+    process = call(photos / "more")
     assert process.returncode == 0, process.stderr
     (photos / "broken.png").write_bytes(b"no image")
-    process = call(*arguments, f"--input={photos}")
+    process = call(photos)
     assert process.returncode == 3
     assert "broken.png" in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 @pytest.mark.parametrize(
@@ -162,11 +162,12 @@ def test_the_exit_status_says_what_was_found(run, photos, tmp_path):
         (["--config=configs/demo.py", "--workdir=nosuch"], "leave --config out"),
     ],
 )
-def test_bad_flags_end_in_one_message(arguments, message):
-    process = call(*arguments)
-    assert process.returncode == 2
-    assert message in process.stderr
-    assert len(process.stderr.strip().splitlines()) == 1
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_bad_flags_end_in_one_message(arguments, message, started, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    assert started(["--mode=predict", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_what_cannot_be_done_is_said(run, photos, tmp_path):

@@ -11,17 +11,14 @@ import pathlib
 import re
 import runpy
 import shlex
-import sys
 import tomllib
 
 import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 from PIL import Image
 
-import fastflow_jax.experiment  # noqa: F401  Its dependencies define flags: see `started`.
-from fastflow_jax import data, main
+from fastflow_jax import data
 from fastflow_jax.data import Source
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -109,13 +106,6 @@ def few_pictures(config):
     return lambda category: data.Dataset(category or config.name, train, test, {"source": "none"})
 
 
-def started(words):
-    """The exit status of `python -m fastflow_jax.main` with these words; flags are as before."""
-    with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
-        patch.setattr(sys, "argv", [main.__file__, *words])  # config_flags looks there
-        return main._run(main._parse(sys.argv))
-
-
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A folder with all that the pages speak of; data sets to be downloaded are a few pictures."""
@@ -133,8 +123,6 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setattr(
         data, "opener", lambda c: (opener if c.name == "folder" else few_pictures)(c)
     )
-    # Where they are compiled to is settled for all tests.
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -144,7 +132,7 @@ COMMANDS = list(commands())
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command, workplace, capsys):
+def test_commands_run(command, workplace, started, capsys):
     line, options = shlex.join(command), command[3:]
     if any(line.startswith(beginning) for beginning in NOT_RUN):
         extras = re.findall(r"\.\[(.*?)\]", line)

@@ -26,7 +26,8 @@ def trained(tmp_path_factory):
     return config, folder
 
 
-def test_figures_of_a_training(trained):
+def test_figures_of_a_training(trained, monkeypatch):
+    monkeypatch.setattr(speed, "_SECONDS", 0.1)
     config, folder = trained
     figures = speed.measure(config, folder, 3)
     assert set(figures) == set(speed.FIGURES)

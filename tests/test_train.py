@@ -118,8 +118,8 @@ def noisy(nll):
 def kept(config, folder):
     """The state of the latest checkpoint, and the lines without the time that they took."""
     optimizer = create_optimizer(config.train, 9)
-    template = create_state(objective(config, MODEL, None), optimizer, FEATURES.shapes, 0)
-    template = template.replace(constants=dict(template.constants))
+    fresh = partial(create_state, objective(config, MODEL, None), optimizer, FEATURES.shapes, 0)
+    template = jax.eval_shape(fresh)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         state = checkpoints.restore(checkpoints.latest, template)
     return state, [{k: v for k, v in line.items() if k != "seconds"} for line in lines_of(folder)]
@@ -391,12 +391,18 @@ def test_a_reversible_flow_trains_as_the_plain_one_does(config, tmp_path):
     assert int(after.step) == 12
 
 
-def test_metrics_checkpoints_and_best(config, tmp_path):
-    state, lines = run(config, tmp_path / "run")
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    return folder, *run(small(), folder)
+
+
+def test_metrics_checkpoints_and_best(undisturbed):
+    folder, state, lines = undisturbed
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert [line["step"] for line in lines] == [3, 6, 9]
     assert lines[-1]["loss"] < lines[0]["loss"]
-    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+    with Checkpoints(folder / "checkpoints") as checkpoints:
         assert checkpoints.latest == 9
         best = min(lines, key=lambda line: line["holdout_loss"])
         assert checkpoints.best == best["step"]
@@ -432,8 +438,10 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stop_at", [4, 6, 9])  # within an epoch, at its end, at the very end
-def test_interrupted_and_resumed_equals_undisturbed(config, tmp_path, stop_at, monkeypatch):
-    undisturbed, lines = run(config, tmp_path / "one")
+def test_interrupted_and_resumed_equals_undisturbed(
+    config, undisturbed, tmp_path, stop_at, monkeypatch
+):
+    _, expected, lines = undisturbed
     programs_of = training._programs
 
     def stopping(*arguments):
@@ -449,12 +457,12 @@ def test_interrupted_and_resumed_equals_undisturbed(config, tmp_path, stop_at, m
     with monkeypatch.context() as patch:
         patch.setattr(training, "_programs", stopping)
         with pytest.raises(Interrupted) as stop:
-            run(config, tmp_path / "two")
+            run(config, tmp_path / "run")
     assert stop.value.exit_code == 128 + signal.SIGTERM
-    with Checkpoints(tmp_path / "two" / "checkpoints") as checkpoints:
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         assert checkpoints.latest == stop_at
-    resumed, resumed_lines = run(config, tmp_path / "two")
-    assert_same(resumed, undisturbed)
+    resumed, resumed_lines = run(config, tmp_path / "run")
+    assert_same(resumed, expected)
 
     def numbers(lines):
         return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]

@@ -6,6 +6,7 @@ batch_stats, convolution kernels turn from OIHW to HWIO and linear ones are tran
 """
 
 import difflib
+import functools
 import re
 import zlib
 from collections.abc import Callable, Mapping
@@ -45,7 +46,8 @@ class Slot(NamedTuple):
         return tuple(int(n) for n in np.array(self.shape, int)[np.argsort(self.axes)])
 
 
-def slots(module: nn.Module, image_size: tuple[int, int]) -> dict[str, Slot]:
+@functools.lru_cache(maxsize=4)  # each seed of the control asks again
+def slots(module: nn.Module, image_size: tuple[int, int]) -> Mapping[str, Slot]:
     """All variables of a module by the names of their tensors in timm; computes nothing."""
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     image = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 
 import jinja2
 import numpy as np
-from sklearn.metrics import roc_curve
 
 from fastflow_jax.metrics import f1_max
 from fastflow_jax.report.charts import Line, histogram, line_chart, ticks
@@ -223,6 +222,8 @@ def _charts(
         x, y = ([0, *pixels[k], 1] for k in ("false_positive_rate", "true_positive_rate"))
         lines.append(Line(f"pixels, AUROC {figures['pixel_auroc']:.3f}", "second", x, y))
     if two_kinds:
+        from sklearn.metrics import roc_curve  # slow to import
+
         x, y, _ = roc_curve(decision["labels"], decision["scores"])
         lines.insert(0, Line(f"images, AUROC {figures['image_auroc']:.3f}", "first", x, y))
     if lines:

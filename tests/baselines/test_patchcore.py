@@ -113,12 +113,12 @@ def test_one_map_is_enough():
 @pytest.mark.parametrize(("n", "count"), [(501, 400), (6001, 200)])
 def test_the_coreset_is_that_of_the_plain_algorithm(n, count, monkeypatch):
     monkeypatch.setattr(patchcore, "_CANDIDATES", 128)  # so that they run out, too
-    jax.clear_caches()
+    patchcore._pick.clear_cache()
     centres = RNG.normal(size=(20, 12))
     rows = (centres[RNG.integers(20, size=n)] + 0.3 * RNG.normal(size=(n, 12)) + 5).astype("f")
     chosen = list(np.concatenate(list(k_center(rows, count, start=3))))
     assert chosen == greedy(rows.astype(np.float64), count, 3)
-    jax.clear_caches()
+    patchcore._pick.clear_cache()
 
 
 def test_worked_values_of_the_coreset():

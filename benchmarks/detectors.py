@@ -18,7 +18,7 @@ All see the maps of the published form, layer1 to layer3 of a ResNet and one blo
 SPADE takes the last of several for the image's vector alone. Rows that end in `_own_maps` have the
 maps that the method takes unless told otherwise, as in `configs/compare.py`, and the backbone runs
 as far as these need: PatchCore and CFLOW leave the finest map out, which has most of the vectors.
-Of a transformer both are alike.
+Of a transformer only the default recipe takes more than the published block.
 
 Nothing is trained: weights, banks, galleries and features are random. What scoring costs hangs on
 their shapes and not on their values, and no coreset is computed, but a bank drawn that is as large.

@@ -10,7 +10,7 @@
 The argument is <data set>/<category>; without a category a set is run with all it has. All see the
 same images, the same backbone and the same maps of it, those that FastFlow takes; rows that end in
 `_own_maps` have the maps that the method was published with. CIFAR-10 is for FastFlow, the VAE and
-the GAN, which learn from pixels. Of a transformer, which has one map, both kinds of row are alike.
+the GAN, which learn from pixels. Of a transformer FastFlow takes two maps, each of the others one.
 
 Beside the figures stand the seconds of training (features are computed before), milliseconds an
 image in batches of 1 and 16, whole and without the backbone, the memory of a process that scores,

@@ -338,7 +338,8 @@ def _recipe_layers(spec) -> tuple[str, ...]:
     if of(16) and of(32):
         return (*of(16)[-2:], of(32)[0])
     names = list(spec.maps)
-    return tuple(names[names.index(spec.layers[0]) - 1 :][:2])
+    end = names.index(spec.layers[0]) + 1
+    return tuple(names[max(0, end - 2) : end])
 
 
 def _one_of(field: str, value: str, choices) -> None:

@@ -42,7 +42,7 @@ from fastflow_jax.detector import Detector
 from fastflow_jax.fastflow import FastFlowScorer, calibrate, objective
 from fastflow_jax.features import extractor
 from fastflow_jax.model import negative_log_likelihood
-from fastflow_jax.train import create_optimizer, create_state, train_step
+from fastflow_jax.train_step import create_optimizer, create_state, train_step
 
 BACKBONES = (
     "resnet18",

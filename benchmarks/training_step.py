@@ -40,7 +40,7 @@ from peer import Peer
 from fastflow_jax import parallel
 from fastflow_jax.fastflow import objective
 from fastflow_jax.features import extractor
-from fastflow_jax.train import TrainState, create_optimizer, train_epoch, train_step
+from fastflow_jax.train_step import TrainState, create_optimizer, train_epoch, train_step
 
 BACKBONES = (
     "resnet18",

@@ -27,7 +27,8 @@ from fastflow_jax.model import (
     window_maxima,
 )
 from fastflow_jax.run_folder import read_arrays, write_arrays
-from fastflow_jax.train import Objective, train_in, trained_in
+from fastflow_jax.train import train_in, trained_in
+from fastflow_jax.train_step import Objective
 
 
 def fit(

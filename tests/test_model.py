@@ -25,7 +25,7 @@ from fastflow_jax.model import (
     top_mean,
     window_maxima,
 )
-from fastflow_jax.train import TrainState, create_optimizer, train_step
+from fastflow_jax.train_step import TrainState, create_optimizer, train_step
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 sys.path.insert(0, str(GOLDENS))

@@ -37,7 +37,8 @@ from fastflow_jax.features import Features, TrainingFeatures, inside, without_pa
 from fastflow_jax.flows import AffineCoupling, ConvSubnet, GlobalAffine, Permute
 from fastflow_jax.model import Latents, location_scores, resize_map
 from fastflow_jax.run_folder import read_arrays, write_arrays
-from fastflow_jax.train import Objective, once_a_configuration, train_in, trained_in
+from fastflow_jax.train import once_a_configuration, train_in, trained_in
+from fastflow_jax.train_step import Objective
 
 _MAXIMA = "likelihood_maxima.npz"
 

@@ -16,7 +16,8 @@ import numpy as np
 from fastflow_jax.baselines.scorer import Scorer
 from fastflow_jax.errors import InputError
 from fastflow_jax.features import Features, TrainingFeatures, inside
-from fastflow_jax.train import Objective, train_in
+from fastflow_jax.train import train_in
+from fastflow_jax.train_step import Objective
 
 _HALVINGS = 3
 

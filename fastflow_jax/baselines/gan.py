@@ -26,7 +26,8 @@ from fastflow_jax.baselines.convnets import Decoder, Encoder, fit_one_map, only_
 from fastflow_jax.baselines.scorer import Scorer
 from fastflow_jax.features import inside, without_padding
 from fastflow_jax.model import resize_map
-from fastflow_jax.train import Objective, once_a_configuration, trained_in
+from fastflow_jax.train import once_a_configuration, trained_in
+from fastflow_jax.train_step import Objective
 
 # Fields of the configuration that differ from the default. The gradient is not clipped: a norm
 # over both players would tie one to the other.

@@ -26,7 +26,8 @@ from fastflow_jax.baselines.convnets import Decoder, Encoder, fit_one_map, only_
 from fastflow_jax.baselines.scorer import Scorer
 from fastflow_jax.features import inside, without_padding
 from fastflow_jax.model import resize_map
-from fastflow_jax.train import Objective, once_a_configuration, trained_in
+from fastflow_jax.train import once_a_configuration, trained_in
+from fastflow_jax.train_step import Objective
 
 _LOWEST_LOG_VARIANCE = -6.0  # deviations of 0.05 or more, in images from -1 to 1
 

@@ -1,6 +1,7 @@
 """Draws heatmaps.png, the picture at the top of the README, from the heat maps of a run.
 
-python -m fastflow_jax.main --config=configs/synthetic.py:brick,gravel --workdir=runs/synthetic
+python -m fastflow_jax.main --config=configs/synthetic.py:brick,gravel --config.heatmaps=200 \
+    --workdir=runs/synthetic
 python docs/draw_heatmaps.py runs/synthetic
 """
 

@@ -124,7 +124,7 @@ def default() -> ConfigDict:
     c.map.standardise = True  # scales in units of their spread over held-out normal images
     c.map.sigma = 4.0  # of the blur, as PatchCore and SPADE have it too: see `model.resize_map`
     c.score = ConfigDict()
-    c.score.form = "windows"  # see `model.image_score`; or "top_k"
+    c.score.form = "windows"  # see `model.window_maxima`; or "top_k"
     c.score.top_k = 0.0  # mean of this part of the map's pixels; 0: the maximum
 
     # Of an ablation: what each of its runs has otherwise, by a name that its row is to have

@@ -340,8 +340,10 @@ def _compile(function, kind, *, shared, axis, reduces):
     )
 
     def run(*arguments):
+        # To pmap a state that lies elsewhere is another program, traced and compiled anew.
+        whole = on_devices(arguments[:shared])
         # Where the first argument has no leaf at all, pmap (jax 0.10) splits the wrong ones: the 0.
-        out = mapped((arguments[:shared], 0), jax.tree.map(divide, arguments[shared:]))
+        out = mapped((whole, 0), jax.tree.map(divide, arguments[shared:]))
         if reduces:
             return out
         # Joined on the host, where they are wanted.

@@ -10,6 +10,7 @@ import time
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -217,3 +218,20 @@ def test_each_example_is_seen_with_its_own_of_every_kind(kind, n, state):
         lambda state, batch: batch[0][0].sum(1) * batch[0][1][:, None], kind, 4
     )
     np.testing.assert_allclose(run(state, ((a, b), None)), a.sum(1) * b[:, None], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", parallel.KINDS)
+def test_a_step_is_compiled_once_wherever_its_state_lies(kind):
+    traces = []
+
+    def add(state, batch, weight, axis_name):
+        traces.append(1)
+        return state + parallel.total((weight * batch).sum(), axis_name)
+
+    step = parallel.step(add, kind)
+    state = jnp.zeros(())  # as a fresh one; those that follow lie where the step has put them
+    for _ in range(3):
+        state = step(state, np.ones(4, np.float32), np.ones(4, np.float32))
+    step(jnp.zeros(()), np.ones(4, np.float32), np.ones(4, np.float32))
+    assert len(traces) == 1
+    assert float(state) == 12.0

@@ -1,4 +1,4 @@
-"""Runs the benchmarks, keeps their ratios, and writes the tables of `docs/speed.md`.
+"""Runs the benchmarks, keeps their ratios, writes the tables of `docs/speed.md` and the README.
 
     pip install -e '.[bench]'
     python benchmarks/run.py --quick                      # each under five minutes if idle
@@ -27,6 +27,7 @@ from outcome import describe_machine, parse_ratios, write_result
 
 HERE = pathlib.Path(__file__).parent
 RESULTS, DOCUMENT = HERE / "results", HERE.parent / "docs/speed.md"
+README = HERE.parent / "README.md"
 BENCHMARKS = (
     "training_step",
     "time_to_quality",
@@ -50,6 +51,29 @@ QUICK_LIMIT = 600  # of what takes less than half of it where nothing else runs
 GRACE = 30  # seconds that a benchmark has to end in once its time is up
 DEVICES = {"cpu": "CPU", "gpu": "GPU"}
 NOT_MEASURED = "not measured"
+# Ratios that stand in the README, in words.
+HEADLINES = {
+    "time_to_quality_elpv_mono": "image files to anomalib's last AUROC, ELPV mono",
+    "time_to_quality_elpv_mono_cached_features": "had anomalib cached features too, ELPV mono",
+    "time_to_quality_magnetic_tile": "image files to anomalib's last AUROC, magnetic tile",
+    "time_to_quality_magnetic_tile_cached_features": (
+        "had anomalib cached features too, magnetic tile"
+    ),
+    "tf_efficientnet_lite0_float32_batch1_all": "an image scored, Lite0, published form",
+    "resnet18_float32_batch1_all": "an image scored, ResNet18, published form",
+    "tf_efficientnet_lite0_float32_batch8_as_run_anomalib": (
+        "a training step, EfficientNet-Lite0, published form"
+    ),
+    "resnet18_float32_batch8_as_run_anomalib": "a training step, ResNet18, published form",
+    "aupro_7M_pixels": "AUPRO of 7 million pixels",
+    "memory_aupro_7M_pixels": "AUPRO of 7 million pixels, memory",
+    "reversible_20_steps_tf_efficientnet_lite0_default_recipe": (
+        "memory of a training step, 20 flow steps: autodiff's over the reversible flow's"
+    ),
+    "resident_training_tf_efficientnet_lite0_batch8": (
+        "memory of a training process, EfficientNet-Lite0, published form"
+    ),
+}
 
 
 def run_one(script: pathlib.Path, arguments: list[str], limit: float | None) -> dict:
@@ -121,6 +145,19 @@ def tables(results: dict[str, dict]) -> str:
     return "\n\n".join(parts)
 
 
+def headlines(results: dict[str, dict]) -> str:
+    """Markdown of the few ratios that the README has; full forms go before quick ones."""
+    lines = [f"| | {' | '.join(DEVICES.values())} |", "|---|---:|---:|"]
+    for name, words in HEADLINES.items():
+        cells = []
+        for device in DEVICES:
+            benchmarks = sorted(results.get(device, {}).items())
+            found = [b["ratios"][name] for _, b in benchmarks if name in b["ratios"]]
+            cells.append(f"{found[0]:.3g}" if found else NOT_MEASURED)
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def between_markers(document: str, text: str) -> str:
     """The document with the text between its two markers."""
     begin, end = "<!-- tables -->", "<!-- end of tables -->"
@@ -131,10 +168,11 @@ def between_markers(document: str, text: str) -> str:
 
 
 def write_tables() -> None:
-    """Put all that is in `results/` into the document."""
+    """Put what is in `results/` into the documents."""
     files = {device: RESULTS / f"{device}.json" for device in DEVICES}
     results = {device: json.loads(f.read_text()) for device, f in files.items() if f.exists()}
-    DOCUMENT.write_text(between_markers(DOCUMENT.read_text(), tables(results)))
+    for document, text in ((DOCUMENT, tables(results)), (README, headlines(results))):
+        document.write_text(between_markers(document.read_text(), text))
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Data, backbone and features: made once, and shared by all runs that need the same."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
@@ -37,7 +38,8 @@ class Prepared:
     holdout: Features | None
     holdout_valid: np.ndarray | None  # bool [N, H, W], see `Batch.valid`
     # The test images, or those of given indices, in batches with features in the place of `image`.
-    # These are kept as those of the training images are, or computed again each time.
+    # These are computed when they are first asked for, and then kept as those of the training
+    # images are; or computed again each time.
     test: Callable[..., Iterable[Batch]]
 
 
@@ -112,13 +114,13 @@ def preparer(
 
         title, own = category or images.name, {"category": category}
         key = (seen, category, config.train.cache, config.batch_size)
+        tested_on = (*key, tamper, config.data.mask_resize)
+        arguments = (of_test | own, folder, images.test, all_for_test, title)
+        tested = test(tested_on, config, net, *arguments)
         drawn = seed if is_augmented(config) else None
         trained_on = (*key, config.data.holdout, _key(config.augment), drawn)
         arguments = (of | own, folder, images.train, seed, all_for_training, title)
         learnt = train(trained_on, config, net, *arguments)
-        tested_on = (*key, tamper, config.data.mask_resize)
-        arguments = (of_test | own, folder, images.test, all_for_test, title)
-        tested = test(tested_on, config, net, *arguments)
         return Prepared(images, net, *learnt, tested)
 
     return prepare
@@ -195,14 +197,12 @@ def _kept(
     of: dict,
     folder: pathlib.Path,
     title: str,
-    see: Callable[[Batch], None] = lambda batch: None,
 ) -> Features:
-    """The features of the images at `rows`, or of all; `see` gets each batch that is decoded."""
+    """The features of the images at `rows`, or of all."""
     rows = np.arange(len(source)) if rows is None else rows
 
     def compute(places):
         for batch in feature_batches(config, backbone, source, rows[places]):
-            see(batch)
             yield batch.image
 
     maps = maps_of(backbone.module, config.length_power, config.feature_dtype)
@@ -286,35 +286,37 @@ def _test(config, backbone, of, folder, source, pooled, title) -> Callable[..., 
         return lambda indices=None: feature_batches(config, backbone, source, indices)
     size = config.batch_size
     masks = valid = None
-    if _is_shared(config, source):
-        maps = _part(source, pooled)
-    else:
-        seen = {}  # by their first image
-
-        def see(batch):
-            seen[int(batch.index[0])] = batch.mask, batch.valid
-
-        what = f"{title}: test features"
-        maps = _kept(config, backbone, source, None, of, folder / "test", what, see)
-        # Masks and padding of images whose features an interrupted run had left.
-        rows = np.arange(len(source))
-        rows = rows[~np.isin(rows // size * size, list(seen))]
-
+    if not _is_shared(config, source):
+        # Masks and padding are read at once: so a broken image, or a mask that does not fit, is
+        # known before hours of training. Features would make it wait.
         def read(rows, size):
             for batch in image_batches(config, backbone, source, rows, size):
-                yield batch._replace(image=None)
+                yield batch.mask, batch.valid
 
-        for batch in parallel.shared_out(read, rows, size) if len(rows) else ():
-            see(batch)
-        masks, valid = (
-            None if parts[0] is None else np.concatenate(parts)
-            for parts in zip(*(seen[first] for first in sorted(seen)), strict=True)
+        parts = tqdm(
+            parallel.shared_out(read, np.arange(len(source)), size),
+            total=-(-len(source) // size),
+            desc=f"{title}: test images",
+            unit="batch",
+            leave=False,
+            dynamic_ncols=True,
         )
+        masks, valid = (
+            None if part[0] is None else np.concatenate(part) for part in zip(*parts, strict=True)
+        )
+
+    @functools.cache
+    def features():
+        if _is_shared(config, source):
+            return _part(source, pooled)
+        what = f"{title}: test features"
+        return _kept(config, backbone, source, None, of, folder / "test", what)
 
     def batches_of(indices=None):
         rows = np.arange(len(source)) if indices is None else np.asarray(indices)
         for part in (rows[i : i + size] for i in range(0, len(rows), size)):
             mask, padding = (None if a is None else a[part] for a in (masks, valid))
-            yield Batch(tuple(m[part] for m in maps), mask, source.labels[part], part, padding)
+            maps = tuple(m[part] for m in features())
+            yield Batch(maps, mask, source.labels[part], part, padding)
 
     return batches_of

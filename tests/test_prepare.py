@@ -11,6 +11,7 @@ from PIL import Image
 from fastflow_jax import experiment, prepare
 from fastflow_jax.config import default, fill
 from fastflow_jax.data import cifar10
+from fastflow_jax.errors import InputError
 from fastflow_jax.features import extractor
 from fastflow_jax.prepare import image_batches, preparer, seen_by
 
@@ -161,6 +162,32 @@ def test_what_is_not_to_be_kept_is_computed_again(tiny, seen, tmp_path):
     for _ in range(2):
         assert sum(len(batch.label) for batch in prepared.test()) == 20
     assert sum(seen) == 2 * 20
+
+
+def test_features_of_test_images_do_not_keep_training_waiting(tiny, seen, tmp_path):
+    config = tiny(**{"data.resize": "pad"})  # of one class, with masks of what is padding
+    prepared = preparer(config, tmp_path)(config, "bird", 0)
+    assert sum(seen) == PER_CLASS["train"]
+    for _ in range(2):
+        assert sum(len(batch.label) for batch in prepared.test()) == 20
+    assert sum(seen) == PER_CLASS["train"] + 20
+
+
+def test_a_broken_test_image_is_told_of_before_any_feature(seen, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 40, 40, 3), np.uint8)
+    files = ["train/good/0.png", "train/good/1.png", "test/good/0.png", "test/scratch/1.png"]
+    for name, image in zip(files, pixels, strict=True):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / name)
+    broken = tmp_path / files[-1]
+    broken.write_bytes(broken.read_bytes()[:-900])
+    c = default()
+    c.data.name, c.data.root = "folder", str(tmp_path)
+    c.weights, c.image_size, c.layers = "random", (32,), ("blocks.2",)
+    config = fill(c)
+    with pytest.raises(InputError, match=r"1\.png is broken"):
+        preparer(config, tmp_path / "features")(config, None, 0)
+    assert not seen
 
 
 @pytest.mark.parametrize("cache", ["auto", "none"])

@@ -78,6 +78,18 @@ def test_tables_have_a_row_for_each_ratio_of_either_device():
     assert "CPU: cut at 9 s." in text
 
 
+def test_the_readme_has_its_lines_from_the_full_form_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(run, "HEADLINES", {"one": "the first", "two": "the second"})
+    cpu = {
+        "b.py --quick": {"ratios": {"one": 9.0, "two": 0.5}},
+        "b.py": {"ratios": {"one": 123.4}},
+    }
+    assert run.headlines({"cpu": cpu}).splitlines()[2:] == [
+        "| the first | 123 | not measured |",
+        "| the second | 0.5 | not measured |",
+    ]
+
+
 def test_tables_replace_what_stands_between_the_markers():
     document = run.DOCUMENT.read_text()
     once = run.between_markers(document, "| new |")

@@ -1,0 +1,78 @@
+"""Is one run's image AUROC above another's by more than the choice of test images explains?
+
+    python benchmarks/paired.py runs/compare-elpv/fastflow runs/compare-elpv/patchcore
+
+Both have scored the same test images. The AUROCs of a folder's parts (seeds) are averaged, and their
+difference is given with its 95 % interval over draws of test images, which both sides share: DeLong
+et al., Comparing the areas under two or more correlated receiver operating characteristic curves
+(Biometrics, 1988). An interval with zero in it: these images cannot tell.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+import numpy as np
+from scipy import stats
+
+
+def read_scores(run: pathlib.Path) -> tuple[list[tuple[str, int]], np.ndarray]:
+    """Name and label of each test image, and scores [parts, images], of all parts in a folder."""
+    parts = [json.loads(file.read_text())["images"] for file in sorted(run.rglob("scores.json"))]
+    if not parts:
+        sys.exit(f"{run} holds no scores.json: is the run finished?")
+    parts = [sorted(part, key=lambda image: image["name"]) for part in parts]
+    images = [[(image["name"], image["label"]) for image in part] for part in parts]
+    if any(other != images[0] for other in images):
+        sys.exit(f"the parts in {run} have other test images: name one category")
+    return images[0], np.array([[image["score"] for image in part] for part in parts])
+
+
+def placements(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each anomalous image the part of normal ones below it, for each normal one the reverse.
+
+    Ties count half; the mean of either is the AUROC.
+
+    Args:
+      scores: [parts, images]; placements are averaged over parts.
+      labels: [images], 1 for anomalous.
+    """
+    anomalous, normal = scores[:, labels == 1], scores[:, labels == 0]
+
+    def below(a, b):  # of all values b, the part that is below each of a
+        ranks = stats.rankdata(np.concatenate([a, b], axis=1), axis=1)[:, : a.shape[1]]
+        return (ranks - stats.rankdata(a, axis=1)) / b.shape[1]
+
+    return below(anomalous, normal).mean(0), 1 - below(normal, anomalous).mean(0)
+
+
+def difference(
+    one: np.ndarray, other: np.ndarray, labels: np.ndarray
+) -> tuple[float, float, float, float]:
+    """AUROC of either side, and the 95 % interval of their difference; see `placements`."""
+    both = [placements(scores, labels) for scores in (one, other)]
+    aurocs = [float(of_anomalous.mean()) for of_anomalous, _ in both]
+    steps = [a - b for a, b in zip(*both, strict=True)]
+    error = np.sqrt(sum(np.var(step, ddof=1) / len(step) for step in steps))
+    half = stats.norm.ppf(0.975) * error
+    return *aurocs, aurocs[0] - aurocs[1] - half, aurocs[0] - aurocs[1] + half
+
+
+def main() -> None:
+    """Read both runs, print a line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs=2, type=pathlib.Path, metavar="run")
+    args = parser.parse_args()
+    (images, one), (others, other) = map(read_scores, args.runs)
+    if images != others:
+        sys.exit("the two runs have other test images")
+    labels = np.array([label for _, label in images])
+    first, second, low, high = difference(one, other, labels)
+    print(f"{first:.4f} - {second:.4f} = {first - second:+.4f}, 95 % {low:+.4f} to {high:+.4f}")
+
+
+if __name__ == "__main__":
+    main()

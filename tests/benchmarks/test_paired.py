@@ -1,0 +1,56 @@
+"""The difference of two AUROCs on the same images, and what chance leaves of it."""
+
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
+import paired
+
+
+@pytest.fixture
+def scores():
+    """Two seeds of two detectors that see the same images, with ties."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 300)
+    common = labels + rng.normal(size=300)
+    one, other = (common + noise * rng.normal(size=(2, 300)) for noise in (0.5, 0.9))
+    return labels, one.round(1), other.round(1)
+
+
+def mean_auroc(labels, scores):
+    return np.mean([roc_auc_score(labels, row) for row in scores])
+
+
+def test_aurocs_are_scikit_learns(scores):
+    labels, one, other = scores
+    first, second, low, high = paired.difference(one, other, labels)
+    assert first == pytest.approx(mean_auroc(labels, one), abs=1e-12)
+    assert second == pytest.approx(mean_auroc(labels, other), abs=1e-12)
+    assert (low + high) / 2 == pytest.approx(first - second)
+
+
+def test_the_interval_is_that_of_images_drawn_anew(scores):
+    labels, one, other = scores
+    _, _, low, high = paired.difference(one, other, labels)
+
+    def drawn(normal, anomalous):
+        i = np.concatenate([normal, anomalous])
+        return mean_auroc(labels[i], one[:, i]) - mean_auroc(labels[i], other[:, i])
+
+    # The two classes are drawn apart, as DeLong has it.
+    boot = stats.bootstrap(
+        (np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)),
+        drawn,
+        n_resamples=1000,
+        vectorized=False,
+        method="percentile",
+        rng=np.random.default_rng(1),
+    )
+    assert low == pytest.approx(boot.confidence_interval.low, abs=0.006)
+    assert high == pytest.approx(boot.confidence_interval.high, abs=0.006)
+    assert high - low > 0.02  # wide beside that tolerance

@@ -2,7 +2,7 @@
 
     python benchmarks/paired.py runs/compare-elpv/fastflow runs/compare-elpv/patchcore
 
-Both have scored the same test images. The AUROCs of a folder's parts (seeds) are averaged, and their
+Both have scored the same test images. AUROCs of a folder's parts (seeds) are averaged, and their
 difference is given with its 95 % interval over draws of test images, which both sides share: DeLong
 et al., Comparing the areas under two or more correlated receiver operating characteristic curves
 (Biometrics, 1988). An interval with zero in it: these images cannot tell.

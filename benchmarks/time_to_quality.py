@@ -170,14 +170,7 @@ def main() -> None:
         for name, data in sets.items():
             stored = HERE / f"results/anomalib_{name}.json"
             if args.quick:
-                epochs = (
-                    "--epochs",
-                    str(QUICK_EPOCHS),
-                    "--evaluate-every",
-                    "10",
-                    "--timed-steps",
-                    "3",
-                )
+                epochs = ("--epochs", str(QUICK_EPOCHS), "--timed-steps", "3")
                 peer = run_peer(data, folder / "peer.json", *epochs)
                 timed, ours = [peer], [run_ours(data, peer["device"])]
             else:

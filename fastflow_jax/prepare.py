@@ -286,7 +286,8 @@ def _test(config, backbone, of, folder, source, pooled, title) -> Callable[..., 
         return lambda indices=None: feature_batches(config, backbone, source, indices)
     size = config.batch_size
     masks = valid = None
-    if not _is_shared(config, source):
+    has_masks = source.part_of is None and source[0].mask is not None
+    if has_masks or config.data.resize == "pad":
         # Masks and padding are read at once: so a broken image, or a mask that does not fit, is
         # known before hours of training. Features would make it wait.
         def read(rows, size):

@@ -174,9 +174,9 @@ def test_features_of_test_images_do_not_keep_training_waiting(tiny, seen, tmp_pa
 
 
 def test_a_broken_test_image_is_told_of_before_any_feature(seen, tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 40, 40, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 40, 40, 3), np.uint8)
     files = ["train/good/0.png", "train/good/1.png", "test/good/0.png", "test/scratch/1.png"]
-    for name, image in zip(files, pixels, strict=True):
+    for name, image in zip([*files, "ground_truth/scratch/1_mask.png"], pixels, strict=True):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(tmp_path / name)
     broken = tmp_path / files[-1]

@@ -49,6 +49,7 @@ def get_config(category: str | None = None):
     c.train.warmup = 0.0
     c.map.form = "probability"
     c.map.log_det = 0.0
+    c.map.bank = 0
     c.map.standardise = False
     c.map.sigma = 0.0
     c.score.form = "top_k"

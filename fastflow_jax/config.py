@@ -122,6 +122,7 @@ def default() -> ConfigDict:
     c.map.form = "log"  # or "probability": the reference's
     c.map.log_det = 0.1  # weight of the log-determinant: 1 in a likelihood, 0 in the reference
     c.map.standardise = True  # scales in units of their spread over held-out normal images
+    c.map.bank = 4000  # normal latents that z is compared with, see `bank`; 0: none
     c.map.sigma = 4.0  # of the blur, as PatchCore and SPADE have it too: see `model.resize_map`
     c.score = ConfigDict()
     c.score.form = "windows"  # see `model.window_maxima`; or "top_k"
@@ -208,6 +209,7 @@ _BOUNDS = {
     "train.beta2": (0, 1 - 1e-9),
     "train.seeds_at_once": (1, 1000),
     "map.log_det": (0, 1),
+    "map.bank": (0, 10**7),
     "map.sigma": (0, 100),
     "score.top_k": (0, 1),
     "patchcore.dimension": (1, 10**5),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from fastflow_jax import parallel
+from fastflow_jax import bank, parallel
 from fastflow_jax.config import to_plain
 from fastflow_jax.describe import flow_model
 from fastflow_jax.features import Features, TrainingFeatures, inside, without_padding
@@ -66,6 +66,7 @@ def fit(
     model = flow_model(config)
 
     def scorer(variables: dict) -> FastFlowScorer:
+        variables = with_banks(config, model, variables, features, seed)
         calibration = calibrate(config, model, variables, holdout, holdout_valid)
         return FastFlowScorer(config, model, variables, calibration)
 
@@ -82,7 +83,8 @@ def fit(
         progress=progress,
     )
     trained = scorer(variables)
-    write_arrays(_calibration_file(config, folder), dataclasses.asdict(trained.calibration))
+    arrays = dataclasses.asdict(trained.calibration) | trained.variables.get("bank", {})
+    write_arrays(_calibration_file(config, folder), arrays)
     return trained
 
 
@@ -96,8 +98,21 @@ def load(config, shapes, folder: pathlib.Path) -> "FastFlowScorer":
     """
     model = flow_model(config)
     variables = trained_in(folder, config, objective(config, model, None), shapes)
-    calibration = Calibration(**read_arrays(_calibration_file(config, folder)))
-    return FastFlowScorer(config, model, variables, calibration)
+    arrays = read_arrays(_calibration_file(config, folder))
+    calibration = {field.name: arrays.pop(field.name) for field in dataclasses.fields(Calibration)}
+    if arrays:
+        variables = variables | {"bank": arrays}
+    return FastFlowScorer(config, model, variables, Calibration(**calibration))
+
+
+def with_banks(config, model, variables, features: TrainingFeatures, seed: int) -> dict:
+    """Variables of the flows with the collection "bank": of each scale one for each view."""
+    if not config.map.bank:
+        return variables
+    run = _compiled(_views, FrozenConfigDict(config), model)
+    size = config.batch_size
+    banks = bank.draw(lambda *batch: run(variables, batch), features, config.map.bank, size, seed)
+    return variables | {"bank": banks}
 
 
 def _calibration_file(config, folder: pathlib.Path) -> pathlib.Path:
@@ -158,7 +173,7 @@ class Calibration:
     size; in units of the spread over held-out normal images they compare.
     """
 
-    scale_mean: jax.Array  # [scales], of location scores
+    scale_mean: jax.Array  # [maps], of location scores
     scale_std: jax.Array
     window_mean: jax.Array  # [windows], of each image's highest average over a window
     window_std: jax.Array
@@ -170,7 +185,7 @@ class FastFlowScorer:
 
     config: object  # filled, see `config.fill`
     model: FastFlow
-    variables: dict  # of the flows
+    variables: dict  # of the flows, and the "bank" if there is one
     calibration: Calibration
 
     def score_features(
@@ -224,7 +239,10 @@ class FastFlowScorer:
     def location_maps(
         self, features: Features, valid: np.ndarray | None = None
     ) -> tuple[np.ndarray, ...]:
-        """Location scores [B, h, w] a scale: all that scores and their calibration come from."""
+        """Location scores [B, h, w], all that scores and their calibration come from.
+
+        One map a scale, followed, where there are banks, by one for each of its views.
+        """
         return self._programs(_location_maps)(self.variables, (features, valid))
 
     def score_maps(self, maps: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -277,6 +295,20 @@ def _latents(config, model, variables, batch):
     return tuple(z for z, _ in model.apply(variables, batch[0]))
 
 
+def _views(config, model, variables, batch):
+    """What banks are drawn from."""
+    features, valid = batch
+    return {
+        _bank_name(i, name): view
+        for i, (z, log_det) in enumerate(model.apply(variables, features))
+        for name, view in bank.views(z, _seen(valid, log_det)).items()
+    }
+
+
+def _bank_name(scale: int, view: str) -> str:
+    return f"bank_{scale}_{view}"
+
+
 def _invert(config, model, variables, batch):
     return invert(model, variables, batch[0])
 
@@ -303,20 +335,20 @@ def calibrate(
     leaves scores as they are.
     """
     if holdout is None or not len(holdout[0]):
-        return calibrate_on(config, ())
+        return _calibration(len(config.layers) + len(variables.get("bank", ())))
     run = _compiled(_location_maps, FrozenConfigDict(config), model)
     return calibrate_on(config, _in_batches(config, run, variables, (holdout, valid)))
 
 
 def calibrate_on(config, maps: tuple[np.ndarray, ...]) -> Calibration:
-    """`calibrate` by the location scores of held-out normal images, [N, h, w] a scale."""
-    scales = len(config.layers)
-    scale_mean, scale_std = np.zeros(scales, np.float32), np.ones(scales, np.float32)
-    if maps and config.map.standardise:
-        scale_mean = np.array([m.mean(dtype=np.float64) for m in maps], np.float32)
-        scale_std = np.array([m.std(dtype=np.float64) or 1.0 for m in maps], np.float32)
-    calibration = Calibration(scale_mean, scale_std, np.zeros(()), np.ones(()))
-    if maps and config.score.form == "windows":
+    """`calibrate` by the `FastFlowScorer.location_maps` of held-out normal images."""
+    calibration = _calibration(len(maps))
+    if config.map.standardise:
+        calibration = calibration.replace(
+            scale_mean=np.array([m.mean(dtype=np.float64) for m in maps], np.float32),
+            scale_std=np.array([m.std(dtype=np.float64) or 1.0 for m in maps], np.float32),
+        )
+    if config.score.form == "windows":
         run = _compiled(_windows, FrozenConfigDict(config), None)
         windows = _in_batches(config, run, calibration, maps)
         # Few images may agree in one window by chance: no window counts ten times the others.
@@ -324,6 +356,12 @@ def calibrate_on(config, maps: tuple[np.ndarray, ...]) -> Calibration:
         spread = np.maximum(spread, 0.1 * spread.mean()) if spread.any() else np.ones_like(spread)
         calibration = calibration.replace(window_mean=windows.mean(0), window_std=spread)
     return calibration
+
+
+def _calibration(maps: int) -> Calibration:
+    """One that leaves scores as they are."""
+    zeros, ones = np.zeros(maps, np.float32), np.ones(maps, np.float32)
+    return Calibration(zeros, ones, np.zeros(()), np.ones(()))
 
 
 def _in_batches(config, run: Callable, state, arrays):
@@ -340,15 +378,26 @@ def _windows(config, model, calibration, maps):
 
 
 def _location_maps(config, model, variables, batch) -> tuple[jax.Array, ...]:
-    """Location scores [B, h, w] of each scale."""
+    """See `FastFlowScorer.location_maps`."""
     features, valid = batch
-    maps = tuple(
-        location_scores(z, log_det, form=config.map.form, log_det_weight=config.map.log_det)
-        for z, log_det in model.apply(variables, features)
-    )
-    if valid is None:
-        return maps
-    return tuple(without_padding(m, inside(valid, m.shape[1:])) for m in maps)
+    maps, banks = [], variables.get("bank", {})
+    for i, (z, log_det) in enumerate(model.apply(variables, features)):
+        seen = _seen(valid, log_det)
+        centred = [z]  # at the Gaussian's mean, or at what is nearest in a bank
+        if banks:
+            views = bank.views(z, seen).items()
+            centred += [bank.offsets(v, banks[_bank_name(i, name)]) for name, v in views]
+        for offsets in centred:
+            scores = location_scores(
+                offsets, log_det, form=config.map.form, log_det_weight=config.map.log_det
+            )
+            maps.append(scores if seen is None else without_padding(scores, seen))
+    return tuple(maps)
+
+
+def _seen(valid: jax.Array | None, scores: jax.Array) -> jax.Array | None:
+    """`features.inside` for location scores [B, h, w]; None without padding."""
+    return None if valid is None else inside(valid, scores.shape[1:])
 
 
 def fuse(
@@ -357,7 +406,7 @@ def fuse(
     size: tuple[int, int],
     sigma: float = 0.0,
 ) -> jax.Array:
-    """Mean over the scales, each in its calibrated units, [B, h, w] a scale -> [B, *size].
+    """Mean over the maps, each in its calibrated units, [B, h, w] each -> [B, *size].
 
     For `sigma` see `model.resize_map`.
     """

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator
 
 import flax.linen as nn
@@ -101,6 +102,12 @@ class TrainingFeatures:
     valid: np.ndarray | None = None  # bool [N, H, W], false in padding; None without padding
     on_device: bool = False  # in training the devices are to hold all that are cached
     _statistics: dict = dataclasses.field(default_factory=dict, init=False)
+
+    def in_batches(self, size: int) -> Iterator[Part]:
+        """`parts()` in batches of up to `size`."""
+        for part in self.parts():
+            for i in range(0, len(part[0][0]), size):
+                yield jax.tree.map(operator.itemgetter(slice(i, i + size)), part)
 
     def statistics(self, norm: str) -> dict:
         """See `channel_statistics`; computed once."""

@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter
 from fastflow_jax.config import fill
 from fastflow_jax.describe import flow_model
 from fastflow_jax.errors import InputError
-from fastflow_jax.fastflow import FastFlowScorer, calibrate_on, objective
+from fastflow_jax.fastflow import FastFlowScorer, calibrate, objective
 from fastflow_jax.features import channel_statistics, compress, inside
 from fastflow_jax.model import (
     FastFlow,
@@ -67,7 +67,9 @@ def reference(published):
 def test_map_and_score_equal_anomalib(published, reference):
     model, params, constants, golden = reference
     variables = {"params": params, **constants}
-    scorer = FastFlowScorer(published, model, variables, calibrate_on(published, ()))
+    scorer = FastFlowScorer(
+        published, model, variables, calibrate(published, model, variables, None)
+    )
     scores, maps = scorer.score_features(tuple(anomalib.features(0)))
     np.testing.assert_allclose(maps, golden["map"], atol=1e-5, rtol=1e-4)
     np.testing.assert_allclose(scores, golden["score"], rtol=1e-4)

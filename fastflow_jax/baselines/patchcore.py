@@ -14,7 +14,6 @@ the bank has a largest size, and the blur of maps grows with them. Transformers 
 
 import dataclasses
 import functools
-import operator
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -25,9 +24,10 @@ from tqdm import tqdm
 
 from fastflow_jax import parallel
 from fastflow_jax.backbones import deepest_maps
-from fastflow_jax.baselines.neighbours import nearest, without_likelihood
-from fastflow_jax.features import Features, Part, TrainingFeatures, inside, without_padding
+from fastflow_jax.baselines.scorer import without_likelihood
+from fastflow_jax.features import Features, TrainingFeatures, inside, without_padding
 from fastflow_jax.model import resize_map
+from fastflow_jax.neighbours import nearest
 from fastflow_jax.run_folder import read_arrays, write_arrays
 from fastflow_jax.train import Interrupted, signals_set_a_flag
 
@@ -96,7 +96,7 @@ def fit(
             run = parallel.per_example(function, config.parallel, config.batch_size)
             bar = tqdm(total=features.n, desc=f"{progress}, {what}", unit="img", dynamic_ncols=True)
             with bar:
-                for maps, valid in _batches(features, config.batch_size):
+                for maps, valid in features.in_batches(config.batch_size):
                     _stop_if(received)
                     found, seen = run(state, (maps, valid))
                     yield found[seen]
@@ -124,13 +124,6 @@ def fit(
 def load(config, shapes, folder: pathlib.Path) -> "PatchCoreScorer":
     """The scorer that `fit` left in a folder, see `fastflow.load`."""
     return PatchCoreScorer(config, shapes, read_arrays(folder / _BANK)["bank"])
-
-
-def _batches(features: TrainingFeatures, size: int) -> Iterator[Part]:
-    """`features.parts()` in batches of up to `size`."""
-    for part in features.parts():
-        for i in range(0, len(part[0][0]), size):
-            yield jax.tree.map(operator.itemgetter(slice(i, i + size)), part)
 
 
 def _stop_if(received: list[int]) -> None:

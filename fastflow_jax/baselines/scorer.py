@@ -67,3 +67,14 @@ def _program(
         return *function(state, batch, size=size), *more
 
     return parallel.per_example(run, kind, batch_size)
+
+
+def without_likelihood(
+    scorer,
+    features: Features,
+    valid: np.ndarray | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+) -> tuple[np.ndarray, np.ndarray, None]:
+    """The `predict_features` of a scorer by distances: its `score_features`, and no likelihood."""
+    return *scorer.score_features(features, valid, size=size), None

@@ -10,7 +10,6 @@ from scipy.ndimage import gaussian_filter
 
 from fastflow_jax.backbones import BACKBONES, find_spec
 from fastflow_jax.baselines import patchcore
-from fastflow_jax.baselines.neighbours import nearest
 from fastflow_jax.baselines.patchcore import (
     PatchCoreScorer,
     embed,
@@ -132,31 +131,6 @@ def test_worked_values_of_the_coreset():
     constant = np.ones((40, 4), np.float32)
     chosen = np.concatenate(list(k_center(constant, 40, start=7)))
     assert sorted(chosen) == list(range(40))
-
-
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("m", [3, 97, 9001])
-def test_neighbours_are_those_of_float64(k, m):
-    bank = RNG.normal(size=(m, 20)).astype(np.float32)
-    queries = np.concatenate([RNG.normal(size=(30, 20)), bank[:3] + 1e-4]).astype(np.float32)
-    distances, index = jax.jit(nearest, static_argnums=2)(queries, bank, k)
-    expected = all_distances(queries, bank)
-    order = np.argsort(expected, axis=1)[:, :k]
-    np.testing.assert_allclose(distances, np.take_along_axis(expected, order, 1), rtol=1e-5)
-    np.testing.assert_array_equal(index, order)
-
-
-def test_rows_that_do_not_count_are_not_found():
-    bank = RNG.normal(size=(50, 6)).astype(np.float32)
-    counts = np.arange(50) % 2 == 0
-    distances, index = nearest(bank, bank, 2, counts)
-    np.testing.assert_allclose(
-        distances, np.sort(all_distances(bank, bank[counts]), axis=1)[:, :2], rtol=1e-5, atol=1e-5
-    )
-    assert np.all(np.asarray(index) % 2 == 0)
-    alone, _ = nearest(bank, bank, 2, np.arange(50) == 4)
-    assert np.all(np.isfinite(alone[:, 0]))
-    assert np.all(np.isinf(alone[:, 1]))
 
 
 @pytest.mark.parametrize("kind", ["pmap", "jit"])

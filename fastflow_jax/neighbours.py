@@ -2,9 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from fastflow_jax.features import Features
 
 _BLOCK = 4096  # rows of the bank at a time
 
@@ -49,17 +46,6 @@ def nearest(
     (found, index), _ = jax.lax.scan(body, none, jnp.arange(0, m, size))
     exact = jnp.linalg.norm(queries[:, None] - bank[index], axis=-1)
     return jnp.where(jnp.isinf(found), jnp.inf, exact), index
-
-
-def without_likelihood(
-    scorer,
-    features: Features,
-    valid: np.ndarray | None = None,
-    *,
-    size: tuple[int, int] | None = None,
-) -> tuple[np.ndarray, np.ndarray, None]:
-    """The `predict_features` of a scorer by distances: its `score_features`, and no likelihood."""
-    return *scorer.score_features(features, valid, size=size), None
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -1,0 +1,116 @@
+"""The bank of normal latents against scipy and float64."""
+
+import jax
+import numpy as np
+import pytest
+from scipy.ndimage import convolve
+
+from fastflow_jax.bank import draw, offsets, views
+from fastflow_jax.features import cached_features
+
+RNG = np.random.default_rng(0)
+
+
+def means(z, seen):
+    """By scipy, zeros outside."""
+    kernel, found = np.ones((3, 3)), np.empty(z.shape)
+    for i, (image, counts) in enumerate(zip(z, seen.astype(float), strict=True)):
+        n = convolve(counts, kernel, mode="constant")
+        for c in range(z.shape[-1]):
+            total = convolve(image[..., c] * counts, kernel, mode="constant")
+            found[i, ..., c] = total / np.maximum(n, 1)
+    return found
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_views_are_latents_and_their_means_over_what_is_seen(padded):
+    z = RNG.normal(size=(2, 5, 4, 3))
+    seen = np.ones((2, 5, 4), bool)
+    if padded:
+        seen[0, :2] = seen[1, :, 3] = False
+    found = views(z.astype(np.float32), seen if padded else None)
+    np.testing.assert_allclose(found["place"], z, atol=1e-6)
+    np.testing.assert_allclose(found["mean"], means(z, seen), atol=1e-6)
+
+
+def test_what_padding_holds_reaches_no_mean():
+    z = RNG.normal(size=(1, 6, 6, 2)).astype(np.float32)
+    seen = np.ones((1, 6, 6), bool)
+    seen[:, :2] = False
+    spoilt = z.copy()
+    spoilt[:, :2] = 1e6
+    one, other = (views(each, seen)["mean"] for each in (z, spoilt))
+    np.testing.assert_array_equal(one[:, 2:], other[:, 2:])
+
+
+@pytest.mark.parametrize("size", [1, 40, 5000])
+def test_offsets_are_those_to_the_nearest_of_the_bank(size):
+    view = RNG.normal(size=(3, 4, 5, 6)).astype(np.float32)
+    bank = (0.3 * RNG.normal(size=(size, 6))).astype(np.float16)
+    rows = view.reshape(-1, 1, 6).astype(float)
+    distances = np.linalg.norm(rows - bank.astype(float), axis=-1)
+    expected = rows[:, 0] - bank.astype(float)[distances.argmin(1)]
+    found = jax.jit(offsets)(view, bank)
+    np.testing.assert_allclose(found, expected.reshape(view.shape), atol=1e-6)
+
+
+def numbered(n, shapes):
+    """Features that say which image and place they are of."""
+    maps = []
+    for h, w in shapes:
+        places = np.arange(h * w).reshape(1, h, w, 1)
+        image = np.arange(n).reshape(n, 1, 1, 1)
+        maps.append(np.concatenate(np.broadcast_arrays(image, places), -1).astype(np.float32))
+    return tuple(maps)
+
+
+def drawn(training, size, seed=0, batch_size=4):
+    """Banks of the features themselves, in order."""
+    banks = draw(lambda maps, valid: dict(enumerate(maps)), training, size, batch_size, seed)
+    return tuple(banks.values())
+
+
+def test_a_bank_has_as_many_places_of_each_image():
+    training = cached_features(numbered(10, [(4, 4), (2, 3)]))
+    for bank, places in zip(drawn(training, 40), (16, 6), strict=True):
+        assert bank.shape == (40, 2)
+        assert len(np.unique(bank, axis=0)) == 40  # none twice
+        np.testing.assert_array_equal(np.bincount(bank[:, 0].astype(int)), 4)
+        assert set(bank[:, 1]) <= set(range(places))
+
+
+def test_of_many_images_a_bank_has_one_place_each():
+    bank, _ = drawn(cached_features(numbered(10, [(4, 4), (2, 3)])), 7)
+    assert bank.shape == (7, 2)
+    assert len(set(bank[:, 0])) == 7
+
+
+def test_a_bank_larger_than_the_training_set_has_all_of_it():
+    first, second = drawn(cached_features(numbered(3, [(4, 4), (2, 3)])), 1000)
+    assert len(np.unique(first, axis=0)) == len(first) == 3 * 16
+    assert len(np.unique(second, axis=0)) == len(second) == 3 * 6
+
+
+def test_a_bank_hangs_on_its_seed_and_not_on_batches():
+    training = cached_features(numbered(10, [(4, 4)]))
+    (one,), (same,), (other,) = (drawn(training, 20, s, b) for s, b in [(1, 4), (1, 4), (2, 4)])
+    np.testing.assert_array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+def test_a_bank_has_nothing_of_padding():
+    valid = np.zeros((6, 16, 16), bool)
+    valid[:, 4:12] = True  # rows 1 and 2 of 4
+    training = cached_features(numbered(6, [(4, 4)]), valid)
+    (bank,) = drawn(training, 36)
+    assert set(bank[:, 1]) <= set(range(4, 12))
+    np.testing.assert_array_equal(np.bincount(bank[:, 0].astype(int)), 6)
+
+
+def test_between_two_kinds_of_normal_a_location_is_far_from_the_bank():
+    """At the origin the Gaussian is at its densest, though no latent is ever there."""
+    bank = np.repeat([[3.0, 0.0], [-3.0, 0.0]], 5, axis=0).astype(np.float16)
+    between, normal = np.zeros((1, 2, 2, 2), np.float32), np.full((1, 2, 2, 2), [3.0, 0.0], "f")
+    far, near = (np.linalg.norm(offsets(z, bank), axis=-1) for z in (between, normal))
+    np.testing.assert_allclose(far, 3, atol=1e-6)
+    np.testing.assert_allclose(near, 0, atol=1e-6)

@@ -3,7 +3,6 @@
 import os
 import signal
 
-import jax
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter

@@ -44,8 +44,8 @@ from fastflow_jax.baselines.patchcore import PatchCoreScorer
 from fastflow_jax.baselines.spade import SpadeScorer
 from fastflow_jax.config import default, fill
 from fastflow_jax.describe import flow_model
-from fastflow_jax.fastflow import FastFlowScorer, calibrate, objective
-from fastflow_jax.features import Features, extractor
+from fastflow_jax.fastflow import FastFlowScorer, calibrate, objective, with_banks
+from fastflow_jax.features import Features, cached_features, extractor
 from fastflow_jax.kinds import recipe
 from fastflow_jax.speed import median_seconds
 
@@ -99,6 +99,8 @@ def scorer_of(config, stored: int):
     if config.detector == "fastflow":
         model = flow_model(config)
         variables = objective(config, model, None).init(key, one)
+        images = cached_features(random_maps(config, stored))
+        variables = with_banks(config, model, variables, images, 0)
         return FastFlowScorer(config, model, variables, calibrate(config, model, variables, None))
     if config.detector == "cflow":
         variables = cflow.objective(config).init(key, one)

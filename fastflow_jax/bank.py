@@ -20,6 +20,8 @@ import numpy as np
 from fastflow_jax.features import Features, TrainingFeatures, inside
 from fastflow_jax.neighbours import nearest
 
+VIEWS = ("place", "mean")
+
 
 def views(z: jax.Array, seen: jax.Array | None = None) -> dict[str, jax.Array]:
     """Latents as they are and as means over 3x3 neighbours, each a tensor of the shape of `z`.
@@ -33,7 +35,7 @@ def views(z: jax.Array, seen: jax.Array | None = None) -> dict[str, jax.Array]:
         jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
         for x in (z * weight, weight)
     )
-    return {"place": z, "mean": total / jnp.maximum(weights, 1.0)}
+    return dict(zip(VIEWS, (z, total / jnp.maximum(weights, 1.0)), strict=True))
 
 
 def draw(

@@ -383,13 +383,16 @@ def _location_maps(config, model, variables, batch) -> tuple[jax.Array, ...]:
     maps, banks = [], variables.get("bank", {})
     for i, (z, log_det) in enumerate(model.apply(variables, features)):
         seen = _seen(valid, log_det)
-        centred = [z]  # at the Gaussian's mean, or at what is nearest in a bank
-        if banks:
-            views = bank.views(z, seen).items()
-            centred += [bank.offsets(v, banks[_bank_name(i, name)]) for name, v in views]
-        for offsets in centred:
+        # How far from the Gaussian's mean, or from what is nearest in a bank; and how dense there.
+        # The flow has no determinant for a mean over places.
+        judged = [(z, log_det)]
+        density = {"place": log_det, "mean": jnp.zeros_like(log_det)}
+        for name, view in bank.views(z, seen).items() if banks else ():
+            offsets = bank.offsets(view, banks[_bank_name(i, name)])
+            judged.append((offsets, density[name]))
+        for offsets, dense in judged:
             scores = location_scores(
-                offsets, log_det, form=config.map.form, log_det_weight=config.map.log_det
+                offsets, dense, form=config.map.form, log_det_weight=config.map.log_det
             )
             maps.append(scores if seen is None else without_padding(scores, seen))
     return tuple(maps)

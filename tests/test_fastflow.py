@@ -12,7 +12,15 @@ from fastflow_jax.backbones import create_backbone
 from fastflow_jax.config import default, fill
 from fastflow_jax.describe import flow_model
 from fastflow_jax.detector import Detector
-from fastflow_jax.fastflow import FastFlowScorer, calibrate, fit, fuse, fuse_finest, load
+from fastflow_jax.fastflow import (
+    FastFlowScorer,
+    calibrate,
+    fit,
+    fuse,
+    fuse_finest,
+    load,
+    with_banks,
+)
 from fastflow_jax.features import cached_features, compress
 from fastflow_jax.model import location_scores, window_maxima
 
@@ -113,6 +121,40 @@ def test_what_normal_images_do_not_show_scores_higher(setup):
     assert anomaly_map.dtype == jnp.float32
 
 
+def test_banks_add_two_maps_a_scale(setup):
+    config, _, model, variables, _, features = setup
+    config = config.copy_and_resolve_references()
+    config.map.bank = 20
+    banked = with_banks(config, model, variables, cached_features(features), seed=0)
+    calibration = calibrate(config, model, banked, features)
+    scorer = FastFlowScorer(config, model, banked, calibration)
+    found = scorer.location_maps(tuple(m[:4] for m in features))
+    latents = jax.jit(model.apply)(variables, tuple(m[:4] for m in features))
+    assert len(found) == len(calibration.scale_mean) == 3 * len(latents)
+    for i, (z, log_det) in enumerate(latents):
+        z, log_det = np.asarray(z, np.float64), np.asarray(log_det)
+        expected = [(z**2).sum(-1) / 2 - 0.1 * log_det]
+        padded = np.pad(z, [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=np.nan)
+        around = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+        for view, weight, name in ((z, 0.1, "place"), (np.nanmean(around, (-2, -1)), 0, "mean")):
+            bank = banked["bank"][f"bank_{i}_{name}"].astype(float)
+            assert 20 <= len(bank) < 20 + len(features[0])
+            nearest = ((view[..., None, :] - bank) ** 2).sum(-1).min(-1)
+            expected.append(nearest / 2 - weight * log_det)
+        for one, other in zip(found[3 * i : 3 * i + 3], expected, strict=True):
+            np.testing.assert_allclose(one, other / z.shape[-1], atol=2e-4, rtol=1e-4)
+
+
+def test_without_held_out_images_banks_still_score(setup):
+    config, _, model, variables, _, features = setup
+    banked = with_banks(config, model, variables, cached_features(features), seed=0)
+    scorer = FastFlowScorer(config, model, banked, calibrate(config, model, banked, None))
+    scores, maps = scorer.score_features(tuple(m[:4] + 3 for m in features))
+    plain, _ = scorer.score_features(tuple(m[:4] for m in features))
+    assert np.all(np.isfinite(maps))
+    assert np.all(scores > plain)
+
+
 def padded(images, noise):
     """Images [B, 32, 48, 3] with their upper and lower quarters taken for padding."""
     valid = np.zeros(images.shape[:3], bool)
@@ -121,11 +163,12 @@ def padded(images, noise):
     return np.where(valid[..., None], images, noise).astype(np.float32), valid
 
 
+@pytest.mark.parametrize("bank", [0, 30])
 @pytest.mark.parametrize("form", ["windows", "top_k"])
-def test_what_the_flow_says_of_padding_counts_for_nothing(setup, form):
+def test_what_the_flow_says_of_padding_counts_for_nothing(setup, form, bank):
     config, _, model, _, images, features = setup
     config = config.copy_and_resolve_references()
-    config.score.form = form
+    config.score.form, config.map.bank = form, bank
     _, valid = padded(images, 0)
     # Features change in padding only, at either scale: rows 2 to 5 of 8 lie inside, 4 to 11 of 16.
     spoilt = tuple(m.copy() for m in features)
@@ -137,6 +180,7 @@ def test_what_the_flow_says_of_padding_counts_for_nothing(setup, form):
     for maps in (features, spoilt):
         pointwise = model.clone(kernels=(1,))  # a flow that does not look around itself
         params = jax.jit(pointwise.init)(jax.random.key(0), tuple(m[:1] for m in maps))
+        params = with_banks(config, pointwise, params, cached_features(maps, valid), 0)
         calibration = calibrate(config, pointwise, params, maps, valid)
         scorer = FastFlowScorer(config, pointwise, params, calibration)
         results.append(scorer.score_features(tuple(m[:4] for m in maps), valid[:4]))

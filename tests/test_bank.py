@@ -102,9 +102,10 @@ def test_a_bank_has_nothing_of_padding():
     valid = np.zeros((6, 16, 16), bool)
     valid[:, 4:12] = True  # rows 1 and 2 of 4
     training = cached_features(numbered(6, [(4, 4)]), valid)
-    (bank,) = drawn(training, 36)
-    assert set(bank[:, 1]) <= set(range(4, 12))
-    np.testing.assert_array_equal(np.bincount(bank[:, 0].astype(int)), 6)
+    for size, each in ((36, 6), (1000, 8)):
+        (bank,) = drawn(training, size)
+        assert set(bank[:, 1]) <= set(range(4, 12))
+        np.testing.assert_array_equal(np.bincount(bank[:, 0].astype(int)), each)
 
 
 def test_between_two_kinds_of_normal_a_location_is_far_from_the_bank():

@@ -383,18 +383,14 @@ def _location_maps(config, model, variables, batch) -> tuple[jax.Array, ...]:
     maps, banks = [], variables.get("bank", {})
     for i, (z, log_det) in enumerate(model.apply(variables, features)):
         seen = _seen(valid, log_det)
-        # How far from the Gaussian's mean, or from what is nearest in a bank; and how dense there.
-        # The flow has no determinant for a mean over places.
-        judged = [(z, log_det)]
-        density = {"place": log_det, "mean": jnp.zeros_like(log_det)}
+        score = functools.partial(location_scores, z, form=config.map.form)
+        found = [score(log_det, log_det_weight=config.map.log_det)]
         for name, view in bank.views(z, seen).items() if banks else ():
-            offsets = bank.offsets(view, banks[_bank_name(i, name)])
-            judged.append((offsets, density[name]))
-        for offsets, dense in judged:
-            scores = location_scores(
-                offsets, dense, form=config.map.form, log_det_weight=config.map.log_det
-            )
-            maps.append(scores if seen is None else without_padding(scores, seen))
+            squares = bank.squared_distances(view, banks[_bank_name(i, name)])
+            # The flow has no determinant for a mean over places.
+            weight = config.map.log_det if name == "place" else 0.0
+            found.append(score(log_det, log_det_weight=weight, squares=squares))
+        maps += found if seen is None else [without_padding(each, seen) for each in found]
     return tuple(maps)
 
 

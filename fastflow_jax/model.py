@@ -155,7 +155,12 @@ def negative_log_likelihood(
 
 
 def location_scores(
-    z: jax.Array, log_det: jax.Array, *, form: str, log_det_weight: float
+    z: jax.Array,
+    log_det: jax.Array,
+    *,
+    form: str,
+    log_det_weight: float,
+    squares: jax.Array | None = None,
 ) -> jax.Array:
     """How unlikely each location of one scale is, [B, h, w]; higher is more anomalous.
 
@@ -166,8 +171,10 @@ def location_scores(
         of that, in [-1, 0] without log-det: the reference's map, which saturates where z is large.
       log_det_weight: how far the log-determinant counts: 1 in a likelihood, 0 in the reference,
         which asks how far z lies from the centre and not how dense features lie there.
+      squares: [B, h, w], squared distances of z to another centre than the origin, if there is one.
     """
-    energy = (0.5 * jnp.sum(z**2, axis=-1) - log_det_weight * log_det) / z.shape[-1]
+    squares = jnp.sum(z**2, axis=-1) if squares is None else squares
+    energy = (0.5 * squares - log_det_weight * log_det) / z.shape[-1]
     return -jnp.exp(-energy) if form == "probability" else energy
 
 

@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from fastflow_jax import parallel
 from fastflow_jax.backbones import deepest_maps
+from fastflow_jax.baselines.neighbours import nearest
 from fastflow_jax.baselines.scorer import without_likelihood
 from fastflow_jax.features import Features, TrainingFeatures, inside, without_padding
 from fastflow_jax.model import resize_map
-from fastflow_jax.neighbours import nearest
 from fastflow_jax.run_folder import read_arrays, write_arrays
 from fastflow_jax.train import Interrupted, signals_set_a_flag
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from fastflow_jax.neighbours import nearest
+from fastflow_jax.baselines.neighbours import nearest
 
 RNG = np.random.default_rng(0)
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from fastflow_jax.backbones import find_spec
-from fastflow_jax.bank import VIEWS
 from fastflow_jax.errors import InputError
 from fastflow_jax.model import FastFlow, negative_log_likelihood
 from fastflow_jax.store import n_bytes
@@ -52,15 +51,15 @@ def describe(config) -> str:
             _numbers(variables["params"].get(name, {})) for name in (f"flow_{i}", f"norm_{i}")
         )
         lines.append(f"{layer:<12}{shape:>16}{spec.maps[layer][1]:>8}{numbers:>14,}")
-    # Each location of a map is compared with the latents of a bank, once for each view of it.
-    searched = len(VIEWS) * sum(math.prod(m.shape) for m in maps)
-    banked = len(VIEWS) * config.map.bank * sum(m.shape[-1] for m in maps)
+    # Each location of a map is compared with all latents of its bank.
+    searched = config.map.bank * sum(math.prod(m.shape) for m in maps)
+    banked = config.map.bank * sum(m.shape[-1] for m in maps)
     rows = {
         "trainable numbers": f"{_numbers(variables['params']):,}",
         "frozen numbers (backbone)": f"{_numbers(backbone_variables):,}",
         "operations, backbone, an image": _operations(backbone.apply, backbone_variables, images),
         "operations, flow, an image": _operations(model.apply, variables, maps),
-        "operations, banks, an image": f"{2 * searched * config.map.bank / 1e9:.2f} G",
+        "operations, banks, an image": f"{2 * searched / 1e9:.2f} G",
         "features, an image": f"{_bytes(n_bytes(1, kept))} in {config.feature_dtype}",
         "weights": _bytes(4 * (_numbers(variables["params"]) + _numbers(backbone_variables))),
         "banks, at the most": f"{_bytes(2 * banked)} in float16",

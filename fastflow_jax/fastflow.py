@@ -106,13 +106,13 @@ def load(config, shapes, folder: pathlib.Path) -> "FastFlowScorer":
 
 
 def with_banks(config, model, variables, features: TrainingFeatures, seed: int) -> dict:
-    """Variables of the flows with the collection "bank": of each scale one for each view."""
+    """Variables of the flows with the collection "bank": what `bank.draw` gives, one a scale."""
     if not config.map.bank:
         return variables
-    run = _compiled(_views, FrozenConfigDict(config), model)
+    run = _compiled(_means, FrozenConfigDict(config), model)
     size = config.batch_size
     banks = bank.draw(lambda *batch: run(variables, batch), features, config.map.bank, size, seed)
-    return variables | {"bank": banks}
+    return variables | {"bank": {f"bank_{i}": rows for i, rows in enumerate(banks)}}
 
 
 def _calibration_file(config, folder: pathlib.Path) -> pathlib.Path:
@@ -241,7 +241,7 @@ class FastFlowScorer:
     ) -> tuple[np.ndarray, ...]:
         """Location scores [B, h, w], all that scores and their calibration come from.
 
-        One map a scale, followed, where there are banks, by one for each of its views.
+        One map a scale, each followed by that of its bank where there are banks.
         """
         return self._programs(_location_maps)(self.variables, (features, valid))
 
@@ -295,18 +295,11 @@ def _latents(config, model, variables, batch):
     return tuple(z for z, _ in model.apply(variables, batch[0]))
 
 
-def _views(config, model, variables, batch):
+def _means(config, model, variables, batch):
     """What banks are drawn from."""
     features, valid = batch
-    return {
-        _bank_name(i, name): view
-        for i, (z, log_det) in enumerate(model.apply(variables, features))
-        for name, view in bank.views(z, _seen(valid, log_det)).items()
-    }
-
-
-def _bank_name(scale: int, view: str) -> str:
-    return f"bank_{scale}_{view}"
+    latents = model.apply(variables, features)
+    return tuple(bank.means(z, _seen(valid, log_det)) for z, log_det in latents)
 
 
 def _invert(config, model, variables, batch):
@@ -383,13 +376,12 @@ def _location_maps(config, model, variables, batch) -> tuple[jax.Array, ...]:
     maps, banks = [], variables.get("bank", {})
     for i, (z, log_det) in enumerate(model.apply(variables, features)):
         seen = _seen(valid, log_det)
-        score = functools.partial(location_scores, z, form=config.map.form)
-        found = [score(log_det, log_det_weight=config.map.log_det)]
-        for name, view in bank.views(z, seen).items() if banks else ():
-            squares = bank.squared_distances(view, banks[_bank_name(i, name)])
+        score = functools.partial(location_scores, z, log_det, form=config.map.form)
+        found = [score(log_det_weight=config.map.log_det)]
+        if banks:
+            squares = bank.squared_distances(bank.means(z, seen), banks[f"bank_{i}"])
             # The flow has no determinant for a mean over places.
-            weight = config.map.log_det if name == "place" else 0.0
-            found.append(score(log_det, log_det_weight=weight, squares=squares))
+            found.append(score(log_det_weight=0.0, squares=squares))
         maps += found if seen is None else [without_padding(each, seen) for each in found]
     return tuple(maps)
 

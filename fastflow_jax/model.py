@@ -171,7 +171,7 @@ def location_scores(
         of that, in [-1, 0] without log-det: the reference's map, which saturates where z is large.
       log_det_weight: how far the log-determinant counts: 1 in a likelihood, 0 in the reference,
         which asks how far z lies from the centre and not how dense features lie there.
-      squares: [B, h, w], squared distances of z to another centre than the origin, if there is one.
+      squares: [B, h, w], what stands in the place of |z|^2, if anything does: see `bank`.
     """
     squares = jnp.sum(z**2, axis=-1) if squares is None else squares
     energy = (0.5 * squares - log_det_weight * log_det) / z.shape[-1]

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from scipy.ndimage import convolve
 
-from fastflow_jax.bank import draw, squared_distances, views
+from fastflow_jax.bank import draw, means, squared_distances
 from fastflow_jax.features import cached_features
 
 RNG = np.random.default_rng(0)
 
 
-def means(z, seen):
+def expected_means(z, seen):
     """By scipy, zeros outside."""
     kernel, found = np.ones((3, 3)), np.empty(z.shape)
     for i, (image, counts) in enumerate(zip(z, seen.astype(float), strict=True)):
@@ -23,14 +23,13 @@ def means(z, seen):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_views_are_latents_and_their_means_over_what_is_seen(padded):
+def test_means_are_over_what_is_seen(padded):
     z = RNG.normal(size=(2, 5, 4, 3))
     seen = np.ones((2, 5, 4), bool)
     if padded:
         seen[0, :2] = seen[1, :, 3] = False
-    found = views(z.astype(np.float32), seen if padded else None)
-    np.testing.assert_allclose(found["place"], z, atol=1e-6)
-    np.testing.assert_allclose(found["mean"], means(z, seen), atol=1e-6)
+    found = means(z.astype(np.float32), seen if padded else None)
+    np.testing.assert_allclose(found, expected_means(z, seen), atol=1e-6)
 
 
 def test_what_padding_holds_reaches_no_mean():
@@ -39,18 +38,18 @@ def test_what_padding_holds_reaches_no_mean():
     seen[:, :2] = False
     spoilt = z.copy()
     spoilt[:, :2] = 1e6
-    one, other = (views(each, seen)["mean"] for each in (z, spoilt))
+    one, other = (means(each, seen) for each in (z, spoilt))
     np.testing.assert_array_equal(one[:, 2:], other[:, 2:])
 
 
 @pytest.mark.parametrize("size", [1, 40, 5000])
 def test_distances_are_those_to_the_nearest_of_the_bank(size):
-    view = RNG.normal(size=(3, 4, 5, 6)).astype(np.float32)
+    latents = RNG.normal(size=(3, 4, 5, 6)).astype(np.float32)
     bank = (0.3 * RNG.normal(size=(size, 6))).astype(np.float16)
-    view[0, 0, 0] = bank[0]  # one that is in it
-    offsets = view[..., None, :].astype(float) - bank.astype(float)
+    latents[0, 0, 0] = bank[0]  # one that is in it
+    offsets = latents[..., None, :].astype(float) - bank.astype(float)
     expected = (offsets**2).sum(-1).min(-1)
-    np.testing.assert_allclose(jax.jit(squared_distances)(view, bank), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(squared_distances)(latents, bank), expected, atol=1e-5)
 
 
 def numbered(n, shapes):
@@ -64,9 +63,8 @@ def numbered(n, shapes):
 
 
 def drawn(training, size, seed=0, batch_size=4):
-    """Banks of the features themselves, in order."""
-    banks = draw(lambda maps, valid: dict(enumerate(maps)), training, size, batch_size, seed)
-    return tuple(banks.values())
+    """Banks of the features themselves."""
+    return draw(lambda maps, valid: maps, training, size, batch_size, seed)
 
 
 def test_a_bank_has_as_many_places_of_each_image():

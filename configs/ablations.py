@@ -91,7 +91,7 @@ def _recipe(c) -> dict:
         "lengths_kept": {"length_power": 1.0},
         "published_kernels": {"flow": {"out_kernel": 0}},
         "batches_of_32": {"train": {"batch_size": 32, "steps": 125}},
-        "no_banks": {"map": {"bank": 0}},
+        "no_bank": {"map": {"bank": 0}},
         "z_alone": {"map": {"log_det": 0.0}},
         "likelihood": {"map": {"log_det": 1.0}},
         "maximum": {"score": {"form": "top_k", "top_k": 0.0}},

@@ -284,6 +284,7 @@ def test_the_ablation_of_the_recipe_undoes_one_choice_at_a_time():
         "lengths_kept": {"length_power"},
         "published_kernels": {"flow.out_kernel"},
         "batches_of_32": {"train.steps", "train.batch_size"},
+        "no_bank": {"map.bank"},
         "z_alone": {"map.log_det"},
         "likelihood": {"map.log_det"},
         "maximum": {"score.form"},

@@ -99,9 +99,9 @@ def assert_same_run(one, two):
     arrays = [np.load(next(folder.glob("calibration_*.npz"))) for folder in (one, two)]
     for name in arrays[0]:
         both = [each[name] for each in arrays]
-        # What is kept in float16, the bank, may be rounded the other way.
-        rtol = max(1e-4, 2 * np.finfo(both[0].dtype).eps)
-        np.testing.assert_allclose(*both, rtol=rtol, atol=1e-5, err_msg=name)
+        # A bank holds single latents, of the order of 1 and in float16; the rest are means over many.
+        atol = 1e-3 if name.startswith("bank") else 1e-5
+        np.testing.assert_allclose(*both, rtol=1e-4, atol=atol, err_msg=name)
     pictures = [{p.name for p in (folder / "heatmaps").rglob("*.png")} for folder in (one, two)]
     assert pictures[0] == pictures[1]
 

@@ -99,7 +99,7 @@ def assert_same_run(one, two):
     arrays = [np.load(next(folder.glob("calibration_*.npz"))) for folder in (one, two)]
     for name in arrays[0]:
         both = [each[name] for each in arrays]
-        # A bank holds single latents, of the order of 1 and in float16; the rest are means over many.
+        # A bank holds single latents, of the order of 1 and in float16; the rest are means.
         atol = 1e-3 if name.startswith("bank") else 1e-5
         np.testing.assert_allclose(*both, rtol=1e-4, atol=atol, err_msg=name)
     pictures = [{p.name for p in (folder / "heatmaps").rglob("*.png")} for folder in (one, two)]

@@ -16,6 +16,7 @@ from ml_collections import FrozenConfigDict
 from fastflow_jax import bank, parallel
 from fastflow_jax.config import to_plain
 from fastflow_jax.describe import flow_model
+from fastflow_jax.errors import InputError
 from fastflow_jax.features import Features, TrainingFeatures, inside, without_padding
 from fastflow_jax.model import (
     FastFlow,
@@ -95,10 +96,18 @@ def load(config, shapes, folder: pathlib.Path) -> "FastFlowScorer":
       config: that it was trained with.
       shapes: (h, w, C) of each scale.
       folder: that `fit` was given.
+
+    Raises:
+      InputError: it has no calibration for this configuration.
     """
+    file = _calibration_file(config, folder)
+    if not file.exists():
+        raise InputError(
+            f"{file} is missing: the training is of another version, or not whole; train it anew"
+        )
     model = flow_model(config)
     variables = trained_in(folder, config, objective(config, model, None), shapes)
-    arrays = read_arrays(_calibration_file(config, folder))
+    arrays = read_arrays(file)
     calibration = {field.name: arrays.pop(field.name) for field in dataclasses.fields(Calibration)}
     if arrays:
         variables = variables | {"bank": arrays}

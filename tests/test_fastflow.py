@@ -12,6 +12,7 @@ from fastflow_jax.backbones import create_backbone
 from fastflow_jax.config import default, fill
 from fastflow_jax.describe import flow_model
 from fastflow_jax.detector import Detector
+from fastflow_jax.errors import InputError
 from fastflow_jax.fastflow import (
     FastFlowScorer,
     calibrate,
@@ -213,6 +214,16 @@ def test_a_fitted_scorer_loads_as_it_was(setup, tmp_path):
         fitted.score_features(holdout), loaded.score_features(holdout), strict=True
     ):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_training_of_another_version_is_refused(setup, tmp_path):
+    config = setup[0].copy_and_resolve_references()
+    config.train.epochs = 1
+    training = cached_features(tuple(m[:4] for m in setup[5]))
+    fit(config, training, None, seed=1, folder=tmp_path)
+    next(tmp_path.glob("calibration_*.npz")).unlink()
+    with pytest.raises(InputError, match=r"calibration_.* is missing"):
+        load(config, training.shapes, tmp_path)
 
 
 @contextlib.contextmanager

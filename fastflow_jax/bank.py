@@ -48,7 +48,7 @@ def draw(
       features: of the training images.
       size: of a bank. It has as many locations of each image, of as many images as it takes; so M
         is up to one for each image more, and less where there are fewer locations.
-      batch_size: images whose latents are computed at a time.
+      batch_size: images whose latents are computed at a time. It is a part of the choice, too.
       seed: of the choice.
     """
     rng = np.random.default_rng(seed)

@@ -186,6 +186,15 @@ def test_describe_prints_scales_numbers_operations_and_memory():
     assert "a training step of 1 " in text
 
 
+def test_describe_counts_the_banks():
+    c = default()
+    c.image_size, c.flow.steps, c.map.bank = (64,), 1, 5000
+    text = " ".join(describe(fill(c)).split())
+    # Maps of 4x4x80, 4x4x112 and 2x2x192.
+    assert f"operations, banks, an image {2 * 5000 * 3840 / 1e9:.2f} G" in text
+    assert f"banks, at the most {2 * 5000 * 384 / 2**20:.1f} MiB in float16" in text
+
+
 def with_variants(**changes):
     c = default()
     c.variants = ConfigDict(changes)

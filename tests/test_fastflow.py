@@ -153,6 +153,9 @@ def test_without_held_out_images_banks_still_score(setup):
     plain, _ = scorer.score_features(tuple(m[:4] for m in features))
     assert np.all(np.isfinite(maps))
     assert np.all(scores > plain)
+    unbanked = FastFlowScorer(config, model, variables, calibrate(config, model, variables, None))
+    without, _ = unbanked.score_features(tuple(m[:4] for m in features))
+    assert np.all(np.abs(plain - without) > 1e-3)
 
 
 def padded(images, noise):

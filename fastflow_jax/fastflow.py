@@ -214,7 +214,7 @@ class FastFlowScorer:
           size: (H, W) of the maps; None for the input size of the configuration.
         """
         run = self._programs(_score, tuple(size or self.config.image_size))
-        return run((self.variables, self.calibration), (features, valid))
+        return run(self._state, (features, valid))
 
     def predict_features(
         self,
@@ -225,11 +225,11 @@ class FastFlowScorer:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`score_features`, and log p of each image's features in nats per dimension, [B]."""
         run = self._programs(_predict, tuple(size or self.config.image_size))
-        return run((self.variables, self.calibration), (features, valid))
+        return run(self._state, (features, valid))
 
     def latents(self, features: Features) -> tuple[np.ndarray, ...]:
         """The z of features, [B, h, w, C] a scale as they are; standard normal under the model."""
-        return self._programs(_latents)(self.variables, (features,))
+        return self._programs(_latents)(self._state[0], (features,))
 
     def invert(self, latents: Features) -> tuple[np.ndarray, ...]:
         """The flow backwards: the features whose `latents` these are.
@@ -237,13 +237,13 @@ class FastFlowScorer:
         Raises:
           InputError: the features went through a norm of each image, which keeps no way back.
         """
-        return self._programs(_invert)(self.variables, (latents,))
+        return self._programs(_invert)(self._state[0], (latents,))
 
     def energies(
         self, features: Features, valid: np.ndarray | None = None
     ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
         """|z|^2 [B, h, w] a scale, and which of them count, for `thresholds.regions`."""
-        return self._programs(_energies)(self.variables, (features, valid))
+        return self._programs(_energies)(self._state[0], (features, valid))
 
     def location_maps(
         self, features: Features, valid: np.ndarray | None = None
@@ -252,16 +252,21 @@ class FastFlowScorer:
 
         One map a scale, each followed by that of its bank where there are banks.
         """
-        return self._programs(_location_maps)(self.variables, (features, valid))
+        return self._programs(_location_maps)(self._state[0], (features, valid))
 
     def score_maps(self, maps: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
         """`score_features` of features with these `location_maps`."""
         run = self._programs(_score_maps, tuple(self.config.image_size))
-        return run(self.calibration, maps)
+        return run(self._state[1], maps)
 
     def recalibrated(self, maps: tuple[np.ndarray, ...]) -> "FastFlowScorer":
         """The same flows, calibrated by other held-out normal images with these `location_maps`."""
         return dataclasses.replace(self, calibration=calibrate_on(self.config, maps))
+
+    @functools.cached_property
+    def _state(self) -> tuple[dict, Calibration]:
+        """Where it is computed with: to send it there takes longer than to score an image."""
+        return parallel.on_devices((self.variables, self.calibration))
 
     @functools.cached_property
     def _programs(self):

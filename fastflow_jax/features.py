@@ -58,9 +58,10 @@ def extractor(
       InputError: the type cannot hold the features.
     """
     run = _compiled(backbone.module, length_power, dtype, kind, batch_size)
+    variables = parallel.on_devices(backbone.variables)
 
     def extract(images):
-        maps = run(backbone.variables, images)
+        maps = run(variables, images)
         if dtype == "float16":  # the others reach as far as float32
             _check_range(maps)
         return maps

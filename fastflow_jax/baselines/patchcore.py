@@ -278,7 +278,7 @@ class PatchCoreScorer:
     def _state(self):
         centre = self.bank.mean(0)
         kernels = pooling_kernels(self.shapes, self.bank.shape[1])
-        return kernels, jnp.asarray(centre), jnp.asarray(self.bank - centre)
+        return parallel.on_devices((kernels, centre, self.bank - centre))
 
     @functools.cached_property
     def _programs(self):

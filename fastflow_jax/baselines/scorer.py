@@ -31,7 +31,7 @@ class Scorer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `fastflow.FastFlowScorer.score_features`."""
         run = self._programs(None, tuple(size or self.config.image_size))
-        return run(self.state, (features, valid))
+        return run(self._on_devices, (features, valid))
 
     def predict_features(
         self,
@@ -44,7 +44,11 @@ class Scorer:
         if self.log_likelihood is None:
             return *self.score_features(features, valid, size=size), None
         run = self._programs(self.log_likelihood, tuple(size or self.config.image_size))
-        return run(self.state, (features, valid))
+        return run(self._on_devices, (features, valid))
+
+    @functools.cached_property
+    def _on_devices(self):
+        return parallel.on_devices(self.state)
 
     @functools.cached_property
     def _programs(self):

@@ -125,7 +125,7 @@ class SpadeScorer:
     @functools.cached_property
     def _vectors(self) -> jax.Array:
         """Of the training images, [N, C]."""
-        return jnp.asarray(_vectors(self.maps, self.valid))
+        return parallel.on_devices(_vectors(self.maps, self.valid))
 
     @functools.cached_property
     def _retrieve(self):

@@ -102,7 +102,7 @@ def default() -> ConfigDict:
     # Training
     c.train = ConfigDict()
     c.train.steps = 500  # rounded to whole epochs
-    c.train.max_epochs = 20  # few images take fewer steps: more would learn them by heart
+    c.train.max_epochs = 10  # few images take fewer steps: more would learn them by heart
     c.train.epochs = placeholder(int)  # overrides both
     c.train.batch_size = 8
     c.train.drop_last = False  # leave an epoch's short last batch out, as the reference does

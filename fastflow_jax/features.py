@@ -86,6 +86,9 @@ def _check_range(maps: Features) -> None:
             )
 
 
+# Added to the variance of each direction before whitening, in units of their mean.
+_SHRINKAGE = 0.5
+
 Part = tuple[Features, np.ndarray | None]  # of some images, and their `Batch.valid`
 
 
@@ -203,9 +206,9 @@ def channel_statistics(parts: Iterable[Part], norm: str) -> dict:
 
     Returns:
       The collection "statistics" of `model.FastFlow`, float32: the mean of each channel, and its
-      deviation or the symmetric matrix that whitens (ZCA). Directions in which the channels hardly
-      vary are whitened only so far: a hundredth of the mean variance is added to each, lest they
-      turn to noise.
+      deviation or the symmetric matrix that whitens (ZCA), half way: a half of the mean variance is
+      added to each direction's. Those in which channels hardly vary would turn to noise else, which
+      few images do not tell from what is normal.
     """
     if norm not in ("whiten", "standardise"):
         return {}
@@ -224,7 +227,7 @@ def channel_statistics(parts: Iterable[Part], norm: str) -> dict:
             scale = {"std": std}
         else:
             values, vectors = np.linalg.eigh(covariance / np.outer(std, std))
-            root = vectors / np.sqrt(values.clip(0) + 0.01 * values.mean())
+            root = vectors / np.sqrt(values.clip(0) + _SHRINKAGE * values.mean())
             scale = {"whitening": (root @ vectors.T) / std[:, None]}
         statistics[f"norm_{i}"] = {k: np.float32(v) for k, v in {"mean": mean, **scale}.items()}
     return statistics

@@ -133,12 +133,11 @@ def test_training_statistics_make_channels_standard(norm):
     if norm == "standardise":
         np.testing.assert_allclose(np.diag(covariance), 1, rtol=1e-3)
         return
-    # Whitened but for the hundredth of the mean variance added in each direction.
+    # Whitened but for the half of the mean variance added in each direction.
     values = np.linalg.eigvalsh(np.corrcoef(maps.reshape(-1, 4).T))
     np.testing.assert_allclose(
-        np.sort(np.linalg.eigvalsh(covariance)), np.sort(values / (values + 0.01)), rtol=1e-2
+        np.sort(np.linalg.eigvalsh(covariance)), np.sort(values / (values + 0.5)), rtol=1e-2
     )
-    assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 0.1
 
 
 @pytest.mark.parametrize("norm", ["whiten", "standardise"])

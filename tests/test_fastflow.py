@@ -107,6 +107,21 @@ def test_scores_of_images_follow_from_their_features(setup, form):
     np.testing.assert_allclose(scores, expected, atol=5e-3)
 
 
+@pytest.mark.parametrize("kind", ["pmap", "jit"])
+def test_weights_are_sent_to_the_devices_once(setup, monkeypatch, kind):
+    config, backbone, model, variables, images, features = setup
+    config = config.copy_and_resolve_references()
+    config.parallel = kind
+    calibration = calibrate(config, model, variables, features)
+    detector = Detector(config, backbone, FastFlowScorer(config, model, variables, calibration))
+    detector.score(images[:4])
+    sent, put = [], jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda x, *to: sent.append(np.shape(x)) or put(x, *to))
+    detector.score(images[4:8])
+    weights = jax.tree.leaves((backbone.variables, variables))
+    assert not {np.shape(leaf) for leaf in weights} & set(sent)
+
+
 def test_what_normal_images_do_not_show_scores_higher(setup):
     config, backbone, model, variables, images, features = setup
     calibration = calibrate(config, model, variables, features)

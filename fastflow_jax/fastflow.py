@@ -257,7 +257,7 @@ class FastFlowScorer:
     def score_maps(self, maps: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
         """`score_features` of features with these `location_maps`."""
         run = self._programs(_score_maps, tuple(self.config.image_size))
-        return run(self._state[1], maps)
+        return run(self.calibration, maps)
 
     def recalibrated(self, maps: tuple[np.ndarray, ...]) -> "FastFlowScorer":
         """The same flows, calibrated by other held-out normal images with these `location_maps`."""

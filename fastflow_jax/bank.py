@@ -3,11 +3,11 @@
 A flow is trained to bring normal features to one Gaussian, and does not quite: the latents of
 normal images keep to some places and leave others empty, in which a defect may lie. So a location
 is also judged under a mixture of Gaussians of unit width about latents of training images, of which
-the nearest decides: |m - b|^2 / 2 beside |z|^2 / 2. That the base of a trained flow be estimated
-anew is the idea of Kim et al., AltUB (arXiv 2210.14913), who fit one Gaussian.
+the nearest decides: |m - b|^2 beside |z|^2. That the base of a trained flow be estimated anew is the
+idea of Kim et al., AltUB (arXiv 2210.14913), who fit one Gaussian.
 
 Both sides of that distance are means over 3x3 places, as a defect moves neighbours alike and chance
-does not.
+does not. On coarse maps, of which 3x3 places are a large part, they are latents as they are.
 """
 
 from collections.abc import Callable
@@ -19,19 +19,33 @@ import numpy as np
 from fastflow_jax.features import Features, TrainingFeatures, inside
 
 
+_COARSE = 12  # places on a map's shorter side, below which it has no means
+
+
 def means(z: jax.Array, seen: jax.Array | None = None) -> jax.Array:
-    """Of latents over 3x3 places, a tensor of the shape of `z`.
+    """Of latents over 3x3 places, a tensor of the shape of `z`; of a coarse map `z` itself.
 
     Args:
       z: [B, h, w, C].
       seen: bool [B, h, w]; what is not seen, and what lies outside of the map, does not count.
     """
-    weight = (jnp.ones(z.shape[:3]) if seen is None else seen.astype(z.dtype))[..., None]
-    total, weights = (
-        jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
-        for x in (z * weight, weight)
-    )
-    return total / jnp.maximum(weights, 1.0)
+    if min(z.shape[1:3]) < _COARSE:
+        return z
+    if seen is None:
+        seen = np.ones((1, *z.shape[1:3]), bool)
+    weight = seen[..., None].astype(z.dtype)
+    return _sums(z * weight) / jnp.maximum(_sums(weight), 1.0)
+
+
+def _sums(x):
+    """Over 3x3 places of [B, h, w, C], zeros outside."""
+    for axis in (1, 2):
+        n = x.shape[axis]
+        beyond = [(0, 0)] * 4
+        beyond[axis] = (1, 1)
+        padded = jnp.pad(x, beyond)
+        x = sum(jax.lax.slice_in_dim(padded, i, i + n, axis=axis) for i in range(3))
+    return x
 
 
 def draw(
@@ -48,13 +62,13 @@ def draw(
       features: of the training images.
       size: of a bank. It has as many locations of each image, of as many images as it takes; so M
         is up to one for each image more, and less where there are fewer locations.
-      batch_size: images whose latents are computed at a time. It is a part of the choice, too.
+      batch_size: images whose latents are computed at a time.
       seed: of the choice.
     """
-    rng = np.random.default_rng(seed)
     images = min(size, features.n)
     chosen = np.zeros(features.n, bool)
-    chosen[rng.choice(features.n, images, replace=False)] = True
+    chosen[np.random.default_rng(seed).choice(features.n, images, replace=False)] = True
+    rngs = [np.random.default_rng((seed, scale)) for scale in range(len(features.shapes))]
     each = -(-size // images)
     parts, first = [], 0
     for maps, valid in features.in_batches(batch_size):
@@ -64,7 +78,7 @@ def draw(
             continue
         valid = None if valid is None else valid[take]
         found = latents(tuple(m[take] for m in maps), valid)
-        parts.append([_draw(rng, m, valid, each) for m in found])
+        parts.append([_draw(rng, m, valid, each) for rng, m in zip(rngs, found, strict=True)])
     return tuple(np.concatenate(rows).astype(np.float16) for rows in zip(*parts, strict=True))
 
 

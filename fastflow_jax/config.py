@@ -122,6 +122,7 @@ def default() -> ConfigDict:
     c.map.form = "log"  # or "probability": the reference's
     c.map.log_det = 0.1  # weight of the log-determinant: 1 in a likelihood, 0 in the reference
     c.map.standardise = True  # scales in units of their spread over held-out normal images
+    c.map.compress = True  # what lies far out counts for less, see `fastflow.fuse`
     c.map.bank = 4000  # normal latents that z is compared with, see `bank`; 0: none
     c.map.sigma = 4.0  # of the blur, as PatchCore and SPADE have it too: see `model.resize_map`
     c.score = ConfigDict()

@@ -292,7 +292,7 @@ def _score(config, model, size, state, batch):
 
 def _score_maps(config, model, size, calibration, maps):
     """See `FastFlowScorer.score_maps`."""
-    anomaly_map = fuse(maps, calibration, size, config.map.sigma)
+    anomaly_map = fuse(maps, calibration, size, config.map.sigma, config.map.compress)
     if config.score.form == "top_k":
         return top_mean(anomaly_map, config.score.top_k), anomaly_map
     windows = window_maxima(fuse_finest(maps, calibration))
@@ -410,15 +410,24 @@ def fuse(
     calibration: Calibration,
     size: tuple[int, int],
     sigma: float = 0.0,
+    compress: bool = False,
 ) -> jax.Array:
     """Mean over the maps, each in its calibrated units, [B, h, w] each -> [B, *size].
 
-    For `sigma` see `model.resize_map`.
+    Args:
+      maps: see `FastFlowScorer.location_maps`.
+      calibration: of these maps.
+      size: (H, W) of the result.
+      sigma: see `model.resize_map`.
+      compress: take the inverse hyperbolic sine of each: what is ordinary stays as it is, what is
+        far out counts by its logarithm, so that one scale does not drown the others there, nor a
+        place its neighbours.
     """
     standard = [
-        resize_map((m - mean) / std, size, sigma)
+        (m - mean) / std
         for m, mean, std in zip(maps, calibration.scale_mean, calibration.scale_std, strict=True)
     ]
+    standard = [resize_map(jnp.arcsinh(m) if compress else m, size, sigma) for m in standard]
     return sum(standard) / len(standard)
 
 

@@ -24,22 +24,27 @@ def expected_means(z, seen):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_means_are_over_what_is_seen(padded):
-    z = RNG.normal(size=(2, 5, 4, 3))
-    seen = np.ones((2, 5, 4), bool)
+    z = RNG.normal(size=(2, 13, 12, 3))
+    seen = np.ones((2, 13, 12), bool)
     if padded:
-        seen[0, :2] = seen[1, :, 3] = False
+        seen[0, :2] = seen[1, :, 11] = False
     found = means(z.astype(np.float32), seen if padded else None)
     np.testing.assert_allclose(found, expected_means(z, seen), atol=1e-6)
 
 
 def test_what_padding_holds_reaches_no_mean():
-    z = RNG.normal(size=(1, 6, 6, 2)).astype(np.float32)
-    seen = np.ones((1, 6, 6), bool)
+    z = RNG.normal(size=(1, 12, 12, 2)).astype(np.float32)
+    seen = np.ones((1, 12, 12), bool)
     seen[:, :2] = False
     spoilt = z.copy()
     spoilt[:, :2] = 1e6
     one, other = (means(each, seen) for each in (z, spoilt))
     np.testing.assert_array_equal(one[:, 2:], other[:, 2:])
+
+
+def test_a_coarse_map_stays_as_it_is():
+    z = RNG.normal(size=(2, 11, 20, 3)).astype(np.float32)
+    np.testing.assert_array_equal(means(z), z)
 
 
 @pytest.mark.parametrize("size", [1, 40, 5000])
@@ -62,9 +67,9 @@ def numbered(n, shapes):
     return tuple(maps)
 
 
-def drawn(training, size, seed=0):
+def drawn(training, size, seed=0, batch_size=4):
     """Banks of the features themselves."""
-    return draw(lambda maps, valid: maps, training, size, 4, seed)
+    return draw(lambda maps, valid: maps, training, size, batch_size, seed)
 
 
 def test_a_bank_has_as_many_places_of_each_image():
@@ -93,6 +98,12 @@ def test_a_bank_hangs_on_its_seed():
     (one,), (same,), (other,) = (drawn(training, 20, seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)
+
+
+def test_a_bank_is_the_same_in_batches_of_any_size():
+    training = cached_features(numbered(10, [(4, 4), (2, 3)]))
+    for one, other in zip(drawn(training, 20), drawn(training, 20, batch_size=7), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_bank_has_nothing_of_padding():

@@ -29,7 +29,7 @@ from fastflow_jax.model import location_scores, window_maxima
 @pytest.fixture(scope="module")
 def setup():
     c = default()
-    c.weights, c.image_size, c.layers = "random", (32, 48), ("blocks.1", "blocks.2")
+    c.weights, c.image_size, c.layers = "random", (32, 48), ("blocks.0", "blocks.1")
     c.flow.steps, c.train.batch_size = 1, 4
     c.batch_size = 4
     c.flow.zero_init = False
@@ -97,7 +97,12 @@ def test_scores_of_images_follow_from_their_features(setup, form):
         for parts in zip(*map(detector.score, np.split(images, [4, 8])), strict=True)
     ]
     maps = location_maps(setup, config)
-    blurred = [gaussian_filter(m, 4 * 32 / 224) for m in fuse(maps, calibration, (32, 48))]
+    standard = [
+        (m - mean) / std
+        for m, mean, std in zip(maps, calibration.scale_mean, calibration.scale_std, strict=True)
+    ]
+    squeezed = [jax.image.resize(np.arcsinh(m), (11, 32, 48), "bilinear") for m in standard]
+    blurred = [gaussian_filter(m, 4 * 32 / 224) for m in (squeezed[0] + squeezed[1]) / 2]
     np.testing.assert_allclose(anomaly_maps, blurred, atol=2e-3)
     if form == "top_k":
         expected = anomaly_maps.max((1, 2))  # top_k is 0: the maximum
@@ -120,6 +125,15 @@ def test_weights_are_sent_to_the_devices_once(setup, monkeypatch, kind):
     detector.score(images[4:8])
     weights = jax.tree.leaves((backbone.variables, variables))
     assert not {np.shape(leaf) for leaf in weights} & set(sent)
+
+
+def test_compressed_maps_keep_small_values_and_the_order_of_large_ones(setup):
+    config, _, model, variables, _, features = setup
+    calibration = calibrate(config, model, variables, None)
+    m = np.array([0.01, -0.02, 3.0, 500.0, 5000.0]).reshape(1, 1, 5)
+    (found,) = fuse((m,), calibration.replace(scale_mean=[0.0], scale_std=[1.0]), (1, 5), 0.0, True)
+    np.testing.assert_allclose(found[0, :2], [0.01, -0.02], rtol=1e-3)
+    np.testing.assert_allclose(found[0, 4] - found[0, 3], np.log(10), rtol=1e-3)
 
 
 def test_what_normal_images_do_not_show_scores_higher(setup):
@@ -155,7 +169,8 @@ def test_banks_add_a_map_to_each_scale(setup):
         bank = banked["bank"][f"bank_{i}"].astype(float)
         assert 20 <= len(bank) < 20 + len(features[0])
         means = np.nanmean(around, (-2, -1))
-        expected.append(((means[..., None, :] - bank) ** 2).sum(-1).min(-1) / 2)
+        compared = means if i == 0 else z  # a map of 16x24, and one of 8x12: too coarse for means
+        expected.append(((compared[..., None, :] - bank) ** 2).sum(-1).min(-1) / 2)
         for one, other in zip(found[2 * i : 2 * i + 2], expected, strict=True):
             np.testing.assert_allclose(one, other / z.shape[-1], atol=2e-4, rtol=1e-4)
 

@@ -3,8 +3,8 @@
 A flow is trained to bring normal features to one Gaussian, and does not quite: the latents of
 normal images keep to some places and leave others empty, in which a defect may lie. So a location
 is also judged under a mixture of Gaussians of unit width about latents of training images, of which
-the nearest decides: |m - b|^2 beside |z|^2. That the base of a trained flow be estimated anew is the
-idea of Kim et al., AltUB (arXiv 2210.14913), who fit one Gaussian.
+the nearest decides: |m - b|^2 / 2 beside |z|^2 / 2. That the base of a trained flow be estimated
+anew is the idea of Kim et al., AltUB (arXiv 2210.14913), who fit one Gaussian.
 
 Both sides of that distance are means over 3x3 places, as a defect moves neighbours alike and chance
 does not. On coarse maps, of which 3x3 places are a large part, they are latents as they are.
@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastflow_jax.features import Features, TrainingFeatures, inside
-
 
 _COARSE = 12  # places on a map's shorter side, below which it has no means
 

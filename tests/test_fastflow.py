@@ -128,7 +128,7 @@ def test_weights_are_sent_to_the_devices_once(setup, monkeypatch, kind):
 
 
 def test_compressed_maps_keep_small_values_and_the_order_of_large_ones(setup):
-    config, _, model, variables, _, features = setup
+    config, _, model, variables, _, _ = setup
     calibration = calibrate(config, model, variables, None)
     m = np.array([0.01, -0.02, 3.0, 500.0, 5000.0]).reshape(1, 1, 5)
     (found,) = fuse((m,), calibration.replace(scale_mean=[0.0], scale_std=[1.0]), (1, 5), 0.0, True)

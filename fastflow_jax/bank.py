@@ -22,11 +22,14 @@ _COARSE = 12  # places on a map's shorter side, below which it has no means
 
 
 def means(z: jax.Array, seen: jax.Array | None = None) -> jax.Array:
-    """Of latents over 3x3 places, a tensor of the shape of `z`; of a coarse map `z` itself.
+    """Of latents over 3x3 places, weighted 1, 2, 1 both ways; of a coarse map `z` itself.
 
     Args:
       z: [B, h, w, C].
       seen: bool [B, h, w]; what is not seen, and what lies outside of the map, does not count.
+
+    Returns:
+      A tensor of the shape of `z`.
     """
     if min(z.shape[1:3]) < _COARSE:
         return z
@@ -37,13 +40,14 @@ def means(z: jax.Array, seen: jax.Array | None = None) -> jax.Array:
 
 
 def _sums(x):
-    """Over 3x3 places of [B, h, w, C], zeros outside."""
+    """Over 3x3 places of [B, h, w, C], weighted 1, 2, 1 both ways, zeros outside."""
     for axis in (1, 2):
         n = x.shape[axis]
         beyond = [(0, 0)] * 4
         beyond[axis] = (1, 1)
         padded = jnp.pad(x, beyond)
-        x = sum(jax.lax.slice_in_dim(padded, i, i + n, axis=axis) for i in range(3))
+        before, after = (jax.lax.slice_in_dim(padded, i, i + n, axis=axis) for i in (0, 2))
+        x = before + 2 * x + after
     return x
 
 

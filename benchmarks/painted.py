@@ -1,0 +1,203 @@
+"""Defects painted on one's own normal images: what can be compared where no defect is at hand.
+
+    python benchmarks/painted.py photos/good painted --train 60
+    python benchmarks/painted.py cork.png painted --crop 160 --train 60
+    python -m fastflow_jax.main --config=configs/folder.py --config.data.root=painted
+
+Given a folder, some of its images are for training and the rest, as they are or with a defect, for
+testing. Given one large picture of a material, training images are crops of its left half and test
+images of its right half, so that no pixel is seen twice. The layout is that of `docs/data.md`, with
+exact masks of what was painted over. The same arguments make the same images.
+
+Six kinds in turn, large and small, faint and plain, as the seed has it: a crack, a stain, a patch
+from elsewhere in the image, a smear, a twist, a few flecks. They are guesses at what may go wrong:
+docs/recipe.md tells how far figures on them followed those on real defects.
+"""
+
+import argparse
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+from scipy.ndimage import map_coordinates
+
+from fastflow_jax.data.layout import list_images
+from fastflow_jax.data.transforms import decode_image, read_file
+from fastflow_jax.errors import InputError
+
+GOOD = 36  # test crops of a material without a defect,
+DEFECTIVE = 48  # and with one
+Painted = tuple[np.ndarray, np.ndarray]  # image [H, W, 3], 0 to 255, and mask bool [H, W]
+
+
+def _ellipse(rng, image, radii: tuple[float, float]) -> np.ndarray:
+    """Distance from a random centre, [H, W]; below 1 inside. Radii are parts of the side."""
+    size = np.array(image.shape[:2])
+    centre = rng.uniform(0.15, 0.85, 2) * size
+    radius = rng.uniform(*radii, 2) * size.min()
+    places = np.moveaxis(np.indices(image.shape[:2]), 0, -1)
+    return np.linalg.norm((places - centre) / radius, axis=-1)
+
+
+def _colour(rng):
+    """Black, white, or any."""
+    return rng.uniform(0, 255, 3) if rng.random() < 0.5 else rng.choice([0.0, 255.0])
+
+
+def _blend(image, colour, weight: np.ndarray) -> np.ndarray:
+    return image + weight[..., None] * (colour - image)
+
+
+def crack(rng: np.random.Generator, image: np.ndarray) -> Painted:
+    """A thin line that turns as it goes, dark more often than bright."""
+    size = np.array(image.shape[1::-1])
+    heading = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(0, 0.5, 8))
+    step = rng.uniform(0.03, 0.1) * size.min()
+    path = np.cumsum(np.stack([np.cos(heading), np.sin(heading)], axis=1) * step, axis=0)
+    path += size * rng.uniform(0.2, 0.8, 2) - path.mean(0)
+    canvas = Image.new("1", tuple(int(n) for n in size))
+    width = max(1, round(rng.uniform(0.006, 0.02) * size.min()))
+    ImageDraw.Draw(canvas).line([tuple(point) for point in path], fill=1, width=width)
+    mask = np.asarray(canvas)
+    colour = rng.choice([0.0, 255.0], p=[0.7, 0.3])
+    return _blend(image, colour, rng.uniform(0.3, 0.8) * mask), mask
+
+
+def stain(rng: np.random.Generator, image: np.ndarray) -> Painted:
+    """An ellipse, densest in its middle."""
+    distance = _ellipse(rng, image, (0.03, 0.15))
+    density = rng.uniform(0.15, 0.5) * np.sqrt(np.clip(1 - distance, 0, 1))
+    return _blend(image, _colour(rng), density), distance < 1
+
+
+def patch(rng: np.random.Generator, image: np.ndarray) -> Painted:
+    """A square of what is elsewhere in the image, turned."""
+    size = np.array(image.shape[:2])
+    edge = max(2, int(rng.uniform(0.08, 0.25) * size.min()))
+    (top, left), (y, x) = rng.integers(0, size - edge, (2, 2))
+    turned = np.rot90(image[y : y + edge, x : x + edge], rng.integers(1, 4))
+    square = np.s_[top : top + edge, left : left + edge]
+    painted, mask = image.copy(), np.zeros(image.shape[:2], bool)
+    painted[square], mask[square] = turned, True
+    return painted, mask
+
+
+def smear(rng: np.random.Generator, image: np.ndarray) -> Painted:
+    """An ellipse out of focus."""
+    mask = _ellipse(rng, image, (0.06, 0.18)) < 1
+    radius = rng.uniform(0.008, 0.02) * min(image.shape[:2])
+    blurred = Image.fromarray(image.astype(np.uint8)).filter(ImageFilter.GaussianBlur(radius))
+    return np.where(mask[..., None], np.asarray(blurred, float), image), mask
+
+
+def twist(rng: np.random.Generator, image: np.ndarray) -> Painted:
+    """A disc turned about its middle, most there and not at its edge."""
+    size = np.array(image.shape[:2])
+    centre, radius = rng.uniform(0.2, 0.8, 2) * size, rng.uniform(0.08, 0.2) * size.min()
+    y, x = np.indices(image.shape[:2]) - centre[:, None, None]
+    distance = np.hypot(y, x) / radius
+    angle = rng.choice([-1, 1]) * rng.uniform(0.6, 1.5) * np.clip(1 - distance, 0, 1)
+    turned = np.stack(
+        [y * np.cos(angle) - x * np.sin(angle), y * np.sin(angle) + x * np.cos(angle)]
+    )
+    source = turned + centre[:, None, None]
+    moved = [map_coordinates(image[..., c], source, order=1, mode="reflect") for c in range(3)]
+    mask = distance < 1
+    return np.where(mask[..., None], np.stack(moved, axis=-1), image), mask
+
+
+def flecks(rng: np.random.Generator, image: np.ndarray) -> Painted:
+    """One to four tiny spots of one colour."""
+    mask = np.zeros(image.shape[:2], bool)
+    for _ in range(rng.integers(1, 5)):
+        mask |= _ellipse(rng, image, (0.01, 0.025)) < 1
+    return _blend(image, _colour(rng), rng.uniform(0.3, 0.8) * mask), mask
+
+
+KINDS: dict[str, Callable[[np.random.Generator, np.ndarray], Painted]] = {
+    painter.__name__: painter for painter in (crack, stain, patch, smear, twist, flecks)
+}
+
+
+def write(folder: pathlib.Path, train, good, to_paint, rng: np.random.Generator) -> None:
+    """The data set, of three sequences of images [H, W, 3]."""
+
+    def save(pixels, *place):
+        file = folder.joinpath(*place)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.round(pixels).astype(np.uint8)).save(file)
+
+    for i, image in enumerate(train):
+        save(image, "train", "good", f"{i:04}.png")
+    for i, image in enumerate(good):
+        save(image, "test", "good", f"{i:04}.png")
+    kinds = list(KINDS)
+    for i, image in enumerate(to_paint):
+        kind = kinds[i % len(kinds)]
+        painted, mask = KINDS[kind](rng, image.astype(float))
+        save(painted.clip(0, 255), "test", kind, f"{i:04}.png")
+        save(255.0 * mask, "ground_truth", kind, f"{i:04}_mask.png")
+
+
+def crops(rng: np.random.Generator, image: np.ndarray, side: int, n: int):
+    """Random squares of an image, one after another."""
+    for _ in range(n):
+        top, left = (rng.integers(0, length - side + 1) for length in image.shape[:2])
+        yield image[top : top + side, left : left + side]
+
+
+def read(path: pathlib.Path) -> np.ndarray:
+    """uint8 [H, W, 3]."""
+    return decode_image(read_file(path), str(path))
+
+
+def paint(args: argparse.Namespace) -> None:
+    """Read the source and write the data set."""
+    rng = np.random.default_rng(args.seed)
+    if args.crop:
+        image = read(args.source)
+        if image.shape[0] > image.shape[1]:
+            image = image.transpose(1, 0, 2)
+        middle = image.shape[1] // 2
+        if args.crop > min(middle, image.shape[0]):
+            raise InputError(f"{args.source} has no two halves for crops of {args.crop} pixels")
+        parts = (image[:, :middle], args.train), (image[:, middle:], GOOD)
+        parts += ((image[:, middle:], DEFECTIVE),)
+        write(args.folder, *(crops(rng, half, args.crop, n) for half, n in parts), rng)
+        return
+    paths = list_images(args.source)
+    if len(paths) < args.train + 2:
+        raise InputError(f"{args.source} has {len(paths)} images: --train leaves none to test on")
+    paths = [paths[i] for i in rng.permutation(len(paths))]
+    rest = paths[args.train :][: args.test]
+    good = round(0.4 * len(rest))
+    parts = paths[: args.train], rest[:good], rest[good:]
+    write(args.folder, *(map(read, part) for part in parts), rng)
+
+
+def main() -> None:
+    """Paint, and say what there is."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=pathlib.Path, help="a folder of normal images, or one image")
+    parser.add_argument("folder", type=pathlib.Path, help="to be made")
+    parser.add_argument("--train", type=int, default=60, help="training images")
+    parser.add_argument("--test", type=int, help="other images of a folder at the most")
+    parser.add_argument("--crop", type=int, help="side of the crops of one image, in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.folder.exists():
+        parser.error(f"{args.folder} is there already: name a folder to be made, or remove it")
+    if args.source.is_file() != (args.crop is not None):
+        parser.error("--crop goes with one image, and one image with --crop")
+    try:
+        paint(args)
+    except InputError as error:
+        parser.error(str(error))
+    print(f"{args.folder}: run it by --config=configs/folder.py --config.data.root={args.folder}")
+
+
+if __name__ == "__main__":
+    main()

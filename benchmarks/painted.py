@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from scipy.ndimage import map_coordinates
 
 from fastflow_jax.data.layout import list_images
+from fastflow_jax.data.synthetic import crop
 from fastflow_jax.data.transforms import decode_image, read_file
 from fastflow_jax.errors import InputError
 
@@ -140,13 +141,6 @@ def write(folder: pathlib.Path, train, good, to_paint, rng: np.random.Generator)
         save(255.0 * mask, "ground_truth", kind, f"{i:04}_mask.png")
 
 
-def crops(rng: np.random.Generator, image: np.ndarray, side: int, n: int):
-    """Random squares of an image, one after another."""
-    for _ in range(n):
-        top, left = (rng.integers(0, length - side + 1) for length in image.shape[:2])
-        yield image[top : top + side, left : left + side]
-
-
 def read(path: pathlib.Path) -> np.ndarray:
     """uint8 [H, W, 3]."""
     return decode_image(read_file(path), str(path))
@@ -162,9 +156,13 @@ def paint(args: argparse.Namespace) -> None:
         middle = image.shape[1] // 2
         if args.crop > min(middle, image.shape[0]):
             raise InputError(f"{args.source} has no two halves for crops of {args.crop} pixels")
-        parts = (image[:, :middle], args.train), (image[:, middle:], GOOD)
-        parts += ((image[:, middle:], DEFECTIVE),)
-        write(args.folder, *(crops(rng, half, args.crop, n) for half, n in parts), rng)
+        left, right = image[:, :middle], image[:, middle:]
+
+        def crops(half, n):
+            return (crop(rng, half, args.crop) for _ in range(n))
+
+        parts = crops(left, args.train), crops(right, GOOD), crops(right, DEFECTIVE)
+        write(args.folder, *parts, rng)
         return
     paths = list_images(args.source)
     if len(paths) < args.train + 2:

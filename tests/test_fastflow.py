@@ -14,6 +14,7 @@ from fastflow_jax.describe import flow_model
 from fastflow_jax.detector import Detector
 from fastflow_jax.errors import InputError
 from fastflow_jax.fastflow import (
+    Calibration,
     FastFlowScorer,
     calibrate,
     fit,
@@ -127,11 +128,9 @@ def test_weights_are_sent_to_the_devices_once(setup, monkeypatch, kind):
     assert not {np.shape(leaf) for leaf in weights} & set(sent)
 
 
-def test_compressed_maps_keep_small_values_and_the_order_of_large_ones(setup):
-    config, _, model, variables, _, _ = setup
-    calibration = calibrate(config, model, variables, None)
+def test_compressed_maps_keep_small_values_and_the_order_of_large_ones():
     m = np.array([0.01, -0.02, 3.0, 500.0, 5000.0]).reshape(1, 1, 5)
-    (found,) = fuse((m,), calibration.replace(scale_mean=[0.0], scale_std=[1.0]), (1, 5), 0.0, True)
+    (found,) = fuse((m,), Calibration([0.0], [1.0], 0.0, 1.0), (1, 5), compress=True)
     np.testing.assert_allclose(found[0, :2], [0.01, -0.02], rtol=1e-3)
     np.testing.assert_allclose(found[0, 4] - found[0, 3], np.log(10), rtol=1e-3)
 

@@ -76,7 +76,7 @@ def paint_dataset(
 def _source(texture: np.ndarray, defects: list[str], side: int, seed: tuple[int, int]) -> Source:
     def load(index: int) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng((*seed, index))
-        image = _crop(rng, texture, side)
+        image = crop(rng, texture, side)
         mask = np.zeros(image.shape, bool)
         if defects[index] != GOOD:
             image, mask = DEFECTS[defects[index]](rng, image)
@@ -97,8 +97,9 @@ def _read_texture(category: str) -> np.ndarray:
     return decode_image(read_file(path), str(path))[..., 0]
 
 
-def _crop(rng: np.random.Generator, texture: np.ndarray, side: int) -> np.ndarray:
-    top, left = (rng.integers(0, n - side, endpoint=True) for n in texture.shape)
+def crop(rng: np.random.Generator, texture: np.ndarray, side: int) -> np.ndarray:
+    """A random square of an image [H, W] or [H, W, 3]."""
+    top, left = (rng.integers(0, n - side, endpoint=True) for n in texture.shape[:2])
     return texture[top : top + side, left : left + side]
 
 

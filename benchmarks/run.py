@@ -8,9 +8,9 @@
     python benchmarks/run.py --table                      # only writes the tables
 
 Each runs by itself under a limit of time; one that fails or is cut short does not stop the others,
-and what it has found until then is kept. It replaces what `results/<name>.json` holds of the same
-benchmark in the same form; the rest stays. The name is `cpu` or `gpu` unless `--name` gives
-another; the tables are of these two.
+and what it has found until then is kept. Ctrl-C and SIGTERM cut the running one short and end. What
+is found replaces what `results/<name>.json` holds of the same benchmark in the same form; the rest
+stays. The name is `cpu` or `gpu` unless `--name` gives another; the tables are of these two.
 """
 
 import argparse
@@ -49,6 +49,7 @@ GPU_LIMITS = {
 }
 QUICK_LIMIT = 600  # of what takes less than half of it where nothing else runs
 GRACE = 30  # seconds that a benchmark has to end in once its time is up
+INTERRUPTED = "interrupted"
 DEVICES = {"cpu": "CPU", "gpu": "GPU"}
 NOT_MEASURED = "not measured"
 # Ratios that stand in the README, in words.
@@ -61,11 +62,14 @@ HEADLINES = {
     ),
     "tf_efficientnet_lite0_float32_batch1_all": "an image scored, Lite0, published form",
     "resnet18_float32_batch1_all": "an image scored, ResNet18, published form",
-    "tf_efficientnet_lite0_float32_batch8_as_run_anomalib": (
+    "tf_efficientnet_lite0_float32_batch32_as_run_anomalib": (
         "a training step, ours on cached features, EfficientNet-Lite0, published form"
     ),
-    "resnet18_float32_batch8_as_run_anomalib": (
+    "resnet18_float32_batch32_as_run_anomalib": (
         "a training step, ours on cached features, ResNet18, published form"
+    ),
+    "deit_base_distilled_patch16_384_float32_batch8_as_run_anomalib": (
+        "a training step, ours on cached features, DeiT-B, published form"
     ),
     "aupro_7M_pixels": "AUPRO of 7 million pixels",
     "memory_aupro_7M_pixels": "AUPRO of 7 million pixels, memory",
@@ -89,12 +93,16 @@ def run_one(script: pathlib.Path, arguments: list[str], limit: float | None) -> 
     )
     status = None
     try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        status = f"cut at {limit:.0f} s"
-        process.terminate()  # it prints what it has
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
+        try:
+            output, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            status = f"cut at {limit:.0f} s"
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        if status:
+            process.terminate()  # it prints what it has
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -198,6 +206,7 @@ def main() -> None:
         write_tables()
         return
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, see `run_one`
     kind = accelerator()
     if args.gpu and kind is None:
         sys.exit("JAX sees no GPU here: pip install -e '.[cuda]'")
@@ -218,6 +227,8 @@ def main() -> None:
             write_result(file, result)
         if found["status"] != "done":
             failed.append(f"{name}: {found['status']}")
+        if found["status"] == INTERRUPTED:
+            break
     write_tables()
     if failed:
         sys.exit(", ".join(failed))

@@ -101,17 +101,16 @@ def load(config, shapes, folder: pathlib.Path) -> "FastFlowScorer":
       InputError: it has no calibration for this configuration.
     """
     file = _calibration_file(config, folder)
-    if not file.exists():
-        raise InputError(
-            f"{file} is missing: the training is of another version, or not whole; train it anew"
-        )
+    arrays = read_arrays(file) if file.exists() else {}
+    names = [field.name for field in dataclasses.fields(Calibration)]
+    if not arrays.keys() >= set(names):
+        raise InputError(f"{file} is missing, or of another version of this package: train it anew")
     model = flow_model(config)
     variables = trained_in(folder, config, objective(config, model, None), shapes)
-    arrays = read_arrays(file)
-    calibration = {field.name: arrays.pop(field.name) for field in dataclasses.fields(Calibration)}
+    calibration = Calibration(**{name: arrays.pop(name) for name in names})
     if arrays:
         variables = variables | {"bank": arrays}
-    return FastFlowScorer(config, model, variables, Calibration(**calibration))
+    return FastFlowScorer(config, model, variables, calibration)
 
 
 def with_banks(config, model, variables, features: TrainingFeatures, seed: int) -> dict:
@@ -178,14 +177,14 @@ def _nll(model, variables, features, valid, per_dimension) -> jax.Array:
 class Calibration:
     """What normal images that the flow has not seen look like to it.
 
-    Scales differ in how far their scores spread, and so do averages over windows of different
-    size; in units of the spread over held-out normal images they compare.
+    Maps differ in how far their scores spread; in units of the spread over held-out normal images
+    they compare.
     """
 
     scale_mean: jax.Array  # [maps], of location scores
     scale_std: jax.Array
-    window_mean: jax.Array  # [windows], of each image's highest average over a window
-    window_std: jax.Array
+    window_mean: jax.Array  # [maps], of each image's `model.window_maxima`, all sides together
+    peak_std: jax.Array  # [maps], of each image's highest location
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,9 +294,8 @@ def _score_maps(config, model, size, calibration, maps):
     anomaly_map = fuse(maps, calibration, size, config.map.sigma, config.map.compress)
     if config.score.form == "top_k":
         return top_mean(anomaly_map, config.score.top_k), anomaly_map
-    windows = window_maxima(fuse_finest(maps, calibration))
-    windows = (windows - calibration.window_mean) / calibration.window_std
-    return windows.mean(-1), anomaly_map
+    windows = jnp.stack([window_maxima(m).mean(-1) for m in maps], axis=-1)  # [B, maps]
+    return ((windows - calibration.window_mean) / calibration.peak_std).mean(-1), anomaly_map
 
 
 def _predict(config, model, size, state, batch):
@@ -357,18 +355,19 @@ def calibrate_on(config, maps: tuple[np.ndarray, ...]) -> Calibration:
         )
     if config.score.form == "windows":
         run = _compiled(_windows, FrozenConfigDict(config), None)
-        windows = _in_batches(config, run, calibration, maps)
-        # Few images may agree in one window by chance: no window counts ten times the others.
-        spread = windows.std(0)
-        spread = np.maximum(spread, 0.1 * spread.mean()) if spread.any() else np.ones_like(spread)
-        calibration = calibration.replace(window_mean=windows.mean(0), window_std=spread)
+        windows = _in_batches(config, run, (), maps)
+        means = np.array([of_map.mean() for of_map in windows])
+        peaks = np.array([of_map[:, 0].std() for of_map in windows]) / calibration.scale_std
+        # Few images may agree by chance: no map counts ten times the others.
+        peaks = np.maximum(peaks, 0.1 * peaks.mean()) if peaks.any() else np.ones_like(peaks)
+        calibration = calibration.replace(window_mean=means, peak_std=peaks * calibration.scale_std)
     return calibration
 
 
 def _calibration(maps: int) -> Calibration:
     """One that leaves scores as they are."""
     zeros, ones = np.zeros(maps, np.float32), np.ones(maps, np.float32)
-    return Calibration(zeros, ones, np.zeros(()), np.ones(()))
+    return Calibration(zeros, ones, zeros, ones)
 
 
 def _in_batches(config, run: Callable, state, arrays):
@@ -380,8 +379,9 @@ def _in_batches(config, run: Callable, state, arrays):
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
-def _windows(config, model, calibration, maps):
-    return window_maxima(fuse_finest(maps, calibration))
+def _windows(config, model, state, maps):
+    """`window_maxima` of each map."""
+    return tuple(window_maxima(m) for m in maps)
 
 
 def _location_maps(config, model, variables, batch) -> tuple[jax.Array, ...]:
@@ -429,8 +429,3 @@ def fuse(
     ]
     standard = [resize_map(jnp.arcsinh(m) if compress else m, size, sigma) for m in standard]
     return sum(standard) / len(standard)
-
-
-def fuse_finest(maps: tuple[jax.Array, ...], calibration: Calibration) -> jax.Array:
-    """`fuse` at the resolution of the finest scale."""
-    return fuse(maps, calibration, max(m.shape[1:] for m in maps))

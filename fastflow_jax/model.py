@@ -210,19 +210,17 @@ def top_mean(anomaly_map: jax.Array, part: float) -> jax.Array:
 
 
 def window_maxima(scores: jax.Array) -> jax.Array:
-    """The highest average of [B, h, w] over square windows of sides 1, 2, 4, ..., and over all.
+    """The highest average of [B, h, w] over square windows of sides 1, 2, 4, ..., up to half of it.
 
     A scan statistic: a small defect stands out in small windows, a large and faint one in large
     ones. Windows are placed at every location.
 
     Returns:
-      [B, K], from the single location to the whole map.
+      [B, K], from the single location on.
     """
-    maxima = []
-    side = 1
-    while side <= min(scores.shape[1:]) and side**2 < scores[0].size:
+    maxima, side = [], 1
+    while side <= max(1, min(scores.shape[1:]) // 2):
         windows = nn.avg_pool(scores[..., None], (side, side), padding="VALID")
         maxima.append(windows.max((1, 2, 3)))
         side *= 2
-    maxima.append(scores.mean((1, 2)))
     return jnp.stack(maxima, axis=-1)

@@ -1,9 +1,12 @@
 """The runner of the benchmarks: what it reads of them, what it writes, and its limit of time."""
 
 import importlib
+import os
 import pathlib
+import signal
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -48,6 +51,20 @@ def test_what_was_found_before_the_end_is_kept(tmp_path, then, status):
     found = run.run_one(script(tmp_path, body), [], 2)
     assert time.perf_counter() - start < 20
     assert (found["status"], found["ratios"]) == (status, {"first": 1.5})
+
+
+def test_an_interrupted_runner_ends_what_runs_and_keeps_what_it_found(tmp_path):
+    body = """
+        import time
+        with ratios() as found:
+            found["first"] = 1.5
+            time.sleep(60)
+    """
+    start = time.perf_counter()
+    threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    found = run.run_one(script(tmp_path, body), [], None)
+    assert time.perf_counter() - start < 20
+    assert (found["status"], found["ratios"]) == ("interrupted", {"first": 1.5})
 
 
 def test_what_a_benchmark_has_started_is_cut_with_it(tmp_path):

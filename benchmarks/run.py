@@ -93,16 +93,13 @@ def run_one(script: pathlib.Path, arguments: list[str], limit: float | None) -> 
     )
     status = None
     try:
-        try:
-            output, _ = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            status = f"cut at {limit:.0f} s"
-        except KeyboardInterrupt:
-            status = INTERRUPTED
-        if status:
-            process.terminate()  # it prints what it has
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+        output, _ = process.communicate(timeout=limit)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+        cut = isinstance(reason, subprocess.TimeoutExpired)
+        status = f"cut at {limit:.0f} s" if cut else INTERRUPTED
+        process.terminate()  # it prints what it has
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -17,6 +17,7 @@ from fastflow_jax.fastflow import (
     Calibration,
     FastFlowScorer,
     calibrate,
+    calibrate_on,
     fit,
     fuse,
     load,
@@ -24,6 +25,7 @@ from fastflow_jax.fastflow import (
 )
 from fastflow_jax.features import cached_features, compress
 from fastflow_jax.model import location_scores, window_maxima
+from fastflow_jax.run_folder import write_arrays
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,16 @@ def test_few_held_out_images_leave_scores_finite_and_balanced(setup, n):
     assert np.all(np.isfinite(spread))
     assert spread.min() >= 0.09 * spread.mean() > 0
     assert np.all(calibration.scale_std > 0)
+
+
+def test_no_map_rules_because_few_images_agree_on_it_by_chance(setup):
+    config = setup[0]
+    apart = np.random.default_rng(0).normal(size=(3, 8, 8)).astype(np.float32)
+    agreed = apart.copy()
+    agreed[:, 4, 4] = 9.0  # the highest location of every image
+    calibration = calibrate_on(config, (apart, agreed))
+    spread = calibration.peak_std / calibration.scale_std
+    assert spread[1] == pytest.approx(0.1 * (spread[0] / 2), rel=1e-4)
 
 
 @pytest.mark.parametrize("form", ["windows", "top_k"])
@@ -253,7 +265,11 @@ def test_a_training_of_another_version_is_refused(setup, tmp_path):
     config.train.epochs = 1
     training = cached_features(tuple(m[:4] for m in setup[5]))
     fit(config, training, None, seed=1, folder=tmp_path)
-    next(tmp_path.glob("calibration_*.npz")).unlink()
+    file = next(tmp_path.glob("calibration_*.npz"))
+    write_arrays(file, {"window_std": np.ones(3)})  # as an earlier version left it
+    with pytest.raises(InputError, match="of another version"):
+        load(config, training.shapes, tmp_path)
+    file.unlink()
     with pytest.raises(InputError, match=r"calibration_.* is missing"):
         load(config, training.shapes, tmp_path)
 

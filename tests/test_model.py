@@ -264,7 +264,9 @@ def test_top_mean_and_windows_against_numpy():
         windows = np.lib.stride_tricks.sliding_window_view(x, (side, side), axis=(1, 2))
         return windows.mean((-1, -2)).max((1, 2))
 
-    for part, sides in ((x, (1, 2, 4)), (x[:, :7], (1, 2)), (x[:, :1], (1,))):
+    # A strip, and a map of one location, have their single locations.
+    parts = (x, (1, 2, 4)), (x[:, :7], (1, 2)), (x[:, :1], (1,)), (x[:, :1, :1], (1,))
+    for part, sides in parts:
         expected = np.stack([highest(part, side) for side in sides], -1)
         np.testing.assert_allclose(window_maxima(part), expected, rtol=1e-4, atol=1e-6)
 

@@ -54,16 +54,27 @@ def test_what_was_found_before_the_end_is_kept(tmp_path, then, status):
 
 
 def test_an_interrupted_runner_ends_what_runs_and_keeps_what_it_found(tmp_path):
-    body = """
-        import time
+    ready = tmp_path / "ready"
+    body = f"""
+        import pathlib, time
         with ratios() as found:
             found["first"] = 1.5
-            time.sleep(60)
+            pathlib.Path({str(ready)!r}).touch()
+            time.sleep(600)
     """
-    start = time.perf_counter()
-    threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    found = run.run_one(script(tmp_path, body), [], None)
-    assert time.perf_counter() - start < 20
+
+    def interrupt_once_ready():
+        while not ready.exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    # As `run.main` has it; SIGINT may be ignored, as it is by what a shell runs in the background.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt_once_ready, daemon=True).start()
+        found = run.run_one(script(tmp_path, body), [], 120)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert (found["status"], found["ratios"]) == ("interrupted", {"first": 1.5})
 
 

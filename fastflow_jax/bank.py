@@ -21,8 +21,10 @@ from fastflow_jax.features import Features, TrainingFeatures, inside
 _COARSE = 12  # places on a map's shorter side, below which it has no means
 
 
-def means(z: jax.Array, seen: jax.Array | None = None) -> jax.Array:
-    """Of latents over 3x3 places, weighted 1, 2, 1 both ways; of a coarse map `z` itself.
+def entries(z: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+    """What a bank holds of latents, and is asked about: their means over 3x3 places, or themselves.
+
+    Means are weighted 1, 2, 1 both ways; latents of a coarse map stay as they are.
 
     Args:
       z: [B, h, w, C].
@@ -61,7 +63,7 @@ def draw(
     """A bank for each scale, from random locations of the training images, float16 [M, C].
 
     Args:
-      latents: (features, valid) of up to `batch_size` images -> `means`, [B, h, w, C] a scale.
+      latents: (features, valid) of up to `batch_size` images -> `entries`, [B, h, w, C] a scale.
       features: of the training images.
       size: of a bank. It has as many locations of each image, of as many images as it takes; so M
         is up to one for each image more, and less where there are fewer locations.

@@ -117,7 +117,7 @@ def with_banks(config, model, variables, features: TrainingFeatures, seed: int) 
     """Variables of the flows with the collection "bank": what `bank.draw` gives, one a scale."""
     if not config.map.bank:
         return variables
-    run = _compiled(_means, FrozenConfigDict(config), model)
+    run = _compiled(_entries, FrozenConfigDict(config), model)
     size = config.batch_size
     banks = bank.draw(lambda *batch: run(variables, batch), features, config.map.bank, size, seed)
     return variables | {"bank": {f"bank_{i}": rows for i, rows in enumerate(banks)}}
@@ -307,11 +307,11 @@ def _latents(config, model, variables, batch):
     return tuple(z for z, _ in model.apply(variables, batch[0]))
 
 
-def _means(config, model, variables, batch):
+def _entries(config, model, variables, batch):
     """What banks are drawn from."""
     features, valid = batch
     latents = model.apply(variables, features)
-    return tuple(bank.means(z, _seen(valid, log_det)) for z, log_det in latents)
+    return tuple(bank.entries(z, _seen(valid, log_det)) for z, log_det in latents)
 
 
 def _invert(config, model, variables, batch):
@@ -393,7 +393,7 @@ def _location_maps(config, model, variables, batch) -> tuple[jax.Array, ...]:
         score = functools.partial(location_scores, z, log_det, form=config.map.form)
         found = [score(log_det_weight=config.map.log_det)]
         if banks:
-            squares = bank.squared_distances(bank.means(z, seen), banks[f"bank_{i}"])
+            squares = bank.squared_distances(bank.entries(z, seen), banks[f"bank_{i}"])
             # The flow has no determinant for a mean over places.
             found.append(score(log_det_weight=0.0, squares=squares))
         maps += found if seen is None else [without_padding(each, seen) for each in found]

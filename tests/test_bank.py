@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import convolve
 
-from fastflow_jax.bank import draw, means, squared_distances
+from fastflow_jax.bank import draw, entries, squared_distances
 from fastflow_jax.features import cached_features
 
 RNG = np.random.default_rng(0)
@@ -28,7 +28,7 @@ def test_means_are_over_what_is_seen(padded):
     seen = np.ones((2, 13, 12), bool)
     if padded:
         seen[0, :2] = seen[1, :, 11] = False
-    found = means(z.astype(np.float32), seen if padded else None)
+    found = entries(z.astype(np.float32), seen if padded else None)
     np.testing.assert_allclose(found, expected_means(z, seen), atol=1e-6)
 
 
@@ -38,13 +38,13 @@ def test_what_padding_holds_reaches_no_mean():
     seen[:, :2] = False
     spoilt = z.copy()
     spoilt[:, :2] = 1e6
-    one, other = (means(each, seen) for each in (z, spoilt))
+    one, other = (entries(each, seen) for each in (z, spoilt))
     np.testing.assert_array_equal(one[:, 2:], other[:, 2:])
 
 
 def test_a_coarse_map_stays_as_it_is():
     z = RNG.normal(size=(2, 11, 20, 3)).astype(np.float32)
-    np.testing.assert_array_equal(means(z), z)
+    np.testing.assert_array_equal(entries(z), z)
 
 
 @pytest.mark.parametrize("size", [1, 40, 5000])

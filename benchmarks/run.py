@@ -49,6 +49,7 @@ GPU_LIMITS = {
 }
 QUICK_LIMIT = 600  # of what takes less than half of it where nothing else runs
 GRACE = 30  # seconds that a benchmark has to end in once its time is up
+NO_LIMIT = 7 * 24 * 3600  # `communicate` forgets what it has read if it is interrupted without one
 INTERRUPTED = "interrupted"
 DEVICES = {"cpu": "CPU", "gpu": "GPU"}
 NOT_MEASURED = "not measured"
@@ -82,7 +83,7 @@ HEADLINES = {
 }
 
 
-def run_one(script: pathlib.Path, arguments: list[str], limit: float | None) -> dict:
+def run_one(script: pathlib.Path, arguments: list[str], limit: float = NO_LIMIT) -> dict:
     """What a benchmark found: status, seconds, ratios, and the tables that it printed."""
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -215,7 +216,9 @@ def main() -> None:
         arguments = ["--quick"] if quick else []
         if name == "time_to_quality" and args.tile and not quick:
             arguments += ["--tile", str(args.tile)]
-        limit = GPU_LIMITS.get(name, QUICK_LIMIT) if args.gpu else QUICK_LIMIT if quick else None
+        limit = QUICK_LIMIT if quick else NO_LIMIT
+        if args.gpu:
+            limit = GPU_LIMITS.get(name, limit)
         key = " ".join([f"{name}.py", *(["--quick"] if quick else [])])
         print(f"== {key}", flush=True)
         found = run_one(HERE / f"{name}.py", arguments, limit)

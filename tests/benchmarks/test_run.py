@@ -59,6 +59,7 @@ def test_an_interrupted_runner_ends_what_runs_and_keeps_what_it_found(tmp_path):
         import pathlib, time
         with ratios() as found:
             found["first"] = 1.5
+            print("| early |", flush=True)
             pathlib.Path({str(ready)!r}).touch()
             time.sleep(600)
     """
@@ -72,10 +73,11 @@ def test_an_interrupted_runner_ends_what_runs_and_keeps_what_it_found(tmp_path):
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         threading.Thread(target=interrupt_once_ready, daemon=True).start()
-        found = run.run_one(script(tmp_path, body), [], 120)
+        found = run.run_one(script(tmp_path, body), [])
     finally:
         signal.signal(signal.SIGTERM, before)
     assert (found["status"], found["ratios"]) == ("interrupted", {"first": 1.5})
+    assert found["table"] == ["| early |"]  # what it had printed by then
 
 
 def test_what_a_benchmark_has_started_is_cut_with_it(tmp_path):

@@ -13,6 +13,7 @@ from fastflow_jax.backbones import check_layers, find_spec
 from fastflow_jax.data.transforms import MASK_RESIZES, RESIZES
 from fastflow_jax.errors import InputError
 from fastflow_jax.features import DTYPES
+from fastflow_jax.flows.coupling import half_channels
 from fastflow_jax.kinds import KINDS as DETECTORS
 from fastflow_jax.kinds import kind
 from fastflow_jax.model import NORMS
@@ -171,6 +172,12 @@ _FREE_TO_CHANGE = (
     *("batch_size", "data.dir", "flow.reversible", "train.cache", "train.seeds_at_once"),
 )
 
+# What all variants of a run share.
+_OF_THE_WHOLE = (
+    *("data.name", "data.category", "data.root", "data.dir"),
+    *("seed", "seeds", "report", "report_pictures"),
+)
+
 # Lowest and highest values of numbers.
 _BOUNDS = {
     "seed": (0, 2**31),
@@ -246,6 +253,11 @@ def fill(config: ConfigDict) -> ConfigDict:
         unknown = _flat(changes.to_dict()).keys() - plain.keys()
         if unknown:
             raise InputError(f"config.variants.{name}: there is no field {min(unknown)}")
+        if shared := _flat(changes.to_dict()).keys() & set(_OF_THE_WHOLE):
+            raise InputError(
+                f"config.variants.{name}: all variants share one {min(shared)}; make it a run of "
+                "its own"
+            )
         filled = _flat(_fill(_changed(config, changes)).to_dict())
         c.variants[name] = ConfigDict(
             _nested({field: v for field, v in filled.items() if v != plain.get(field)})
@@ -312,8 +324,17 @@ def _fill(config: ConfigDict) -> ConfigDict:
     for field, (low, high) in _BOUNDS.items():
         if values[field] is not None and not low <= values[field] <= high:
             raise InputError(f"config.{field} is from {low} to {high}, not {values[field]}")
+    channels = min(spec.maps[layer][0] for layer in c.layers)
+    passive, _ = half_channels(channels, swap=c.flow.coupling == "double")
+    if c.detector == "fastflow" and passive * c.flow.hidden_ratio < 1:
+        raise InputError(
+            f"config.flow.hidden_ratio is at least 1/{passive} with {', '.join(c.layers)}, not "
+            f"{c.flow.hidden_ratio}: a subnet needs a hidden channel"
+        )
     if c.data.root is not None:
         c.data.root = str(pathlib.Path(c.data.root).expanduser().resolve())
+    if c.weights is not None and pathlib.Path(c.weights).expanduser().is_file():
+        c.weights = str(pathlib.Path(c.weights).expanduser().resolve())
     return c.lock()
 
 

@@ -43,7 +43,7 @@ class Prediction:
     is_anomalous: bool | None  # the score is above the threshold
     anomaly_map: np.ndarray  # float32 [H, W]
     mask: np.ndarray | None  # bool [H, W], where the map is above the pixel threshold
-    log_likelihood: float | None  # of the features, in nats per dimension
+    log_likelihood: float | None  # of the features as the flows see them, in nats per dimension
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -99,7 +99,8 @@ class Detector:
         with run_folder.claim(folder, config):
             prepare = preparer(config, folder / "features", lambda category: dataset)
             prepared = prepare(config, config.data.category, config.seed)
-            run_folder.check_same_data(folder, list(dataset.train.names))
+            names, weights = list(dataset.train.names), prepared.backbone.weights
+            run_folder.check_same_data(folder, names, weights)
             scorer = kind(config.detector).fit(
                 config,
                 prepared.train,
@@ -120,12 +121,20 @@ class Detector:
         Of a run of several trainings, give the folder of one: of a category, variant or seed.
 
         Raises:
-          InputError: the folder holds no training, or several, which are listed.
+          InputError: the folder holds no training, or several, which are listed; or the backbone's
+            weights are no longer those that it was trained with.
         """
         folder = pathlib.Path(folder)
         kept = detector_folder.read(folder)
+        detector = cls.from_training(kept.config, kept.training, kept.seed)
+        weights = detector.backbone.weights
+        if weights.get("sha256") != kept.weights.get("sha256"):
+            raise InputError(
+                f"{folder} was trained with other weights of {kept.config.backbone} than are here: "
+                f"there {kept.weights}, here {weights}; bring those back, or train anew"
+            )
         return dataclasses.replace(
-            cls.from_training(kept.config, kept.training, kept.seed),
+            detector,
             held_out=kept.held_out,
             image_threshold=kept.image_threshold,
             pixel_threshold=kept.pixel_threshold,
@@ -191,6 +200,10 @@ class Detector:
         if pixel_rate is not None:
             pixel = thresholds.pixel_threshold(held_out.tails, pixel_rate)
         given = {"image_threshold": image, "pixel_threshold": pixel}
+        for name, t in given.items():
+            value = t.value if isinstance(t, Threshold) else t
+            if value is not None and np.isnan(value):
+                raise InputError(f"{name} is no number")
         return dataclasses.replace(
             self,
             **{
@@ -378,7 +391,13 @@ class Detector:
             own = slice(last, last + len(image.images))
             last = own.stop
             likelihood = None if likelihoods is None else float(likelihoods[own].mean())
-            yield self._prediction(image, float(scores[own].max()), maps[own], likelihood)
+            score = float(scores[own].max())
+            if not np.isfinite(score):
+                raise InputError(
+                    f"{image.name} scores {score}: the training or the backbone's weights are "
+                    "broken, train anew"
+                )
+            yield self._prediction(image, score, maps[own], likelihood)
 
     def _prediction(
         self, image: Inputs, score: float, maps: np.ndarray, likelihood: float | None
@@ -436,7 +455,7 @@ def _asked_for(images, config) -> tuple[ConfigDict, data.Dataset]:
         raise InputError("a detector has one seed, one variant and one category: main runs several")
     if isinstance(images, data.Dataset):
         dataset = images
-    elif images is None or isinstance(images, str) or config.data.root is not None:
+    elif images is None or config.data.name != "folder" or config.data.root is not None:
         dataset = data.open_dataset(config.data)
     else:
         dataset = as_dataset(images)

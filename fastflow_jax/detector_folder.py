@@ -6,6 +6,7 @@ import pathlib
 import shutil
 
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from fastflow_jax import thresholds
 from fastflow_jax.config import from_plain, to_plain
@@ -26,6 +27,7 @@ class Kept:
 
     config: ConfigDict  # filled, that it was trained with
     seed: int
+    weights: dict  # of the backbone, see `Backbone.weights`
     training: pathlib.Path  # the folder that it lies in
     held_out: HeldOut | None
     image_threshold: Threshold | None
@@ -61,11 +63,18 @@ def record(
             held_out = HeldOut.load(scored / _HELD_OUT)
         held_out.save(folder / _HELD_OUT)
         rate = max(_RATE, 1 / (len(held_out.scores) + 1))
+        if rate > _RATE:
+            tqdm.write(
+                f"images held out for the threshold: {len(held_out.scores)}, so that up to "
+                f"{rate:.0%} of normal images may be flagged; it takes {round(1 / _RATE) - 1} for "
+                f"{_RATE:.0%}"
+            )
         image = thresholds.image_threshold(held_out.scores, rate)
         pixel = thresholds.pixel_threshold(held_out.tails, _PIXEL_RATE, warn=False)
     about = {
         "config": to_plain(config),
         "seed": seed,
+        "weights": prepared.backbone.weights,
         "training": os.path.relpath(training or folder, folder),
         "thresholds": _plain(image, pixel),
     }
@@ -82,12 +91,17 @@ def read(folder: pathlib.Path) -> Kept:
     about = read_json(folder / _ABOUT)
     if about is None:
         raise InputError(_where_trainings_are(folder))
+    if missing := {"config", "seed", "weights", "training", "thresholds"} - about.keys():
+        raise InputError(
+            f"{folder / _ABOUT} is of an older version, without {min(missing)}: train anew"
+        )
     training, file = (folder / about["training"]).resolve(), folder / _HELD_OUT
     if not (training / "checkpoints").exists():
         raise InputError(f"{training} lacks its checkpoints: bring them back, or train again")
     held_out = HeldOut.load(file) if file.exists() else None
     limits = (_threshold(about["thresholds"][of]) for of in ("image", "pixel"))
-    return Kept(from_plain(about["config"]), about["seed"], training, held_out, *limits)
+    config, seed, weights = from_plain(about["config"]), about["seed"], about["weights"]
+    return Kept(config, seed, weights, training, held_out, *limits)
 
 
 def save(

@@ -27,7 +27,14 @@ from fastflow_jax.prepare import Prepared, preparer, seen_by
 from fastflow_jax.report.html import write_reports
 from fastflow_jax.report.pictures import write_pictures
 from fastflow_jax.report.table import format_csv, format_markdown, format_table
-from fastflow_jax.run_folder import check_same_data, claim, read_json, write_json, write_text
+from fastflow_jax.run_folder import (
+    check_same_data,
+    claim,
+    read_json,
+    read_lines,
+    write_json,
+    write_text,
+)
 
 
 def default_workdir(config_file: str, config) -> pathlib.Path:
@@ -65,7 +72,10 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         if results is not None:
             if config.report and not (workdir / "report.html").exists():
                 parallel.on_main(lambda: write_reports(workdir, results))
-            print(f"{workdir} holds this run, finished:\n\n{format_table(results)}")
+            print(
+                f"{workdir} holds this run, finished; have the data changed since, choose another "
+                f"--workdir:\n\n{format_table(results)}"
+            )
             return results
         plan = _plan(config, workdir)
         features = workdir / "features"
@@ -95,6 +105,8 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         write_json(results_file, results)
         parallel.on_main(lambda: None)  # all wait for what the first one writes
         print(f"\n{format_table(results)}\n\nRun folder: {workdir}")
+        if len(plan) == 1:
+            print(f"New images: --mode=predict --workdir={workdir} --input=FOLDER --output=FOLDER")
         return results
 
 
@@ -181,7 +193,7 @@ def _run_part(part: _Part, beside: list[_Part], prepare: Callable[..., Prepared]
     dataset = prepared.dataset
     for each in [part, *beside]:
         each.folder.mkdir(parents=True, exist_ok=True)
-        check_same_data(each.training, list(dataset.train.names))
+        check_same_data(each.training, list(dataset.train.names), prepared.backbone.weights)
 
     def score_test(scorer, progress: str) -> Scored:
         batches = prepared.test()
@@ -202,7 +214,9 @@ def _run_part(part: _Part, beside: list[_Part], prepare: Callable[..., Prepared]
 
     def in_epochs(*parts: _Part) -> float:
         """Seconds that trainings spent in epochs so far, those before an interruption included."""
-        epochs = (parallel.on_main(partial(_epochs, p.training / "metrics.jsonl")) for p in parts)
+        epochs = (
+            parallel.on_main(partial(read_lines, p.training / "metrics.jsonl")) for p in parts
+        )
         return sum(epoch["seconds"] for lines in epochs for epoch in lines)
 
     seconds_file = part.training / "seconds.json"
@@ -234,7 +248,7 @@ def _run_part(part: _Part, beside: list[_Part], prepare: Callable[..., Prepared]
         training=part.training,
         scored=part.scored,
     )
-    epochs = parallel.on_main(partial(_epochs, part.training / "metrics.jsonl"))
+    epochs = parallel.on_main(partial(read_lines, part.training / "metrics.jsonl"))
     judged = [epoch for epoch in epochs if "holdout_loss" in epoch]
     best = min(judged, key=lambda epoch: epoch["holdout_loss"])["step"] if judged else None
     results = {
@@ -267,11 +281,6 @@ def _run_part(part: _Part, beside: list[_Part], prepare: Callable[..., Prepared]
     results["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
     write_json(part.file, results)
     return results
-
-
-def _epochs(file: pathlib.Path) -> list[dict]:
-    """The lines that training wrote; none where a detector does not train."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _best_on_test(epochs: list[dict]) -> dict | None:

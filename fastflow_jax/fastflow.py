@@ -31,6 +31,10 @@ from fastflow_jax.run_folder import read_arrays, write_arrays
 from fastflow_jax.train import train_in, trained_in
 from fastflow_jax.train_step import Objective
 
+_FEW = 4  # held-out images; fewer are too few for a spread
+# Of scores per channel; held-out images that are copies of training images lie in the bank.
+_ROUNDING = 1e-5
+
 
 def fit(
     config,
@@ -260,7 +264,10 @@ class FastFlowScorer:
 
     def recalibrated(self, maps: tuple[np.ndarray, ...]) -> "FastFlowScorer":
         """The same flows, calibrated by other held-out normal images with these `location_maps`."""
-        return dataclasses.replace(self, calibration=calibrate_on(self.config, maps))
+        calibration = calibrate_on(self.config, maps)
+        if len(maps[0]) < _FEW:  # what spread they have is chance, and new images know another
+            calibration = calibration.replace(peak_std=self.calibration.peak_std)
+        return dataclasses.replace(self, calibration=calibration)
 
     @functools.cached_property
     def _state(self) -> tuple[dict, Calibration]:
@@ -349,9 +356,10 @@ def calibrate_on(config, maps: tuple[np.ndarray, ...]) -> Calibration:
     """`calibrate` by the `FastFlowScorer.location_maps` of held-out normal images."""
     calibration = _calibration(len(maps))
     if config.map.standardise:
+        spread = np.array([m.std(dtype=np.float64) for m in maps], np.float32)
         calibration = calibration.replace(
             scale_mean=np.array([m.mean(dtype=np.float64) for m in maps], np.float32),
-            scale_std=np.array([m.std(dtype=np.float64) or 1.0 for m in maps], np.float32),
+            scale_std=np.where(spread > _ROUNDING, spread, np.float32(1)),
         )
     if config.score.form == "windows":
         run = _compiled(_windows, FrozenConfigDict(config), None)
@@ -359,7 +367,8 @@ def calibrate_on(config, maps: tuple[np.ndarray, ...]) -> Calibration:
         means = np.array([of_map.mean() for of_map in windows])
         peaks = np.array([of_map[:, 0].std() for of_map in windows]) / calibration.scale_std
         # Few images may agree by chance: no map counts ten times the others.
-        peaks = np.maximum(peaks, 0.1 * peaks.mean()) if peaks.any() else np.ones_like(peaks)
+        known = peaks.max() > _ROUNDING
+        peaks = np.maximum(peaks, 0.1 * peaks.mean()) if known else np.ones_like(peaks)
         calibration = calibration.replace(window_mean=means, peak_std=peaks * calibration.scale_std)
     return calibration
 

@@ -10,6 +10,7 @@ import os
 import pathlib
 import runpy
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -35,8 +36,8 @@ _MODE = flags.DEFINE_enum(
     "train",
     ["train", "describe", "predict"],
     "What to do. predict: look at --input with what lies in --workdir, and write to --output; it "
-    "exits with 0 if all images are normal, 1 if some are anomalous, 2 if nothing could be done, 3 "
-    "if some images could not be read",
+    "exits with 0 if all images are normal, 1 if some are anomalous, 2 if it failed, 3 if some "
+    "images could not be read, 4 if there is no threshold to decide by",
 )
 _INPUT = flags.DEFINE_string("input", None, "predict: a file, a folder or a glob pattern")
 _OUTPUT = flags.DEFINE_string("output", None, "predict: the folder that gets the results")
@@ -46,6 +47,13 @@ _RATE = flags.DEFINE_float(
 _TILE = flags.DEFINE_bool("tile", False, "predict: cut images larger than the input into tiles")
 _HEATMAPS = flags.DEFINE_bool("heatmaps", True, "predict: draw heat maps")
 _RAW = flags.DEFINE_enum("raw", None, ["npy", "png16"], "predict: write anomaly maps too")
+
+_REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EACCES: "give leave to write there",
+    errno.EROFS: "give leave to write there",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -57,7 +65,8 @@ def main(argv: list[str]) -> int:
     from fastflow_jax.config import fill
     from fastflow_jax.errors import InputError
 
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
+    # Orbax tells of every file and, before it raises, of every failure with its stacks.
+    logging.set_verbosity(logging.FATAL)
     distributed = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if _DISTRIBUTED.value or any(flag is not None for flag in distributed):
         parallel.start(*distributed)
@@ -127,11 +136,14 @@ def _run(argv: list[str]) -> int:
         _fail(f"{stop}; the same command goes on from there", stop.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from the last checkpoint, if any", 130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        _fail(f"{error}: make room, or choose another --workdir", 2)
     except Exception as error:
+        remedy = _REMEDIES.get(error.errno) if isinstance(error, OSError) else None
+        if remedy:
+            where = _OUTPUT if _MODE.value == "predict" else _WORKDIR
+            _fail(f"{error}: {remedy}, or choose another --{where.name}", 2)
+        if _MODE.value == "predict":  # else Python's status would say that some are anomalous
+            traceback.print_exc()
+            return 2
         if not parallel.is_lost(error):
             raise
         reason = str(error).splitlines()[0]
@@ -152,7 +164,11 @@ def _parse(argv: list[str]) -> list[str]:
     given = [b for a, b in itertools.pairwise(words) if a in ("--config", "-config")]
     file, _, argument = given[-1].partition(":") if given else ("", "", "")
     if given and not pathlib.Path(file).is_file():
-        _fail(f"there is no configuration {file}: name a file such as configs/demo.py", 2)
+        _fail(
+            f"there is no configuration {file} in {os.getcwd()}: name a file such as "
+            "configs/demo.py of the checkout",
+            2,
+        )
     try:
         return flags.FLAGS(argv)
     except (flags.Error, InputError) as error:
@@ -172,4 +188,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    app.run(_run, flags_parser=_parse)
+    try:
+        app.run(_run, flags_parser=_parse)
+    except KeyboardInterrupt:  # while modules are imported, before `_run` can tell
+        _fail("interrupted", 130)

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import glob
 import json
 import os
@@ -21,6 +22,8 @@ from fastflow_jax.errors import InputError
 from fastflow_jax.report.heatmaps import draw_heatmap, save_picture
 
 RAW = ("npy", "png16")
+# What a name may be to blame for: too long, or that of a folder.
+_OF_THE_NAME = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ)
 
 
 @dataclasses.dataclass
@@ -32,7 +35,9 @@ class Line:
     p_value: float | None = None  # how often a normal image scores so high
     is_anomalous: bool | None = None  # the score is above the threshold
     threshold: float | None = None
-    log_likelihood: float | None = None  # of the features, in nats per dimension
+    log_likelihood: float | None = (
+        None  # of the features as the flows see them, in nats per dimension
+    )
     anomalous_part: float | None = None  # of its pixels, by the pixel threshold
     pixel_threshold: float | None = None
     height: int | None = None
@@ -69,7 +74,8 @@ def predict(
 
     Returns:
       The exit status: 0 where all images are normal, 1 where some are anomalous, 3 where some could
-      not be read.
+      not be read or their pictures not be written, 4 where the detector has no threshold, so that
+      nothing is decided.
 
     Raises:
       InputError: nothing could be done.
@@ -87,15 +93,18 @@ def predict(
         _say("warning: no images were held out in training: there are scores, and no decisions")
     try:
         output.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise InputError(f"{output} cannot be a folder: a file is in the way") from error
+    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+        raise InputError(f"{output} cannot be a folder: {error.strerror}") from error
 
-    anomalous = 0
+    anomalous = unwritten = 0
     broken: list[Line] = []
     fields = [field.name for field in dataclasses.fields(Line)]
     bar = tqdm(total=len(names), desc="predict", unit="img", dynamic_ncols=True)
     with (
-        (output / "predictions.csv").open("w", newline="") as table,
+        # A file's name may be no text: its bytes are written as they are.
+        (output / "predictions.csv").open(
+            "w", newline="", encoding="utf-8", errors="surrogateescape"
+        ) as table,
         (output / "predictions.jsonl").open("w") as lines,
         bar,
     ):
@@ -119,16 +128,28 @@ def predict(
         for prediction in detector.stream(names, tile=tile, on_error=report):
             line = _line(detector, prediction)
             name = names[prediction.name]
-            if heatmaps:
-                line.heatmap = f"heatmaps/{name}.png"
-                save_picture(output / line.heatmap, draw_prediction(detector, prediction, name))
-            if raw:
-                _write_raw(output, raw, name, prediction.anomaly_map, line)
             anomalous += bool(line.is_anomalous)
+            try:
+                if heatmaps:
+                    file = f"heatmaps/{name}.png"
+                    save_picture(output / file, draw_prediction(detector, prediction, name))
+                    line.heatmap = file
+                if raw:
+                    _write_raw(output, raw, name, prediction.anomaly_map, line)
+            except OSError as error:
+                if error.errno not in _OF_THE_NAME:
+                    raise
+                line.error = f"{prediction.name}: its picture or map cannot be written: {error}"
+                unwritten += 1
+                _say(line.error)
             write(line)
     done = len(names) - len(broken)
-    print(f"{anomalous} of {done} images are anomalous, {len(broken)} unreadable: {output}")
-    return 3 if broken else int(anomalous > 0)
+    decides = detector.image_threshold is not None
+    found = f"{anomalous} of {done} images are" if decides else f"none of {done} images is called"
+    print(f"{found} anomalous, {len(broken)} unreadable: {output}")
+    if broken or unwritten:
+        return 3
+    return int(anomalous > 0) if decides else 4
 
 
 def draw_prediction(
@@ -163,7 +184,7 @@ def find_images(pattern: str, *, besides: pathlib.Path) -> dict[str, str]:
 
     Args:
       pattern: as it was typed.
-      besides: a folder whose files do not count: results of an earlier call.
+      besides: the folder of results, whose pictures do not count.
 
     Returns:
       Path -> a name that tells it from the others, its path below the folder that all lie in.
@@ -177,9 +198,13 @@ def find_images(pattern: str, *, besides: pathlib.Path) -> dict[str, str]:
     paths: list[pathlib.Path] = []
     for path in found:
         paths += images_below(path) if path.is_dir() else [path]
-    paths = [path for path in paths if besides.resolve() not in path.resolve().parents]
+    results = {(besides / name).resolve() for name in ("heatmaps", "maps")}
+    paths = [path for path in paths if not results & set(path.resolve().parents)]
     if not paths:
-        raise InputError(f"--input={pattern} is no file, no folder and no pattern that finds any")
+        raise InputError(
+            f"--input={pattern} is no file, no folder and no pattern that finds any, apart from "
+            f"what predict wrote to {besides}"
+        )
     root = whole if whole.is_dir() else os.path.commonpath([path.parent for path in paths])
     return {str(path): path.relative_to(root).as_posix() for path in dict.fromkeys(paths)}
 

@@ -44,15 +44,17 @@ class Prepared:
 
 
 def split_holdout(n: int, part: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to train on and indices held out: every so many-th image, in file order.
+    """Indices to train on and indices held out: one, drawn, of each stretch of the file order.
 
-    A fixed choice, the same for all seeds. At least one image is left on either side.
+    Stretches follow what drifts from the first file to the last; the draw follows what comes in
+    turns, like several cameras, of which every so many-th file would be always the same. A fixed
+    choice, the same for all seeds. At least one image is left on either side.
     """
     if part == 0 or n < 2:
         return np.arange(n), np.arange(0)
-    every = min(round(1 / part), n)
-    held = np.arange(n) % every == every - 1
-    return np.flatnonzero(~held), np.flatnonzero(held)
+    edges = np.linspace(0, n, min(max(round(part * n), 1), n - 1) + 1).round().astype(int)
+    held = np.random.default_rng(0).integers(edges[:-1], edges[1:])
+    return np.delete(np.arange(n), held), held
 
 
 def is_augmented(config) -> bool:

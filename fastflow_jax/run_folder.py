@@ -4,6 +4,8 @@ import contextlib
 import fcntl
 import json
 import pathlib
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -21,7 +23,7 @@ def claim(workdir: pathlib.Path, config) -> Iterator[None]:
 
     Raises:
       InputError: another run is at work there, it holds a run with other settings, it cannot be a
-        folder, or not all processes of this run see it.
+        folder or is one among the images, or not all processes of this run see it.
     """
     with contextlib.ExitStack() as held:
         parallel.on_main(lambda: held.enter_context(_claim(workdir, config)))
@@ -34,6 +36,11 @@ def claim(workdir: pathlib.Path, config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _claim(workdir: pathlib.Path, config) -> Iterator[None]:
+    images = config.data.root if config.data.name == "folder" else None
+    if images is not None and pathlib.Path(images) in (workdir.resolve() / "x").parents:
+        raise InputError(
+            f"{workdir} lies in {images}, among the images: choose a --workdir elsewhere"
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -46,7 +53,7 @@ def _claim(workdir: pathlib.Path, config) -> Iterator[None]:
                 f"{workdir} is in use by another process: wait for it, or choose another --workdir"
             ) from error
         file = workdir / "config.json"
-        changed = differences(json.loads(file.read_text()), config) if file.exists() else ["new"]
+        changed = differences(_parsed(file), config) if file.exists() else ["new"]
         if changed and any(workdir.rglob("checkpoints")):
             raise InputError(
                 f"{workdir} holds a run with other settings:\n  "
@@ -58,29 +65,61 @@ def _claim(workdir: pathlib.Path, config) -> Iterator[None]:
         yield
 
 
-def check_same_data(folder: pathlib.Path, names: list[str]) -> None:
-    """Hold a part of a run to the training images that it began with.
+def check_same_data(folder: pathlib.Path, names: list[str], weights: dict) -> None:
+    """Hold a part of a run to the training images and the backbone's weights that it began with.
+
+    Args:
+      folder: of the training.
+      names: of the training images.
+      weights: `Backbone.weights`.
 
     Raises:
       InputError: there are others now.
     """
-    file = folder / "training_images.json"
-    known = read_json(file)
+    file = folder / "learns_from.json"
+    known, now = read_json(file), {"weights": weights.get("sha256"), "images": names}
     if known is None:
-        write_json(file, names)
-    elif known != names:
-        raise InputError(
-            f"the training images are no longer those that {folder} began with: bring them back, "
-            "or choose another --workdir"
-        )
+        write_json(file, now)
+        return
+    for what, words in (("images", "training images"), ("weights", "backbone's weights")):
+        if known[what] != now[what]:
+            raise InputError(
+                f"the {words} are no longer those that {folder} began with: bring them back, "
+                "or choose another --workdir"
+            )
 
 
-# Of several processes the first one alone reads and writes: see `parallel.on_main`.
+# Of several processes the first one alone reads JSON and writes: see `parallel.on_main`.
 
 
 def read_json(file: pathlib.Path) -> dict | list | None:
-    """What `write_json` wrote; None where there is no such file."""
-    return parallel.on_main(lambda: json.loads(file.read_text()) if file.exists() else None)
+    """What `write_json` wrote; None where there is no such file.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    return parallel.on_main(lambda: _parsed(file) if file.exists() else None)
+
+
+def _parsed(file: pathlib.Path) -> dict | list:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(
+            f"{file} is damaged ({error}): bring it back, or train in a new folder"
+        ) from error
+
+
+def read_lines(file: pathlib.Path) -> list[dict]:
+    """The lines of JSON in a file that grew by one at a time; none where there is no such file.
+
+    A line that was cut off is passed over.
+    """
+    lines = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def write_json(file: pathlib.Path, content: dict | list) -> None:
@@ -106,6 +145,13 @@ def write_arrays(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_arrays(file: pathlib.Path) -> dict[str, np.ndarray]:
-    """What `write_arrays` wrote."""
-    with np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)
+    """What `write_arrays` wrote.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    try:
+        with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        raise InputError(f"{file} is damaged ({error}): train again in a new folder") from error

@@ -23,6 +23,7 @@ from fastflow_jax import parallel
 from fastflow_jax.checkpoints import Checkpoints
 from fastflow_jax.errors import InputError
 from fastflow_jax.features import Features, TrainingFeatures
+from fastflow_jax.run_folder import read_lines, write_text
 from fastflow_jax.train_step import (
     Objective,
     TrainState,
@@ -409,13 +410,5 @@ def _keep_epochs(file: pathlib.Path, epochs: int) -> None:
     """Drop the lines of epochs that a killed process wrote but did not save."""
     if not parallel.is_main() or not file.exists():
         return
-    lines = []
-    for line in file.read_text().splitlines(keepends=True):
-        try:
-            if json.loads(line)["epoch"] <= epochs and line.endswith("\n"):
-                lines.append(line)
-        except json.JSONDecodeError:  # cut off in the middle
-            continue
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(lines))
-    temporary.replace(file)
+    kept = [line for line in read_lines(file) if line["epoch"] <= epochs]
+    write_text(file, "".join(json.dumps(line) + "\n" for line in kept))

@@ -52,7 +52,7 @@ def create_optimizer(config, steps: int) -> optax.GradientTransformation:
     Weight decay is added to the gradient before Adam's scaling, as torch's Adam does (L2, not
     AdamW): the reference's recipe.
     """
-    warmup = round(config.warmup * steps)
+    warmup = min(round(config.warmup * steps), max(steps, 1) - 1)
     if config.schedule == "cosine":
         rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(steps, 1))
     else:

@@ -98,6 +98,7 @@ def test_values_given_by_hand_stay():
         ("flow.kernels", (), "config.flow.kernels are of 1, 3, 5 and 7"),
         ("flow.dtype", "float16", "config.flow.dtype is one of float32, bfloat16"),
         ("flow.steps", 0, "config.flow.steps is from 1 to 1000, not 0"),
+        ("flow.hidden_ratio", 0.01, r"config.flow.hidden_ratio is at least 1/40 with .*, not 0.01"),
         ("seeds", 0, "config.seeds is from 1"),
         ("train.epochs", 0, "config.train.epochs is from 1"),
         ("train.warmup", 1.0, "config.train.warmup is from 0 to 0.9"),
@@ -226,6 +227,9 @@ def test_impossible_variants_are_named():
         fill(with_variants(first={"flow": {"step": 3}}))
     with pytest.raises(InputError, match=r"config\.flow\.steps is from 1 to 1000"):
         fill(with_variants(first={"flow": {"steps": 0}}))
+    for shared in ({"seed": 7}, {"data": {"root": "elsewhere"}}):
+        with pytest.raises(InputError, match=r"variants\.first: all variants share one"):
+            fill(with_variants(first=shared))
 
 
 def test_another_value_of_a_variant_is_another_run():

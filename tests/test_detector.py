@@ -1,8 +1,12 @@
 """Detectors of every kind, from images to decisions; and the flow of one, forth and back."""
 
+import dataclasses
 import doctest
 import gc
+import json
+import re
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,6 +17,7 @@ from fastflow_jax.config import default, fill
 from fastflow_jax.data.transforms import normalise, resize
 from fastflow_jax.errors import InputError
 from fastflow_jax.kinds import KINDS, recipe
+from fastflow_jax.prepare import split_holdout
 
 
 def tiny(kind="fastflow", **fields):
@@ -172,7 +177,7 @@ def test_thresholds_are_saved_where_the_detector_lies(tmp_path):
 
 def test_held_out_images_are_scored_under_a_calibration_by_others(detector):
     """Of 4 held-out images each is a fold of its own."""
-    held = photographs()[3::4]
+    held = photographs()[split_holdout(16, 0.25)[1]]
     as_new = [r.score for r in detector.predict(held)]
     assert not np.allclose(as_new, detector.held_out.scores, rtol=1e-3)
     features = detector.features(held)
@@ -320,3 +325,60 @@ def test_the_example_runs(monkeypatch):
         Detector, "Detector", module=fastflow_jax.detector, extraglobs=names
     )
     assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_images_of_pillow_are_read_as_files_are(detector, tmp_path):
+    image = Image.fromarray(spoilt())
+    palette = image.quantize(16)
+    turned = image.copy()
+    turned.getexif()[0x0112] = 6
+    palette.save(tmp_path / "palette.png")
+    turned.save(tmp_path / "turned.png", exif=turned.getexif())
+    image.convert("CMYK").save(tmp_path / "cmyk.tif")
+    for name in ("palette.png", "turned.png", "cmyk.tif"):
+        with Image.open(tmp_path / name) as opened:
+            result = detector.predict(opened)
+        expected = detector.predict(tmp_path / name)
+        np.testing.assert_array_equal(result.anomaly_map, expected.anomaly_map)
+    assert turned.size == image.size
+
+
+@pytest.mark.parametrize("shape", [(20, 30, 1), (20, 30, 4), (3, 20, 30)])
+def test_other_channels_than_three_are_no_stack_of_images(detector, shape):
+    with pytest.raises(InputError, match=rf"shape {re.escape(str(shape))}: give \[H, W, 3\]"):
+        detector.predict(np.zeros(shape, np.uint8))
+
+
+def test_scores_and_thresholds_are_numbers(detector, monkeypatch):
+    with pytest.raises(InputError, match="image_threshold is no number"):
+        detector.with_threshold(float("nan"))
+    broken = jax.tree.map(lambda x: x * np.nan, detector.scorer.variables["params"])
+    variables = detector.scorer.variables | {"params": broken}
+    scorer = dataclasses.replace(detector.scorer, variables=variables)
+    with pytest.raises(InputError, match="image 0 scores nan"):
+        dataclasses.replace(detector, scorer=scorer).predict(spoilt())
+
+
+def test_a_folder_of_an_older_version_is_named(tmp_path):
+    folder = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run").folder
+    about = json.loads((folder / "detector.json").read_text())
+    del about["weights"]
+    (folder / "detector.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match=r"detector\.json is of an older version, without weights"):
+        Detector.load(folder)
+
+
+def test_other_weights_than_it_was_trained_with_are_refused(tmp_path):
+    folder = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run").folder
+    about = json.loads((folder / "detector.json").read_text())
+    about["weights"] = {"source": "file", "file": "other.pth", "sha256": "12"}
+    (folder / "detector.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match=r"was trained with other weights .*other\.pth"):
+        Detector.load(folder)
+
+
+def test_a_damaged_file_of_held_out_scores_is_named(tmp_path):
+    folder = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run").folder
+    (folder / "held_out.npz").write_bytes((folder / "held_out.npz").read_bytes()[:200])
+    with pytest.raises(InputError, match=r"held_out\.npz is damaged"):
+        Detector.load(folder)

@@ -7,13 +7,14 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fastflow_jax import experiment
 from fastflow_jax.config import default, fill
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluate import METRICS
 from fastflow_jax.prepare import split_holdout
-from fastflow_jax.run_folder import check_same_data
+from fastflow_jax.run_folder import check_same_data, read_lines
 
 
 def tiny(**fields):
@@ -169,12 +170,36 @@ def test_data_is_looked_for_before_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("n", "part", "held"), [(10, 0.1, [9]), (11, 0.25, [3, 7]), (3, 0.1, [2]), (10, 0.0, [])]
+    ("n", "part", "held"),
+    [
+        (10, 0.1, 1),
+        (11, 0.25, 3),
+        (3, 0.1, 1),
+        (2, 0.5, 1),
+        (1000, 0.4, 400),
+        (10, 0.0, 0),
+        (1, 0.1, 0),
+    ],
 )
-def test_every_so_many_th_image_is_held_out(n, part, held):
+def test_a_part_of_the_images_is_held_out(n, part, held):
     train, holdout = split_holdout(n, part)
-    assert holdout.tolist() == held
+    assert len(holdout) == held
     assert sorted([*train, *holdout]) == list(range(n))
+    assert split_holdout(n, part)[1].tolist() == holdout.tolist()
+
+
+@pytest.mark.parametrize("period", [2, 5, 10])
+def test_what_comes_in_turns_is_held_out_in_its_share(period):
+    held = np.bincount(split_holdout(1000, 0.1)[1] % period, minlength=period)
+    # Of 100 draws: five deviations of a binomial.
+    share = 1 / period
+    assert np.abs(held - 100 * share).max() < 5 * np.sqrt(100 * share * (1 - share))
+
+
+def test_what_drifts_is_held_out_evenly():
+    assert (
+        np.histogram(split_holdout(1000, 0.1)[1], bins=10, range=(0, 1000))[0].tolist() == [10] * 10
+    )
 
 
 def test_categories_and_seeds_go_on_where_they_stopped(tmp_path, killed_in_the_third_part):
@@ -247,11 +272,36 @@ def test_settings_may_change_until_training_begins(tmp_path):
     assert results["protocol"]["weights"]["source"] == "random"
 
 
-def test_other_training_images_are_refused(tmp_path):
-    check_same_data(tmp_path, ["a.png", "b.png"])
-    check_same_data(tmp_path, ["a.png", "b.png"])
-    with pytest.raises(InputError, match="no longer those"):
-        check_same_data(tmp_path, ["a.png"])
+def test_other_training_images_and_weights_are_refused(tmp_path):
+    check_same_data(tmp_path, ["a.png", "b.png"], {"sha256": "12", "file": "one.pth"})
+    check_same_data(tmp_path, ["a.png", "b.png"], {"sha256": "12", "file": "elsewhere.pth"})
+    with pytest.raises(InputError, match="training images are no longer those"):
+        check_same_data(tmp_path, ["a.png"], {"sha256": "12"})
+    with pytest.raises(InputError, match="weights are no longer those"):
+        check_same_data(tmp_path, ["a.png", "b.png"], {"sha256": "34"})
+
+
+def test_a_run_folder_among_the_images_is_refused_before_it_is_made(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    config = tiny(**{"data.name": "folder", "data.category": None, "data.root": str(tmp_path)})
+    for workdir in (tmp_path, tmp_path / "run", tmp_path / "runs" / "one"):
+        with pytest.raises(InputError, match="among the images: choose a --workdir elsewhere"):
+            experiment.run(config, workdir)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "part.json"])
+def test_a_damaged_file_of_the_run_folder_is_named(tmp_path, name):
+    (tmp_path / "run" / "brick").mkdir(parents=True)
+    (tmp_path / "run" / name).write_text('{"cut')
+    with pytest.raises(InputError, match=rf"{name} is damaged .*new folder"):
+        experiment.run(tiny(), tmp_path / "run")
+
+
+def test_epochs_outlive_a_line_that_was_cut_off(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "loss": 2.0}\n{"epoch": 2, "lo')
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"epoch": 1, "loss": 2.0}]
+    assert read_lines(tmp_path / "none.jsonl") == []
 
 
 def test_a_file_in_the_way_of_the_run_folder_is_named(tmp_path):

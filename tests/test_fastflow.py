@@ -87,6 +87,14 @@ def test_few_held_out_images_leave_scores_finite_and_balanced(setup, n):
     assert np.all(calibration.scale_std > 0)
 
 
+def test_a_spread_of_rounding_is_no_unit(setup):
+    """As of distances from a bank that holds copies of the held-out images."""
+    rounding = 1e-8 * np.random.default_rng(0).normal(size=(5, 8, 8)).astype(np.float32)
+    calibration = calibrate_on(setup[0], (rounding,))
+    assert calibration.scale_std.tolist() == [1.0]
+    assert calibration.peak_std.tolist() == [1.0]
+
+
 def test_no_map_rules_because_few_images_agree_on_it_by_chance(setup):
     config = setup[0]
     apart = np.random.default_rng(0).normal(size=(3, 8, 8)).astype(np.float32)
@@ -95,6 +103,33 @@ def test_no_map_rules_because_few_images_agree_on_it_by_chance(setup):
     calibration = calibrate_on(config, (apart, agreed))
     spread = calibration.peak_std / calibration.scale_std
     assert spread[1] == pytest.approx(0.1 * (spread[0] / 2), rel=1e-4)
+
+
+def test_two_held_out_images_keep_the_promise_of_p_values(setup):
+    """Cross-fitted, both of two scores are below a new one in a third of the cases."""
+    config, _, model, *_ = setup
+    rng = np.random.default_rng(0)
+
+    def draw(n):  # six maps of images that differ as a whole
+        of_image = 0.15 * rng.normal(size=(n, 1, 1))
+        maps = [
+            1 + of_image + 0.15 * rng.normal(size=(n, 1, 1)) + 0.5 * rng.normal(size=(n, 8, 8))
+            for _ in range(6)
+        ]
+        return tuple(m.astype(np.float32) for m in maps)
+
+    above = []
+    for _ in range(60):
+        held, new = draw(2), draw(32)
+        scorer = FastFlowScorer(config, model, {}, calibrate_on(config, held))
+        scores = [
+            scorer.recalibrated(tuple(m[1 - i :][:1] for m in held)).score_maps(
+                tuple(m[i:][:1] for m in held)
+            )[0]
+            for i in range(2)
+        ]
+        above.append((scorer.score_maps(new)[0] > max(scores)).mean())
+    assert np.mean(above) == pytest.approx(1 / 3, abs=0.06)  # two deviations
 
 
 @pytest.mark.parametrize("form", ["windows", "top_k"])

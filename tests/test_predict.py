@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -131,6 +132,66 @@ def test_files_folders_and_patterns_are_found(photos, tmp_path):
             find_images(pattern, besides=nowhere)
 
 
+def test_links_are_followed_to_their_end(photos, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Image.fromarray(photograph(1)).save(elsewhere / "b.png")
+    (photos / "line").symlink_to(elsewhere)
+    (photos / "more" / "round").symlink_to(photos)
+    found = find_images(str(photos), besides=tmp_path / "nowhere").values()
+    assert sorted(found) == ["a.png", "bad.jpg", "line/b.png", "more/a.png"]
+
+
+def test_a_name_that_is_no_text_is_written_as_it_is(run, photos, tmp_path):
+    name = os.fsdecode(b"schraube_\xe4.png")
+    (photos / "a.png").rename(photos / name)
+    assert predict(run, str(photos), tmp_path / "out") == 1
+    assert os.fsencode(name) in (tmp_path / "out" / "predictions.csv").read_bytes()
+    assert (tmp_path / "out" / "heatmaps" / f"{name}.png").is_file()
+
+
+def test_a_picture_that_cannot_be_written_stops_nothing(run, photos, tmp_path, capsys):
+    (photos / "a.png").rename(photos / f"{'x' * 250}.png")
+    (photos / "bad.jpg.png").mkdir()
+    Image.fromarray(photograph(3)).save(photos / "bad.jpg.png" / "c.png")
+    assert predict(run, str(photos), tmp_path / "out") == 3
+    lines, rows = lines_of(tmp_path / "out")
+    assert len(rows) == 4
+    assert all(line["score"] is not None for line in lines.values())
+    assert "cannot be written" in lines[f"{'x' * 250}.png"]["error"]
+    failed = [name for name, line in lines.items() if line["error"]]
+    assert len(failed) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_pictures_beside_the_images_are_no_images(run, photos):
+    assert predict(run, str(photos), photos) == 1
+    assert predict(run, str(photos), photos) == 1
+    assert len(lines_of(photos)[1]) == 3
+
+
+def test_without_held_out_images_nothing_is_decided(run, photos, tmp_path, capsys):
+    c = Detector.load(run).config.copy_and_resolve_references()
+    c.data.holdout = 0.0
+    Detector.fit([photograph(i) for i in range(4)], config=c, workdir=tmp_path / "run")
+    assert predict(tmp_path / "run", str(photos), tmp_path / "out", heatmaps=False) == 4
+    assert "none of 3 images is called anomalous" in capsys.readouterr().out
+    assert {row["is_anomalous"] for row in lines_of(tmp_path / "out")[1]} == {""}
+
+
+def test_a_failure_does_not_pass_for_a_decision(
+    run, photos, tmp_path, started, capsys, monkeypatch
+):
+    def fail(*arguments, **options):
+        raise RuntimeError("no such thing")
+
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("fastflow_jax.predict.predict", fail)
+    arguments = [f"--workdir={run}", f"--input={photos}", f"--output={tmp_path}/out"]
+    assert started(["--mode=predict", *arguments]) == 2
+    assert "no such thing" in capsys.readouterr().err
+
+
 def test_the_exit_status_says_what_was_found(run, photos, tmp_path, environment):
     def call(pictures):
         arguments = [f"--workdir={run}", f"--output={tmp_path}/out", "--noheatmaps"]
@@ -177,5 +238,5 @@ def test_what_cannot_be_done_is_said(run, photos, tmp_path):
         predict(tmp_path / "nosuch", str(photos), tmp_path / "out")
     with pytest.raises(InputError, match="between 0 and 1"):
         predict(run, str(photos), tmp_path / "out", rate=2.0)
-    with pytest.raises(InputError, match="a file is in the way"):
+    with pytest.raises(InputError, match="cannot be a folder: File exists"):
         predict(run, str(photos), photos / "a.png")

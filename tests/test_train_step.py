@@ -44,6 +44,16 @@ def rows_of(rows):
     return tuple(m[rows] for m in images()), VALID[rows]
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_short_run_may_warm_up_for_most_of_it(schedule, steps):
+    config = default().train
+    config.update({"schedule": schedule, "warmup": 0.9})
+    optimizer = create_optimizer(config, steps)
+    params = {"w": jnp.ones(2)}
+    optimizer.update(params, optimizer.init(params), params)
+
+
 def test_a_step_is_plain_gradient_descent(step_setup):
     _, state, after = step_setup
     maps, valid = rows_of(np.arange(8))

@@ -87,7 +87,7 @@ def port(
 
     Raises:
       InputError: tensors are missing, unknown or of another shape; it lists them all, each with
-        the nearest name. Or numbers are not finite.
+        the nearest name. Or numbers are not finite, or variances negative.
     """
     missing = [name for name in wanted if name not in state]
     unknown = [
@@ -111,6 +111,8 @@ def port(
         array = np.asarray(state[name], np.float32).transpose(slot.axes)
         if not np.isfinite(array).all():
             raise InputError(f"{title}: {name} holds numbers that are not finite")
+        if name.endswith("running_var") and (array < 0).any():
+            raise InputError(f"{title}: {name} holds variances below zero")
         return np.ascontiguousarray(array)
 
     return _build(wanted, value)

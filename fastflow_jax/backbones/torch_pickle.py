@@ -53,7 +53,7 @@ def read_torch(path: Path) -> Any:
         reason = ascii(str(error) or type(error).__name__)[1:200].rstrip("'\"")
         raise InputError(
             f"{path}: cannot be read as PyTorch weights: {reason}. "
-            "If it is not damaged, save its state_dict alone, best as .safetensors."
+            "If it was downloaded in full, save its state_dict alone, best as .safetensors."
         ) from error
 
 

@@ -10,23 +10,28 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import PIL.Image
 
 from fastflow_jax.data.dataset import GOOD, Dataset, Source
 from fastflow_jax.data.layout import images_below
-from fastflow_jax.data.transforms import decode_image, image_size, read_file
+from fastflow_jax.data.transforms import convert_image, decode_image, image_size, read_file
 from fastflow_jax.errors import InputError
 
-# A file, a folder of them, uint8 [H, W, 3] or [H, W], or several of these.
-Image = str | Path | np.ndarray
+# A file, a folder of them, an image of Pillow's, uint8 [H, W, 3] or [H, W], or several of these.
+Image = str | Path | np.ndarray | PIL.Image.Image
 Images = Image | Iterable[Image]
 T = TypeVar("T")
 
 
 def is_one(images: Images) -> bool:
-    """One image, not several: a file, [H, W, 3] or [H, W]."""
+    """One image, not several: a file, an image of Pillow's, [H, W, 3] or [H, W].
+
+    An array of three axes is never several: [3, H, W] or [H, W, 4] is more likely a slip.
+    """
+    if isinstance(images, PIL.Image.Image):
+        return True
     if _is_array(images):
-        shape = np.shape(images)
-        return len(shape) == 2 or (len(shape) == 3 and shape[-1] == 3)
+        return len(np.shape(images)) in (2, 3)
     return isinstance(images, str | Path) and not Path(images).is_dir()
 
 
@@ -99,11 +104,13 @@ def ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
 
 
 def _is_array(images: Any) -> bool:
-    """Of numpy, JAX, Pillow and the like."""
+    """Of numpy, JAX and the like."""
     return hasattr(images, "__array__") or hasattr(images, "__array_interface__")
 
 
 def _checked(image: Any, name: str) -> np.ndarray:
+    if isinstance(image, PIL.Image.Image):
+        return convert_image(image, name)
     array = np.asarray(image)
     if array.dtype != np.uint8:
         raise InputError(
@@ -114,6 +121,7 @@ def _checked(image: Any, name: str) -> np.ndarray:
         array = np.repeat(array[..., None], 3, axis=-1)
     if array.ndim != 3 or array.shape[-1] != 3 or not array.size:
         raise InputError(
-            f"{name} has shape {array.shape}: give [H, W, 3] in RGB, or [H, W] in grey."
+            f"{name} has shape {array.shape}: give [H, W, 3] in RGB, or [H, W] in grey; of several "
+            "grey ones a list."
         )
     return array

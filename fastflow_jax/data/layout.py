@@ -10,6 +10,7 @@ keep their licence there). Anything else that does not belong is an error, as it
 """
 
 import functools
+import os
 from pathlib import Path
 
 from PIL import Image
@@ -84,6 +85,11 @@ def list_subfolders(folder: Path) -> dict[str, list[Path]]:
     """
     folders, files = list_folder(folder)
     for file in files.values():
+        if not folders and _is_image(file):
+            raise InputError(
+                f"{folder} holds images, and no folders of images: those of normal things go into "
+                f"{folder}/good."
+            )
         raise InputError(
             f"{file} lies beside the folders of {folder}: move it into one of them or elsewhere."
         )
@@ -120,18 +126,26 @@ def list_images(folder: Path) -> list[Path]:
 def images_below(folder: Path) -> list[Path]:
     """The images in `folder` and in the folders below it, sorted by path; they are not opened.
 
-    Hidden files and folders and what is no image are passed over.
+    Links are followed; a folder that several lead to counts once. Hidden files and folders and what
+    is no image are passed over.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, or a folder cannot be read.
     """
-    paths = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if _is_image(path)
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+
+    def fail(error: OSError):
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}.") from error
+
+    paths, seen = [], set()
+    for at, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        if os.path.realpath(at) in seen:  # a link to a folder that it lies in would have no end
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(at))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        within = (Path(at, name) for name in files if not name.startswith("."))
+        paths += [path for path in within if _is_image(path) and path.is_file()]
+    paths.sort()
     if not paths:
         raise InputError(f"{folder} holds no images: put some there or give another folder.")
     return paths

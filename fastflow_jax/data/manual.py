@@ -1,6 +1,7 @@
 """Data sets that users download by hand: found packed or unpacked, and unpacked where needed."""
 
 import contextlib
+import fcntl
 import lzma
 import shutil
 import tarfile
@@ -16,7 +17,8 @@ from tqdm import tqdm
 from fastflow_jax.data.prepared import Raw, data_dir
 from fastflow_jax.errors import InputError
 
-_SCRATCH = ".unpacking-"
+_LOCK = ".unpacking"
+_SCRATCH = f"{_LOCK}-"
 
 
 def manual_dir(config: ConfigDict) -> Path:
@@ -66,30 +68,48 @@ def unpack(archive: Path) -> None:
     """Unpacks a tar or zip file beside itself, into a folder of its name without extensions.
 
     If the archive holds one folder only, this takes the name. The folder appears when it is whole.
+    Of several processes one unpacks at a time in a folder of archives.
 
     Raises:
         InputError: the archive is damaged, or there is no room.
     """
     target = _target(archive)
     try:
-        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=archive.parent) as scratch:
-            content = Path(scratch, "content")
-            with open_archive(archive) as packed:
-                if isinstance(packed, tarfile.TarFile):
-                    packed.extractall(content, filter="data")
-                else:
-                    packed.extractall(content)
-            inner = [path for path in content.iterdir() if path.name != "__MACOSX"]
-            is_wrapped = len(inner) == 1 and inner[0].is_dir()
-            (inner[0] if is_wrapped else content).rename(target)
+        with _alone_in(archive.parent):
+            if target.exists():  # another process was faster
+                return
+            for leftover in archive.parent.glob(f"{_SCRATCH}*"):  # of a run that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            _unpack(archive, target)
     except OSError as error:
-        if not target.exists():  # unless another process was faster
-            raise InputError(
-                f"{archive} cannot be unpacked ({error}): make room there, "
-                "or unpack it elsewhere and set data.root to that folder."
-            ) from error
-    for leftover in archive.parent.glob(f"{_SCRATCH}*"):  # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+        raise InputError(
+            f"{archive} cannot be unpacked ({error}): make room there, "
+            "or unpack it elsewhere and set data.root to that folder."
+        ) from error
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    with (folder / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tqdm.write(f"waiting for another process that unpacks in {folder}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _unpack(archive: Path, target: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=archive.parent) as scratch:
+        content = Path(scratch, "content")
+        with open_archive(archive) as packed:
+            if isinstance(packed, tarfile.TarFile):
+                packed.extractall(content, filter="data")
+            else:
+                packed.extractall(content)
+        inner = [path for path in content.iterdir() if path.name != "__MACOSX"]
+        is_wrapped = len(inner) == 1 and inner[0].is_dir()
+        (inner[0] if is_wrapped else content).rename(target)
 
 
 def _target(archive: Path) -> Path:

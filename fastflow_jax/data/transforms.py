@@ -91,6 +91,21 @@ def decode_image(data: bytes, name: str = "the image") -> np.ndarray:
     return _rgb(_load(data, name), name)
 
 
+def convert_image(image: Image.Image, name: str = "the image") -> np.ndarray:
+    """As `decode_image`, of an image that Pillow has opened or made; it stays as it is.
+
+    Raises:
+        InputError: as there.
+    """
+    try:
+        image.load()
+    except Exception as error:  # as in _open
+        raise _broken(name, error) from error
+    turned = Image.fromarray(_rgb(image, name))
+    turned.getexif().update(image.getexif())
+    return np.asarray(ImageOps.exif_transpose(turned))
+
+
 def decode_mask(data: bytes, name: str = "the mask") -> np.ndarray:
     """Decodes the bytes of a mask file into bool, [H, W], true where the image is defective.
 
@@ -121,7 +136,7 @@ def _open(file: Path | IO[bytes], name: str) -> Image.Image:
         image = Image.open(file)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{name} is too large: {error} Scale it down or cut it up.") from error
-    except PermissionError as error:
+    except (PermissionError, FileNotFoundError) as error:
         raise InputError(f"{name} cannot be read: {error.strerror}.") from error
     except Exception as error:  # Pillow's readers raise almost anything on a damaged file
         raise InputError(

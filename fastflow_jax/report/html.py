@@ -18,7 +18,7 @@ import numpy as np
 from fastflow_jax.metrics import f1_max
 from fastflow_jax.report.charts import Line, histogram, line_chart, ticks
 from fastflow_jax.report.table import TITLES, table_cells
-from fastflow_jax.run_folder import write_text
+from fastflow_jax.run_folder import read_lines, write_text
 
 _HERE = pathlib.Path(__file__).parent
 _DETECTORS = {
@@ -253,8 +253,7 @@ def _charts(
             y_range=(0, 1),
         )
         charts.append({"title": "PRO", "lines": [line], "svg": chart})
-    file = training / "metrics.jsonl"
-    epochs = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    epochs = read_lines(training / "metrics.jsonl")
     lines = []
     for key, name, style in (("loss", "training", "first"), ("holdout_loss", "held out", "second")):
         rows = [(e["step"], e[key]) for e in epochs if np.isfinite(e.get(key, np.nan))]

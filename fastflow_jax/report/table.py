@@ -110,6 +110,7 @@ def _table(results: Mapping) -> _Table:
         for metric in (_BESIDE_OTHERS if others or any(speeds) else TITLES)
         if any(figures[metric] is not None for figures, _ in rows.values())
     ]
+    notes = [] if metrics else ["No figures: there are no test images, or they are all of a kind."]
     columns = [
         _Column("", TITLES[m], [_figure(row[m], std and std[m]) for row, std in rows.values()])
         for m in metrics
@@ -117,7 +118,6 @@ def _table(results: Mapping) -> _Table:
     for name, title in SPEED.items() if any(speeds) else ():
         cells = ["-" if each is None else _quantity(each[name]) for each in speeds]
         columns.append(_Column("", title, cells))
-    notes = []
     for other in others:
         means = other.mean if len(categories) == other.categories else None
         cells = [*map(other.figures.get, categories), means]

@@ -103,6 +103,13 @@ def test_another_architecture_is_told(state, tmp_path):
         create("resnet18", path)
 
 
+def test_variances_below_zero_are_told(state, tmp_path):
+    path = tmp_path / "negative.npz"
+    np.savez(path, **state | {"layer1.0.bn1.running_var": np.full(64, -1, np.float32)})
+    with pytest.raises(InputError, match=r"running_var holds variances below zero"):
+        create("resnet18", path)
+
+
 def test_numbers_that_are_not_finite_are_told(state, tmp_path):
     path = tmp_path / "nan.npz"
     np.savez(path, **state | {"layer1.0.bn1.bias": np.full(64, np.nan, np.float32)})

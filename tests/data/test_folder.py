@@ -196,6 +196,17 @@ def test_an_empty_split(tree, message, inner):
     assert message(tree) == f"{tree / inner} is empty: fill it or remove it."
 
 
+def test_images_without_their_folder(tree, message):
+    for image in (tree / "train/good").iterdir():
+        image.rename(tree / "train" / image.name)
+    (tree / "train/good").rmdir()
+    train = tree / "train"
+    assert message(tree) == (
+        f"{train} holds images, and no folders of images: those of normal things go into "
+        f"{train}/good."
+    )
+
+
 def test_folders_without_train(tree, message):
     shutil.rmtree(tree / "train")
     assert message(tree).startswith(f"{tree} holds folders (ground_truth, test) but no train")

@@ -43,7 +43,7 @@ class Prediction:
     is_anomalous: bool | None  # the score is above the threshold
     anomaly_map: np.ndarray  # float32 [H, W]
     mask: np.ndarray | None  # bool [H, W], where the map is above the pixel threshold
-    log_likelihood: float | None  # of the features as the flows see them, in nats per dimension
+    log_likelihood: float | None  # of what the flows see, in nats per dimension
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -99,8 +99,7 @@ class Detector:
         with run_folder.claim(folder, config):
             prepare = preparer(config, folder / "features", lambda category: dataset)
             prepared = prepare(config, config.data.category, config.seed)
-            names, weights = list(dataset.train.names), prepared.backbone.weights
-            run_folder.check_same_data(folder, names, weights)
+            run_folder.check_same_data(folder, prepared.names, prepared.backbone.weights)
             scorer = kind(config.detector).fit(
                 config,
                 prepared.train,

@@ -35,9 +35,7 @@ class Line:
     p_value: float | None = None  # how often a normal image scores so high
     is_anomalous: bool | None = None  # the score is above the threshold
     threshold: float | None = None
-    log_likelihood: float | None = (
-        None  # of the features as the flows see them, in nats per dimension
-    )
+    log_likelihood: float | None = None  # of what the flows see, in nats per dimension
     anomalous_part: float | None = None  # of its pixels, by the pixel threshold
     pixel_threshold: float | None = None
     height: int | None = None

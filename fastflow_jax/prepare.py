@@ -33,6 +33,7 @@ class Prepared:
     """What a run starts from."""
 
     dataset: data.Dataset
+    names: list[str]  # of the images to train on; those held out are not among them
     backbone: Backbone
     train: TrainingFeatures
     holdout: Features | None
@@ -123,7 +124,9 @@ def preparer(
         trained_on = (*key, config.data.holdout, _key(config.augment), drawn)
         arguments = (of | own, folder, images.train, seed, all_for_training, title)
         learnt = train(trained_on, config, net, *arguments)
-        return Prepared(images, net, *learnt, tested)
+        rows, _ = split_holdout(len(images.train), config.data.holdout)
+        names = [images.train.names[i] for i in rows]
+        return Prepared(images, names, net, *learnt, tested)
 
     return prepare
 

@@ -37,7 +37,7 @@ def claim(workdir: pathlib.Path, config) -> Iterator[None]:
 @contextlib.contextmanager
 def _claim(workdir: pathlib.Path, config) -> Iterator[None]:
     images = config.data.root if config.data.name == "folder" else None
-    if images is not None and pathlib.Path(images) in (workdir.resolve() / "x").parents:
+    if images is not None and workdir.resolve().is_relative_to(images):
         raise InputError(
             f"{workdir} lies in {images}, among the images: choose a --workdir elsewhere"
         )
@@ -70,7 +70,7 @@ def check_same_data(folder: pathlib.Path, names: list[str], weights: dict) -> No
 
     Args:
       folder: of the training.
-      names: of the training images.
+      names: of the images to train on; those held out are not among them.
       weights: `Backbone.weights`.
 
     Raises:
@@ -79,6 +79,8 @@ def check_same_data(folder: pathlib.Path, names: list[str], weights: dict) -> No
     file = folder / "learns_from.json"
     known, now = read_json(file), {"weights": weights.get("sha256"), "images": names}
     if known is None:
+        if parallel.on_main((folder / "checkpoints").exists):
+            raise InputError(f"{folder} is of an older version: choose another --workdir")
         write_json(file, now)
         return
     for what, words in (("images", "training images"), ("weights", "backbone's weights")):

@@ -279,6 +279,9 @@ def test_other_training_images_and_weights_are_refused(tmp_path):
         check_same_data(tmp_path, ["a.png"], {"sha256": "12"})
     with pytest.raises(InputError, match="weights are no longer those"):
         check_same_data(tmp_path, ["a.png", "b.png"], {"sha256": "34"})
+    (tmp_path / "old" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match="older version"):
+        check_same_data(tmp_path / "old", ["a.png"], {"sha256": "12"})
 
 
 def test_a_run_folder_among_the_images_is_refused_before_it_is_made(tmp_path):

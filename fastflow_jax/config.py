@@ -13,6 +13,7 @@ from fastflow_jax.backbones import check_layers, find_spec
 from fastflow_jax.data.transforms import MASK_RESIZES, RESIZES
 from fastflow_jax.errors import InputError
 from fastflow_jax.features import DTYPES
+from fastflow_jax.flows.chain import is_double
 from fastflow_jax.flows.coupling import half_channels
 from fastflow_jax.kinds import KINDS as DETECTORS
 from fastflow_jax.kinds import kind
@@ -325,7 +326,7 @@ def _fill(config: ConfigDict) -> ConfigDict:
         if values[field] is not None and not low <= values[field] <= high:
             raise InputError(f"config.{field} is from {low} to {high}, not {values[field]}")
     channels = min(spec.maps[layer][0] for layer in c.layers)
-    passive, _ = half_channels(channels, swap=c.flow.coupling == "double")
+    passive, _ = half_channels(channels, swap=is_double(c.flow.coupling))
     if c.detector == "fastflow" and passive * c.flow.hidden_ratio < 1:
         raise InputError(
             f"config.flow.hidden_ratio is at least 1/{passive} with {', '.join(c.layers)}, not "

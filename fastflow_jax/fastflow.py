@@ -265,7 +265,7 @@ class FastFlowScorer:
     def recalibrated(self, maps: tuple[np.ndarray, ...]) -> "FastFlowScorer":
         """The same flows, calibrated by other held-out normal images with these `location_maps`."""
         calibration = calibrate_on(self.config, maps)
-        if len(maps[0]) < _FEW:  # what spread they have is chance, and new images know another
+        if len(maps[0]) < _FEW:  # their spread is chance, and new images are in units of another
             calibration = calibration.replace(peak_std=self.calibration.peak_std)
         return dataclasses.replace(self, calibration=calibration)
 

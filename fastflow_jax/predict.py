@@ -91,8 +91,10 @@ def predict(
         _say("warning: no images were held out in training: there are scores, and no decisions")
     try:
         output.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
-        raise InputError(f"{output} cannot be a folder: {error.strerror}") from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"{output} cannot be a folder: a file is in the way") from error
+    except FileNotFoundError as error:  # below /proc and the like
+        raise InputError(f"{output} cannot be a folder: none can be made there") from error
 
     anomalous = unwritten = 0
     broken: list[Line] = []
@@ -126,20 +128,18 @@ def predict(
         for prediction in detector.stream(names, tile=tile, on_error=report):
             line = _line(detector, prediction)
             name = names[prediction.name]
-            anomalous += bool(line.is_anomalous)
             try:
                 if heatmaps:
-                    file = f"heatmaps/{name}.png"
-                    save_picture(output / file, draw_prediction(detector, prediction, name))
-                    line.heatmap = file
+                    _write_heatmap(output, name, detector, prediction, line)
                 if raw:
                     _write_raw(output, raw, name, prediction.anomaly_map, line)
             except OSError as error:
                 if error.errno not in _OF_THE_NAME:
                     raise
                 line.error = f"{prediction.name}: its picture or map cannot be written: {error}"
-                unwritten += 1
                 _say(line.error)
+            anomalous += bool(line.is_anomalous)
+            unwritten += line.error is not None
             write(line)
     done = len(names) - len(broken)
     decides = detector.image_threshold is not None
@@ -235,17 +235,26 @@ def _colours(detector: Detector) -> tuple[float, float] | None:
     return low, high + (high - low)
 
 
+def _write_heatmap(
+    output: pathlib.Path, name: str, detector: Detector, prediction: Prediction, line: Line
+) -> None:
+    """Write a heat map, and then to the line where it is."""
+    file = f"heatmaps/{name}.png"
+    save_picture(output / file, draw_prediction(detector, prediction, name))
+    line.heatmap = file
+
+
 def _write_raw(
     output: pathlib.Path, raw: str, name: str, anomaly_map: np.ndarray, line: Line
 ) -> None:
-    """Write a map, and to the line what its numbers mean."""
-    line.raw_map = f"maps/{name}.{raw.removesuffix('16')}"
-    file = output / line.raw_map
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Write a map, and then to the line where it is and what its numbers mean."""
+    file = f"maps/{name}.{raw.removesuffix('16')}"
+    (output / file).parent.mkdir(parents=True, exist_ok=True)
     if raw == "npy":
-        np.save(file, anomaly_map)
-        return
-    low, high = float(anomaly_map.min()), float(anomaly_map.max())
-    part = (anomaly_map - low) / (high - low if high > low else 1)
-    save_picture(file, Image.fromarray(np.round(65535 * part).astype(np.uint16)))
-    line.raw_zero, line.raw_full = low, high
+        np.save(output / file, anomaly_map)
+    else:
+        low, high = float(anomaly_map.min()), float(anomaly_map.max())
+        part = (anomaly_map - low) / (high - low if high > low else 1)
+        save_picture(output / file, Image.fromarray(np.round(65535 * part).astype(np.uint16)))
+        line.raw_zero, line.raw_full = low, high
+    line.raw_map = file

@@ -33,8 +33,8 @@ class Prepared:
     """What a run starts from."""
 
     dataset: data.Dataset
-    names: list[str]  # of the images to train on; those held out are not among them
     backbone: Backbone
+    names: list[str]  # of the images to train on; those held out are not among them
     train: TrainingFeatures
     holdout: Features | None
     holdout_valid: np.ndarray | None  # bool [N, H, W], see `Batch.valid`
@@ -124,9 +124,7 @@ def preparer(
         trained_on = (*key, config.data.holdout, _key(config.augment), drawn)
         arguments = (of | own, folder, images.train, seed, all_for_training, title)
         learnt = train(trained_on, config, net, *arguments)
-        rows, _ = split_holdout(len(images.train), config.data.holdout)
-        names = [images.train.names[i] for i in rows]
-        return Prepared(images, names, net, *learnt, tested)
+        return Prepared(images, net, *learnt, tested)
 
     return prepare
 
@@ -241,8 +239,9 @@ def _part(source: data.Source, pooled: Callable, rows=slice(None)) -> Features:
 
 
 def _train(config, backbone, of, folder, source, seed, pooled, title):
-    """`Prepared.train`, `Prepared.holdout` and `Prepared.holdout_valid`."""
+    """`Prepared.names`, `train`, `holdout` and `holdout_valid`."""
     train, held_out = split_holdout(len(source), config.data.holdout)
+    names = [source.names[i] for i in train]
     is_cached = _is_kept(config) and not is_augmented(config)
 
     def features(rows, place, what):
@@ -271,7 +270,7 @@ def _train(config, backbone, of, folder, source, seed, pooled, title):
         if jax.default_backend() != "cpu":
             how = "held by the device" if on_device else "sent to the device step by step"
             tqdm.write(f"{title}: in training, features are {how}")
-        return cached_features(maps, valid_of(train), on_device), holdout, holdout_valid
+        return names, cached_features(maps, valid_of(train), on_device), holdout, holdout_valid
 
     def stream(epoch, rows, size):
         seen = augmented(source, config.augment, seed, epoch) if is_augmented(config) else source
@@ -280,7 +279,7 @@ def _train(config, backbone, of, folder, source, seed, pooled, title):
     size = config.train.batch_size
     extract = extractor_of(config, backbone, size)
     training = recomputed_features(len(train), stream, extract, size, valid_of(train))
-    return training, holdout, holdout_valid
+    return names, training, holdout, holdout_valid
 
 
 def _test(config, backbone, of, folder, source, pooled, title) -> Callable[..., Iterable[Batch]]:

@@ -349,7 +349,7 @@ def test_other_channels_than_three_are_no_stack_of_images(detector, shape):
         detector.predict(np.zeros(shape, np.uint8))
 
 
-def test_scores_and_thresholds_are_numbers(detector, monkeypatch):
+def test_scores_and_thresholds_are_numbers(detector):
     with pytest.raises(InputError, match="image_threshold is no number"):
         detector.with_threshold(float("nan"))
     broken = jax.tree.map(lambda x: x * np.nan, detector.scorer.variables["params"])

@@ -72,6 +72,8 @@ def test_a_killed_run_goes_on_bit_for_bit(undisturbed, environment, tmp_path):
     wait_for_epochs(tmp_path / "run", 2, process)
     process.send_signal(signal.SIGKILL)
     finish(process)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as lines:
+        lines.write('{"epoch": 3, "lo')  # as a full disk leaves it
     code, _, err = finish(start(arguments, environment))
     assert code == 0, err
     assert numbers(tmp_path / "run") == numbers(undisturbed)

@@ -159,6 +159,7 @@ def test_a_picture_that_cannot_be_written_stops_nothing(run, photos, tmp_path, c
     assert len(rows) == 4
     assert all(line["score"] is not None for line in lines.values())
     assert "cannot be written" in lines[f"{'x' * 250}.png"]["error"]
+    assert lines[f"{'x' * 250}.png"]["heatmap"] is None
     failed = [name for name, line in lines.items() if line["error"]]
     assert len(failed) == 2
     assert "cannot be written" in capsys.readouterr().err
@@ -238,5 +239,5 @@ def test_what_cannot_be_done_is_said(run, photos, tmp_path):
         predict(tmp_path / "nosuch", str(photos), tmp_path / "out")
     with pytest.raises(InputError, match="between 0 and 1"):
         predict(run, str(photos), tmp_path / "out", rate=2.0)
-    with pytest.raises(InputError, match="cannot be a folder: File exists"):
+    with pytest.raises(InputError, match="a file is in the way"):
         predict(run, str(photos), photos / "a.png")

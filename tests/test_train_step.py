@@ -47,11 +47,14 @@ def rows_of(rows):
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_a_short_run_may_warm_up_for_most_of_it(schedule, steps):
+    """And still moves: the rate is above zero before the last step."""
     config = default().train
     config.update({"schedule": schedule, "warmup": 0.9})
     optimizer = create_optimizer(config, steps)
-    params = {"w": jnp.ones(2)}
-    optimizer.update(params, optimizer.init(params), params)
+    gradient, state = jnp.ones(2), optimizer.init(jnp.ones(2))
+    for _ in range(max(steps, 1)):
+        update, state = optimizer.update(gradient, state, gradient)
+    assert update.tolist() == pytest.approx([-config.learning_rate] * 2, rel=1e-5)
 
 
 def test_a_step_is_plain_gradient_descent(step_setup):

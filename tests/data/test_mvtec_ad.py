@@ -16,6 +16,7 @@ from fastflow_jax.data.pipeline import batches
 from fastflow_jax.errors import InputError
 
 OFFICIAL = dict(mvtec_ad.COUNTS)
+LOCK = ".unpacking"  # is left beside what was unpacked
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +203,7 @@ def test_an_archive_is_unpacked_once(raw, make_category, open_mvtec, monkeypatch
     open_mvtec()
     (raw / "mvtec_anomaly_detection.tar.xz").unlink()
     assert len(open_mvtec(category="cable").train) == 3
-    assert [path.name for path in raw.glob("[!.]*")] == ["mvtec_anomaly_detection"]
+    assert sorted(path.name for path in raw.iterdir()) == [LOCK, "mvtec_anomaly_detection"]
 
 
 def test_one_category_alone(raw, make_category, open_mvtec):
@@ -251,7 +252,7 @@ def test_a_damaged_archive(raw, make_category, open_mvtec, damage):
     path.write_bytes(damage(data))
     with pytest.raises(InputError, match=rf"^{path} is damaged .*: download it once more"):
         open_mvtec()
-    assert [each.name for each in raw.glob("[!.]*")] == [path.name]
+    assert sorted(each.name for each in raw.iterdir()) == [LOCK, path.name]
     path.write_bytes(data)
     assert len(open_mvtec().train) == 3
 
@@ -280,7 +281,7 @@ def test_an_archive_writes_nowhere_else(raw, make_category, open_mvtec):
     with pytest.raises(InputError, match=r"\.tar\.xz is damaged .*outside"):
         open_mvtec()
     assert sorted(path.name for path in raw.parent.iterdir()) == ["made", "mvtec_ad"]
-    assert len(list(raw.glob("[!.]*"))) == 1
+    assert sorted(path.name for path in raw.iterdir()) == [LOCK, "mvtec_anomaly_detection.tar.xz"]
 
 
 def test_an_unpacked_folder_that_lacks_the_category(raw, make_category, open_mvtec):
@@ -301,8 +302,7 @@ def test_no_room_to_unpack(raw, make_category, open_mvtec, monkeypatch):
         InputError, match=r"\.tar\.xz cannot be unpacked .*No space left.*data\.root"
     ):
         open_mvtec()
-    assert list(raw.glob("[!.]*")) == [raw / "mvtec_anomaly_detection.tar.xz"]
-    assert not list(raw.glob(".unpacking-*"))
+    assert sorted(each.name for each in raw.iterdir()) == [LOCK, "mvtec_anomaly_detection.tar.xz"]
 
 
 def test_a_killed_unpacking_is_begun_anew(raw, make_category, open_mvtec):
@@ -313,21 +313,39 @@ def test_a_killed_unpacking_is_begun_anew(raw, make_category, open_mvtec):
     assert not (raw / ".unpacking-1234").exists()
 
 
-@pytest.mark.parametrize("names", [("bottle.tar", "screw.tar"), ("bottle.tar", "bottle.tar")])
-def test_two_processes_unpack_side_by_side(tmp_path, names):
-    files = tmp_path / "files"
-    files.mkdir()
-    for i in range(500):
-        (files / f"{i}.png").write_bytes(b"content")
-    for name in set(names):
-        with tarfile.open(tmp_path / name, "w") as packed:
-            packed.add(files, arcname=name.removesuffix(".tar"))
-    code = "import pathlib, sys; from fastflow_jax.data import manual; "
-    code += "manual.unpack(pathlib.Path(sys.argv[1]))"
-    calls = [subprocess.Popen([sys.executable, "-c", code, tmp_path / name]) for name in names]
-    assert [call.wait(120) for call in calls] == [0, 0]
-    for name in names:
-        assert len(list((tmp_path / name.removesuffix(".tar")).iterdir())) == 500
+SLOWLY = """
+import pathlib, sys, tarfile, time
+from fastflow_jax.data import manual
+archive, go = map(pathlib.Path, sys.argv[1:])
+extractall = tarfile.TarFile.extractall
+def slowly(self, path, **options):
+    extractall(self, path, **options)
+    print("extracted", flush=True)
+    while not go.exists():
+        time.sleep(0.01)
+tarfile.TarFile.extractall = slowly
+manual.unpack(archive)
+"""
+
+
+@pytest.mark.parametrize("second", ["screw.tar", "bottle.tar"])
+def test_processes_unpack_one_after_the_other(tmp_path, second):
+    """In one folder, where each removes what a killed one left."""
+    (tmp_path / "001.png").write_bytes(b"content")
+    for name in ("bottle", "screw"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as packed:
+            packed.add(tmp_path / "001.png", arcname=f"{name}/001.png")
+    calls = []
+    for name, says in (("bottle.tar", "extracted"), (second, "waiting for another process")):
+        command = [sys.executable, "-c", SLOWLY, tmp_path / name, tmp_path / "go"]
+        calls.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        assert says in calls[-1].stdout.readline()
+    (tmp_path / "go").touch()
+    for call in calls:
+        call.communicate(timeout=120)
+        assert call.returncode == 0
+    for name in {"bottle.tar", second}:
+        assert (tmp_path / name.removesuffix(".tar") / "001.png").read_bytes() == b"content"
     assert not list(tmp_path.glob(".unpacking-*"))
 
 

@@ -3,7 +3,6 @@
 import difflib
 import json
 import operator
-import pathlib
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -19,6 +18,7 @@ from fastflow_jax.kinds import KINDS as DETECTORS
 from fastflow_jax.kinds import kind
 from fastflow_jax.model import NORMS
 from fastflow_jax.parallel import KINDS
+from fastflow_jax.paths import expanded
 from fastflow_jax.store import HOMES
 
 
@@ -333,9 +333,9 @@ def _fill(config: ConfigDict) -> ConfigDict:
             f"{c.flow.hidden_ratio}: a subnet needs a hidden channel"
         )
     if c.data.root is not None:
-        c.data.root = str(pathlib.Path(c.data.root).expanduser().resolve())
-    if c.weights is not None and pathlib.Path(c.weights).expanduser().is_file():
-        c.weights = str(pathlib.Path(c.weights).expanduser().resolve())
+        c.data.root = str(expanded(c.data.root).resolve())
+    if c.weights is not None and expanded(c.weights).is_file():
+        c.weights = str(expanded(c.weights).resolve())
     return c.lock()
 
 

@@ -99,7 +99,7 @@ class Detector:
         with run_folder.claim(folder, config):
             prepare = preparer(config, folder / "features", lambda category: dataset)
             prepared = prepare(config, config.data.category, config.seed)
-            run_folder.check_same_data(folder, prepared.names, prepared.backbone.weights)
+            run_folder.check_same_data(folder, prepared.contents, prepared.backbone.weights)
             scorer = kind(config.detector).fit(
                 config,
                 prepared.train,
@@ -375,7 +375,9 @@ class Detector:
             except InputError as error:
                 return name, error
 
-        return ahead(functools.partial(attempt, *image) for image in each(images))
+        # The tiles of one image fill the programs, and those of many may fill the memory.
+        calls = (functools.partial(attempt, *image) for image in each(images))
+        return ahead(calls, threads=1 if tile else None)
 
     def _predicted(self, images: Sequence[Inputs]) -> Iterator[Prediction]:
         if not images:

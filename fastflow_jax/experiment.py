@@ -193,7 +193,7 @@ def _run_part(part: _Part, beside: list[_Part], prepare: Callable[..., Prepared]
     dataset = prepared.dataset
     for each in [part, *beside]:
         each.folder.mkdir(parents=True, exist_ok=True)
-        check_same_data(each.training, prepared.names, prepared.backbone.weights)
+        check_same_data(each.training, prepared.contents, prepared.backbone.weights)
 
     def score_test(scorer, progress: str) -> Scored:
         batches = prepared.test()

@@ -36,7 +36,9 @@ def cut(image: np.ndarray, name: str, config, spec, *, tile: bool) -> Inputs:
     size, height_width = tuple(config.image_size), image.shape[:2]
     where = [(slice(0, height_width[0]), slice(0, height_width[1]))]
     if tile and (height_width[0] > size[0] or height_width[1] > size[1]):
-        where = tiles.places(height_width, size)
+        # Of a narrow image tiles are no wider than it is, and "crop" would cut them off once more.
+        shrunk = min(1, *np.divide(height_width, size)) if config.data.resize == "crop" else 1
+        where = tiles.places(height_width, tuple(max(1, int(side * shrunk)) for side in size))
     how = {"image_size": size, "mean": spec.mean, "std": spec.std}
     parts = [as_input(image[w], resize_by=config.data.resize, **how) for w in where]
     images, valid, placed = zip(*parts, strict=True)

@@ -11,6 +11,7 @@ import pathlib
 import runpy
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -60,11 +61,14 @@ def main(argv: list[str]) -> int:
     """Read the flags, call one function; returns the exit status."""
     # Imported here, so that --help answers at once.
     import jax
+    import PIL.Image
 
     from fastflow_jax import describe, experiment, parallel
     from fastflow_jax.config import fill
     from fastflow_jax.errors import InputError
 
+    # What it warns of is refused, with the same figures: see `data.transforms`.
+    warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
     # Orbax tells of every file and, before it raises, of every failure with its stacks.
     logging.set_verbosity(logging.FATAL)
     distributed = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)

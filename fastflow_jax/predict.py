@@ -19,6 +19,7 @@ from fastflow_jax.data.given import read_image
 from fastflow_jax.data.layout import images_below
 from fastflow_jax.detector import Detector, Prediction
 from fastflow_jax.errors import InputError
+from fastflow_jax.paths import expanded
 from fastflow_jax.report.heatmaps import draw_heatmap, save_picture
 
 RAW = ("npy", "png16")
@@ -133,8 +134,8 @@ def predict(
                     _write_heatmap(output, name, detector, prediction, line)
                 if raw:
                     _write_raw(output, raw, name, prediction.anomaly_map, line)
-            except OSError as error:
-                if error.errno not in _OF_THE_NAME:
+            except (OSError, InputError) as error:
+                if isinstance(error, OSError) and error.errno not in _OF_THE_NAME:
                     raise
                 line.error = f"{prediction.name}: its picture or map cannot be written: {error}"
                 _say(line.error)
@@ -190,7 +191,7 @@ def find_images(pattern: str, *, besides: pathlib.Path) -> dict[str, str]:
     Raises:
       InputError: there are none.
     """
-    whole = pathlib.Path(pattern).expanduser()
+    whole = expanded(pattern)
     matches = sorted(glob.glob(str(whole), recursive=True))
     found = [whole] if whole.exists() else list(map(pathlib.Path, matches))
     paths: list[pathlib.Path] = []

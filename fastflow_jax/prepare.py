@@ -34,7 +34,7 @@ class Prepared:
 
     dataset: data.Dataset
     backbone: Backbone
-    names: list[str]  # of the images to train on; those held out are not among them
+    contents: list[str]  # of the images to train on, see `Source`; without those held out
     train: TrainingFeatures
     holdout: Features | None
     holdout_valid: np.ndarray | None  # bool [N, H, W], see `Batch.valid`
@@ -213,7 +213,7 @@ def _kept(
     return store.keep(
         compute,
         of,
-        [source.names[i] for i in rows],
+        [source.contents[i] for i in rows],
         jax.eval_shape(maps, backbone.variables, image),
         block=config.batch_size,
         home=config.train.cache,
@@ -239,9 +239,9 @@ def _part(source: data.Source, pooled: Callable, rows=slice(None)) -> Features:
 
 
 def _train(config, backbone, of, folder, source, seed, pooled, title):
-    """`Prepared.names`, `train`, `holdout` and `holdout_valid`."""
+    """`Prepared.contents`, `train`, `holdout` and `holdout_valid`."""
     train, held_out = split_holdout(len(source), config.data.holdout)
-    names = [source.names[i] for i in train]
+    contents = [source.contents[i] for i in train]
     is_cached = _is_kept(config) and not is_augmented(config)
 
     def features(rows, place, what):
@@ -270,7 +270,7 @@ def _train(config, backbone, of, folder, source, seed, pooled, title):
         if jax.default_backend() != "cpu":
             how = "held by the device" if on_device else "sent to the device step by step"
             tqdm.write(f"{title}: in training, features are {how}")
-        return names, cached_features(maps, valid_of(train), on_device), holdout, holdout_valid
+        return contents, cached_features(maps, valid_of(train), on_device), holdout, holdout_valid
 
     def stream(epoch, rows, size):
         seen = augmented(source, config.augment, seed, epoch) if is_augmented(config) else source
@@ -279,7 +279,18 @@ def _train(config, backbone, of, folder, source, seed, pooled, title):
     size = config.train.batch_size
     extract = extractor_of(config, backbone, size)
     training = recomputed_features(len(train), stream, extract, size, valid_of(train))
-    return names, training, holdout, holdout_valid
+    return contents, training, holdout, holdout_valid
+
+
+def _tell_of_blank(masks: np.ndarray, source: data.Source, title: str) -> None:
+    """Of defective images whose masks [N, H, W] mark nothing, as an export may have gone wrong."""
+    blank = np.flatnonzero((source.labels == 1) & ~masks.any((1, 2)))
+    if len(blank):
+        side = "x".join(map(str, masks.shape[1:]))
+        tqdm.write(
+            f"{title}: at {side} the masks of {len(blank)} defective images mark nothing, such as "
+            f"that of {source.names[blank[0]]}: all their pixels count as normal"
+        )
 
 
 def _test(config, backbone, of, folder, source, pooled, title) -> Callable[..., Iterable[Batch]]:
@@ -309,6 +320,8 @@ def _test(config, backbone, of, folder, source, pooled, title) -> Callable[..., 
         masks, valid = (
             None if part[0] is None else np.concatenate(part) for part in zip(*parts, strict=True)
         )
+        if has_masks:
+            _tell_of_blank(masks, source, title)
 
     @functools.cache
     def features():

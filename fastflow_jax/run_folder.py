@@ -65,19 +65,19 @@ def _claim(workdir: pathlib.Path, config) -> Iterator[None]:
         yield
 
 
-def check_same_data(folder: pathlib.Path, names: list[str], weights: dict) -> None:
+def check_same_data(folder: pathlib.Path, contents: list[str], weights: dict) -> None:
     """Hold a part of a run to the training images and the backbone's weights that it began with.
 
     Args:
       folder: of the training.
-      names: of the images to train on; those held out are not among them.
+      contents: of the images to train on, see `data.Source`; without those held out.
       weights: `Backbone.weights`.
 
     Raises:
       InputError: there are others now.
     """
     file = folder / "learns_from.json"
-    known, now = read_json(file), {"weights": weights.get("sha256"), "images": names}
+    known, now = read_json(file), {"weights": weights.get("sha256"), "images": contents}
     if known is None:
         if parallel.on_main((folder / "checkpoints").exists):
             raise InputError(f"{folder} is of an older version: choose another --workdir")
@@ -105,7 +105,7 @@ def read_json(file: pathlib.Path) -> dict | list | None:
 
 def _parsed(file: pathlib.Path) -> dict | list:
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise InputError(
             f"{file} is damaged ({error}): bring it back, or train in a new folder"
@@ -118,7 +118,7 @@ def read_lines(file: pathlib.Path) -> list[dict]:
     A line that was cut off is passed over.
     """
     lines = []
-    for line in file.read_text().splitlines() if file.exists() else ():
+    for line in file.read_text("utf-8").splitlines() if file.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
     return lines
@@ -133,7 +133,7 @@ def write_text(file: pathlib.Path, content: str) -> None:
     """Write a whole file or none."""
     if parallel.is_main():
         temporary = file.with_suffix(".tmp")
-        temporary.write_text(content)
+        temporary.write_text(content, "utf-8")
         temporary.replace(file)
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from fastflow_jax.backbones import find_spec
 from fastflow_jax.config import default
+from fastflow_jax.data.transforms import seen_part
 from fastflow_jax.inputs import cut, whole_box, whole_map
 
 SPEC = find_spec("pixels")
@@ -57,6 +58,16 @@ def test_tiles_show_the_image_at_its_own_resolution_without_seams():
     expected = ((y + x) / 255 - 0.5) / 0.5
     np.testing.assert_allclose(whole_map(inputs, brightness(inputs)), expected, atol=1e-5)
     assert len(inputs_of(image).images) == 1
+
+
+@pytest.mark.parametrize("resize_by", ["square", "crop", "pad"])
+@pytest.mark.parametrize("size", [(12, 200), (200, 20), (31, 49), (33, 47), (70, 100)])
+def test_tiles_leave_nothing_of_the_image_out(resize_by, size):
+    inputs = inputs_of(np.zeros((*size, 3), np.uint8), resize_by, tile=True)
+    seen = np.zeros(size, bool)
+    for where, placed in zip(inputs.where, inputs.placed, strict=True):
+        seen_part(seen[where], placed)[:] = True
+    assert seen.all()
 
 
 def test_what_is_not_larger_than_the_input_is_not_cut():

@@ -165,6 +165,19 @@ def test_a_picture_that_cannot_be_written_stops_nothing(run, photos, tmp_path, c
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_an_image_that_vanishes_after_it_was_scored_stops_nothing(
+    run, photos, tmp_path, monkeypatch
+):
+    def gone(path):
+        raise InputError(f"{path} cannot be read: No such file or directory.")
+
+    monkeypatch.setattr("fastflow_jax.predict.read_image", gone)
+    assert predict(run, str(photos), tmp_path / "out") == 3
+    lines, _ = lines_of(tmp_path / "out")
+    assert all(line["score"] is not None for line in lines.values())
+    assert all("cannot be read" in line["error"] for line in lines.values())
+
+
 def test_pictures_beside_the_images_are_no_images(run, photos):
     assert predict(run, str(photos), photos) == 1
     assert predict(run, str(photos), photos) == 1

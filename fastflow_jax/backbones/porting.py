@@ -87,7 +87,7 @@ def port(
 
     Raises:
       InputError: tensors are missing, unknown or of another shape; it lists them all, each with
-        the nearest name. Or numbers are not finite, or variances negative.
+        the nearest name. Or numbers are no floating-point ones, not finite, or negative variances.
     """
     missing = [name for name in wanted if name not in state]
     unknown = [
@@ -108,6 +108,10 @@ def port(
         raise InputError("\n  ".join([f"{title}:", *lines]))
 
     def value(name: str, slot: Slot) -> np.ndarray:
+        if not jnp.issubdtype(state[name].dtype, jnp.floating):
+            raise InputError(
+                f"{title}: {name} holds {state[name].dtype}, no floating-point numbers"
+            )
         array = np.asarray(state[name], np.float32).transpose(slot.axes)
         if not np.isfinite(array).all():
             raise InputError(f"{title}: {name} holds numbers that are not finite")

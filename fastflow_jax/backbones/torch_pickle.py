@@ -194,6 +194,7 @@ def _obey(file: BinaryIO, load: Callable[[str, np.dtype, int], np.ndarray]) -> A
     stack: list = []
     marked: list[list] = []  # the stacks below each mark
     memo: dict[int, Any] = {}
+    pairs = 0  # that OrderedDicts were made of: one list can be handed in any number of times
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if count == _MAX_INSTRUCTIONS:
             raise ValueError("its pickle is too long for weights")
@@ -250,6 +251,10 @@ def _obey(file: BinaryIO, load: Callable[[str, np.dtype, int], np.ndarray]) -> A
                 function = stack.pop()
                 if not any(function is allowed for allowed in _GLOBALS.values()):
                     raise ValueError("it calls something that is no global")
+                if function is _ordered_dict:
+                    pairs += sum(map(len, arguments))
+                    if pairs > _MAX_INSTRUCTIONS:
+                        raise ValueError("its dicts are too large for weights")
                 stack.append(function(*arguments))
             case "BUILD":  # attributes of an OrderedDict, such as the versions of modules
                 stack.pop()

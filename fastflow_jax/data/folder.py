@@ -13,6 +13,7 @@ from fastflow_jax.data.dataset import GOOD, Dataset, Record, Source
 from fastflow_jax.data.layout import check_sizes, list_folder, list_images, read_layout
 from fastflow_jax.data.transforms import decode_image, decode_mask, image_size, read_file
 from fastflow_jax.errors import InputError
+from fastflow_jax.paths import expanded
 
 
 def open_dataset(config: ConfigDict) -> Dataset:
@@ -28,7 +29,7 @@ def open_dataset(config: ConfigDict) -> Dataset:
             f"data.category is {config.category!r}, but a folder has no categories: "
             "give the folder of one category as data.root."
         )
-    root = Path(config.root).expanduser()
+    root = expanded(config.root)
     if not root.is_dir():
         problem = "is not a folder" if root.exists() else "does not exist"
         raise InputError(f"data.root {root} {problem}: give the folder of your images.")
@@ -75,4 +76,5 @@ def _source(records: list[Record]) -> Source:
         return image, mask
 
     names = tuple(record.name for record in records)
-    return Source(names, tuple(record.defect for record in records), load)
+    sizes = tuple(record.image.stat().st_size for record in records)
+    return Source(names, tuple(record.defect for record in records), load, file_sizes=sizes)

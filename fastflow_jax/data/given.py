@@ -67,11 +67,13 @@ def as_dataset(images: Images) -> Dataset:
     Raises:
         InputError: there are none, one comes twice, or one is no image.
     """
-    names, loads = [], []
+    names, loads, sizes = [], [], []
     for name, load in each(images):
         if isinstance(load.args[0], Path):
             image_size(load.args[0])
+            sizes.append(load.args[0].stat().st_size)
         else:
+            sizes.append(load().nbytes)
             name = f"{name}, {zlib.crc32(np.ascontiguousarray(load())):08x}"
         names.append(name)
         loads.append(load)
@@ -80,16 +82,22 @@ def as_dataset(images: Images) -> Dataset:
     if len(set(names)) < len(names):
         twice = next(name for name, n in collections.Counter(names).items() if n > 1)
         raise InputError(f"{twice} is given twice: each image is to be there once")
-    source = Source(tuple(names), (GOOD,) * len(names), lambda i: (loads[i](), None))
+    source = Source(
+        tuple(names),
+        (GOOD,) * len(names),
+        lambda i: (loads[i](), None),
+        file_sizes=tuple(sizes),
+    )
     return Dataset("images", source, None, {"source": "given", "train_images": len(names)})
 
 
-def ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+def ahead(calls: Iterable[Callable[[], T]], threads: int | None = None) -> Iterator[T]:
     """What the calls return, in order.
 
-    Threads work a few calls ahead: decoding and resizing release the interpreter's lock.
+    Threads, by default one a core, work up to two calls each ahead: decoding and resizing release
+    the interpreter's lock.
     """
-    threads = os.cpu_count() or 1
+    threads = threads or os.cpu_count() or 1
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     waiting = collections.deque()
     try:

@@ -64,7 +64,7 @@ def read_layout(
             image_size(path)
     masks = {}
     if "ground_truth" in folders:
-        ground_truth = list_subfolders(folders["ground_truth"])
+        ground_truth = list_subfolders(folders["ground_truth"], may_be_empty=good)
         masks = _match_masks(test, ground_truth, good, mask_suffix)
 
     def records(images: dict[str, list[Path]]) -> list[Record]:
@@ -77,8 +77,12 @@ def read_layout(
     return records(train), records(test)
 
 
-def list_subfolders(folder: Path) -> dict[str, list[Path]]:
+def list_subfolders(folder: Path, may_be_empty: str | None = None) -> dict[str, list[Path]]:
     """The images in each folder in `folder`, by the folder's name.
+
+    Args:
+        folder: that holds nothing else.
+        may_be_empty: name of a folder that may hold none.
 
     Raises:
         InputError: there are no folders, or something else is there.
@@ -95,7 +99,10 @@ def list_subfolders(folder: Path) -> dict[str, list[Path]]:
         )
     if not folders:
         raise InputError(f"{folder} is empty: fill it or remove it.")
-    return {name: list_images(inner) for name, inner in folders.items()}
+    return {
+        name: [] if name == may_be_empty and not any(list_folder(inner)) else list_images(inner)
+        for name, inner in folders.items()
+    }
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -161,7 +168,11 @@ def list_folder(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     for path in paths:
         if path.name.startswith(".") or path.name.lower() in _PASSED_OVER:
             continue
-        if not path.exists():
+        try:
+            is_there = path.exists()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+        if not is_there:
             raise InputError(f"{path} is a link to nothing: mend or remove it.")
         (folders if path.is_dir() else files)[path.name] = path
     return folders, files

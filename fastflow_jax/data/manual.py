@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import gzip
 import lzma
 import shutil
 import tarfile
@@ -16,15 +17,20 @@ from tqdm import tqdm
 
 from fastflow_jax.data.prepared import Raw, data_dir
 from fastflow_jax.errors import InputError
+from fastflow_jax.paths import expanded
 
 _LOCK = ".unpacking"
 _SCRATCH = f"{_LOCK}-"
+_DAMAGE = (
+    *(tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError),
+    NotImplementedError,  # of a way to pack that zipfile does not know
+)
 
 
 def manual_dir(config: ConfigDict) -> Path:
     """Where raw files are looked for: `config.root`, else downloads/manual/<name> in `data_dir`."""
     if config.root is not None:
-        return Path(config.root).expanduser().resolve()
+        return expanded(config.root).resolve()
     return (data_dir(config) / "downloads/manual" / config.name).resolve()
 
 
@@ -139,6 +145,6 @@ def open_archive(archive: Path) -> Iterator[tarfile.TarFile | zipfile.ZipFile]:
                 # the end of the compressed stream, with its checksum, tells them apart.
                 while packed.fileobj.read(1 << 20):
                     pass
-    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError) as error:
+    except _DAMAGE as error:
         problem = " ".join(str(error).split())  # tarfile's messages may run over several lines
         raise InputError(f"{archive} is damaged ({problem}): download it once more.") from error

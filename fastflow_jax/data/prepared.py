@@ -28,6 +28,7 @@ from fastflow_jax.data.transforms import (
     read_file,
 )
 from fastflow_jax.errors import InputError
+from fastflow_jax.paths import expanded
 
 
 class Raw(NamedTuple):
@@ -100,7 +101,7 @@ def _blank(size: tuple[int, int]) -> bytes:
 def data_dir(config: ConfigDict) -> Path:
     """Where prepared data sets live: `config.dir`, else TFDS_DATA_DIR, else tfds's default."""
     folder = config.dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return Path(folder).expanduser()
+    return expanded(folder)
 
 
 def prepare(
@@ -167,7 +168,7 @@ def _check_prepared(builder: tfds.core.DatasetBuilder, root: str | None) -> None
             "without TensorFlow: set data.dir to another place to have it prepared there."
         )
     source = (builder.info.metadata or {}).get("source", "elsewhere")
-    if root is not None and source != str(Path(root).expanduser().resolve()):
+    if root is not None and source != str(expanded(root).resolve()):
         raise InputError(
             f"{builder.data_dir} was prepared from {source}, not from data.root {root}: "
             "leave data.root unset, remove that folder, or set data.dir to another place."

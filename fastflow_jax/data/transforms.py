@@ -17,6 +17,8 @@ from fastflow_jax.errors import InputError
 _EXIF_ORIENTATION = 274
 _EXIF_SIDEWAYS = (5, 6, 7, 8)
 _TIFF_BITS_PER_SAMPLE = 258
+_TIFF_PHOTOMETRIC = 262  # 0: white is zero
+_TIFF_PLANAR = 284  # 2: one plane a channel
 
 RESIZES = ("square", "crop", "pad")
 MASK_RESIZES = ("nearest", "floor", "threshold")
@@ -44,7 +46,8 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     with _open(path, str(path)) as image:
         width, height = image.size
-        if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        is_plain = image.format == "PNG" and not {"exif", "XML:com.adobe.xmp"} & set(image.info)
+        if image.format == "TIFF" or is_plain:
             return height, width  # Pillow has turned a TIFF's; looking would decode a PNG
         try:
             sideways = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
@@ -97,6 +100,10 @@ def convert_image(image: Image.Image, name: str = "the image") -> np.ndarray:
     Raises:
         InputError: as there.
     """
+    is_unread = image.format == "TIFF" and image.tile and image.tell() == 0
+    if is_unread and Path(image.filename).is_file():
+        # Of a TIFF that is to be turned Pillow would map the file with its sides swapped.
+        return decode_image(read_file(Path(image.filename)), name)
     try:
         image.load()
     except Exception as error:  # as in _open
@@ -158,9 +165,16 @@ def _broken(name: str | Path, error: Exception) -> InputError:
 
 
 def _rgb(image: Image.Image, name: str) -> np.ndarray:
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    bits = tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0]
     if image.mode.startswith("I;16"):
-        bits = image.tag_v2[_TIFF_BITS_PER_SAMPLE][0] if image.format == "TIFF" else 16
-        return _repeat(np.asarray(image) >> (bits - 8))
+        levels = np.asarray(image) >> (bits - 8)
+        return _repeat(255 - levels if tags.get(_TIFF_PHOTOMETRIC) == 0 else levels)
+    if tags.get(_TIFF_PLANAR) == 2 and bits == 16:
+        raise InputError(
+            f"{name} has a plane for each channel of 16 bits, which Pillow misreads: save it with "
+            "its channels interleaved."
+        )
     if image.mode == "I" and image.format == "PPM":  # scaled to 16 bits by Pillow
         return _repeat(np.asarray(image) >> 8)
     if image.mode in ("I", "F"):

@@ -42,9 +42,10 @@ def write_reports(workdir: str | pathlib.Path, results: Mapping | None = None) -
     """
     workdir = pathlib.Path(workdir)
     if results is None:
-        results = json.loads((workdir / "results.json").read_text())
-    config = json.loads((workdir / "config.json").read_text())
-    found = [(json.loads(f.read_text()), f.parent) for f in sorted(workdir.rglob("part.json"))]
+        results = json.loads((workdir / "results.json").read_text("utf-8"))
+    config = json.loads((workdir / "config.json").read_text("utf-8"))
+    files = sorted(workdir.rglob("part.json"))
+    found = [(json.loads(file.read_text("utf-8")), file.parent) for file in files]
     names, variants = list(results["categories"]), list(results["variants"] or [None])
     parts = sorted(
         found,
@@ -94,7 +95,7 @@ def part_page(
     name = config["data"]["name"] + (f" {part['name']}" * (part["name"] != config["data"]["name"]))
     marks = [part["variant"], f"seed {part['seed']}" if config["seeds"] > 1 else None]
     file = folder / "scores.json"
-    scored = json.loads(file.read_text()) if file.exists() else {"images": []}
+    scored = json.loads(file.read_text("utf-8")) if file.exists() else {"images": []}
     decision = _decision(scored["images"], part["thresholds"]["image"])
     return _template().render(
         title=", ".join(filter(None, (f"{_detector(config)} on {name}", *marks))),

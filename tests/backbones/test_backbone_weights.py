@@ -110,6 +110,18 @@ def test_variances_below_zero_are_told(state, tmp_path):
         create("resnet18", path)
 
 
+@pytest.mark.parametrize(
+    "kernel",
+    [np.ones((64, 64, 3, 3), np.int8), np.ones((64, 64, 3, 3), np.complex64)],
+    ids=["quantised", "complex"],
+)
+def test_numbers_of_another_kind_are_told(state, tmp_path, kernel):
+    path = tmp_path / "kinds.npz"
+    np.savez(path, **state | {"layer1.0.conv1.weight": kernel})
+    with pytest.raises(InputError, match=r"layer1\.0\.conv1\.weight holds \w+, no floating-point"):
+        create("resnet18", path)
+
+
 def test_numbers_that_are_not_finite_are_told(state, tmp_path):
     path = tmp_path / "nan.npz"
     np.savez(path, **state | {"layer1.0.bn1.bias": np.full(64, np.nan, np.float32)})

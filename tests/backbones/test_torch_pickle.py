@@ -104,6 +104,11 @@ HOSTILE = {
     "square of pairs": b"\x80\x02]q\x00("
     + b"h\x00" * 250_000
     + b"ecollections\nOrderedDict\nh\x00\x85R.",
+    "one list for many dicts": b"\x80\x02ccollections\nOrderedDict\nq\x01]q\x00("
+    + b"".join(b"M" + struct.pack("<H", i) + b"N\x86" for i in range(30_000))
+    + b"e("
+    + b"h\x01h\x00\x85R" * 1_000
+    + b"t.",
     "no stop": b"\x80\x02}",
     "empty stack": b"\x80\x020.",
     "mark missing": b"\x80\x02t.",

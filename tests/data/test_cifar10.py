@@ -288,8 +288,24 @@ def truncated_archive(raw):
     return r"cifar-10-python\.tar\.gz is damaged .*: download it once more"
 
 
+def archive_with_a_wrong_checksum(raw):
+    python_archive(raw)
+    path = raw / "cifar-10-python.tar.gz"
+    data = bytearray(path.read_bytes())
+    data[-8] ^= 1
+    path.write_bytes(data)
+    return r"cifar-10-python\.tar\.gz is damaged .*: download it once more"
+
+
 @pytest.mark.parametrize(
-    "spoil", [missing_batch, truncated_batch, truncated_binary_batch, truncated_archive]
+    "spoil",
+    [
+        missing_batch,
+        truncated_batch,
+        truncated_binary_batch,
+        truncated_archive,
+        archive_with_a_wrong_checksum,
+    ],
 )
 def test_damaged_data_is_named_and_nothing_prepared(spoil, raw, config, tmp_path):
     says = spoil(raw)

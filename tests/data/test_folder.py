@@ -122,6 +122,19 @@ def test_what_belongs_to_nobody_is_passed_over(tree, open_folder):
     assert len(open_folder(tree).train) == 3
 
 
+def test_good_images_may_have_an_empty_folder_of_masks(tree, open_folder):
+    (tree / "ground_truth/good").mkdir()
+    assert [int(example.mask.sum()) for example in open_folder(tree).test] == [1, 2, 0, 0, 3]
+
+
+def test_an_image_of_another_size_under_the_same_name_is_another(tree, open_folder, write_image):
+    before = open_folder(tree).train
+    write_image(tree / "train/good/1.png", 11, size=(99, 99))
+    after = open_folder(tree).train
+    assert after.names == before.names
+    assert [a == b for a, b in zip(after.contents, before.contents, strict=True)] == [1, 0, 1]
+
+
 def test_links_are_followed(tree, tmp_path, open_folder):
     (tmp_path / "link").symlink_to(tree, target_is_directory=True)
     (tree / "train/good/3.png").symlink_to(tree / "train/good/0.png")

@@ -14,6 +14,7 @@ from torchvision_oracle import import_torchvision
 
 from fastflow_jax.data.transforms import (
     check_image,
+    convert_image,
     decode_image,
     decode_mask,
     image_size,
@@ -58,21 +59,25 @@ def png(bit_depth, colour_type, rows, *chunks):
 
 
 def tiff12(values):
-    """A 12-bit grey TIFF by hand: two pixels in three bytes, rows padded to bytes."""
-    height, width = values.shape
+    """A 12-bit grey TIFF: two pixels in three bytes, rows padded to bytes."""
     rows = []
     for row in values:
         bits = "".join(f"{value:012b}" for value in row)
         bits += "0" * (-len(bits) % 8)
         rows.append(int(bits, 2).to_bytes(len(bits) // 8, "big"))
-    pixels = b"".join(rows)
+    return grey_tiff(values.shape, 12, 1, b"".join(rows))
+
+
+def grey_tiff(size, bits, photometric, pixels):
+    """A TIFF by hand, for what Pillow does not write."""
+    height, width = size
     short, long = 3, 4
     tags = [
         (256, short, width),
         (257, short, height),
-        (258, short, 12),
+        (258, short, bits),
         (259, short, 1),
-        (262, short, 1),
+        (262, short, photometric),
         (273, long, 8),
         (277, short, 1),
         (278, short, height),
@@ -142,6 +147,10 @@ DECODED = {
         png(16, 2, np.dstack([GREY16, GREY16 // 2, GREY16 // 3]).astype(">u2")),
         np.dstack([GREY16, GREY16 // 2, GREY16 // 3]) >> 8,
     ),
+    "16-bit grey TIFF, white is zero": (
+        grey_tiff((5, 7), 16, 0, GREY16.tobytes()),
+        repeat(255 - (GREY16 >> 8)),
+    ),
     "12-bit grey TIFF": (tiff12(GREY16 >> 4), repeat(GREY16 >> 8)),
 }
 
@@ -190,8 +199,27 @@ def test_exif_orientation_is_undone(orientation, kind, tmp_path):
     assert image.shape == expected.shape
     np.testing.assert_allclose(image.astype(int), expected, atol=3 if kind == "JPEG" else 0)
     assert image_size(path) == expected.shape[:2]
+    with Image.open(path) as opened:
+        np.testing.assert_array_equal(convert_image(opened), image)
     mask = encode(Image.fromarray(blocks[..., 0] > 99), "PNG", exif=exif)
     np.testing.assert_array_equal(decode_mask(mask), expected[..., 0] > 99)
+
+
+def test_an_orientation_in_the_xmp_of_a_png_is_seen_by_its_header(tmp_path):
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    text = b"XML:com.adobe.xmp" + bytes(5) + xmp
+    path = tmp_path / "turned.png"
+    path.write_bytes(png(8, 2, COLOUR, (b"iTXt", text)))
+    np.testing.assert_array_equal(decode_image(path.read_bytes()), np.rot90(COLOUR, -1))
+    assert image_size(path) == (7, 5)
+
+
+def test_16_bits_plane_by_plane_are_refused(monkeypatch):
+    with Image.open(io.BytesIO(encode(Image.fromarray(COLOUR), "TIFF"))) as image:
+        image.load()
+        image.tag_v2[258], image.tag_v2[284] = (16, 16, 16), 2
+        with pytest.raises(InputError, match=r"planes\.tif has a plane for each channel"):
+            convert_image(image, "planes.tif")
 
 
 def test_image_size_is_height_and_width(tmp_path):

@@ -1,0 +1,31 @@
+"""Names that begin with ~, and what cannot be looked at."""
+
+from pathlib import Path
+
+import pytest
+
+from fastflow_jax.errors import InputError
+from fastflow_jax.paths import expanded
+
+
+def test_a_file_of_that_name_comes_before_a_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert expanded("~/a.png") == Path("/home/somebody/a.png")
+    assert expanded("no/such/file") == Path("no/such/file")
+    Path("~b.png").touch()
+    assert expanded("~b.png") == Path("~b.png")
+
+
+def test_a_home_of_nobody_is_told():
+    with pytest.raises(InputError, match=r"~nobody\.of\.that\.name/a\.png does not exist"):
+        expanded("~nobody.of.that.name/a.png")
+
+
+def test_what_may_not_be_looked_at_is_told(monkeypatch):
+    def denied(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", denied)
+    with pytest.raises(InputError, match=r"^a\.png cannot be read: Permission denied"):
+        expanded("a.png")

@@ -21,6 +21,7 @@ defective images below the image threshold, to see what the rate costs.
 
 import argparse
 import pathlib
+import sys
 import warnings
 
 import numpy as np
@@ -108,8 +109,11 @@ def main() -> None:
     )
     parser.add_argument("run", type=pathlib.Path, help="a finished run folder of one training")
     detector = Detector.load(parser.parse_args().run)
+    test = data.open_dataset(detector.config.data).test
+    if test is None:
+        sys.exit(f"{detector.config.data.root} has no test images")
     warnings.simplefilter("ignore", UserWarning)  # the table says what is not supported
-    report(detector, look(detector, data.open_dataset(detector.config.data).test))
+    report(detector, look(detector, test))
 
 
 if __name__ == "__main__":

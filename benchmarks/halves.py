@@ -12,6 +12,7 @@ import argparse
 import json
 import pathlib
 import statistics
+import sys
 import tempfile
 
 import jax
@@ -29,6 +30,8 @@ HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2
 def score_run(config, prepare, category: str | None, seed: int, folder: pathlib.Path) -> Scored:
     """The test images of one category under what one seed's training left."""
     prepared = prepare(config, category, seed)
+    if prepared.dataset.test is None:
+        sys.exit(f"{prepared.dataset.name} has no test images")
     scorer = kind(config.detector).load(config, prepared.train.shapes, folder)
     n = len(prepared.dataset.test)
     return score_split(scorer.score_features, prepared.test(), n, progress=str(folder))

@@ -16,10 +16,12 @@ import sys
 import numpy as np
 from scipy import stats
 
+from fastflow_jax.run_folder import files_in
+
 
 def read_scores(run: pathlib.Path) -> tuple[list[tuple[str, int]], np.ndarray]:
     """Name and label of each test image, and scores [parts, images], of all parts in a folder."""
-    parts = [json.loads(file.read_text())["images"] for file in sorted(run.rglob("scores.json"))]
+    parts = [json.loads(file.read_text())["images"] for file in files_in(run, "scores.json")]
     if not parts:
         sys.exit(f"{run} holds no scores.json: is the run finished?")
     parts = [sorted(part, key=lambda image: image["name"]) for part in parts]

@@ -55,11 +55,12 @@ DEVICES = {"cpu": "CPU", "gpu": "GPU"}
 NOT_MEASURED = "not measured"
 # Ratios that stand in the README, in words.
 HEADLINES = {
-    "time_to_quality_elpv_mono": "image files to anomalib's last AUROC, ELPV mono",
+    "time_to_quality_elpv_mono": "image files to anomalib's last AUROC, its best, ELPV mono",
     "time_to_quality_elpv_mono_cached_features": "had anomalib cached features too, ELPV mono",
-    "time_to_quality_magnetic_tile": "image files to anomalib's last AUROC, magnetic tile",
-    "time_to_quality_magnetic_tile_cached_features": (
-        "had anomalib cached features too, magnetic tile"
+    "time_to_best_magnetic_tile": "image files to anomalib's best AUROC, magnetic tile",
+    "time_to_best_magnetic_tile_cached_features": "had anomalib cached features too, magnetic tile",
+    "time_to_quality_magnetic_tile": (
+        "image files to anomalib's last AUROC and kept, magnetic tile (lower than after one epoch)"
     ),
     "tf_efficientnet_lite0_float32_batch1_all": "an image scored, Lite0, published form",
     "resnet18_float32_batch1_all": "an image scored, ResNet18, published form",

@@ -319,6 +319,8 @@ def _fill(config: ConfigDict) -> ConfigDict:
         raise InputError(f"config.flow.kernels are of 1, 3, 5 and 7, not {c.flow.kernels}")
     if c.flow.out_kernel not in (0, 1, 3, 5, 7):
         raise InputError(f"config.flow.out_kernel is 0, 1, 3, 5 or 7, not {c.flow.out_kernel}")
+    if c.patchcore.reweight == 1:
+        raise InputError("config.patchcore.reweight is 0 or above 1: alone, a neighbour weighs 0")
     if c.cflow.encoding % 4:
         raise InputError(f"config.cflow.encoding is a multiple of 4, not {c.cflow.encoding}")
     values = _flat(c.to_dict())

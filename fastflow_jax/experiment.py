@@ -70,8 +70,9 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         results_file = workdir / "results.json"
         results = read_json(results_file)
         if results is not None:
-            if config.report and not (workdir / "report.html").exists():
-                parallel.on_main(lambda: write_reports(workdir, results))
+            if config.report:
+                report = workdir / "report.html"
+                parallel.on_main(lambda: report.exists() or write_reports(workdir, results))
             print(
                 f"{workdir} holds this run, finished; have the data changed since, choose another "
                 f"--workdir:\n\n{format_table(results)}"
@@ -95,7 +96,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         results = _summarise(config, parts)
         write_text(workdir / "table.md", format_markdown(results))
         write_text(workdir / "table.csv", format_csv(results))
-        if results["variants"] and results["speed"]:
+        if config.measure_speed:
             from fastflow_jax.report.tradeoff import save_tradeoff  # matplotlib is slow to import
 
             parallel.on_main(lambda: save_tradeoff(results, workdir / "tradeoff.png"))
@@ -213,7 +214,7 @@ def _run_part(part: _Part, beside: list[_Part], prepare: Callable[..., Prepared]
         return {"test": figures}
 
     def in_epochs(*parts: _Part) -> float:
-        """Seconds that trainings spent in epochs so far, those before an interruption included."""
+        """Seconds that trainings spent in epochs that they finished, in this process or before."""
         epochs = (
             parallel.on_main(partial(read_lines, p.training / "metrics.jsonl")) for p in parts
         )

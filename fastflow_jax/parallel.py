@@ -13,7 +13,9 @@ batch; what they compute is exchanged bit for bit. The first one alone writes fi
 import functools
 import json
 import pathlib
+import re
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -45,8 +47,11 @@ def start(
       process: which of them this one is, from 0 on.
 
     Raises:
-      InputError: something is missing that the cluster does not tell.
+      InputError: something is missing that the cluster does not tell, or nobody can listen at the
+        coordinator's address.
     """
+    if coordinator is not None:
+        _check_address(coordinator, serves=process == 0)
     # Its handler would take SIGTERM from a run that saves on it, see `train.signals_set_a_flag`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -59,6 +64,23 @@ def start(
         raise InputError(
             f"cannot join the processes of this run ({error}): give each --coordinator=HOST:PORT, "
             "--processes=N and its --process, from 0 on"
+        ) from error
+
+
+def _check_address(coordinator: str, serves: bool) -> None:
+    """JAX ends without a message where process 0 cannot listen at the address."""
+    _, _, port = coordinator.rpartition(":")
+    if not re.fullmatch(r"\S+:\d{1,5}", coordinator) or not 0 < int(port) < 2**16:
+        raise InputError(f"--coordinator={coordinator} is not HOST:PORT, such as 10.0.0.1:1234")
+    if not serves:
+        return
+    try:
+        with socket.create_server(("", int(port))):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--coordinator={coordinator}: process 0 cannot listen at that port "
+            f"({error.strerror}): give another one"
         ) from error
 
 

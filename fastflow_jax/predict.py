@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import errno
 import glob
 import json
 import os
@@ -20,11 +19,9 @@ from fastflow_jax.data.layout import images_below
 from fastflow_jax.detector import Detector, Prediction
 from fastflow_jax.errors import InputError
 from fastflow_jax.paths import expanded
-from fastflow_jax.report.heatmaps import draw_heatmap, save_picture
+from fastflow_jax.report.heatmaps import OF_THE_NAME, draw_heatmap, save_picture
 
 RAW = ("npy", "png16")
-# What a name may be to blame for: too long, or that of a folder.
-_OF_THE_NAME = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ)
 
 
 @dataclasses.dataclass
@@ -135,7 +132,7 @@ def predict(
                 if raw:
                     _write_raw(output, raw, name, prediction.anomaly_map, line)
             except (OSError, InputError) as error:
-                if isinstance(error, OSError) and error.errno not in _OF_THE_NAME:
+                if isinstance(error, OSError) and error.errno not in OF_THE_NAME:
                     raise
                 line.error = f"{prediction.name}: its picture or map cannot be written: {error}"
                 _say(line.error)

@@ -91,6 +91,16 @@ def check_same_data(folder: pathlib.Path, contents: list[str], weights: dict) ->
             )
 
 
+def files_in(workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
+    """The files of a name in a run folder and below, sorted, without those of runs inside it."""
+
+    def is_of_another(file: pathlib.Path) -> bool:
+        folders = file.relative_to(workdir).parents
+        return any((workdir / folder / "config.json").exists() for folder in folders[:-1])
+
+    return sorted(file for file in workdir.rglob(name) if not is_of_another(file))
+
+
 # Of several processes the first one alone reads JSON and writes: see `parallel.on_main`.
 
 

@@ -64,7 +64,7 @@ def measure(config: ConfigDict, folder: pathlib.Path, seed: int) -> dict[str, fl
         tqdm.write(f"the speed of {folder} could not be measured: {child.stderr.strip()[-500:]}")
         return None
     files = [file for file in folder.rglob("*") if file.is_file()]
-    others = {"heatmaps", "features"}
+    others = {"heatmaps", "strips", "scores.json", "features"}  # to look at, and on the way
     kept = [file for file in files if not others.intersection(file.relative_to(folder).parts)]
     figures = json.loads(child.stdout.splitlines()[-1])
     return figures | {"disk_mib": sum(file.stat().st_size for file in kept) / 2**20}

@@ -181,6 +181,7 @@ def train(
             signum = parallel.any_process(received[0] if received else 0)
             if last or signum or (epoch + 1) % config.checkpoint_every == 0:
                 save(lines)
+                signum = parallel.any_process(received[0] if received else 0)  # or in the meantime
             if signum:
                 raise Interrupted(signum, f"at epoch {epoch + 1:.1f}; saved")
     return states[0]

@@ -108,6 +108,7 @@ def test_values_given_by_hand_stay():
         ("data.resize", "stretch", "config.data.resize is one of square, crop, pad"),
         ("data.mask_resize", "area", "config.data.mask_resize is one of nearest, floor, threshold"),
         ("data.tamper.zoom", 0.0, "config.data.tamper.zoom is from 0.1 to 10"),
+        ("patchcore.reweight", 1, "config.patchcore.reweight is 0 or above 1"),
         ("augment.colour", 2.0, "config.augment.colour is from 0 to 1"),
     ],
 )

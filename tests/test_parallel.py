@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastflow_jax import parallel
+from fastflow_jax.errors import InputError
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 EPOCHS = 4
@@ -121,6 +122,19 @@ def assert_same_curves(one, two):
 @pytest.fixture(scope="module")
 def alone(command, environment, tmp_path_factory):
     return run(command, environment, tmp_path_factory.mktemp("alone") / "run")
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:abc", ":80", "a:0", "a:99999"])
+def test_an_address_that_is_none_is_told(address):
+    with pytest.raises(InputError, match="is not HOST:PORT"):
+        parallel.start(address, 2, 0)
+
+
+def test_a_port_in_use_is_told():
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(InputError, match=f"{port}: process 0 cannot listen"):
+            parallel.start(f"127.0.0.1:{port}", 2, 0)
 
 
 @pytest.mark.parametrize("kind", parallel.KINDS)

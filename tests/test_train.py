@@ -368,6 +368,22 @@ def test_interrupted_and_resumed_equals_undisturbed(
     assert numbers(resumed_lines) == numbers(lines)
 
 
+def test_a_signal_while_the_last_checkpoint_is_saved_is_heard(config, tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def stopping(checkpoints, step, *arguments):
+        save(checkpoints, step, *arguments)
+        if step == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", stopping)
+        with pytest.raises(Interrupted, match="saved"):
+            run(config, tmp_path / "run")
+    _, lines = run(config, tmp_path / "run")
+    assert [line["step"] for line in lines] == [3, 6, 9]
+
+
 def test_lines_without_a_checkpoint_are_written_once(config, tmp_path):
     config.train.epochs = 2
     run(config, tmp_path / "run")

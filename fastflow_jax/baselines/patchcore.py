@@ -115,9 +115,10 @@ def fit(
                 bar.update(len(picked))
         kept = np.split(chosen, np.cumsum(counts)[:-1])
         bank = [part[k] for part, k in zip(rows(whole, "bank"), kept, strict=True)]
-    scorer = PatchCoreScorer(config, features.shapes, np.concatenate(bank))
-    (folder / _BANK).parent.mkdir(parents=True, exist_ok=True)
-    write_arrays(folder / _BANK, {"bank": scorer.bank})
+        scorer = PatchCoreScorer(config, features.shapes, np.concatenate(bank))
+        (folder / _BANK).parent.mkdir(parents=True, exist_ok=True)
+        write_arrays(folder / _BANK, {"bank": scorer.bank})
+        _stop_if(received)
     return scorer
 
 

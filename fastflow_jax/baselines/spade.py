@@ -111,7 +111,9 @@ class SpadeScorer:
         levels = slice(max(1, len(features) - 1))  # the last is the image's vector alone
         query = features[levels], valid
         found = tuple(
-            np.full((*m.shape[:3], self.config.spade.kappa), np.inf, np.float32) for m in query[0]
+            np.full((*m.shape[:3], min(self.config.spade.kappa, pixels)), np.inf, np.float32)
+            for m in query[0]
+            for pixels in [images.shape[1] * m.shape[1] * m.shape[2]]  # that there are
         )
         for rank in range(images.shape[1]):  # a batch of the gallery at a time
             rows = operator.itemgetter(images[:, rank])

@@ -8,6 +8,7 @@ grows more opaque as it grows hotter, so that the normal part stays visible. `lo
 the ends of the colours: take the same for all images of a set, or pictures cannot be compared.
 """
 
+import errno
 import math
 import os
 import pathlib
@@ -18,6 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastflow_jax.errors import InputError
 from fastflow_jax.report.charts import ticks
+
+# What the name of a picture may be to blame for: too long, or that of a folder.
+OF_THE_NAME = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ)
 
 # Lightness rises evenly from black over violet and red to pale yellow (the "inferno" map of
 # matplotlib, CC0, at nine points), so that hotter is lighter in print and to the colour-blind too.

@@ -18,7 +18,7 @@ import numpy as np
 from fastflow_jax.metrics import f1_max
 from fastflow_jax.report.charts import Line, histogram, line_chart, ticks
 from fastflow_jax.report.table import TITLES, table_cells
-from fastflow_jax.run_folder import read_lines, write_text
+from fastflow_jax.run_folder import files_in, read_lines, write_text
 
 _HERE = pathlib.Path(__file__).parent
 _DETECTORS = {
@@ -44,7 +44,7 @@ def write_reports(workdir: str | pathlib.Path, results: Mapping | None = None) -
     if results is None:
         results = json.loads((workdir / "results.json").read_text("utf-8"))
     config = json.loads((workdir / "config.json").read_text("utf-8"))
-    files = sorted(workdir.rglob("part.json"))
+    files = files_in(workdir, "part.json")
     found = [(json.loads(file.read_text("utf-8")), file.parent) for file in files]
     names, variants = list(results["categories"]), list(results["variants"] or [None])
     parts = sorted(

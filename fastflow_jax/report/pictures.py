@@ -12,7 +12,7 @@ from fastflow_jax.data.dataset import Source
 from fastflow_jax.data.transforms import Placement, seen_part
 from fastflow_jax.evaluate import Scored
 from fastflow_jax.metrics import pixel_curves
-from fastflow_jax.report.heatmaps import draw_heatmap, draw_strip, save_picture
+from fastflow_jax.report.heatmaps import OF_THE_NAME, draw_heatmap, draw_strip, save_picture
 from fastflow_jax.run_folder import write_json
 
 _SCALE_IMAGES = 500  # good images, evenly chosen, that set the colours of heat maps
@@ -99,7 +99,12 @@ def write_pictures(
         if i in in_heatmaps:
             title = f"{example.name}  score {scored.scores[i]:.3f}"
             picture = draw_heatmap(image, anomaly_map, **scale, title=title)
-            save_picture((folder / "heatmaps" / example.name).with_suffix(".png"), picture)
+            try:
+                save_picture((folder / "heatmaps" / example.name).with_suffix(".png"), picture)
+            except OSError as error:
+                if error.errno not in OF_THE_NAME:
+                    raise
+                tqdm.write(f"the heat map of {example.name} cannot be written: {error}")
         if i in in_strips:
             strip = draw_strip(image, anomaly_map, **scale, threshold=mask_threshold)
             save_picture(folder / "strips" / f"{i}.webp", strip)

@@ -12,12 +12,14 @@ _UP = ("image_auroc", "pixel_auroc")
 
 
 def save_tradeoff(results: Mapping, file: pathlib.Path) -> None:
-    """Draw the variants of `results.json`, of which each has its speed: a panel a metric.
+    """Draw those variants of `results.json` whose speed was measured: a panel a metric.
 
-    Bars are deviations over seeds; the upper left corner is the best. Without figures of accuracy,
-    as where no test images are labelled, there is no picture.
+    Bars are deviations over seeds; the upper left corner is the best. Without any speed, or figures
+    of accuracy, as where no test images are labelled, there is no picture.
     """
-    variants = results["variants"]
+    variants = {n: each for n, each in (results["variants"] or {}).items() if each["speed"]}
+    if not variants:
+        return
     metrics = [m for m in _UP if all(each["mean"][m] is not None for each in variants.values())]
     if not metrics:
         return

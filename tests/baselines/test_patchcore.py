@@ -20,6 +20,7 @@ from fastflow_jax.baselines.patchcore import (
 )
 from fastflow_jax.config import default, fill
 from fastflow_jax.features import cached_features
+from fastflow_jax.run_folder import write_arrays
 from fastflow_jax.train import Interrupted
 
 RNG = np.random.default_rng(0)
@@ -234,6 +235,19 @@ def test_an_interrupted_fit_begins_anew(tmp_path, monkeypatch):
     assert stop.value.exit_code == 128 + signal.SIGTERM
     assert "begins anew" in str(stop.value)
     np.testing.assert_array_equal(fitted(tmp_path / "two", maps).bank, undisturbed.bank)
+
+
+def test_a_signal_while_the_bank_is_written_is_heard(tmp_path, monkeypatch):
+    maps = random_maps(8)
+
+    def stopping(*arguments):
+        write_arrays(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(patchcore, "write_arrays", stopping)
+        with pytest.raises(Interrupted):
+            fitted(tmp_path / "run", maps)
 
 
 def test_levels_are_found_by_their_strides():

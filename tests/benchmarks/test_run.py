@@ -132,7 +132,10 @@ def test_tables_replace_what_stands_between_the_markers():
 
 @pytest.mark.parametrize(
     "name",
-    ["growth", "halves", "inference", "memory", "metrics", "our_fastflow", "training_step"],
+    [
+        *("false_alarms", "growth", "halves", "inference", "linear_probe", "memory", "metrics"),
+        *("our_fastflow", "painted", "paired", "training_step"),
+    ],
 )
 def test_what_a_benchmark_takes_from_the_package_is_there(name):
     assert importlib.import_module(name).main

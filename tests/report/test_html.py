@@ -1,5 +1,6 @@
 """Reports: what stands in them, that they need nothing else, and that they work in a browser."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -15,6 +16,7 @@ from fastflow_jax.evaluate import METRICS, Scored, measure
 from fastflow_jax.report import html as reports
 from fastflow_jax.report.html import part_page, write_reports
 from fastflow_jax.report.pictures import write_pictures
+from fastflow_jax.run_folder import files_in
 
 HOSTILE = [
     "<script>hacked=1<.png",
@@ -464,3 +466,34 @@ def test_it_fits_the_width_of_a_telephone(run_folder, page, width):
     assert page.run(f"{cards}.length") > 4
     assert page.run(f"{cards}.every(card => card.scrollHeight <= card.clientHeight)")
     page.size(1280, 900)
+
+
+def test_a_run_inside_another_keeps_its_report(tmp_path):
+    inner = tmp_path / "run" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "config.json").write_text("{}")
+    part = inner / "seed_0"
+    part.mkdir()
+    for file in (tmp_path / "run" / "part.json", inner / "part.json", part / "part.json"):
+        file.write_text("{}")
+    assert files_in(tmp_path / "run", "part.json") == [tmp_path / "run" / "part.json"]
+    assert files_in(inner, "part.json") == [inner / "part.json", part / "part.json"]
+
+
+def test_a_heat_map_with_too_long_a_name_is_told_and_the_rest_is_drawn(tmp_path, capsys):
+    source, scored, maps = scored_images(6)
+    names = (f"{'x' * 250}.png", *source.names[1:])
+    source = dataclasses.replace(source, names=names)
+    write_pictures(
+        tmp_path,
+        source,
+        scored,
+        lambda indices: (maps[i] for i in indices),
+        heatmaps=6,
+        strips=6,
+        placed=lambda size: placement(size, (32, 48), "square"),
+        threshold=None,
+    )
+    assert "xxx.png cannot be written" in capsys.readouterr().out
+    assert len(list((tmp_path / "heatmaps").rglob("*.png"))) == 5
+    assert len(json.loads((tmp_path / "scores.json").read_text())["images"]) == 6

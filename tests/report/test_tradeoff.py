@@ -20,6 +20,18 @@ def results(pixel=0.8, std=None):
     }
 
 
+def test_what_was_not_measured_is_left_out(tmp_path):
+    some, one = results(), {"variants": {"patchcore": results()["variants"]["patchcore"]}}
+    some["variants"]["fastflow"]["speed"] = None
+    save_tradeoff(some, tmp_path / "some.png")
+    save_tradeoff(one, tmp_path / "1.png")
+    assert (tmp_path / "some.png").read_bytes() == (tmp_path / "1.png").read_bytes()
+    some["variants"]["patchcore"]["speed"] = None
+    for nothing in (some, {"variants": None}):
+        save_tradeoff(nothing, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
 @pytest.mark.parametrize("std", [None, {"image_auroc": 0.01, "pixel_auroc": 0.02}])
 def test_a_panel_for_each_metric_that_there_is(tmp_path, std):
     save_tradeoff(results(std=std), tmp_path / "two.png")

@@ -8,7 +8,7 @@
 Both from image files on disk and loaded weights, the same EfficientNet-Lite0, to the first
 evaluation from which on the image AUROC never falls below the mark again. Decoding, features and
 compilation are counted on both sides, evaluation on neither. Ours is the default recipe, tested
-after each epoch (`our_fastflow.py`); anomalib's is its own (`anomalib_fastflow.py`), tested every
+after each epoch (`our_fastflow.py`); anomalib's is that of `anomalib_fastflow.py`, tested every
 five or ten epochs, so its time is known to that grain.
 
 anomalib's 100 epochs take hours: their AUROC stands in `results/`, and `--rerun-peer` has them

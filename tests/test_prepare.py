@@ -242,3 +242,21 @@ def test_only_the_last_is_kept_and_goes_before_the_next_comes():
     assert get("a", 1) is get("a", 1)
     get("b", 2)
     assert len(made) == 2
+
+
+def test_masks_of_defects_that_mark_nothing_are_told(tmp_path, capsys):
+    root = tmp_path / "screws"
+    for name in ("train/good/0", "train/good/1", "test/good/0", "test/crack/0", "test/crack/1"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (90, 90, 90)).save(root / f"{name}.png")
+    (root / "ground_truth/crack").mkdir(parents=True)
+    for i in range(2):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[:8, :8] = 255 * i
+        Image.fromarray(mask).save(root / f"ground_truth/crack/{i}_mask.png")
+    c = default()
+    c.data.root, c.backbone, c.image_size = str(root), "pixels", (16,)
+    preparer(fill(c), tmp_path / "features")(fill(c), None, 0)
+    told = capsys.readouterr().out
+    assert "at 16x16 the masks of 1 defective images mark nothing" in told
+    assert "crack/0.png" in told

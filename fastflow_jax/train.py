@@ -74,6 +74,11 @@ def signals_set_a_flag() -> Iterator[list[int]]:
             signal.signal(number, old)
 
 
+def signalled(received: list[int]) -> int:
+    """The signal that a process has got, or 0: the same in all of them."""
+    return parallel.any_process(received[0] if received else 0)
+
+
 def train(
     config,
     objective: Objective,
@@ -160,7 +165,7 @@ def train(
                 done = int(states[0].step) - epoch * steps
                 bar.update(done - position)
                 position = done
-                signum = parallel.any_process(received[0] if received else 0)
+                signum = signalled(received)
                 if signum and position < steps:
                     save([{} for _ in runs])
                     at = epoch + position / steps
@@ -178,10 +183,10 @@ def train(
             losses = ", ".join(f"{line['loss']:.4g}" for line in lines)
             bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, loss {losses}", False)
             last = epoch + 1 == epochs
-            signum = parallel.any_process(received[0] if received else 0)
+            signum = signalled(received)
             if last or signum or (epoch + 1) % config.checkpoint_every == 0:
                 save(lines)
-                signum = parallel.any_process(received[0] if received else 0)  # or in the meantime
+                signum = signalled(received)  # or in the meantime
             if signum:
                 raise Interrupted(signum, f"at epoch {epoch + 1:.1f}; saved")
     return states[0]

@@ -275,11 +275,36 @@ def test_what_cannot_be_fitted_is_said(images, config, message):
         Detector.fit(images, config=tiny(**config) if isinstance(config, dict) else config)
 
 
+def test_few_images_are_read_ahead_of_their_tiles(detector):
+    read = []
+
+    def images():
+        for i in range(12):
+            read.append(i)
+            yield photographs(1, size=(120, 120))[0]  # of more tiles than a program takes at once
+
+    stream = detector.stream(images(), tile=True)
+    next(stream)
+    assert len(read) <= 4
+    stream.close()
+
+
 def test_a_folder_of_other_images_is_refused(detector):
     with pytest.raises(InputError, match="no longer those"):
         Detector.fit(photographs(seed=1), config=tiny(), workdir=detector.folder)
     again = Detector.fit(photographs(), config=tiny(), workdir=detector.folder)
     assert again.predict(spoilt()).score == detector.predict(spoilt()).score
+
+
+def test_an_image_replaced_under_its_name_is_another(tmp_path):
+    files = [tmp_path / f"{i}.png" for i in range(8)]
+    for file, image in zip(files, photographs(8), strict=True):
+        Image.fromarray(image).save(file)
+    Detector.fit(files, config=tiny(), workdir=tmp_path / "run")
+    for file in files:  # all, as those that are held out do not count
+        Image.fromarray(photographs(1, size=(22, 30))[0]).save(file)
+    with pytest.raises(InputError, match="training images are no longer those"):
+        Detector.fit(files, config=tiny(), workdir=tmp_path / "run")
 
 
 def test_runs_of_main_are_loaded_part_by_part(tmp_path, monkeypatch):

@@ -2,8 +2,11 @@
 
 import fcntl
 import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -284,6 +287,15 @@ def test_other_training_images_and_weights_are_refused(tmp_path):
     (tmp_path / "old" / "checkpoints").mkdir(parents=True)
     with pytest.raises(InputError, match="older version"):
         check_same_data(tmp_path / "old", ["a.png"], {"sha256": "12"})
+
+
+def test_run_folders_are_utf_8_whatever_the_locale(tmp_path):
+    code = "import pathlib, sys; from fastflow_jax.run_folder import write_text as w; "
+    code += "w(pathlib.Path(sys.argv[1]), chr(215))"
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", code, str(tmp_path / "table.md")]
+    subprocess.run(command, check=True, env=os.environ | plain)
+    assert (tmp_path / "table.md").read_bytes() == "\u00d7".encode()
 
 
 def test_a_run_folder_among_the_images_is_refused_before_it_is_made(tmp_path):

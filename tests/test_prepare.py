@@ -260,3 +260,20 @@ def test_masks_of_defects_that_mark_nothing_are_told(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "at 16x16 the masks of 1 defective images mark nothing" in told
     assert "crack/0.png" in told
+
+
+def test_features_on_disk_are_those_of_the_images_that_lie_there_now(tmp_path):
+    for i in range(4):
+        Image.new("RGB", (20, 20), (90, 90, 90 + i)).save(tmp_path / f"{i}.png")
+    c = default()
+    c.data.root, c.backbone, c.image_size = str(tmp_path), "pixels", (16,)
+    c.train.cache = "disk"
+
+    def brightness():
+        prepared = preparer(fill(c), tmp_path / ".features")(fill(c), None, 0)
+        return float(np.mean(next(prepared.train.in_batches(4))[0][0]))
+
+    dark = brightness()
+    for i in range(4):
+        Image.new("RGB", (40, 40), (250, 250, 250 - i)).save(tmp_path / f"{i}.png")
+    assert brightness() > dark + 0.5

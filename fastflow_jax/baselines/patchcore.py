@@ -29,7 +29,7 @@ from fastflow_jax.baselines.scorer import without_likelihood
 from fastflow_jax.features import Features, TrainingFeatures, inside, without_padding
 from fastflow_jax.model import resize_map
 from fastflow_jax.run_folder import read_arrays, write_arrays
-from fastflow_jax.train import Interrupted, signals_set_a_flag
+from fastflow_jax.train import Interrupted, signalled, signals_set_a_flag
 
 _BANK = "checkpoints/bank.npz"
 _PICKS = 64  # points of a coreset that are chosen between two passes over all rows
@@ -73,7 +73,8 @@ def fit(
       progress: label of the progress bars.
 
     Raises:
-      Interrupted: SIGTERM or SIGINT came. Nothing is kept: the next call begins anew.
+      Interrupted: SIGTERM or SIGINT came. A bank that is not whole is not kept: the next call
+        begins anew.
     """
     if parallel.on_main((folder / _BANK).exists):
         return load(config, features.shapes, folder)
@@ -118,7 +119,7 @@ def fit(
         scorer = PatchCoreScorer(config, features.shapes, np.concatenate(bank))
         (folder / _BANK).parent.mkdir(parents=True, exist_ok=True)
         write_arrays(folder / _BANK, {"bank": scorer.bank})
-        _stop_if(received)
+        _stop_if(received, "after the memory bank was saved")
     return scorer
 
 
@@ -127,10 +128,12 @@ def load(config, shapes, folder: pathlib.Path) -> "PatchCoreScorer":
     return PatchCoreScorer(config, shapes, read_arrays(folder / _BANK)["bank"])
 
 
-def _stop_if(received: list[int]) -> None:
-    signum = parallel.any_process(received[0] if received else 0)
+def _stop_if(
+    received: list[int], when: str = "while filling the memory bank, which begins anew"
+) -> None:
+    signum = signalled(received)
     if signum:
-        raise Interrupted(signum, "while filling the memory bank, which begins anew")
+        raise Interrupted(signum, when)
 
 
 def pooling_kernels(shapes, dimension: int) -> tuple[jax.Array, ...]:

@@ -110,11 +110,13 @@ class SpadeScorer:
         scores, images = self._retrieve(self._vectors, _vectors(features, valid))
         levels = slice(max(1, len(features) - 1))  # the last is the image's vector alone
         query = features[levels], valid
-        found = tuple(
-            np.full((*m.shape[:3], min(self.config.spade.kappa, pixels)), np.inf, np.float32)
-            for m in query[0]
-            for pixels in [images.shape[1] * m.shape[1] * m.shape[2]]  # that there are
-        )
+
+        def nothing_yet(maps):
+            pixels = images.shape[1] * maps.shape[1] * maps.shape[2]
+            kappa = min(self.config.spade.kappa, pixels)
+            return np.full((*maps.shape[:3], kappa), np.inf, np.float32)
+
+        found = tuple(map(nothing_yet, query[0]))
         for rank in range(images.shape[1]):  # a batch of the gallery at a time
             rows = operator.itemgetter(images[:, rank])
             gallery = jax.tree.map(rows, (self.maps[levels], self.valid))

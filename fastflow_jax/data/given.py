@@ -73,8 +73,9 @@ def as_dataset(images: Images) -> Dataset:
             image_size(load.args[0])
             sizes.append(load.args[0].stat().st_size)
         else:
-            sizes.append(load().nbytes)
-            name = f"{name}, {zlib.crc32(np.ascontiguousarray(load())):08x}"
+            image = np.ascontiguousarray(load())
+            sizes.append(image.nbytes)
+            name = f"{name}, {zlib.crc32(image):08x}"
         names.append(name)
         loads.append(load)
     if not names:

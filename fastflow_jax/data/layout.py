@@ -161,17 +161,13 @@ def images_below(folder: Path) -> list[Path]:
 def list_folder(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """The folders and the files in `folder` by name, sorted; links are followed."""
     try:
-        paths = sorted(folder.iterdir())
+        found = [(path, path.exists()) for path in sorted(folder.iterdir())]
     except OSError as error:
-        raise InputError(f"{folder} cannot be read: {error.strerror}.") from error
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}.") from error
     folders, files = {}, {}
-    for path in paths:
+    for path, is_there in found:
         if path.name.startswith(".") or path.name.lower() in _PASSED_OVER:
             continue
-        try:
-            is_there = path.exists()
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}.") from error
         if not is_there:
             raise InputError(f"{path} is a link to nothing: mend or remove it.")
         (folders if path.is_dir() else files)[path.name] = path

@@ -22,8 +22,8 @@ from fastflow_jax.paths import expanded
 _LOCK = ".unpacking"
 _SCRATCH = f"{_LOCK}-"
 _DAMAGE = (
-    *(tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError),
-    NotImplementedError,  # of a way to pack that zipfile does not know
+    *(tarfile.TarError, zipfile.BadZipFile),
+    *(gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError),
 )
 
 
@@ -127,7 +127,7 @@ def open_archive(archive: Path) -> Iterator[tarfile.TarFile | zipfile.ZipFile]:
     """A tar or zip file to be read once, from its start to its end, with its progress shown.
 
     Raises:
-        InputError: the archive is damaged or was cut off.
+        InputError: the archive is damaged, was cut off, or is packed in a way that is not known.
     """
     size = archive.stat().st_size
     title = f"unpacking {archive.name}"
@@ -148,3 +148,5 @@ def open_archive(archive: Path) -> Iterator[tarfile.TarFile | zipfile.ZipFile]:
     except _DAMAGE as error:
         problem = " ".join(str(error).split())  # tarfile's messages may run over several lines
         raise InputError(f"{archive} is damaged ({problem}): download it once more.") from error
+    except NotImplementedError as error:  # as zipfile says of ways to compress
+        raise InputError(f"{archive} cannot be unpacked here ({error}): do it by hand.") from error

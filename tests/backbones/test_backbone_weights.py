@@ -122,6 +122,17 @@ def test_numbers_of_another_kind_are_told(state, tmp_path, kernel):
         create("resnet18", path)
 
 
+def test_a_file_that_cannot_be_read_is_told(state, tmp_path, monkeypatch):
+    def denied(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "mine.npz"
+    np.savez(path, **state)
+    monkeypatch.setattr("hashlib.file_digest", denied)
+    with pytest.raises(InputError, match=r"mine\.npz cannot be read: Permission denied"):
+        create("resnet18", path)
+
+
 def test_numbers_that_are_not_finite_are_told(state, tmp_path):
     path = tmp_path / "nan.npz"
     np.savez(path, **state | {"layer1.0.bn1.bias": np.full(64, np.nan, np.float32)})

@@ -246,8 +246,10 @@ def test_a_signal_while_the_bank_is_written_is_heard(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(patchcore, "write_arrays", stopping)
-        with pytest.raises(Interrupted):
+        with pytest.raises(Interrupted, match="was saved"):
             fitted(tmp_path / "run", maps)
+    kept = fitted(tmp_path / "run", random_maps(8, seed=1)).bank  # which is loaded
+    np.testing.assert_array_equal(kept, fitted(tmp_path / "other", maps).bank)
 
 
 def test_levels_are_found_by_their_strides():

@@ -1,5 +1,6 @@
 """The difference of two AUROCs on the same images, and what chance leaves of it."""
 
+import json
 import pathlib
 import sys
 
@@ -24,6 +25,21 @@ def scores():
 
 def mean_auroc(labels, scores):
     return np.mean([roc_auc_score(labels, row) for row in scores])
+
+
+def test_scores_are_those_of_the_run_and_not_of_another_inside_it(tmp_path):
+    def write(folder, scores):
+        folder.mkdir(parents=True)
+        images = [{"name": f"{i}", "label": i % 2, "score": s} for i, s in enumerate(scores)]
+        (folder / "scores.json").write_text(json.dumps({"images": images}))
+
+    write(tmp_path / "seed_0", [1.0, 2.0])
+    write(tmp_path / "seed_1", [3.0, 4.0])
+    write(tmp_path / "inner" / "seed_0", [5.0, 6.0])
+    (tmp_path / "inner" / "config.json").touch()
+    images, scores = paired.read_scores(tmp_path)
+    assert images == [("0", 0), ("1", 1)]
+    np.testing.assert_array_equal(scores, [[1, 2], [3, 4]])
 
 
 def test_aurocs_are_scikit_learns(scores):

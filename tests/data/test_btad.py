@@ -1,5 +1,6 @@
 """BTAD on miniature trees with the official names: ok and ko, .bmp and .png."""
 
+import shutil
 import zipfile
 
 import numpy as np
@@ -89,6 +90,22 @@ def test_the_archive(raw, make_products, open_btad, tmp_path, top):
 def test_a_damaged_archive(raw, make_products, open_btad):
     (raw / "btad.zip").write_bytes(b"PK\3\4 and so on")
     with pytest.raises(InputError, match=r"btad\.zip is damaged .*: download it once more"):
+        open_btad("01")
+
+
+def test_an_archive_packed_in_an_unknown_way(raw, make_products, open_btad):
+    make_products(raw)
+    shutil.make_archive(raw / "btad", "zip", raw)
+    shutil.rmtree(raw / "01")
+    packed = (raw / "btad.zip").read_bytes()
+    unknown = (9).to_bytes(2, "little")  # Deflate64, where the method stands in either header
+    for mark, at in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
+        start = packed.find(mark)
+        while start >= 0:
+            packed = packed[: start + at] + unknown + packed[start + at + 2 :]
+            start = packed.find(mark, start + 4)
+    (raw / "btad.zip").write_bytes(packed)
+    with pytest.raises(InputError, match=r"btad\.zip cannot be unpacked here .*: do it by hand"):
         open_btad("01")
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,6 +134,16 @@ def test_an_image_of_another_size_under_the_same_name_is_another(tree, open_fold
     after = open_folder(tree).train
     assert after.names == before.names
     assert [a == b for a, b in zip(after.contents, before.contents, strict=True)] == [1, 0, 1]
+
+
+def test_what_may_not_be_looked_at_is_named(tree, message, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", denied)
+    assert message(tree) == f"{tree} cannot be read: Permission denied."
+    monkeypatch.setattr(Path, "exists", lambda path: path == tree or denied(path))
+    assert message(tree) == f"{tree}/ground_truth cannot be read: Permission denied."
 
 
 def test_links_are_followed(tree, tmp_path, open_folder):

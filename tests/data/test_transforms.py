@@ -223,7 +223,7 @@ def test_an_orientation_in_the_xmp_of_a_png_is_seen_by_its_header(tmp_path):
     assert image_size(path) == (7, 5)
 
 
-def test_16_bits_plane_by_plane_are_refused(monkeypatch):
+def test_16_bits_plane_by_plane_are_refused():
     with Image.open(io.BytesIO(encode(Image.fromarray(COLOUR), "TIFF"))) as image:
         image.load()
         image.tag_v2[258], image.tag_v2[284] = (16, 16, 16), 2

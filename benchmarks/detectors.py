@@ -43,8 +43,7 @@ from fastflow_jax.baselines import cflow
 from fastflow_jax.baselines.patchcore import PatchCoreScorer
 from fastflow_jax.baselines.spade import SpadeScorer
 from fastflow_jax.config import default, fill
-from fastflow_jax.describe import flow_model
-from fastflow_jax.fastflow import FastFlowScorer, calibrate, objective, with_banks
+from fastflow_jax.fastflow import FastFlowScorer, calibrate, flow_model, objective, with_banks
 from fastflow_jax.features import Features, cached_features, extractor
 from fastflow_jax.kinds import recipe
 from fastflow_jax.speed import median_seconds

@@ -37,11 +37,9 @@ from same_weights import published
 from fastflow_jax import parallel
 from fastflow_jax.backbones import create_backbone, find_spec
 from fastflow_jax.config import default, fill
-from fastflow_jax.describe import flow_model
 from fastflow_jax.detector import Detector
-from fastflow_jax.fastflow import FastFlowScorer, calibrate, objective
+from fastflow_jax.fastflow import FastFlowScorer, calibrate, flow_model, objective
 from fastflow_jax.features import extractor
-from fastflow_jax.model import negative_log_likelihood
 from fastflow_jax.train_step import create_optimizer, create_state, train_step
 
 BACKBONES = (
@@ -63,6 +61,7 @@ def planned(backbone: str, published: bool, steps: int, reversible: bool) -> dic
     config.flow.steps, config.flow.reversible = steps, reversible
     if published:
         config.flow.affine, config.flow.zero_init = "softplus", False
+        config.train.window = 0
     config = fill(config)
     height, width = config.image_size
     maps = [find_spec(backbone).maps[layer] for layer in config.layers]
@@ -74,16 +73,18 @@ def planned(backbone: str, published: bool, steps: int, reversible: bool) -> dic
     variables = jax.eval_shape(model.init, jax.random.key(0), features)
     constants = {k: v for k, v in variables.items() if k != "params"}
 
-    def loss(params, constants, features):
-        latents = model.apply({"params": params, **constants}, features)
-        return negative_log_likelihood(latents, per_dimension=True).mean()
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH))
+
+    def loss(params, constants, features, keys):
+        nll = objective(config, model, None).loss
+        return nll({"params": params, **constants}, features, None, keys).mean()
 
     def temporary(function, *arguments):
         program = jax.jit(function).lower(*arguments).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     return {
-        "training": temporary(jax.grad(loss), variables["params"], constants, features),
+        "training": temporary(jax.grad(loss), variables["params"], constants, features, keys),
         "scoring": temporary(model.apply, variables, features),
     }
 

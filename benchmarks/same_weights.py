@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from fastflow_jax.backbones import Backbone, create_backbone
 from fastflow_jax.config import fill
-from fastflow_jax.describe import flow_model
+from fastflow_jax.fastflow import flow_model
 from fastflow_jax.model import FastFlow
 
 REFERENCE = pathlib.Path(__file__).parent.parent / "configs/reference.py"

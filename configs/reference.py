@@ -39,6 +39,7 @@ def get_config(category: str | None = None):
     c.flow.out_kernel = 0
     c.train.epochs = 500
     c.train.batch_size = 32
+    c.train.window = 0
     c.train.drop_last = True
     c.train.loss = "sum"
     c.train.learning_rate = 1e-3

@@ -107,6 +107,7 @@ def default() -> ConfigDict:
     c.train.max_epochs = 10  # few images take fewer steps: more would learn them by heart
     c.train.epochs = placeholder(int)  # overrides both
     c.train.batch_size = 8
+    c.train.window = 16  # places a side of each map that a step sees, see `model.windows`; 0: all
     c.train.drop_last = False  # leave an epoch's short last batch out, as the reference does
     c.train.loss = "per_dimension"  # or "sum": the reference's
     c.train.optimizer = "adam"  # or "sgd"
@@ -211,6 +212,7 @@ _BOUNDS = {
     "train.epochs": (1, 10**9),
     "train.max_epochs": (1, 10**9),
     "train.batch_size": (1, 10**6),
+    "train.window": (0, 10**6),
     "train.learning_rate": (0, 1e12),
     "train.warmup": (0, 0.9),
     "train.weight_decay": (0, 1e6),
@@ -353,17 +355,17 @@ def _recipe_flow(spec, layers: tuple[str, ...]) -> dict:
 
 
 def _recipe_layers(spec) -> tuple[str, ...]:
-    """The two deepest maps of stride 16 and the first of stride 32: what is there, and what it is.
+    """The deepest map of stride 8, the two deepest of 16 and the first of 32, as far as there are.
 
-    Where a backbone has one stride alone, as transformers do, the published cut and the block
-    before it.
+    The first says where, the last what. Where a backbone has one stride alone, as transformers do,
+    the published cut and the block before it.
     """
 
     def of(stride):
         return [name for name, (_, s) in spec.maps.items() if s == stride]
 
     if of(16) and of(32):
-        return (*of(16)[-2:], of(32)[0])
+        return (*of(8)[-1:], *of(16)[-2:], of(32)[0])
     names = list(spec.maps)
     end = names.index(spec.layers[0]) + 1
     return tuple(names[max(0, end - 2) : end])

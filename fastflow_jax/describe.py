@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fastflow_jax.backbones import find_spec
 from fastflow_jax.errors import InputError
-from fastflow_jax.model import FastFlow, negative_log_likelihood
+from fastflow_jax.fastflow import flow_model, objective
 from fastflow_jax.store import n_bytes
 
 
@@ -35,12 +35,14 @@ def describe(config) -> str:
     kept = [jax.ShapeDtypeStruct(m.shape, jnp.dtype(config.feature_dtype)) for m in maps]
     features = tuple(jax.ShapeDtypeStruct((batch, *m.shape[1:]), m.dtype) for m in kept)
 
-    def loss(params, constants, features):
-        latents = model.apply({"params": params, **constants}, features)
-        return negative_log_likelihood(latents, per_dimension=True).mean()
+    keys = jax.eval_shape(lambda: jax.random.split(key, batch))
+
+    def loss(params, constants, features, keys):
+        nll = objective(config, model, None).loss
+        return nll({"params": params, **constants}, features, None, keys).mean()
 
     constants = {k: v for k, v in variables.items() if k != "params"}
-    step = jax.jit(jax.grad(loss)).lower(variables["params"], constants, features).compile()
+    step = jax.jit(jax.grad(loss)).lower(variables["params"], constants, features, keys).compile()
     memory = step.memory_analysis()
 
     lines = [f"{config.backbone} at {config.image_size[0]}x{config.image_size[1]}"]
@@ -67,14 +69,6 @@ def describe(config) -> str:
     }
     width = max(map(len, rows)) + 2
     return "\n".join(lines + [f"{name:<{width}}{value}" for name, value in rows.items()])
-
-
-def flow_model(config) -> FastFlow:
-    """The flows of a filled configuration."""
-    fields = config.flow.to_dict()
-    fields["kernels"], fields["dtype"] = tuple(fields["kernels"]), jnp.dtype(fields["dtype"])
-    fields["out_kernel"] = fields["out_kernel"] or None
-    return FastFlow(**fields)
 
 
 def _numbers(tree) -> int:

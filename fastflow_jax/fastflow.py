@@ -15,7 +15,6 @@ from ml_collections import FrozenConfigDict
 
 from fastflow_jax import bank, parallel
 from fastflow_jax.config import to_plain
-from fastflow_jax.describe import flow_model
 from fastflow_jax.errors import InputError
 from fastflow_jax.features import Features, TrainingFeatures, inside, without_padding
 from fastflow_jax.model import (
@@ -26,6 +25,7 @@ from fastflow_jax.model import (
     resize_map,
     top_mean,
     window_maxima,
+    windows,
 )
 from fastflow_jax.run_folder import read_arrays, write_arrays
 from fastflow_jax.train import train_in, trained_in
@@ -133,6 +133,14 @@ def _calibration_file(config, folder: pathlib.Path) -> pathlib.Path:
     return folder / f"calibration_{zlib.crc32(settings.encode()):08x}.npz"
 
 
+def flow_model(config) -> FastFlow:
+    """The flows of a filled configuration."""
+    fields = config.flow.to_dict()
+    fields["kernels"], fields["dtype"] = tuple(fields["kernels"]), jnp.dtype(fields["dtype"])
+    fields["out_kernel"] = fields["out_kernel"] or None
+    return FastFlow(**fields)
+
+
 def objective(config, model: FastFlow, statistics: dict | None) -> Objective:
     """The negative log-likelihood, as `config.train.loss` has it.
 
@@ -142,7 +150,8 @@ def objective(config, model: FastFlow, statistics: dict | None) -> Objective:
       statistics: see `features.channel_statistics`; None leaves those of a fresh model, for a
         template.
     """
-    fresh, loss, validation = _functions(model, config.train.loss == "per_dimension")
+    per_dimension = config.train.loss == "per_dimension"
+    fresh, loss, validation = _functions(model, per_dimension, config.train.window)
 
     def init(key, features):
         variables = dict(fresh(key, features))
@@ -158,11 +167,17 @@ _kept = functools.lru_cache(maxsize=8)
 
 
 @_kept
-def _functions(model: FastFlow, per_dimension: bool) -> tuple[Callable, Callable, Callable]:
+def _functions(
+    model: FastFlow, per_dimension: bool, window: int
+) -> tuple[Callable, Callable, Callable]:
     """Fresh variables, and the functions of an `Objective`."""
 
     def loss(variables, features, valid, keys):
-        return _nll(model, variables, features, valid, per_dimension)
+        def cut(scale, x):
+            own = jax.vmap(functools.partial(jax.random.fold_in, data=scale))(keys)
+            return windows(x, window, own) if window else x
+
+        return _nll(model, variables, features, valid, per_dimension, cut)
 
     def validation(variables, features, valid):
         return _nll(model, variables, features, valid, True)
@@ -170,10 +185,13 @@ def _functions(model: FastFlow, per_dimension: bool) -> tuple[Callable, Callable
     return jax.jit(model.init), loss, validation
 
 
-def _nll(model, variables, features, valid, per_dimension) -> jax.Array:
+def _nll(model, variables, features, valid, per_dimension, cut=lambda scale, x: x) -> jax.Array:
     """Of images [B], without their padding; see `model.negative_log_likelihood`."""
-    masks = None if valid is None else [inside(valid, m.shape[1:3]) for m in features]
-    latents = model.apply(variables, features)
+    masks = None
+    if valid is not None:
+        seen = (inside(valid, m.shape[1:3])[..., None] for m in features)
+        masks = [cut(i, m)[..., 0] for i, m in enumerate(seen)]
+    latents = model.apply(variables, features, cut)
     return negative_log_likelihood(latents, per_dimension=per_dimension, inside=masks)
 
 

@@ -5,7 +5,7 @@ Yu et al., FastFlow: Unsupervised Anomaly Detection and Localization via 2D Norm
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -78,12 +78,22 @@ class FastFlow(nn.Module):
     out_kernel: int | None = None
 
     @nn.compact
-    def __call__(self, features: Sequence[jax.Array]) -> Latents:
-        """Map features, [B, h, w, C] a scale, to (z [B, h, w, C], log_det [B, h, w]) a scale."""
+    def __call__(
+        self,
+        features: Sequence[jax.Array],
+        cut: Callable[[int, jax.Array], jax.Array] = lambda scale, x: x,
+    ) -> Latents:
+        """Map features, [B, h, w, C] a scale, to (z [B, h, w, C], log_det [B, h, w]) a scale.
+
+        Args:
+          features: of the backbone.
+          cut: takes a part of a scale's map, once normalised; all flows see. See `windows`.
+        """
         latents = []
         for i, x in enumerate(features):
             norm = FeatureNorm(self.norm, name=f"norm_{i}")
-            latents.append(_flow(self, name=f"flow_{i}")(norm(x.astype(jnp.float32))))
+            x = cut(i, norm(x.astype(jnp.float32)))
+            latents.append(_flow(self, name=f"flow_{i}")(x))
         return tuple(latents)
 
 
@@ -128,6 +138,28 @@ def invert(model: FastFlow, variables: dict, latents: Sequence[jax.Array]) -> tu
     return tuple(features)
 
 
+def windows(x: jax.Array, side: int, keys: jax.Array) -> jax.Array:
+    """A random part of each image's map, [B, h, w, C] -> up to `side` places high and wide.
+
+    Convolutions share what they learn between places, so a few of a fine map teach them.
+
+    Args:
+      x: the maps.
+      side: of the parts, in places.
+      keys: [B].
+    """
+    height, width = (min(side, n) for n in x.shape[1:3])
+    if (height, width) == x.shape[1:3]:
+        return x
+
+    def of_image(x, key):
+        highest = jnp.array([x.shape[0] - height, x.shape[1] - width])
+        first = jax.random.randint(key, (2,), 0, highest + 1)
+        return jax.lax.dynamic_slice(x, (*first, 0), (height, width, x.shape[-1]))
+
+    return jax.vmap(of_image)(x, keys)
+
+
 def negative_log_likelihood(
     latents: Latents,
     *,
@@ -151,7 +183,8 @@ def negative_log_likelihood(
         dimensions += z.shape[-1] * counts.sum((1, 2))
     if not per_dimension:
         return energy
-    return energy / dimensions + 0.5 * math.log(2 * math.pi)
+    # A part of an image may be all padding.
+    return energy / jnp.maximum(dimensions, 1.0) + 0.5 * math.log(2 * math.pi)
 
 
 def location_scores(

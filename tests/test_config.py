@@ -20,8 +20,9 @@ from fastflow_jax.config import (
     variants,
     without,
 )
-from fastflow_jax.describe import describe, flow_model
+from fastflow_jax.describe import describe
 from fastflow_jax.errors import InputError
+from fastflow_jax.fastflow import flow_model
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -61,9 +62,9 @@ def test_a_configuration_of_another_version_is_named():
 @pytest.mark.parametrize(
     ("backbone", "layers", "ratio"),
     [
-        ("tf_efficientnet_lite0", ("blocks.3", "blocks.4", "blocks.5"), 2.0),
-        ("resnet18", ("layer3", "layer4"), 0.28125),
-        ("wide_resnet50_2", ("layer3", "layer4"), 0.16),
+        ("tf_efficientnet_lite0", ("blocks.2", "blocks.3", "blocks.4", "blocks.5"), 2.0),
+        ("resnet18", ("layer2", "layer3", "layer4"), 0.28125),
+        ("wide_resnet50_2", ("layer2", "layer3", "layer4"), 0.16),
         ("vit_small_patch14_dinov2", ("blocks.6", "blocks.7"), 0.5),
         ("cait_m48_448", ("blocks.39", "blocks.40"), 0.16),
     ],
@@ -98,7 +99,7 @@ def test_values_given_by_hand_stay():
         ("flow.kernels", (), "config.flow.kernels are of 1, 3, 5 and 7"),
         ("flow.dtype", "float16", "config.flow.dtype is one of float32, bfloat16"),
         ("flow.steps", 0, "config.flow.steps is from 1 to 1000, not 0"),
-        ("flow.hidden_ratio", 0.01, r"config.flow.hidden_ratio is at least 1/40 with .*, not 0.01"),
+        ("flow.hidden_ratio", 0.01, r"config.flow.hidden_ratio is at least 1/20 with .*, not 0.01"),
         ("seeds", 0, "config.seeds is from 1"),
         ("train.epochs", 0, "config.train.epochs is from 1"),
         ("train.warmup", 1.0, "config.train.warmup is from 0 to 0.9"),
@@ -192,9 +193,9 @@ def test_describe_counts_the_banks():
     c = default()
     c.image_size, c.flow.steps, c.map.bank = (64,), 1, 5000
     text = " ".join(describe(fill(c)).split())
-    # Maps of 4x4x80, 4x4x112 and 2x2x192.
-    assert f"operations, banks, an image {2 * 5000 * 3840 / 1e9:.2f} G" in text
-    assert f"banks, at the most {2 * 5000 * 384 / 2**20:.1f} MiB in float16" in text
+    # Maps of 8x8x40, 4x4x80, 4x4x112 and 2x2x192.
+    assert f"operations, banks, an image {2 * 5000 * 6400 / 1e9:.2f} G" in text
+    assert f"banks, at the most {2 * 5000 * 424 / 2**20:.1f} MiB in float16" in text
 
 
 def with_variants(**changes):
@@ -211,7 +212,7 @@ def test_a_variant_is_filled_as_a_run_of_its_own_would_be():
     alone.backbone, alone.flow.steps = "resnet18", 7
     for name, expected in (("first", fill(alone)), ("second", fill(default()))):
         assert differences(to_plain(variants(filled)[name]), expected) == []
-    assert filled.variants.first.layers == ("layer3", "layer4")
+    assert filled.variants.first.layers == ("layer2", "layer3", "layer4")
     assert differences(to_plain(fill(filled)), filled) == []
     assert variants(fill(default())) == {None: fill(default())}
 

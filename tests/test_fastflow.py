@@ -10,7 +10,6 @@ from scipy.ndimage import gaussian_filter
 
 from fastflow_jax.backbones import create_backbone
 from fastflow_jax.config import default, fill
-from fastflow_jax.describe import flow_model
 from fastflow_jax.detector import Detector
 from fastflow_jax.errors import InputError
 from fastflow_jax.fastflow import (
@@ -19,6 +18,7 @@ from fastflow_jax.fastflow import (
     calibrate,
     calibrate_on,
     fit,
+    flow_model,
     fuse,
     load,
     with_banks,

@@ -12,10 +12,9 @@ import pytest
 from scipy import stats
 from scipy.ndimage import gaussian_filter
 
-from fastflow_jax.config import fill
-from fastflow_jax.describe import flow_model
+from fastflow_jax.config import default, fill
 from fastflow_jax.errors import InputError
-from fastflow_jax.fastflow import FastFlowScorer, calibrate, objective
+from fastflow_jax.fastflow import FastFlowScorer, calibrate, flow_model, objective
 from fastflow_jax.features import channel_statistics, compress, inside
 from fastflow_jax.model import (
     FastFlow,
@@ -26,6 +25,7 @@ from fastflow_jax.model import (
     resize_map,
     top_mean,
     window_maxima,
+    windows,
 )
 from fastflow_jax.train_step import TrainState, create_optimizer, train_step
 
@@ -118,6 +118,99 @@ def test_location_scores_in_both_forms():
     np.testing.assert_allclose(
         score(form="probability", log_det_weight=0.0), -np.exp(-0.5 * (z**2).mean(-1)), rtol=1e-5
     )
+
+
+def test_windows_are_parts_of_the_maps_from_everywhere():
+    height, width, side = 5, 4, 3
+    maps = np.arange(2 * height * width * 2).reshape(2, height, width, 2)
+    parts = {(y, x): maps[:, y : y + side, x : x + side] for y in range(3) for x in range(2)}
+    firsts = [set(), set()]
+    for seed in range(60):
+        found = windows(jnp.asarray(maps), side, jax.random.split(jax.random.key(seed), 2))
+        assert found.shape == (2, side, side, 2)
+        for i, first in enumerate(firsts):
+            at = {place for place, part in parts.items() if (part[i] == found[i]).all()}
+            assert len(at) == 1
+            first |= at
+    assert firsts == [set(parts), set(parts)]
+    keys = jax.random.split(jax.random.key(0), 2)
+    np.testing.assert_array_equal(windows(jnp.asarray(maps), height, keys), maps)
+    low = windows(jnp.asarray(maps), width, keys)  # whole rows, a part of the height
+    assert low.shape == (2, width, width, 2)
+    assert (low[..., 0] % (2 * width) == 2 * np.arange(width)).all()
+
+
+@pytest.mark.parametrize("norm", ["layer", "standardise"])
+def test_the_flow_sees_a_part_of_what_the_norm_sees(norm):
+    """Else a norm of each image would be one of a part of it, and one of places have others."""
+    rng = np.random.default_rng(8)
+    maps = tuple(rng.normal(size=(2, n, n, 4)).astype(np.float32) for n in (6, 3))
+    model = FastFlow(norm=norm, steps=2)
+    variables = model.init(jax.random.key(0), maps)
+    seen = []
+
+    def cut(scale, x):
+        seen.append((scale, x))
+        return x[:, 1:4, :3]
+
+    latents = model.apply(variables, maps, cut)
+    assert [z.shape for z, _ in latents] == [(2, 3, 3, 4), (2, 2, 3, 4)]
+    for i, (scale, x) in enumerate(seen):
+        assert scale == i
+        normalised = FeatureNorm(norm).apply(_of_norm(variables, i), maps[i])
+        np.testing.assert_allclose(x, normalised, rtol=1e-5, atol=1e-6)
+
+
+def _of_norm(variables, i):
+    return {k: tree[f"norm_{i}"] for k, tree in variables.items() if f"norm_{i}" in tree}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_training_takes_windows_and_validation_whole_maps(padded):
+    c = default()
+    c.backbone, c.image_size, c.train.window, c.flow.steps = "resnet18", (64,), 3, 1
+    config = fill(c)  # maps of 8x8, 4x4 and 2x2
+    model = flow_model(config)
+    rng = np.random.default_rng(9)
+    shapes = [(8, 8, 128), (4, 4, 256), (2, 2, 512)]
+    maps = tuple(rng.normal(size=(2, *shape)).astype(np.float32) for shape in shapes)
+    valid = np.ones((2, 64, 64), bool)
+    valid[1, 16:] = False  # some windows have nothing but padding
+    valid = valid if padded else None
+    nll = objective(config, model, None)
+    variables = nll.init(jax.random.key(0), tuple(m[:1] for m in maps))
+    keys = jax.random.split(jax.random.key(1), 2)
+
+    def expected(cut):
+        latents = model.apply(variables, maps, cut)
+        masks = None
+        if padded:
+            seen = [inside(valid, m.shape[1:3])[..., None] for m in maps]
+            masks = [cut(i, m)[..., 0] for i, m in enumerate(seen)]
+        return negative_log_likelihood(latents, per_dimension=True, inside=masks)
+
+    def cut(scale, x):
+        own = jnp.stack([jax.random.fold_in(key, scale) for key in keys])
+        return windows(x, 3, own)
+
+    whole = expected(lambda scale, x: x)
+    np.testing.assert_allclose(nll.validation(variables, maps, valid), whole, rtol=1e-6)
+    loss = nll.loss(variables, maps, valid, keys)
+    np.testing.assert_allclose(loss, expected(cut), rtol=1e-5)
+    assert np.isfinite(loss).all()
+    assert not np.allclose(loss[0], whole[0], rtol=1e-4)
+
+
+def test_a_part_that_is_all_padding_counts_for_nothing():
+    z, log_det = jnp.ones((2, 2, 2, 3)), jnp.zeros((2, 2, 2))
+    masks = [np.stack([np.ones((2, 2), bool), np.zeros((2, 2), bool)])]
+
+    def mean(z):
+        return negative_log_likelihood([(z, log_det)], per_dimension=True, inside=masks).mean()
+
+    value, gradient = jax.value_and_grad(mean)(z)
+    assert np.isfinite(value)
+    np.testing.assert_array_equal(gradient[1], 0)
 
 
 @pytest.mark.parametrize("norm", ["whiten", "standardise"])

@@ -90,6 +90,7 @@ def _recipe(c) -> dict:
         "norm_per_image": {"flow": {"norm": "layer_plain"}},
         "lengths_kept": {"length_power": 1.0},
         "published_kernels": {"flow": {"out_kernel": 0}},
+        "whole_maps": {"train": {"window": 0}},
         "batches_of_32": {"train": {"batch_size": 32, "steps": 125}},
         "twenty_epochs": {"train": {"max_epochs": 20}},
         "no_bank": {"map": {"bank": 0}},

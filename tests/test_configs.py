@@ -283,6 +283,7 @@ def test_the_ablation_of_the_recipe_undoes_one_choice_at_a_time():
         "norm_per_image": {"flow.norm"},
         "lengths_kept": {"length_power"},
         "published_kernels": {"flow.out_kernel"},
+        "whole_maps": {"train.window"},
         "batches_of_32": {"train.steps", "train.batch_size"},
         "twenty_epochs": {"train.max_epochs"},
         "no_bank": {"map.bank"},

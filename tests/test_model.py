@@ -179,7 +179,6 @@ def test_training_takes_windows_and_validation_whole_maps(padded):
     valid = valid if padded else None
     nll = objective(config, model, None)
     variables = nll.init(jax.random.key(0), tuple(m[:1] for m in maps))
-    keys = jax.random.split(jax.random.key(1), 2)
 
     def expected(cut):
         latents = model.apply(variables, maps, cut)
@@ -189,16 +188,19 @@ def test_training_takes_windows_and_validation_whole_maps(padded):
             masks = [cut(i, m)[..., 0] for i, m in enumerate(seen)]
         return negative_log_likelihood(latents, per_dimension=True, inside=masks)
 
-    def cut(scale, x):
-        own = jnp.stack([jax.random.fold_in(key, scale) for key in keys])
-        return windows(x, 3, own)
-
     whole = expected(lambda scale, x: x)
     np.testing.assert_allclose(nll.validation(variables, maps, valid), whole, rtol=1e-6)
-    loss = nll.loss(variables, maps, valid, keys)
-    np.testing.assert_allclose(loss, expected(cut), rtol=1e-5)
-    assert np.isfinite(loss).all()
-    assert not np.allclose(loss[0], whole[0], rtol=1e-4)
+    for seed in range(4):
+        keys = jax.random.split(jax.random.key(seed), 2)
+
+        def cut(scale, x, keys=keys):
+            own = jnp.stack([jax.random.fold_in(key, scale) for key in keys])
+            return windows(x, 3, own)
+
+        loss = nll.loss(variables, maps, valid, keys)
+        np.testing.assert_allclose(loss, expected(cut), rtol=1e-5)
+        assert np.isfinite(loss).all()
+        assert not np.allclose(loss[0], whole[0], rtol=1e-4)
 
 
 def test_a_part_that_is_all_padding_counts_for_nothing():

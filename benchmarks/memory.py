@@ -37,6 +37,7 @@ from same_weights import published
 from fastflow_jax import parallel
 from fastflow_jax.backbones import create_backbone, find_spec
 from fastflow_jax.config import default, fill
+from fastflow_jax.describe import training_memory
 from fastflow_jax.detector import Detector
 from fastflow_jax.fastflow import FastFlowScorer, calibrate, flow_model, objective
 from fastflow_jax.features import extractor
@@ -71,21 +72,10 @@ def planned(backbone: str, published: bool, steps: int, reversible: bool) -> dic
     )
     model = flow_model(config)
     variables = jax.eval_shape(model.init, jax.random.key(0), features)
-    constants = {k: v for k, v in variables.items() if k != "params"}
-
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH))
-
-    def loss(params, constants, features, keys):
-        nll = objective(config, model, None).loss
-        return nll({"params": params, **constants}, features, None, keys).mean()
-
-    def temporary(function, *arguments):
-        program = jax.jit(function).lower(*arguments).compile()
-        return program.memory_analysis().temp_size_in_bytes
-
+    scoring = jax.jit(model.apply).lower(variables, features).compile()
     return {
-        "training": temporary(jax.grad(loss), variables["params"], constants, features, keys),
-        "scoring": temporary(model.apply, variables, features),
+        "training": training_memory(config, variables, features),
+        "scoring": scoring.memory_analysis().temp_size_in_bytes,
     }
 
 

@@ -107,7 +107,7 @@ def default() -> ConfigDict:
     c.train.max_epochs = 10  # few images take fewer steps: more would learn them by heart
     c.train.epochs = placeholder(int)  # overrides both
     c.train.batch_size = 8
-    c.train.window = 16  # places a side of each map that a step sees, see `model.windows`; 0: all
+    c.train.window = 16  # places a side of each map that a step sees, drawn anew; 0: all
     c.train.drop_last = False  # leave an epoch's short last batch out, as the reference does
     c.train.loss = "per_dimension"  # or "sum": the reference's
     c.train.optimizer = "adam"  # or "sgd"

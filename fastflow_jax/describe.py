@@ -31,19 +31,10 @@ def describe(config) -> str:
     maps = jax.eval_shape(backbone.apply, backbone_variables, images)
     variables = jax.eval_shape(model.init, key, maps)
 
-    batch = config.train.batch_size
     kept = [jax.ShapeDtypeStruct(m.shape, jnp.dtype(config.feature_dtype)) for m in maps]
+    batch = config.train.batch_size
     features = tuple(jax.ShapeDtypeStruct((batch, *m.shape[1:]), m.dtype) for m in kept)
-
-    keys = jax.eval_shape(lambda: jax.random.split(key, batch))
-
-    def loss(params, constants, features, keys):
-        nll = objective(config, model, None).loss
-        return nll({"params": params, **constants}, features, None, keys).mean()
-
-    constants = {k: v for k, v in variables.items() if k != "params"}
-    step = jax.jit(jax.grad(loss)).lower(variables["params"], constants, features, keys).compile()
-    memory = step.memory_analysis()
+    planned = training_memory(config, variables, features)
 
     lines = [f"{config.backbone} at {config.image_size[0]}x{config.image_size[1]}"]
     lines.append(f"{'layer':<12}{'map':>16}{'stride':>8}{'trainable':>14}")
@@ -65,10 +56,29 @@ def describe(config) -> str:
         "features, an image": f"{_bytes(n_bytes(1, kept))} in {config.feature_dtype}",
         "weights": _bytes(4 * (_numbers(variables["params"]) + _numbers(backbone_variables))),
         "banks, at the most": f"{_bytes(2 * banked)} in float16",
-        f"a training step of {batch}": _bytes(memory.temp_size_in_bytes) + " beside its arguments",
+        f"a training step of {batch}": _bytes(planned) + " beside its arguments",
     }
     width = max(map(len, rows)) + 2
     return "\n".join(lines + [f"{name:<{width}}{value}" for name, value in rows.items()])
+
+
+def training_memory(config, variables, features) -> int:
+    """Bytes that XLA plans for the gradient of a training step, beside its arguments.
+
+    Args:
+      config: filled.
+      variables: shapes of those of `flow_model(config)`.
+      features: shapes of a batch of features, [B, h, w, C] a scale.
+    """
+    nll = objective(config, flow_model(config), None).loss
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), features[0].shape[0]))
+
+    def loss(params, constants, features, keys):
+        return nll({"params": params, **constants}, features, None, keys).mean()
+
+    constants = {k: v for k, v in variables.items() if k != "params"}
+    step = jax.jit(jax.grad(loss)).lower(variables["params"], constants, features, keys).compile()
+    return step.memory_analysis().temp_size_in_bytes
 
 
 def _numbers(tree) -> int:

@@ -22,10 +22,10 @@ from fastflow_jax.model import (
     invert,
     location_scores,
     negative_log_likelihood,
+    random_windows,
     resize_map,
     top_mean,
     window_maxima,
-    windows,
 )
 from fastflow_jax.run_folder import read_arrays, write_arrays
 from fastflow_jax.train import train_in, trained_in
@@ -175,7 +175,7 @@ def _functions(
     def loss(variables, features, valid, keys):
         def cut(scale, x):
             own = jax.vmap(functools.partial(jax.random.fold_in, data=scale))(keys)
-            return windows(x, window, own) if window else x
+            return random_windows(x, window, own) if window else x
 
         return _nll(model, variables, features, valid, per_dimension, cut)
 

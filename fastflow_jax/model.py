@@ -87,7 +87,8 @@ class FastFlow(nn.Module):
 
         Args:
           features: of the backbone.
-          cut: takes a part of a scale's map, once normalised; all flows see. See `windows`.
+          cut: (scale, its normalised map) -> the part that the flow sees, see `random_windows`;
+            all of it by default.
         """
         latents = []
         for i, x in enumerate(features):
@@ -138,7 +139,7 @@ def invert(model: FastFlow, variables: dict, latents: Sequence[jax.Array]) -> tu
     return tuple(features)
 
 
-def windows(x: jax.Array, side: int, keys: jax.Array) -> jax.Array:
+def random_windows(x: jax.Array, side: int, keys: jax.Array) -> jax.Array:
     """A random part of each image's map, [B, h, w, C] -> up to `side` places high and wide.
 
     Convolutions share what they learn between places, so a few of a fine map teach them.

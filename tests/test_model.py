@@ -22,10 +22,10 @@ from fastflow_jax.model import (
     invert,
     location_scores,
     negative_log_likelihood,
+    random_windows,
     resize_map,
     top_mean,
     window_maxima,
-    windows,
 )
 from fastflow_jax.train_step import TrainState, create_optimizer, train_step
 
@@ -94,6 +94,21 @@ def test_twenty_adam_steps_follow_anomalib(published, reference):
     np.testing.assert_allclose(losses, golden["losses"], rtol=1e-3)
 
 
+def test_the_published_form_trains_on_whole_maps():
+    c = runpy.run_path(str(pathlib.Path(__file__).parent.parent / "configs/reference.py"))
+    c = c["get_config"]()
+    c.image_size, c.flow.steps = (128,), 1  # maps of up to 32x32, more than the golden file's
+    config = fill(c)
+    model, nll = flow_model(config), objective(config, flow_model(config), None)
+    rng = np.random.default_rng(10)
+    shapes = [(32, 32, 64), (16, 16, 128), (8, 8, 256)]
+    maps = tuple(rng.normal(size=(1, *shape)).astype(np.float32) for shape in shapes)
+    variables = nll.init(jax.random.key(0), maps)
+    whole = negative_log_likelihood(model.apply(variables, maps), per_dimension=False)
+    loss = nll.loss(variables, maps, None, jax.random.split(jax.random.key(1), 1))
+    np.testing.assert_allclose(loss, whole, rtol=1e-5)
+
+
 def test_likelihood_is_the_gaussian_of_z_plus_the_log_det():
     rng = np.random.default_rng(0)
     latents = [
@@ -126,7 +141,7 @@ def test_windows_are_parts_of_the_maps_from_everywhere():
     parts = {(y, x): maps[:, y : y + side, x : x + side] for y in range(3) for x in range(2)}
     firsts = [set(), set()]
     for seed in range(60):
-        found = windows(jnp.asarray(maps), side, jax.random.split(jax.random.key(seed), 2))
+        found = random_windows(jnp.asarray(maps), side, jax.random.split(jax.random.key(seed), 2))
         assert found.shape == (2, side, side, 2)
         for i, first in enumerate(firsts):
             at = {place for place, part in parts.items() if (part[i] == found[i]).all()}
@@ -134,15 +149,15 @@ def test_windows_are_parts_of_the_maps_from_everywhere():
             first |= at
     assert firsts == [set(parts), set(parts)]
     keys = jax.random.split(jax.random.key(0), 2)
-    np.testing.assert_array_equal(windows(jnp.asarray(maps), height, keys), maps)
-    low = windows(jnp.asarray(maps), width, keys)  # whole rows, a part of the height
+    np.testing.assert_array_equal(random_windows(jnp.asarray(maps), height, keys), maps)
+    low = random_windows(jnp.asarray(maps), width, keys)  # whole rows, a part of the height
     assert low.shape == (2, width, width, 2)
     assert (low[..., 0] % (2 * width) == 2 * np.arange(width)).all()
 
 
 @pytest.mark.parametrize("norm", ["layer", "standardise"])
 def test_the_flow_sees_a_part_of_what_the_norm_sees(norm):
-    """Else a norm of each image would be one of a part of it, and one of places have others."""
+    """A norm of each image is of the whole of it, and one with numbers for each place fits."""
     rng = np.random.default_rng(8)
     maps = tuple(rng.normal(size=(2, n, n, 4)).astype(np.float32) for n in (6, 3))
     model = FastFlow(norm=norm, steps=2)
@@ -195,7 +210,7 @@ def test_training_takes_windows_and_validation_whole_maps(padded):
 
         def cut(scale, x, keys=keys):
             own = jnp.stack([jax.random.fold_in(key, scale) for key in keys])
-            return windows(x, 3, own)
+            return random_windows(x, 3, own)
 
         loss = nll.loss(variables, maps, valid, keys)
         np.testing.assert_allclose(loss, expected(cut), rtol=1e-5)

@@ -65,8 +65,9 @@ def draw(
     Args:
       latents: (features, valid) of up to `batch_size` images -> `entries`, [B, h, w, C] a scale.
       features: of the training images.
-      size: of a bank. It has as many locations of each image, of as many images as it takes; so M
-        is up to one for each image more, and less where there are fewer locations.
+      size: of a bank, about: it has as many locations of each image, of as many images as it
+        takes, so that M is up to one for each image more (nearly twice the size at the worst), and
+        less where there are fewer locations.
       batch_size: images whose latents are computed at a time.
       seed: of the choice.
     """

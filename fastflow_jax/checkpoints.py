@@ -9,6 +9,7 @@ from orbax.checkpoint import v1 as ocp
 
 from fastflow_jax import parallel
 from fastflow_jax.errors import InputError
+from fastflow_jax.paths import remedy
 
 _policies = ocp.training.preservation_policies
 
@@ -19,6 +20,9 @@ class Checkpoints:
     A checkpoint is written in the background and appears under its name only when it is whole, so
     that a process may die at any moment. Several processes write it together, into a folder that
     all of them see.
+
+    Raises:
+      InputError: the folder holds a damaged one.
     """
 
     def __init__(self, directory: pathlib.Path):
@@ -34,9 +38,11 @@ class Checkpoints:
                 ),
             ]
         )
-        self._orbax = ocp.training.Checkpointer(
-            directory.absolute(), preservation_policy=keep, cleanup_tmp_directories=True
-        )
+        directory = directory.absolute()
+        with _damage_is_named(directory):
+            self._orbax = ocp.training.Checkpointer(
+                directory, preservation_policy=keep, cleanup_tmp_directories=True
+            )
 
     def __enter__(self):
         return self
@@ -83,15 +89,35 @@ class Checkpoints:
                 "goes on from the checkpoint before"
             ) from error
 
-    def restore(self, step: int, template: Any) -> Any:
+    def restore(self, step: int | None, template: Any) -> Any:
         """Read a checkpoint onto the default device of each process, whatever devices wrote it.
 
         Args:
           step: `latest` or `best`.
           template: a state of the same structure, shapes and types (arrays or ShapeDtypeStructs).
+
+        Raises:
+          InputError: there is no such checkpoint, it is damaged, or it holds something else.
         """
         sharding = parallel.of_all()
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), template
         )
-        return parallel.to_own(self._orbax.load(step, abstract))
+        with _damage_is_named(self._orbax.directory):
+            if step is None:
+                raise ValueError("it is empty")
+            return parallel.to_own(self._orbax.load(step, abstract))
+
+
+@contextlib.contextmanager
+def _damage_is_named(directory: pathlib.Path):
+    try:
+        yield
+    except Exception as error:  # of whatever part of Orbax met it first
+        if parallel.is_lost(error) or remedy(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{directory} cannot be read ({reason:.200}): bring it back, or train anew in another "
+            "folder"
+        ) from error

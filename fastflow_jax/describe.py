@@ -55,7 +55,7 @@ def describe(config) -> str:
         "operations, banks, an image": f"{2 * searched / 1e9:.2f} G",
         "features, an image": f"{_bytes(n_bytes(1, kept))} in {config.feature_dtype}",
         "weights": _bytes(4 * (_numbers(variables["params"]) + _numbers(backbone_variables))),
-        "banks, at the most": f"{_bytes(2 * banked)} in float16",
+        "banks, about": f"{_bytes(2 * banked)} in float16",
         f"a training step of {batch}": _bytes(planned) + " beside its arguments",
     }
     width = max(map(len, rows)) + 2

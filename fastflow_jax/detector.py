@@ -24,7 +24,8 @@ from fastflow_jax.features import Features
 from fastflow_jax.held_out import HeldOut
 from fastflow_jax.inputs import Inputs, cut, whole_box, whole_map
 from fastflow_jax.kinds import KINDS, kind, recipe
-from fastflow_jax.prepare import extractor_of, preparer
+from fastflow_jax.paths import expanded
+from fastflow_jax.prepare import extractor_of, preparer, trained_on
 from fastflow_jax.programs import LARGEST, Programs
 from fastflow_jax.thresholds import Region, Threshold
 
@@ -85,8 +86,9 @@ class Detector:
             RGB; a `data.Dataset`; a data set's name, such as "elpv/mono", or a configuration that
             names one. Some of them are held out for thresholds: see `config.data.holdout`.
           config: see `config.default`; or the name of a detector, for its recipe; None: FastFlow.
-          workdir: run folder, as of `main`: an interrupted fit goes on there. None: a temporary
-            one; `save` keeps the detector.
+          workdir: run folder, as of `main`: an interrupted fit goes on there, and a finished one
+            is loaded, with the thresholds that it was saved with. None: a temporary one; `save`
+            keeps the detector.
 
         Raises:
           InputError: images or configuration that no training can have, or a folder of another
@@ -95,8 +97,13 @@ class Detector:
         """
         config, dataset = _asked_for(images, config)
         temporary = _TemporaryFolder() if workdir is None else None
-        folder = pathlib.Path(temporary.path if temporary else workdir)
+        folder = pathlib.Path(temporary.path) if temporary else expanded(workdir)
         with run_folder.claim(folder, config):
+            if parallel.on_main(lambda: detector_folder.is_finished(folder)):
+                detector = cls.load(folder)
+                contents = trained_on(config, dataset.train)
+                run_folder.check_same_data(folder, contents, detector.backbone.weights)
+                return detector
             prepare = preparer(config, folder / "features", lambda category: dataset)
             prepared = prepare(config, config.data.category, config.seed)
             run_folder.check_same_data(folder, prepared.contents, prepared.backbone.weights)
@@ -123,7 +130,7 @@ class Detector:
           InputError: the folder holds no training, or several, which are listed; or the backbone's
             weights are no longer those that it was trained with.
         """
-        folder = pathlib.Path(folder)
+        folder = expanded(folder)
         kept = detector_folder.read(folder)
         detector = cls.from_training(kept.config, kept.training, kept.seed)
         weights = detector.backbone.weights
@@ -165,7 +172,7 @@ class Detector:
         """
         if self.folder is None:
             raise InputError("a detector without a folder cannot be saved: make it by fit or load")
-        folder = self.folder if folder is None else pathlib.Path(folder)
+        folder = self.folder if folder is None else expanded(folder)
         detector_folder.save(self.folder, folder, self.image_threshold, self.pixel_threshold)
         return folder
 
@@ -281,9 +288,12 @@ class Detector:
             z is not, so that normal images are full of regions: to study the model by.
 
         Raises:
-          InputError: a detector without z, or without held-out images where they are needed.
+          InputError: a detector without z, or without held-out images where they are needed, or
+            `nfa` is not above 0.
         """
         programs = self._programs_of_z()
+        if not nfa > 0:
+            raise InputError(f"nfa is a number of false alarms above 0, not {nfa}")
         limit = np.log10(nfa)
         if model_alone:
             moments = thresholds.model_moments(_shapes(self.config, self.backbone))
@@ -333,7 +343,12 @@ class Detector:
           n: how many.
           seed: of z.
           temperature: deviation of z, 1 in the model; lower ones are more typical.
+
+        Raises:
+          InputError: n is below 1, or see `invert`.
         """
+        if n < 1:
+            raise InputError(f"n is a number of images, 1 or more, not {n}")
         rng = np.random.default_rng(seed)
         shapes = _shapes(self.config, self.backbone)
         return self.invert(

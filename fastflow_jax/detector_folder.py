@@ -12,6 +12,7 @@ from fastflow_jax import thresholds
 from fastflow_jax.config import from_plain, to_plain
 from fastflow_jax.errors import InputError
 from fastflow_jax.held_out import HeldOut, look_at
+from fastflow_jax.paths import make_folder
 from fastflow_jax.prepare import Prepared
 from fastflow_jax.run_folder import read_json, write_json
 from fastflow_jax.thresholds import Threshold
@@ -88,18 +89,14 @@ def read(folder: pathlib.Path) -> Kept:
     Raises:
       InputError: the folder holds no training, or several, which are listed.
     """
-    about = read_json(folder / _ABOUT)
-    if about is None:
-        raise InputError(_where_trainings_are(folder))
-    if missing := {"config", "seed", "weights", "training", "thresholds"} - about.keys():
-        raise InputError(
-            f"{folder / _ABOUT} is of an older version, without {min(missing)}: train anew"
-        )
+    about = _about(folder)
     training, file = (folder / about["training"]).resolve(), folder / _HELD_OUT
     if not (training / "checkpoints").exists():
         raise InputError(f"{training} lacks its checkpoints: bring them back, or train again")
     held_out = HeldOut.load(file) if file.exists() else None
-    limits = (_threshold(about["thresholds"][of]) for of in ("image", "pixel"))
+    limits = [_threshold(about["thresholds"][of]) for of in ("image", "pixel")]
+    if held_out is None and any(t and t.kind in ("image", "pixel") for t in limits):
+        raise InputError(f"{folder} lacks its {_HELD_OUT}: bring it back, or train again")
     config, seed, weights = from_plain(about["config"]), about["seed"], about["weights"]
     return Kept(config, seed, weights, training, held_out, *limits)
 
@@ -115,10 +112,11 @@ def save(
     Raises:
       InputError: the folder holds something else.
     """
-    about = read_json(source / _ABOUT)
+    about = _about(source)
     if folder.resolve() != source.resolve():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} holds something else: save to a new folder")
+        make_folder(folder)
         training = source / about["training"]
         shutil.copytree(training / "checkpoints", folder / "checkpoints")
         for file in [*training.glob("*.npz"), *source.glob(_HELD_OUT)]:
@@ -126,6 +124,24 @@ def save(
         about["training"] = "."
     about["thresholds"] = _plain(image_threshold, pixel_threshold)
     write_json(folder / _ABOUT, about)
+
+
+def is_finished(folder: pathlib.Path) -> bool:
+    """Whether `record` or `save` has written to a folder."""
+    return (folder / _ABOUT).exists()
+
+
+def _about(folder: pathlib.Path) -> dict:
+    """What `record` wrote; for errors see `read`."""
+    about = read_json(folder / _ABOUT)
+    if about is None:
+        raise InputError(_where_trainings_are(folder))
+    known = about if isinstance(about, dict) else {}
+    if missing := {"config", "seed", "weights", "training", "thresholds"} - known.keys():
+        raise InputError(
+            f"{folder / _ABOUT} is of an older version, without {min(missing)}: train anew"
+        )
+    return about
 
 
 def _where_trainings_are(folder: pathlib.Path) -> str:

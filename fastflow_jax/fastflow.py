@@ -70,7 +70,7 @@ def fit(
     """
     model = flow_model(config)
 
-    def scorer(variables: dict) -> FastFlowScorer:
+    def scorer(variables: dict, seed: int) -> FastFlowScorer:
         variables = with_banks(config, model, variables, features, seed)
         calibration = calibrate(config, model, variables, holdout, holdout_valid)
         return FastFlowScorer(config, model, variables, calibration)
@@ -84,10 +84,10 @@ def fit(
         holdout_valid,
         seed=seed,
         beside=beside,
-        on_epoch=lambda epoch, variables: on_epoch(epoch, lambda: scorer(variables)),
+        on_epoch=lambda epoch, variables, seed: on_epoch(epoch, lambda: scorer(variables, seed)),
         progress=progress,
     )
-    trained = scorer(variables)
+    trained = scorer(variables, seed)
     arrays = dataclasses.asdict(trained.calibration) | trained.variables.get("bank", {})
     write_arrays(_calibration_file(config, folder), arrays)
     return trained

@@ -221,13 +221,19 @@ def channel_statistics(parts: Iterable[Part], norm: str) -> dict:
     statistics = {}
     for i, moment in enumerate(moments):
         mean, covariance = moment.result()
+        if not np.isfinite(covariance).all():
+            raise InputError(
+                "features of the training images are no finite numbers: are the backbone's weights "
+                "damaged, or of another model?"
+            )
         std = np.sqrt(np.diag(covariance))
         std = np.where(std > 0, std, 1.0)  # a channel that never changes stays 0
         if norm == "standardise":
             scale = {"std": std}
         else:
             values, vectors = np.linalg.eigh(covariance / np.outer(std, std))
-            root = vectors / np.sqrt(values.clip(0) + _SHRINKAGE * values.mean())
+            # All channels may be constant, as on a map of one place of one image.
+            root = vectors / np.sqrt(values.clip(0) + _SHRINKAGE * (values.mean() or 1.0))
             scale = {"whitening": (root @ vectors.T) / std[:, None]}
         statistics[f"norm_{i}"] = {k: np.float32(v) for k, v in {"mean": mean, **scale}.items()}
     return statistics

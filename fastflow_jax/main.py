@@ -4,7 +4,6 @@ python -m fastflow_jax.main --mode=predict --workdir=DIR --input=photos/new --ou
 """
 
 import contextlib
-import errno
 import itertools
 import os
 import pathlib
@@ -49,13 +48,6 @@ _TILE = flags.DEFINE_bool("tile", False, "predict: cut images larger than the in
 _HEATMAPS = flags.DEFINE_bool("heatmaps", True, "predict: draw heat maps")
 _RAW = flags.DEFINE_enum("raw", None, ["npy", "png16"], "predict: write anomaly maps too")
 
-_REMEDIES = {
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room",
-    errno.EACCES: "give leave to write there",
-    errno.EROFS: "give leave to write there",
-}
-
 
 def main(argv: list[str]) -> int:
     """Read the flags, call one function; returns the exit status."""
@@ -66,6 +58,7 @@ def main(argv: list[str]) -> int:
     from fastflow_jax import describe, experiment, parallel
     from fastflow_jax.config import fill
     from fastflow_jax.errors import InputError
+    from fastflow_jax.paths import expanded
 
     # What it warns of is refused, with the same figures: see `data.transforms`.
     warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
@@ -76,6 +69,9 @@ def main(argv: list[str]) -> int:
         parallel.start(*distributed)
     if len(argv) > 1:
         raise InputError(f"unknown argument {argv[1]!r}: flags begin with two dashes")
+    for flag in (_WORKDIR, _INPUT, _OUTPUT):
+        if flag.value == "":
+            raise InputError(f"--{flag.name} is empty: give a folder, or leave it out")
     is_predicting = _MODE.value == "predict"
     if _CONFIG.value is None and not is_predicting:
         raise InputError("name an experiment, such as --config=configs/demo.py")
@@ -89,7 +85,8 @@ def main(argv: list[str]) -> int:
         print(describe.describe(config))
     else:
         name = config_flags.get_config_filename(flags.FLAGS["config"])
-        workdir = _WORKDIR.value or experiment.default_workdir(name, config)
+        workdir = _WORKDIR.value
+        workdir = experiment.default_workdir(name, config) if workdir is None else expanded(workdir)
         with contextlib.nullcontext() if parallel.is_main() else _silence():
             experiment.run(config, workdir)
     return 0
@@ -130,6 +127,7 @@ def _run(argv: list[str]) -> int:
     """`main`; what a user can put right ends in one message and a status, not in a traceback."""
     from fastflow_jax import parallel
     from fastflow_jax.errors import InputError
+    from fastflow_jax.paths import remedy
     from fastflow_jax.train import Interrupted
 
     try:
@@ -141,10 +139,9 @@ def _run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from the last checkpoint, if any", 130)
     except Exception as error:
-        remedy = _REMEDIES.get(error.errno) if isinstance(error, OSError) else None
-        if remedy:
+        if remedy(error):
             where = _OUTPUT if _MODE.value == "predict" else _WORKDIR
-            _fail(f"{error}: {remedy}, or choose another --{where.name}", 2)
+            _fail(f"{error}: {remedy(error)}, or choose another --{where.name}", 2)
         if _MODE.value == "predict":  # else Python's status would say that some are anomalous
             traceback.print_exc()
             return 2

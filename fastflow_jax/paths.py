@@ -1,5 +1,6 @@
 """File names as people type them."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -19,3 +20,33 @@ def expanded(path: str | os.PathLike) -> Path:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except RuntimeError as error:
         raise InputError(f"{path} does not exist, nor does a home folder of that name.") from error
+
+
+_REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EACCES: "give leave to write there",
+    errno.EROFS: "give leave to write there",
+}
+
+
+def remedy(error: BaseException | None) -> str | None:
+    """What helps where a disk is full or not to be written to; None for another error."""
+    return _REMEDIES.get(error.errno) if isinstance(error, OSError) else None
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, with those that it lies in, unless it is there.
+
+    Raises:
+      InputError: there can be none of that name.
+      OSError: the disk is full, or not to be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"{path} cannot be a folder: a file is in the way") from error
+    except OSError as error:
+        if remedy(error):
+            raise
+        raise InputError(f"{path} cannot be a folder: {error.strerror}") from error

@@ -18,7 +18,7 @@ from fastflow_jax.data.given import read_image
 from fastflow_jax.data.layout import images_below
 from fastflow_jax.detector import Detector, Prediction
 from fastflow_jax.errors import InputError
-from fastflow_jax.paths import expanded
+from fastflow_jax.paths import expanded, make_folder
 from fastflow_jax.report.heatmaps import OF_THE_NAME, draw_heatmap, save_picture
 
 RAW = ("npy", "png16")
@@ -76,7 +76,7 @@ def predict(
     Raises:
       InputError: nothing could be done.
     """
-    output = pathlib.Path(output)
+    output = expanded(output)
     names = find_images(images, besides=output)
     detector = Detector.load(workdir)
     if rate is not None:
@@ -87,12 +87,7 @@ def predict(
             _say(f"warning: {warning.message}")
     elif detector.image_threshold is None:
         _say("warning: no images were held out in training: there are scores, and no decisions")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise InputError(f"{output} cannot be a folder: a file is in the way") from error
-    except FileNotFoundError as error:  # below /proc and the like
-        raise InputError(f"{output} cannot be a folder: none can be made there") from error
+    make_folder(output)
 
     anomalous = unwritten = 0
     broken: list[Line] = []

@@ -58,6 +58,11 @@ def split_holdout(n: int, part: float) -> tuple[np.ndarray, np.ndarray]:
     return np.delete(np.arange(n), held), held
 
 
+def trained_on(config, source: data.Source) -> list[str]:
+    """The contents of those images that are not held out, see `data.Source`."""
+    return [source.contents[i] for i in split_holdout(len(source), config.data.holdout)[0]]
+
+
 def is_augmented(config) -> bool:
     """Training images change from epoch to epoch."""
     return any(config.augment.values())
@@ -213,7 +218,7 @@ def _kept(
     return store.keep(
         compute,
         of,
-        [source.contents[i] for i in rows],
+        [source.versions[i] for i in rows],
         jax.eval_shape(maps, backbone.variables, image),
         block=config.batch_size,
         home=config.train.cache,
@@ -241,7 +246,7 @@ def _part(source: data.Source, pooled: Callable, rows=slice(None)) -> Features:
 def _train(config, backbone, of, folder, source, seed, pooled, title):
     """`Prepared.contents`, `train`, `holdout` and `holdout_valid`."""
     train, held_out = split_holdout(len(source), config.data.holdout)
-    contents = [source.contents[i] for i in train]
+    contents = trained_on(config, source)
     is_cached = _is_kept(config) and not is_augmented(config)
 
     def features(rows, place, what):

@@ -13,6 +13,7 @@ import numpy as np
 from fastflow_jax import parallel
 from fastflow_jax.config import differences, to_plain
 from fastflow_jax.errors import InputError
+from fastflow_jax.paths import make_folder
 
 
 @contextlib.contextmanager
@@ -22,8 +23,9 @@ def claim(workdir: pathlib.Path, config) -> Iterator[None]:
     A folder in which no training has begun yet takes on another configuration.
 
     Raises:
-      InputError: another run is at work there, it holds a run with other settings, it cannot be a
-        folder or is one among the images, or not all processes of this run see it.
+      InputError: another run is at work there, it holds a run with other settings or something
+        else, it cannot be a folder or is one among the images, or not all processes of this run
+        see it.
     """
     with contextlib.ExitStack() as held:
         parallel.on_main(lambda: held.enter_context(_claim(workdir, config)))
@@ -41,10 +43,11 @@ def _claim(workdir: pathlib.Path, config) -> Iterator[None]:
         raise InputError(
             f"{workdir} lies in {images}, among the images: choose a --workdir elsewhere"
         )
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise InputError(f"{workdir} cannot be a run folder: a file is in the way") from error
+    make_folder(workdir)
+    is_new = not (workdir / ".lock").exists()
+    holds = any(not file.name.startswith(".") for file in workdir.iterdir())
+    if is_new and holds and not _is_run(workdir):
+        raise InputError(f"{workdir} holds something else: choose a --workdir of its own")
     with (workdir / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,6 +66,15 @@ def _claim(workdir: pathlib.Path, config) -> Iterator[None]:
         if changed:
             write_json(file, to_plain(config))
         yield
+
+
+def _is_run(workdir: pathlib.Path) -> bool:
+    """Whether a folder that lacks its lock, as a copy may, is a run's all the same."""
+    try:
+        known = json.loads((workdir / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(known, dict) and known.keys() >= {"backbone", "detector", "train"}
 
 
 def check_same_data(folder: pathlib.Path, contents: list[str], weights: dict) -> None:

@@ -70,10 +70,12 @@ def keep(
         if on_disk:
             return _on_disk(compute, of, names, maps, block, folder, bar)
         arrays = tuple(np.empty((n, *m.shape[1:]), m.dtype) for m in maps)
+        first = 0  # the bar does not count where bars are switched off
         for features in compute(np.arange(n)):
-            rows = slice(bar.n, bar.n + len(features[0]))
+            rows = slice(first, first + len(features[0]))
             for array, m in zip(arrays, features, strict=True):
                 array[rows] = m
+            first = rows.stop
             bar.update(len(features[0]))
         return arrays
 

@@ -87,7 +87,7 @@ def train(
     holdout_valid: np.ndarray | None = None,
     *,
     runs: Sequence[Run],
-    on_epoch: Callable[[int, TrainState], dict] = lambda epoch, state: {},
+    on_epoch: Callable[[int, TrainState, int], dict] = lambda epoch, state, seed: {},
     progress: str = "train",
 ) -> TrainState:
     """Train to the end of the configuration, from the latest checkpoints where there are any.
@@ -101,8 +101,8 @@ def train(
       holdout_valid: bool [N, H, W], False in their padding; None without padding.
       runs: one, or as many as `at_once` allows, all with their latest checkpoints at the same step
         or none: these take each epoch in one program.
-      on_epoch: called after each epoch of each run with its number, from 1 on; what it returns goes
-        into the epoch's line.
+      on_epoch: called after each epoch of each run with its number, from 1 on, the state and the
+        run's seed; what it returns goes into the epoch's line.
       progress: label of the progress bar.
 
     Returns:
@@ -175,7 +175,7 @@ def train(
             seconds = round((time.perf_counter() - start) / len(runs), 3)  # the share of each
             for run, state, line in zip(runs, states, lines, strict=True):
                 line["seconds"] = seconds
-                line |= on_epoch(epoch + 1, state)
+                line |= on_epoch(epoch + 1, state, run.seed)
                 # The line stands before its checkpoint does, so that no saved epoch can lack one.
                 if parallel.is_main():
                     with run.metrics_file.open("a") as file:
@@ -231,7 +231,7 @@ def train_in(
     *,
     seed: int,
     beside: Sequence[tuple[int, pathlib.Path]] = (),
-    on_epoch: Callable[[int, dict], dict] = lambda epoch, variables: {},
+    on_epoch: Callable[[int, dict, int], dict] = lambda epoch, variables, seed: {},
     progress: str = "train",
 ) -> dict:
     """`train` with its `checkpoints/` and `metrics.jsonl` in a folder; returns the variables.
@@ -239,7 +239,7 @@ def train_in(
     `beside` are seeds and folders of trainings that differ from this one in nothing else. As many
     of them as `at_once` allows, and as stand where this one does, are trained in the same program,
     to the same end: in their own turn they are found finished. `on_epoch` gets, of each training,
-    the number of the epoch and the variables after it.
+    the number of the epoch, the variables after it and the seed.
     """
 
     def opened(seed: int, folder: pathlib.Path) -> Run:
@@ -259,7 +259,7 @@ def train_in(
             holdout,
             holdout_valid,
             runs=runs[: at_once(config, features)],
-            on_epoch=lambda epoch, state: on_epoch(epoch, state.variables),
+            on_epoch=lambda epoch, state, seed: on_epoch(epoch, state.variables, seed),
             progress=progress,
         )
     return state.variables

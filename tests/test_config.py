@@ -195,7 +195,7 @@ def test_describe_counts_the_banks():
     text = " ".join(describe(fill(c)).split())
     # Maps of 8x8x40, 4x4x80, 4x4x112 and 2x2x192.
     assert f"operations, banks, an image {2 * 5000 * 6400 / 1e9:.2f} G" in text
-    assert f"banks, at the most {2 * 5000 * 424 / 2**20:.1f} MiB in float16" in text
+    assert f"banks, about {2 * 5000 * 424 / 2**20:.1f} MiB in float16" in text
 
 
 def with_variants(**changes):

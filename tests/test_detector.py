@@ -5,6 +5,7 @@ import doctest
 import gc
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -173,6 +174,16 @@ def test_thresholds_are_saved_where_the_detector_lies(tmp_path):
     detector = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run")
     detector.with_threshold(12.5).save()
     assert Detector.load(tmp_path / "run").image_threshold.value == 12.5
+
+
+def test_to_fit_again_keeps_saved_thresholds_and_trains_nothing(tmp_path, monkeypatch):
+    detector = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run")
+    detector.with_threshold(12.5).save()
+    monkeypatch.delattr(fastflow_jax.detector, "preparer")
+    again = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run")
+    assert again.image_threshold.value == 12.5
+    with pytest.raises(InputError, match="training images are no longer those"):
+        Detector.fit(photographs(8, seed=1), config=tiny(), workdir=tmp_path / "run")
 
 
 def test_held_out_images_are_scored_under_a_calibration_by_others(detector):
@@ -400,6 +411,66 @@ def test_other_weights_than_it_was_trained_with_are_refused(tmp_path):
     (folder / "detector.json").write_text(json.dumps(about))
     with pytest.raises(InputError, match=r"was trained with other weights .*other\.pth"):
         Detector.load(folder)
+
+
+def test_what_a_detector_lacks_is_named(tmp_path):
+    folder = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run").folder
+
+    def without(name, damage):
+        copy = tmp_path / name
+        shutil.copytree(folder, copy)
+        damage(copy)
+        return copy
+
+    def cut(file):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    def empty(checkpoints):
+        shutil.rmtree(checkpoints)
+        checkpoints.mkdir()
+
+    for name, damage, message in (
+        ("scores", lambda f: (f / "held_out.npz").unlink(), r"lacks its held_out\.npz"),
+        ("none", lambda f: shutil.rmtree(f / "checkpoints"), "lacks its checkpoints"),
+        ("empty", lambda f: empty(f / "checkpoints"), "checkpoints cannot be read .*it is empty"),
+        (
+            "cut",
+            lambda f: [cut(file) for file in (f / "checkpoints").rglob("*") if file.is_file()],
+            "checkpoints cannot be read",
+        ),
+        (
+            "list",
+            lambda f: (f / "detector.json").write_text("[]"),
+            r"detector\.json is of an older",
+        ),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            Detector.load(without(name, damage))
+        assert len(str(error.value)) < 600
+    # A threshold that was given, not found by held-out images, needs none.
+    given = without("given", lambda f: (f / "held_out.npz").unlink())
+    about = json.loads((given / "detector.json").read_text())
+    about["thresholds"] = {"image": about["thresholds"]["image"] | {"kind": "given"}, "pixel": None}
+    (given / "detector.json").write_text(json.dumps(about))
+    assert Detector.load(given).predict(spoilt()).p_value is None
+
+
+def test_where_a_detector_cannot_be_saved_is_told(tmp_path):
+    detector = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="a file is in the way"):
+        detector.save(tmp_path / "file" / "below")
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(InputError, match="is no folder"):
+        detector.save(tmp_path / "saved")
+
+
+def test_numbers_that_mean_nothing_are_refused(detector):
+    for nfa in (0, -1, float("nan")):
+        with pytest.raises(InputError, match="nfa is a number of false alarms above 0"):
+            detector.regions(spoilt(), nfa=nfa)
+    with pytest.raises(InputError, match="n is a number of images, 1 or more, not 0"):
+        detector.sample(0)
 
 
 def test_a_damaged_file_of_held_out_scores_is_named(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from fastflow_jax.config import default, fill
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluate import METRICS
 from fastflow_jax.prepare import split_holdout
-from fastflow_jax.run_folder import check_same_data, read_lines
+from fastflow_jax.run_folder import check_same_data, claim, read_lines
 
 
 def tiny(**fields):
@@ -240,7 +241,7 @@ def test_categories_and_seeds_go_on_where_they_stopped(tmp_path, killed_in_the_t
 def test_seeds_at_once_leave_the_run_folder_that_one_by_one_leaves(tmp_path, fields, capsys):
     # The image itself is the one feature: it is the same for all seeds, and in no need of weights.
     fields |= {"backbone": "pixels", "layers": None, "weights": None, "image_size": (8,)}
-    fields |= {"heatmaps": 0, "report": False}
+    fields |= {"heatmaps": 0, "report": False, "map.bank": 20}  # of which each seed draws others
     one = experiment.run(tiny(**fields), tmp_path / "one by one")
     other = experiment.run(tiny(**fields, **{"train.seeds_at_once": 2}), tmp_path / "at once")
     assert "train, 2 seeds" in capsys.readouterr().err
@@ -310,9 +311,34 @@ def test_a_run_folder_among_the_images_is_refused_before_it_is_made(tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "part.json"])
 def test_a_damaged_file_of_the_run_folder_is_named(tmp_path, name):
     (tmp_path / "run" / "brick").mkdir(parents=True)
+    (tmp_path / "run" / ".lock").touch()
     (tmp_path / "run" / name).write_text('{"cut')
     with pytest.raises(InputError, match=rf"{name} is damaged .*new folder"):
         experiment.run(tiny(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("config", [None, '{"my": "project"}', "[]"])
+def test_a_folder_of_something_else_is_no_run_folder(tmp_path, config):
+    mine = tmp_path / "features" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("dear to me")
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="holds something else: choose a --workdir of its own"):
+        experiment.run(tiny(), tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not config or (tmp_path / "config.json").read_text() == config
+
+
+def test_a_run_folder_may_lack_its_lock_or_hold_hidden_files(finished, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns(".lock"))
+    assert experiment.run(tiny(), tmp_path / "copy")["mean"]
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".DS_Store").touch()
+    with claim(tmp_path / "new", tiny()):
+        assert (tmp_path / "new" / "config.json").exists()
 
 
 def test_epochs_outlive_a_line_that_was_cut_off(tmp_path):

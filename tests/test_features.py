@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastflow_jax.errors import InputError
-from fastflow_jax.features import DTYPES, cached_features, extractor
+from fastflow_jax.features import DTYPES, cached_features, channel_statistics, extractor
 
 
 class Multiply(nn.Module):
@@ -49,6 +49,18 @@ def test_features_that_float16_cannot_hold_are_refused(images, factor):
 
 def test_black_images_are_no_underflow():
     assert not features_of(np.zeros((1, 4, 4, 3), np.float32), "float16").any()
+
+
+def test_features_that_never_vary_are_whitened_to_zero():
+    maps = np.full((5, 2, 2, 3), 7.0, np.float32)
+    (norm,) = channel_statistics([((maps,), None)], "whiten").values()
+    np.testing.assert_allclose((maps - norm["mean"]) @ norm["whitening"], 0, atol=1e-5)
+
+
+def test_features_that_are_no_numbers_are_refused():
+    maps = np.full((5, 2, 2, 3), np.nan, np.float32)
+    with pytest.raises(InputError, match="no finite numbers"):
+        channel_statistics([((maps,), None)], "whiten")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

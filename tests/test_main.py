@@ -137,6 +137,7 @@ def test_the_same_command_again_finds_the_finished_run(undisturbed, started, cap
         ),
         (["--config.seed=1"], "config.seed"),
         ([], "--config"),
+        (["--mode=predict", "--input=photos", "--output="], "--output is empty"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
@@ -164,6 +165,7 @@ def test_a_full_disk_ends_in_one_message(environment, tmp_path):
     pytest.importorskip("skimage", reason="the textures come with scikit-image")
     folder = tmp_path / "run"
     folder.mkdir()
+    (folder / ".lock").touch()  # of a run that has not begun
     (folder / "config.tmp").symlink_to("/dev/full")
     code, _, err = finish(start([*TINY, f"--workdir={folder}"], environment))
     assert code == 2

@@ -32,6 +32,7 @@ TINY = [
     "--config.flow.hidden_ratio=0.5",
     f"--config.train.epochs={EPOCHS}",
     "--config.train.batch_size=4",
+    "--config.train.window=2",  # of maps of 4x4
     "--config.batch_size=4",
     "--config.train.optimizer=sgd",  # Adam would hide a gradient that is wrong by a factor
     "--config.heatmaps=2",

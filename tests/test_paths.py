@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fastflow_jax.errors import InputError
-from fastflow_jax.paths import expanded
+from fastflow_jax.paths import expanded, make_folder
 
 
 def test_a_file_of_that_name_comes_before_a_home(tmp_path, monkeypatch):
@@ -29,3 +29,23 @@ def test_what_may_not_be_looked_at_is_told(monkeypatch):
     monkeypatch.setattr(Path, "exists", denied)
     with pytest.raises(InputError, match=r"^a\.png cannot be read: Permission denied"):
         expanded("a.png")
+
+
+def test_what_can_be_no_folder_is_told(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")  # it is there
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match="cannot be a folder: a file is in the way"):
+            make_folder(path)
+    with pytest.raises(InputError, match=r"cannot be a folder: .*name too long"):
+        make_folder(tmp_path / ("x" * 300))
+
+
+def test_a_full_disk_is_another_matter(tmp_path, monkeypatch):
+    def full(self, **how):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(OSError, match="No space left"):
+        make_folder(tmp_path / "a")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from fastflow_jax import store
 from fastflow_jax.errors import InputError
@@ -57,6 +58,16 @@ def assert_whole(kept, dtype="float16"):
     for m, expected in zip(kept, whole(dtype), strict=True):
         assert m.dtype == expected.dtype
         np.testing.assert_array_equal(m, expected)
+
+
+@pytest.mark.parametrize("home", ["memory", "disk"])
+def test_features_do_not_hang_on_the_bar(tmp_path, monkeypatch, home):
+    class Disabled(tqdm):  # as TQDM_DISABLE=1 has them, which then do not count
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"disable": True})
+
+    monkeypatch.setattr(store, "tqdm", Disabled)
+    assert_whole(keep(tmp_path, home=home))
 
 
 @pytest.fixture

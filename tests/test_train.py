@@ -49,6 +49,7 @@ def small():
     c = default()
     c.train.epochs = 3
     c.train.batch_size = 4
+    c.train.window = 2  # of the larger map's three rows
     c.batch_size = 4
     c.train.optimizer = "sgd"  # Adam would hide a gradient that is wrong by a factor
     c.train.learning_rate = 0.05
@@ -217,7 +218,9 @@ def test_seeds_at_once_train_as_one_by_one(
     devices(n_devices)
     config.parallel, config.train.seeds_at_once = kind, 4
     epochs = []
-    seen = {"on_epoch": lambda epoch, variables: epochs.append(epoch) or {"told": len(epochs)}}
+    seen = {
+        "on_epoch": lambda epoch, variables, seed: epochs.append(epoch) or {"told": len(epochs)}
+    }
     run_seeds(config, tmp_path, range(seeds), **seen)
     assert epochs == sorted([1, 2, 3] * seeds)
     for seed in range(seeds):
@@ -234,7 +237,7 @@ def test_seeds_at_once_go_on_where_they_stopped(config, tmp_path, one_by_one, mo
         """The first so many calls of `on_epoch`."""
         numbers = iter(range(1, 100))
 
-        def on_epoch(epoch, variables):
+        def on_epoch(epoch, variables, seed):
             if next(numbers) == calls:
                 os.kill(os.getpid(), signal.SIGTERM)
             return {}

@@ -88,7 +88,7 @@ def fit(
         holdout_valid,
         seed=seed,
         beside=beside,
-        on_epoch=lambda epoch, variables: on_epoch(epoch, lambda: scorer(variables)),
+        on_epoch=lambda epoch, variables, _: on_epoch(epoch, lambda: scorer(variables)),
         progress=progress,
     )
     trained = scorer(variables)

@@ -118,7 +118,7 @@ def fit_one_map(
         holdout_valid,
         seed=seed,
         beside=beside,
-        on_epoch=lambda epoch, variables: on_epoch(epoch, lambda: scorer(variables)),
+        on_epoch=lambda epoch, variables, _: on_epoch(epoch, lambda: scorer(variables)),
         progress=progress,
     )
     return scorer(variables)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -46,8 +47,8 @@ class Source:
     # Of a part: the source, without masks, that it is a part of, and the places of its images
     # there. What is computed once for all images of that source serves every part of it.
     part_of: tuple["Source", np.ndarray | slice] | None = None
-    # Of files that may be replaced under their names: how many bytes each has.
-    file_sizes: tuple[int, ...] | None = None
+    # Of files that may be replaced under their names: what the system says of each.
+    files: tuple[os.stat_result | None, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -59,11 +60,22 @@ class Source:
 
     @functools.cached_property
     def contents(self) -> tuple[str, ...]:
-        """What tells images from others: their names, and the sizes of their files."""
-        if self.file_sizes is None:
-            return self.names
-        sizes = zip(self.names, self.file_sizes, strict=True)
-        return tuple(f"{name}, {size} bytes" for name, size in sizes)
+        """What tells images from others, wherever they lie: their names and the sizes of files.
+
+        Other content that takes as many bytes passes for the same.
+        """
+        return self._with_files(lambda file: f"{file.st_size} bytes")
+
+    @functools.cached_property
+    def versions(self) -> tuple[str, ...]:
+        """`contents`, and when files were last written to: what lies on this disk now."""
+        return self._with_files(lambda file: f"{file.st_size} bytes, {file.st_mtime_ns}")
+
+    def _with_files(self, told: Callable[[os.stat_result], str]) -> tuple[str, ...]:
+        """Names, and of those of files what is told of them."""
+        files = self.files or [None] * len(self)
+        pairs = zip(self.names, files, strict=True)
+        return tuple(name if file is None else f"{name}, {told(file)}" for name, file in pairs)
 
     @functools.cached_property
     def labels(self) -> np.ndarray:

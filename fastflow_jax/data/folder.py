@@ -76,5 +76,5 @@ def _source(records: list[Record]) -> Source:
         return image, mask
 
     names = tuple(record.name for record in records)
-    sizes = tuple(record.image.stat().st_size for record in records)
-    return Source(names, tuple(record.defect for record in records), load, file_sizes=sizes)
+    files = tuple(record.image.stat() for record in records)
+    return Source(names, tuple(record.defect for record in records), load, files=files)

@@ -67,15 +67,15 @@ def as_dataset(images: Images) -> Dataset:
     Raises:
         InputError: there are none, one comes twice, or one is no image.
     """
-    names, loads, sizes = [], [], []
+    names, loads, files = [], [], []
     for name, load in each(images):
         if isinstance(load.args[0], Path):
             image_size(load.args[0])
-            sizes.append(load.args[0].stat().st_size)
+            files.append(load.args[0].stat())
         else:
             image = np.ascontiguousarray(load())
-            sizes.append(image.nbytes)
-            name = f"{name}, {zlib.crc32(image):08x}"
+            files.append(None)
+            name = f"{name}, {image.nbytes} bytes, {zlib.crc32(image):08x}"
         names.append(name)
         loads.append(load)
     if not names:
@@ -87,7 +87,7 @@ def as_dataset(images: Images) -> Dataset:
         tuple(names),
         (GOOD,) * len(names),
         lambda i: (loads[i](), None),
-        file_sizes=tuple(sizes),
+        files=tuple(files),
     )
     return Dataset("images", source, None, {"source": "given", "train_images": len(names)})
 

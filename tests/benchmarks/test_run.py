@@ -93,19 +93,40 @@ def test_what_a_benchmark_has_started_is_cut_with_it(tmp_path):
     assert not late.exists()
 
 
-def test_tables_have_a_row_for_each_ratio_of_either_device():
-    def entry(machine, ratios, status="done"):
-        return {"machine": machine, "status": status, "ratios": ratios, "table": []}
+def entry(ratios, status="done", machine="a processor", table=()):
+    return {"machine": machine, "status": status, "ratios": ratios, "table": list(table)}
 
+
+def test_tables_have_a_row_for_each_ratio_of_either_device():
     text = run.tables(
         {
-            "cpu": {"inference.py": entry("a processor", {"one": 2.0, "two": 0.5}, "cut at 9 s")},
-            "gpu": {"inference.py": entry("a card", {"two": 31.234})},
+            "cpu": {"inference.py": entry({"one": 2.0, "two": 0.5}, "cut at 9 s")},
+            "gpu": {"inference.py": entry({"two": 31.234}, machine="a card")},
         }
     )
     assert "CPU: a processor.\n\nGPU: a card." in text
     assert "| one | 2 | not measured |\n| two | 0.5 | 31.2 |" in text
     assert "CPU: cut at 9 s." in text
+
+
+def test_a_device_that_was_not_measured_has_no_column():
+    text = run.tables({"cpu": {"inference.py": entry({"one": 2.0})}})
+    assert "GPU: not measured." in text
+    assert "| ratio | CPU |\n|---|---:|\n| one | 2 |" in text
+
+
+def test_what_a_quick_form_repeats_of_the_full_one_is_left_out():
+    full = entry({"one": 2.0}, table=["| full |"])
+    quick = entry({"one": 3.0, "two": 4.0}, table=["| quick |"])
+    text = run.tables({"cpu": {"memory.py": full, "memory.py --quick": quick}})
+    assert "| one | 2 |" in text
+    assert "| one | 3 |" not in text
+    assert "### `memory.py --quick`\n\n| ratio | CPU |\n|---|---:|\n| two | 4 |" in text
+    assert "| full |" in text
+    assert "| quick |" not in text
+    only_repeats = {"cpu": {"metrics.py": full, "metrics.py --quick": entry({"one": 3.0})}}
+    assert "--quick" not in run.tables(only_repeats)
+    assert "| quick |" in run.tables({"cpu": {"growth.py --quick": quick}})  # not run in full
 
 
 def test_the_readme_has_its_lines_from_the_full_form_where_there_is_one(monkeypatch):

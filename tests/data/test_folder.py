@@ -1,5 +1,6 @@
 """A folder of images: what is read, and one message for everything that is not as it should be."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -134,6 +135,14 @@ def test_an_image_of_another_size_under_the_same_name_is_another(tree, open_fold
     after = open_folder(tree).train
     assert after.names == before.names
     assert [a == b for a, b in zip(after.contents, before.contents, strict=True)] == [1, 0, 1]
+
+
+def test_a_file_written_to_anew_is_another_version_of_the_same(tree, open_folder):
+    before = open_folder(tree).train
+    os.utime(tree / "train/good/1.png", (1, 1))
+    after = open_folder(tree).train
+    assert after.contents == before.contents
+    assert [a == b for a, b in zip(after.versions, before.versions, strict=True)] == [1, 0, 1]
 
 
 def test_what_may_not_be_looked_at_is_named(tree, message, monkeypatch):

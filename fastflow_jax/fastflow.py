@@ -16,7 +16,13 @@ from ml_collections import FrozenConfigDict
 from fastflow_jax import bank, parallel
 from fastflow_jax.config import to_plain
 from fastflow_jax.errors import InputError
-from fastflow_jax.features import Features, TrainingFeatures, inside, without_padding
+from fastflow_jax.features import (
+    Features,
+    TrainingFeatures,
+    in_batches,
+    inside,
+    without_padding,
+)
 from fastflow_jax.model import (
     FastFlow,
     invert,
@@ -367,7 +373,8 @@ def calibrate(
     if holdout is None or not len(holdout[0]):
         return _calibration(len(config.layers) + len(variables.get("bank", ())))
     run = _compiled(_location_maps, FrozenConfigDict(config), model)
-    return calibrate_on(config, _in_batches(config, run, variables, (holdout, valid)))
+    maps_of = functools.partial(run, variables)
+    return calibrate_on(config, in_batches(maps_of, (holdout, valid), config.batch_size))
 
 
 def calibrate_on(config, maps: tuple[np.ndarray, ...]) -> Calibration:
@@ -381,7 +388,7 @@ def calibrate_on(config, maps: tuple[np.ndarray, ...]) -> Calibration:
         )
     if config.score.form == "windows":
         run = _compiled(_windows, FrozenConfigDict(config), None)
-        windows = _in_batches(config, run, (), maps)
+        windows = in_batches(functools.partial(run, ()), maps, config.batch_size)
         means = np.array([of_map.mean() for of_map in windows])
         peaks = np.array([of_map[:, 0].std() for of_map in windows]) / calibration.scale_std
         # Few images may agree by chance: no map counts ten times the others.
@@ -395,15 +402,6 @@ def _calibration(maps: int) -> Calibration:
     """One that leaves scores as they are."""
     zeros, ones = np.zeros(maps, np.float32), np.ones(maps, np.float32)
     return Calibration(zeros, ones, zeros, ones)
-
-
-def _in_batches(config, run: Callable, state, arrays):
-    """`run(state, arrays)`, a batch of their rows at a time."""
-    size, n = config.batch_size, len(jax.tree.leaves(arrays)[0])
-    parts = [
-        run(state, jax.tree.map(lambda a, i=i: a[i : i + size], arrays)) for i in range(0, n, size)
-    ]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def _windows(config, model, state, maps):

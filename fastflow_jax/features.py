@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -118,6 +119,13 @@ class TrainingFeatures:
         if norm not in self._statistics:
             self._statistics[norm] = channel_statistics(self.parts(), norm)
         return self._statistics[norm]
+
+
+def in_batches(function: Callable, arrays: Any, size: int) -> Any:
+    """`function(arrays)` of a tree of arrays, up to `size` of their rows at a time, joined."""
+    rows = [slice(i, i + size) for i in range(0, len(jax.tree.leaves(arrays)[0]), size)]
+    parts = [function(jax.tree.map(operator.itemgetter(r), arrays)) for r in rows]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def cached_features(

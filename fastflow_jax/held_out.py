@@ -2,13 +2,11 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from fastflow_jax import thresholds
-from fastflow_jax.features import Features
+from fastflow_jax.features import Features, in_batches
 from fastflow_jax.run_folder import read_arrays, write_arrays
 
 _FOLDS = 5
@@ -65,7 +63,7 @@ def look_at(config, scorer, holdout: Features, valid: np.ndarray | None = None) 
             tails[batch] = thresholds.tails(maps, None if valid is None else valid[batch])
 
     if is_calibrated:
-        maps = _over(config, scorer.location_maps, holdout, valid)
+        maps = in_batches(lambda rows: scorer.location_maps(*rows), (holdout, valid), size)
         for i in np.unique(fold):
             fair = scorer.recalibrated(tuple(m[fold != i] for m in maps))
             score_rows(
@@ -80,7 +78,9 @@ def look_at(config, scorer, holdout: Features, valid: np.ndarray | None = None) 
 
 def _a_contrario(config, scorer, holdout, valid, fold) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """The moments of all, and the lowest log10 NFA of each under those of other folds."""
-    energies, seen = _over(config, scorer.energies, holdout, valid)
+    energies, seen = in_batches(
+        lambda rows: scorer.energies(*rows), (holdout, valid), config.batch_size
+    )
     lowest = np.empty(len(fold))
     for i in np.unique(fold):
         others = fold != i if (fold != i).any() else fold == i
@@ -88,14 +88,6 @@ def _a_contrario(config, scorer, holdout, valid, fold) -> tuple[tuple[np.ndarray
         own = ([m[fold == i] for m in x] for x in (energies, seen))
         lowest[fold == i] = thresholds.lowest_log10_nfa(*own, moments)
     return tuple(thresholds.held_out_moments(energies, seen)), lowest
-
-
-def _over(config, function: Callable, holdout, valid):
-    """`function(features, valid)` of all held-out images, a batch at a time."""
-    n, size = len(holdout[0]), config.batch_size
-    batches = [np.arange(i, min(i + size, n)) for i in range(0, n, size)]
-    parts = [function(*_rows(batch, holdout, valid)) for batch in batches]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def _rows(rows: np.ndarray, features: Features, valid: np.ndarray | None):

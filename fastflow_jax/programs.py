@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from fastflow_jax.backbones import Backbone
-from fastflow_jax.features import Features
+from fastflow_jax.features import Features, in_batches
 from fastflow_jax.prepare import extractor_of
 
 # Images that are computed together; the smallest that holds all there are: a single image costs
@@ -53,12 +53,12 @@ class Programs:
 
     def _run(self, function: Callable, *arrays: Any) -> Any:
         """`function(extract, scorer, *arrays)`, a batch at a time; None stands for no array."""
-        parts = []
-        for i in range(0, len(jax.tree.leaves(arrays)[0]), LARGEST):
-            part = jax.tree.map(lambda leaf, i=i: leaf[i : i + LARGEST], arrays)
+
+        def run(part):
             n = len(jax.tree.leaves(part)[0])
-            parts.append(function(*self._of(next(size for size in _BATCHES if n <= size)), *part))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+            return function(*self._of(next(size for size in _BATCHES if n <= size)), *part)
+
+        return in_batches(run, arrays, LARGEST)
 
     def _of(self, batch: int) -> tuple[Callable[[np.ndarray], Features], Any]:
         """What extracts features of a batch of this size, and what scores them."""

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fastflow_jax import parallel
 from fastflow_jax.checkpoints import Checkpoints
 from fastflow_jax.errors import InputError
-from fastflow_jax.features import Features, TrainingFeatures
+from fastflow_jax.features import Features, TrainingFeatures, in_batches
 from fastflow_jax.run_folder import read_lines, write_text
 from fastflow_jax.train_step import (
     Objective,
@@ -324,14 +324,11 @@ def _holdout_losses(config, objective, holdout, valid, n):
 
     size = config.batch_size
     run = _validation(objective.validation, config.parallel, size, n)
-    rows = [slice(i, i + size) for i in range(0, len(holdout[0]), size)]
 
     def means(states):
         variables = _together([state.variables for state in states])
-        parts = [
-            run(variables, jax.tree.map(operator.itemgetter(r), (holdout, valid))) for r in rows
-        ]
-        return np.concatenate(parts).mean(0, dtype=np.float64).reshape(n).tolist()
+        losses = in_batches(partial(run, variables), (holdout, valid), size)
+        return losses.mean(0, dtype=np.float64).reshape(n).tolist()
 
     return means
 

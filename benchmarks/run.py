@@ -149,8 +149,9 @@ def tables(results: dict[str, dict]) -> str:
         if names:
             lines = [f"| ratio | {' | '.join(results)} |", f"|---|{'---:|' * len(results)}"]
             for name in names:
-                found = (of.get(title, {"ratios": {}})["ratios"] for title in results)
-                numbers = [ratios.get(name) for ratios in found]
+                numbers = [
+                    of[title]["ratios"].get(name) if title in of else None for title in results
+                ]
                 cells = [NOT_MEASURED if n is None else f"{n:.3g}" for n in numbers]
                 lines.append(f"| {name} | {' | '.join(cells)} |")
             parts.append("\n".join(lines))

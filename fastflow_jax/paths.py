@@ -1,4 +1,4 @@
-"""File names as people type them."""
+"""Paths as people type them, and folders that may be impossible to make."""
 
 import errno
 import os

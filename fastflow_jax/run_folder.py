@@ -44,9 +44,7 @@ def _claim(workdir: pathlib.Path, config) -> Iterator[None]:
             f"{workdir} lies in {images}, among the images: choose a --workdir elsewhere"
         )
     make_folder(workdir)
-    is_new = not (workdir / ".lock").exists()
-    holds = any(not file.name.startswith(".") for file in workdir.iterdir())
-    if is_new and holds and not _is_run(workdir):
+    if _holds_something_else(workdir):
         raise InputError(f"{workdir} holds something else: choose a --workdir of its own")
     with (workdir / ".lock").open("w") as lock:
         try:
@@ -68,13 +66,19 @@ def _claim(workdir: pathlib.Path, config) -> Iterator[None]:
         yield
 
 
-def _is_run(workdir: pathlib.Path) -> bool:
-    """Whether a folder that lacks its lock, as a copy may, is a run's all the same."""
+def _holds_something_else(workdir: pathlib.Path) -> bool:
+    """Whether there are files, and neither the lock of a run nor, if a copy lacks that, its fields.
+
+    Hidden files do not count, as systems leave them everywhere.
+    """
+    names = {file.name for file in workdir.iterdir()}
+    if ".lock" in names or all(name.startswith(".") for name in names):
+        return False
     try:
         known = json.loads((workdir / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(known, dict) and known.keys() >= {"backbone", "detector", "train"}
+        return True
+    return not isinstance(known, dict) or not known.keys() >= {"backbone", "detector", "train"}
 
 
 def check_same_data(folder: pathlib.Path, contents: list[str], weights: dict) -> None:

@@ -147,6 +147,16 @@ def test_bad_input_ends_in_one_message(arguments, message, started, tmp_path, ca
     assert_one_message(capsys.readouterr().err, message)
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_a_run_folder_may_lie_in_a_home(started, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folders = []
+    monkeypatch.setattr("fastflow_jax.experiment.run", lambda _, folder: folders.append(folder))
+    assert started(["--config=configs/folder.py", "--workdir=~/run"]) == 0
+    assert folders == [tmp_path / "run"]
+
+
 def assert_one_message(err, message):
     assert message in err
     assert "Traceback" not in err

@@ -82,6 +82,12 @@ def test_a_folder_gives_a_line_and_a_picture_an_image(run, photos, tmp_path):
     assert len(lines_of(photos / "out")[1]) == 3
 
 
+def test_results_may_lie_in_a_home(run, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    predict(run, str(photos), "~/out", heatmaps=False)
+    assert (tmp_path / "out" / "predictions.csv").exists()
+
+
 def test_a_broken_image_is_told_and_the_rest_is_done(run, photos, tmp_path, capsys):
     (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:100])
     assert predict(run, str(photos), tmp_path / "out", heatmaps=False) == 3

@@ -262,9 +262,11 @@ def test_masks_of_defects_that_mark_nothing_are_told(tmp_path, capsys):
     assert "crack/0.png" in told
 
 
-def test_features_on_disk_are_those_of_the_images_that_lie_there_now(tmp_path):
+# Of as many pixels, files that are not compressed take as many bytes.
+@pytest.mark.parametrize(("kind", "side"), [("png", 40), ("bmp", 20)])
+def test_features_on_disk_are_those_of_the_images_that_lie_there_now(tmp_path, kind, side):
     for i in range(4):
-        Image.new("RGB", (20, 20), (90, 90, 90 + i)).save(tmp_path / f"{i}.png")
+        Image.new("RGB", (20, 20), (90, 90, 90 + i)).save(tmp_path / f"{i}.{kind}")
     c = default()
     c.data.root, c.backbone, c.image_size = str(tmp_path), "pixels", (16,)
     c.train.cache = "disk"
@@ -275,5 +277,5 @@ def test_features_on_disk_are_those_of_the_images_that_lie_there_now(tmp_path):
 
     dark = brightness()
     for i in range(4):
-        Image.new("RGB", (40, 40), (250, 250, 250 - i)).save(tmp_path / f"{i}.png")
+        Image.new("RGB", (side, side), (250, 250, 250 - i)).save(tmp_path / f"{i}.{kind}")
     assert brightness() > dark + 0.5

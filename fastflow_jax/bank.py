@@ -76,14 +76,9 @@ def draw(
     chosen[np.random.default_rng(seed).choice(features.n, images, replace=False)] = True
     rngs = [np.random.default_rng((seed, scale)) for scale in range(len(features.shapes))]
     each = -(-size // images)
-    parts, first = [], 0
-    for maps, valid in features.in_batches(batch_size):
-        take = np.flatnonzero(chosen[first : first + len(maps[0])])
-        first += len(maps[0])
-        if not len(take):
-            continue
-        valid = None if valid is None else valid[take]
-        found = latents(tuple(m[take] for m in maps), valid)
+    parts = []
+    for maps, valid in features.in_batches(batch_size, chosen):
+        found = latents(maps, valid)
         parts.append([_draw(rng, m, valid, each) for rng, m in zip(rngs, found, strict=True)])
     return tuple(np.concatenate(rows).astype(np.float16) for rows in zip(*parts, strict=True))
 

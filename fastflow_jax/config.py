@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import operator
 from collections.abc import Sequence
 
@@ -64,7 +65,7 @@ def default() -> ConfigDict:
     c.layers_as = placeholder(str)  # or that of this other detector
     c.length_power = 0.25  # of each feature vector's length, see `features.compress`; 1: as it is
     c.feature_dtype = "float16"  # that features are rounded to; or "bfloat16", "float32"
-    c.batch_size = 32  # images whose features or scores are computed at a time
+    c.batch_size = placeholder(int)  # images whose features or scores are computed at a time
 
     # Flow
     c.flow = ConfigDict()
@@ -167,6 +168,10 @@ def name_data(config: ConfigDict, argument: str) -> None:
     config.data.name = name or config.data.name
     config.data.category = category or config.data.category
 
+
+# Of all images of a batch, 32 of 256x256: some 200 bytes each in a backbone, and on a CPU larger
+# batches are no faster.
+_PIXELS_AT_A_TIME = 2**21
 
 # What may differ between a run and its continuation.
 _FREE_TO_CHANGE = (
@@ -293,6 +298,8 @@ def _fill(config: ConfigDict) -> ConfigDict:
     c.unlock()
     spec = find_spec(c.backbone)
     c.image_size = _size(c.image_size or spec.image_size)
+    if c.batch_size is None:
+        c.batch_size = max(1, min(32, _PIXELS_AT_A_TIME // math.prod(c.image_size)))
     _one_of("detector", c.detector, DETECTORS)
     _one_of("layers_as", c.layers_as or c.detector, DETECTORS)
     layers_of = getattr(kind(c.layers_as or c.detector), "layers", None)

@@ -108,11 +108,24 @@ class TrainingFeatures:
     on_device: bool = False  # in training the devices are to hold all that are cached
     _statistics: dict = dataclasses.field(default_factory=dict, init=False)
 
-    def in_batches(self, size: int) -> Iterator[Part]:
-        """`parts()` in batches of up to `size`."""
+    def in_batches(self, size: int, chosen: np.ndarray | None = None) -> Iterator[Part]:
+        """`parts()` in batches of `size`, the last of what is left; or only what is chosen of them.
+
+        Args:
+          size: images a batch.
+          chosen: bool [N]; None for all.
+        """
+        waiting, first = None, 0
         for part in self.parts():
-            for i in range(0, len(part[0][0]), size):
-                yield jax.tree.map(operator.itemgetter(slice(i, i + size)), part)
+            rows = slice(None) if chosen is None else chosen[first : first + len(part[0][0])]
+            first += len(part[0][0])
+            part = _rows(part, rows)
+            waiting = part if waiting is None else _joined(waiting, part)
+            while len(waiting[0][0]) >= size:
+                yield _rows(waiting, slice(size))
+                waiting = _rows(waiting, slice(size, None))
+        if waiting is not None and len(waiting[0][0]):
+            yield waiting
 
     def statistics(self, norm: str) -> dict:
         """See `channel_statistics`; computed once."""
@@ -124,7 +137,16 @@ class TrainingFeatures:
 def in_batches(function: Callable, arrays: Any, size: int) -> Any:
     """`function(arrays)` of a tree of arrays, up to `size` of their rows at a time, joined."""
     rows = [slice(i, i + size) for i in range(0, len(jax.tree.leaves(arrays)[0]), size)]
-    parts = [function(jax.tree.map(operator.itemgetter(r), arrays)) for r in rows]
+    return _joined(*(function(_rows(arrays, r)) for r in rows))
+
+
+def _rows(arrays: Any, rows: slice | np.ndarray) -> Any:
+    """Of each array of a tree."""
+    return jax.tree.map(operator.itemgetter(rows), arrays)
+
+
+def _joined(*parts: Any) -> Any:
+    """Trees of arrays, the rows of one after those of the other."""
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 

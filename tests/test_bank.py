@@ -106,6 +106,20 @@ def test_a_bank_is_the_same_in_batches_of_any_size():
         np.testing.assert_array_equal(one, other)
 
 
+def test_the_few_images_that_a_bank_takes_of_many_fill_batches():
+    sizes = []
+
+    def latents(maps, valid):
+        assert len(valid) == len(maps[0])
+        sizes.append(len(maps[0]))
+        return maps
+
+    maps, valid = numbered(100, [(4, 4)]), np.ones((100, 16, 16), bool)
+    (bank,) = draw(latents, cached_features(maps, valid), 10, batch_size=4, seed=0)
+    assert sizes == [4, 4, 2]
+    assert len(set(bank[:, 0])) == 10
+
+
 def test_a_bank_has_nothing_of_padding():
     valid = np.zeros((6, 16, 16), bool)
     valid[:, 4:12] = True  # rows 1 and 2 of 4

@@ -76,6 +76,17 @@ def test_the_recipe_suits_the_backbone(backbone, layers, ratio):
     assert fill(c).flow.hidden_ratio == pytest.approx(ratio)  # narrow where maps are wide
 
 
+@pytest.mark.parametrize(
+    ("size", "at_a_time"), [((32,), 32), ((256,), 32), ((512,), 8), ((700, 1200), 2), ((9000,), 1)]
+)
+def test_fewer_large_images_are_computed_at_a_time(size, at_a_time):
+    c = default()
+    c.image_size = size
+    assert fill(c).batch_size == at_a_time
+    c.batch_size = 5
+    assert fill(c).batch_size == 5
+
+
 def test_values_given_by_hand_stay():
     c = default()
     c.layers = ("blocks.2",)

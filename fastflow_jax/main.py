@@ -4,12 +4,16 @@ python -m fastflow_jax.main --mode=predict --workdir=DIR --input=photos/new --ou
 """
 
 import contextlib
+import gc
 import itertools
 import os
 import pathlib
 import runpy
+import signal
 import sys
+import threading
 import traceback
+import types
 import warnings
 from collections.abc import Iterator
 from typing import NoReturn
@@ -183,12 +187,29 @@ def _parse(argv: list[str]) -> list[str]:
         _fail(message, 2)
 
 
+def on_ctrl_c(signum: int, frame: types.FrameType | None) -> None:
+    """KeyboardInterrupt; a moment later if the garbage collector is calling back.
+
+    Python ignores what is raised there, and JAX has such a callback: Ctrl-C would be lost.
+    """
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None:
+        if frame.f_code in callbacks:
+            main = threading.main_thread().ident
+            threading.Timer(0.01, signal.pthread_kill, (main, signum)).start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
 def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored
+        signal.signal(signal.SIGINT, on_ctrl_c)
     try:
         app.run(_run, flags_parser=_parse)
     except KeyboardInterrupt:  # while modules are imported, before `_run` can tell

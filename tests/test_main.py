@@ -94,6 +94,30 @@ def test_a_stopped_run_saves_says_so_and_goes_on(undisturbed, environment, tmp_p
     assert numbers(tmp_path / "run") == numbers(undisturbed)
 
 
+COLLECTING = """
+import gc, signal, time
+from fastflow_jax.main import on_ctrl_c
+
+def callback(phase, info):
+    if phase == "start":
+        signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, on_ctrl_c)
+gc.callbacks.append(callback)
+gc.collect()
+gc.callbacks.remove(callback)
+time.sleep(60)
+"""
+
+
+def test_ctrl_c_is_not_lost_while_garbage_is_collected(environment):
+    """JAX is called back then, and Python ignores what is raised in there."""
+    command = [sys.executable, "-c", COLLECTING]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGINT
+    assert "Exception ignored" not in done.stderr
+
+
 def test_a_run_goes_on_with_another_number_of_devices(undisturbed, environment, tmp_path):
     arguments = [*TINY, f"--workdir={tmp_path}/run"]
     flags = f"{environment['XLA_FLAGS']} --xla_force_host_platform_device_count=4"

@@ -169,8 +169,8 @@ def name_data(config: ConfigDict, argument: str) -> None:
     config.data.category = category or config.data.category
 
 
-# Of all images of a batch, 32 of 256x256: some 200 bytes each in a backbone, and on a CPU larger
-# batches are no faster.
+# Of all images of a batch, 32 of 256x256: some 200 bytes each in EfficientNet-Lite0, and on a CPU
+# larger batches are no faster.
 _PIXELS_AT_A_TIME = 2**21
 
 # What may differ between a run and its continuation.

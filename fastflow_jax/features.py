@@ -115,17 +115,17 @@ class TrainingFeatures:
           size: images a batch.
           chosen: bool [N]; None for all.
         """
-        waiting, first = None, 0
+        chosen = np.ones(self.n, bool) if chosen is None else chosen
+        waiting, first = [], 0
         for part in self.parts():
-            rows = slice(None) if chosen is None else chosen[first : first + len(part[0][0])]
-            first += len(part[0][0])
-            part = _rows(part, rows)
-            waiting = part if waiting is None else _joined(waiting, part)
-            while len(waiting[0][0]) >= size:
-                yield _rows(waiting, slice(size))
-                waiting = _rows(waiting, slice(size, None))
-        if waiting is not None and len(waiting[0][0]):
-            yield waiting
+            here = chosen[first : first + len(part[0][0])]
+            first += len(here)
+            part = _joined(*waiting, _rows(part, here))
+            while len(part[0][0]) >= size:
+                yield _rows(part, slice(size))
+                part = _rows(part, slice(size, None))
+            waiting = [part] if len(part[0][0]) else []
+        yield from waiting
 
     def statistics(self, norm: str) -> dict:
         """See `channel_statistics`; computed once."""

@@ -195,8 +195,8 @@ def on_ctrl_c(signum: int, frame: types.FrameType | None) -> None:
     callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
         if frame.f_code in callbacks:
-            main = threading.main_thread().ident
-            threading.Timer(0.01, signal.pthread_kill, (main, signum)).start()
+            thread = threading.main_thread().ident
+            threading.Timer(0.01, signal.pthread_kill, (thread, signum)).start()
             return
         frame = frame.f_back
     raise KeyboardInterrupt

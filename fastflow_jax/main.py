@@ -140,8 +140,9 @@ def _run(argv: list[str]) -> int:
         _fail(str(error), 2)
     except Interrupted as stop:
         _fail(f"{stop}; the same command goes on from there", stop.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from the last checkpoint, if any", 130)
+    except KeyboardInterrupt as stop:
+        message = "interrupted; the same command goes on from the last checkpoint, if any"
+        _fail(message, _status(stop), at_once=True)  # a thread of JAX may still be at work
     except Exception as error:
         if remedy(error):
             where = _OUTPUT if _MODE.value == "predict" else _WORKDIR
@@ -152,12 +153,11 @@ def _run(argv: list[str]) -> int:
         if not parallel.is_lost(error):
             raise
         reason = str(error).splitlines()[0]
-        message = "another process of this run has ended, or a device has failed"
-        with contextlib.suppress(SystemExit):
-            _fail(
-                f"{message} ({reason}); start all again, and they go on from the last checkpoint", 1
-            )
-        os._exit(1)  # JAX would wait for the other one
+        message = (
+            f"another process of this run has ended, or a device has failed ({reason}); start all "
+            "again, and they go on from the last checkpoint"
+        )
+        _fail(message, 1, at_once=True)  # JAX would wait for the other one
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -187,10 +187,10 @@ def _parse(argv: list[str]) -> list[str]:
         _fail(message, 2)
 
 
-def on_ctrl_c(signum: int, frame: types.FrameType | None) -> None:
-    """KeyboardInterrupt; a moment later if the garbage collector is calling back.
+def on_signal(signum: int, frame: types.FrameType | None) -> None:
+    """KeyboardInterrupt of this signal; a moment later if the garbage collector is calling back.
 
-    Python ignores what is raised there, and JAX has such a callback: Ctrl-C would be lost.
+    Python ignores what is raised there, and JAX has such a callback: the signal would be lost.
     """
     callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
@@ -199,18 +199,29 @@ def on_ctrl_c(signum: int, frame: types.FrameType | None) -> None:
             threading.Timer(0.01, signal.pthread_kill, (thread, signum)).start()
             return
         frame = frame.f_back
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(signum)
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _status(stop: KeyboardInterrupt) -> int:
+    """The exit status of a process that this has ended."""
+    return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+
+
+def _fail(message: str, code: int, *, at_once: bool = False) -> NoReturn:
+    """End with a message and a status; `at_once` does not wait for threads or other processes."""
     print(f"error: {message}", file=sys.stderr)
+    if at_once:
+        with contextlib.suppress(OSError):  # nobody may read it
+            sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored
-        signal.signal(signal.SIGINT, on_ctrl_c)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, on_signal)
     try:
         app.run(_run, flags_parser=_parse)
-    except KeyboardInterrupt:  # while modules are imported, before `_run` can tell
-        _fail("interrupted", 130)
+    except KeyboardInterrupt as stop:  # while modules are imported, before `_run` can tell
+        _fail("interrupted", _status(stop))

@@ -47,13 +47,17 @@ def numbers(folder):
     return results["categories"], [{k: v for k, v in x.items() if k != "seconds"} for x in lines]
 
 
-def wait_for_epochs(folder, epochs, process):
-    file = folder / "metrics.jsonl"
+def wait_for(condition, process):
     deadline = time.monotonic() + 240
-    while not (file.exists() and file.read_text().count("\n") >= epochs):
+    while not condition():
         assert process.poll() is None, finish(process)
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def wait_for_epochs(folder, epochs, process):
+    file = folder / "metrics.jsonl"
+    wait_for(lambda: file.exists() and file.read_text().count("\n") >= epochs, process)
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +98,28 @@ def test_a_stopped_run_saves_says_so_and_goes_on(undisturbed, environment, tmp_p
     assert numbers(tmp_path / "run") == numbers(undisturbed)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_stopped_before_it_trains_says_so(environment, tmp_path, number):
+    pytest.importorskip("skimage", reason="the textures come with scikit-image")
+    process = start([*TINY, f"--workdir={tmp_path}/run"], environment)
+    wait_for((tmp_path / "run" / "config.json").exists, process)
+    process.send_signal(number)
+    code, _, err = finish(process)
+    assert code == 128 + number, err
+    assert "interrupted" in err
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+
+
 COLLECTING = """
 import gc, signal, time
-from fastflow_jax.main import on_ctrl_c
+from fastflow_jax.main import on_signal
 
 def callback(phase, info):
     if phase == "start":
         signal.raise_signal(signal.SIGINT)
 
-signal.signal(signal.SIGINT, on_ctrl_c)
+signal.signal(signal.SIGINT, on_signal)
 gc.callbacks.append(callback)
 gc.collect()
 gc.callbacks.remove(callback)

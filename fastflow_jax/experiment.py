@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -195,51 +196,7 @@ def _run_part(part: _Part, beside: list[_Part], prepare: Callable[..., Prepared]
     for each in [part, *beside]:
         each.folder.mkdir(parents=True, exist_ok=True)
         check_same_data(each.training, prepared.contents, prepared.backbone.weights)
-
-    def score_test(scorer, progress: str) -> Scored:
-        batches = prepared.test()
-        return score_split(
-            scorer.score_features, batches, len(dataset.test), progress=f"{part.title}: {progress}"
-        )
-
-    tested = 0.0
-
-    def on_epoch(epoch: int, scorer: Callable) -> dict:
-        nonlocal tested
-        if not (dataset.test and config.evaluate_every and epoch % config.evaluate_every == 0):
-            return {}
-        start = time.perf_counter()
-        figures = measure(score_test(scorer(), f"epoch {epoch}"))
-        tested += time.perf_counter() - start
-        return {"test": figures}
-
-    def in_epochs(*parts: _Part) -> float:
-        """Seconds that trainings spent in epochs that they finished, in this process or before."""
-        epochs = (
-            parallel.on_main(partial(read_lines, p.training / "metrics.jsonl")) for p in parts
-        )
-        return sum(epoch["seconds"] for lines in epochs for epoch in lines)
-
-    seconds_file = part.training / "seconds.json"
-    before, of_others = in_epochs(part), in_epochs(*beside)
-    start = time.perf_counter()
-    scorer = kind(config.detector).fit(
-        config,
-        prepared.train,
-        prepared.holdout,
-        prepared.holdout_valid,
-        seed=part.seed,
-        folder=part.training,
-        beside=[(other.seed, other.training) for other in beside],
-        on_epoch=on_epoch,
-        progress=f"{part.title}: train",
-    )
-    took = read_json(seconds_file)
-    if took is None:  # else another part has trained before, and this one found it
-        of_others = in_epochs(*beside) - of_others
-        took = {"train": before + time.perf_counter() - start - tested - of_others}
-        write_json(seconds_file, took)
-    seconds["train"] = took["train"]
+    scorer, seconds["train"] = _train(part, beside, prepared)
     thresholds = detector_folder.record(
         config,
         scorer,
@@ -271,7 +228,7 @@ def _run_part(part: _Part, beside: list[_Part], prepare: Callable[..., Prepared]
     }
     if dataset.test:
         start = time.perf_counter()
-        scored = score_test(scorer, "test")
+        scored = _score_test(part, prepared, scorer, "test")
         results["figures"] = measure(scored)
         seconds["evaluate"] = time.perf_counter() - start
         _write_pictures(part, prepared, scorer, scored, thresholds["pixel"])
@@ -282,6 +239,62 @@ def _run_part(part: _Part, beside: list[_Part], prepare: Callable[..., Prepared]
     results["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
     write_json(part.file, results)
     return results
+
+
+def _train(part: _Part, beside: list[_Part], prepared: Prepared) -> tuple[Any, float]:
+    """The scorer of a part, and the seconds that its training took, in all processes that had it.
+
+    Tests after an epoch, and what parts `beside` had of the time, are not counted.
+    """
+    config = part.config
+    tested = 0.0
+
+    def on_epoch(epoch: int, scorer: Callable) -> dict:
+        nonlocal tested
+        every = config.evaluate_every
+        if not (prepared.dataset.test and every and epoch % every == 0):
+            return {}
+        start = time.perf_counter()
+        figures = measure(_score_test(part, prepared, scorer(), f"epoch {epoch}"))
+        tested += time.perf_counter() - start
+        return {"test": figures}
+
+    def in_epochs(*parts: _Part) -> float:
+        """Seconds that trainings spent in epochs that they finished, in this process or before."""
+        epochs = (
+            parallel.on_main(partial(read_lines, p.training / "metrics.jsonl")) for p in parts
+        )
+        return sum(epoch["seconds"] for lines in epochs for epoch in lines)
+
+    before, of_others = in_epochs(part), in_epochs(*beside)
+    start = time.perf_counter()
+    scorer = kind(config.detector).fit(
+        config,
+        prepared.train,
+        prepared.holdout,
+        prepared.holdout_valid,
+        seed=part.seed,
+        folder=part.training,
+        beside=[(other.seed, other.training) for other in beside],
+        on_epoch=on_epoch,
+        progress=f"{part.title}: train",
+    )
+    seconds_file = part.training / "seconds.json"
+    took = read_json(seconds_file)
+    if took is None:  # else another part has trained before, and this one found it
+        of_others = in_epochs(*beside) - of_others
+        took = {"train": before + time.perf_counter() - start - tested - of_others}
+        write_json(seconds_file, took)
+    return scorer, took["train"]
+
+
+def _score_test(part: _Part, prepared: Prepared, scorer: Any, progress: str) -> Scored:
+    return score_split(
+        scorer.score_features,
+        prepared.test(),
+        len(prepared.dataset.test),
+        progress=f"{part.title}: {progress}",
+    )
 
 
 def _best_on_test(epochs: list[dict]) -> dict | None:

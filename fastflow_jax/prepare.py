@@ -247,6 +247,7 @@ def _train(config, backbone, of, folder, source, seed, pooled, title):
     """`Prepared.contents`, `train`, `holdout` and `holdout_valid`."""
     train, held_out = split_holdout(len(source), config.data.holdout)
     contents = trained_on(config, source)
+    _tell_of_darkness(source, title)
     is_cached = _is_kept(config) and not is_augmented(config)
 
     def features(rows, place, what):
@@ -285,6 +286,16 @@ def _train(config, backbone, of, folder, source, seed, pooled, title):
     extract = extractor_of(config, backbone, size)
     training = recomputed_features(len(train), stream, extract, size, valid_of(train))
     return contents, training, holdout, holdout_valid
+
+
+def _tell_of_darkness(source: data.Source, title: str) -> None:
+    """Of training images that all seem black, as a camera's 12 bits in files of 16 bits do."""
+    brightest = max(int(source[i].image.max()) for i in range(min(8, len(source))))
+    if brightest < 32:
+        tqdm.write(
+            f"{title}: the first training images have no value above {brightest} of 255; if they "
+            "are a camera's 10 or 12 bits in files of 16, multiply them by 64 or 16"
+        )
 
 
 def _tell_of_blank(masks: np.ndarray, source: data.Source, title: str) -> None:

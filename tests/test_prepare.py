@@ -279,3 +279,17 @@ def test_features_on_disk_are_those_of_the_images_that_lie_there_now(tmp_path, k
     for i in range(4):
         Image.new("RGB", (side, side), (250, 250, 250 - i)).save(tmp_path / f"{i}.{kind}")
     assert brightness() > dark + 0.5
+
+
+def test_images_whose_files_have_more_bits_than_the_camera_are_told(tmp_path, capsys):
+    root = tmp_path / "screws"
+    root.mkdir()
+    for i, value in enumerate((4095, 2000)):
+        Image.fromarray(np.full((32, 32), value, np.uint16)).save(root / f"{i}.png")
+    c = default()
+    c.data.root, c.backbone, c.image_size = str(root), "pixels", (16,)
+    preparer(fill(c), tmp_path / "features")(fill(c), None, 0)
+    assert "no value above 15 of 255" in capsys.readouterr().out
+    Image.fromarray(np.full((32, 32), 65535, np.uint16)).save(root / "0.png")
+    preparer(fill(c), tmp_path / "features")(fill(c), None, 0)
+    assert "of 255" not in capsys.readouterr().out

@@ -290,12 +290,15 @@ def _train(config, backbone, of, folder, source, seed, pooled, title):
 
 def _tell_of_darkness(source: data.Source, title: str) -> None:
     """Of training images that all seem black, as a camera's 12 bits in files of 16 bits do."""
-    brightest = max(int(source[i].image.max()) for i in range(min(8, len(source))))
-    if brightest < 32:
-        tqdm.write(
-            f"{title}: the first training images have no value above {brightest} of 255; if they "
-            "are a camera's 10 or 12 bits in files of 16, multiply them by 64 or 16"
-        )
+    brightest = 0
+    for i in range(min(8, len(source))):
+        brightest = max(brightest, int(source[i].image.max()))
+        if brightest >= 32:  # mostly the first one's
+            return
+    tqdm.write(
+        f"{title}: the first training images have no value above {brightest} of 255; if they "
+        "are a camera's 10 or 12 bits in files of 16, multiply them by 64 or 16"
+    )
 
 
 def _tell_of_blank(masks: np.ndarray, source: data.Source, title: str) -> None:

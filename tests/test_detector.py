@@ -6,6 +6,7 @@ import gc
 import json
 import re
 import shutil
+import tempfile
 
 import jax
 import numpy as np
@@ -67,6 +68,17 @@ def test_every_kind_is_fitted_saved_loaded_and_finds_the_defect(kind, tmp_path):
     assert (bad.log_likelihood is not None) == (kind in ("fastflow", "cflow"))
     if bad.log_likelihood is not None:
         assert bad.log_likelihood < min(result.log_likelihood for result in good)
+
+
+def test_a_detector_is_fitted_and_saved_under_a_path_with_brackets(tmp_path, monkeypatch):
+    folder = tmp_path / "v[2]"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    detector = Detector.fit(photographs(), config=tiny())
+    assert detector.folder.parent == folder
+    score = detector.predict(spoilt()).score
+    detector.save(folder / "saved")
+    assert Detector.load(folder / "saved").predict(spoilt()).score == pytest.approx(score)
 
 
 def test_a_prediction_is_what_the_scorer_says_of_the_resized_image(detector):

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastflow_jax import parallel
+from fastflow_jax import Detector, parallel
 from fastflow_jax.errors import InputError
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -138,16 +138,17 @@ def test_a_port_in_use_is_told():
             parallel.start(f"127.0.0.1:{port}", 2, 0)
 
 
-@pytest.mark.parametrize("kind", parallel.KINDS)
-def test_two_processes_train_to_what_one_does(kind, alone, command, environment, tmp_path):
-    arguments = [*command, f"--config.parallel={kind}", f"--workdir={tmp_path}/run"]
+@pytest.mark.parametrize(("kind", "name"), [("pmap", "run"), ("jit", "run [2]")])
+def test_two_processes_train_to_what_one_does(kind, name, alone, command, environment, tmp_path):
+    arguments = [*command, f"--config.parallel={kind}", f"--workdir={tmp_path}/{name}"]
     first, second = finish(*start_two(arguments, environment))
     assert first[0] == 0, first[2]
     assert second[0] == 0, second[2]
     assert "image AUROC" in first[1]
     assert "AUROC" not in second[1]
     assert "epoch" not in second[2]  # no bar
-    assert_same_run(alone, tmp_path / "run")
+    assert_same_run(alone, tmp_path / name)
+    assert Detector.load(tmp_path / name).folder == tmp_path / name
 
 
 def test_two_processes_train_two_seeds_at_once(command, environment, tmp_path):

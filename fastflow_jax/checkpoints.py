@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import functools
-import os
 import pathlib
 import shutil
 import tempfile
@@ -14,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 
 from fastflow_jax import parallel
 from fastflow_jax.errors import InputError
-from fastflow_jax.paths import make_folder, remedy
+from fastflow_jax.paths import is_utf8, make_folder, remedy
 
 _policies = ocp.training.preservation_policies
 _WILDCARDS = "*?[\\"
@@ -102,15 +101,20 @@ class Checkpoints:
     def _check(self, step: int, n_leaves: int) -> None:
         """Raises InputError unless the metadata of a checkpoint lists all arrays of its state."""
         try:
-            found = len(jax.tree.leaves(self._orbax.metadata(step).metadata))
-            reason = f"{found} of {n_leaves} arrays were found"
+            self._check_manifest(step)
+            n = len(jax.tree.leaves(self._orbax.metadata(step).metadata))
+            if n != n_leaves:
+                raise ValueError(f"{n} of {n_leaves} arrays were found")
         except Exception as error:  # of whatever part of Orbax met it first
-            found, reason = None, _first_line(error)
-        if found != n_leaves:
             raise InputError(
-                f"{self._directory / str(step)} was written but cannot be read back ({reason}). "
-                "Check the file system, or choose another --workdir."
-            )
+                f"{self._directory / str(step)} was written but cannot be read back "
+                f"({_first_line(error)}). Check the file system, or choose another --workdir."
+            ) from error
+
+    def _check_manifest(self, step: int) -> None:
+        """Raises FileNotFoundError where Orbax, which would go on, has not merged its files."""
+        if not any((self._directory / str(step)).glob("*/manifest.ocdbt")):
+            raise FileNotFoundError("manifest.ocdbt is missing")
 
     @contextlib.contextmanager
     def _full_disk_is_named(self):
@@ -141,6 +145,7 @@ class Checkpoints:
         with _damage_is_named(self._directory):
             if step is None:
                 raise ValueError("it is empty")
+            self._check_manifest(step)
             return parallel.to_own(self._orbax.load(step, abstract))
 
 
@@ -163,10 +168,10 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _literal_path(directory: pathlib.Path):
-    """A path of a directory that Orbax reads as it is written.
+    r"""A path of a directory that Orbax reads as it is written.
 
     Orbax takes brackets and other wildcards in a path for a pattern, and finds nothing to merge;
-    TensorStore writes to `a/b` for `a\\b` and takes UTF-8 only; etils takes `/gs/...` for a bucket.
+    TensorStore writes to `a/b` for `a\b` and takes UTF-8 only; etils takes `/gs/...` for a bucket.
     A directory of such a path is reached by a symbolic link in a temporary directory. All processes
     of a run use the same path, as Orbax requires.
 
@@ -195,10 +200,7 @@ def _literal_path(directory: pathlib.Path):
 
 def _is_literal(path: pathlib.Path) -> bool:
     root = path.parts[1] if len(path.parts) > 1 else ""
-    try:
-        return root not in _BUCKETS and not set(_WILDCARDS) & set(os.fsencode(path).decode())
-    except UnicodeDecodeError:
-        return False
+    return is_utf8(path) and root not in _BUCKETS and not set(_WILDCARDS) & set(str(path))
 
 
 def _make_private_folder(directory: pathlib.Path) -> str:

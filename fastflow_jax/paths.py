@@ -22,6 +22,15 @@ def expanded(path: str | os.PathLike) -> Path:
         raise InputError(f"{path} does not exist, nor does a home folder of that name.") from error
 
 
+def is_utf8(path: Path) -> bool:
+    """Whether a path is UTF-8, as most libraries expect; in a file system it may be any bytes."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # Python has such bytes as surrogates
+        return False
+    return True
+
+
 _REMEDIES = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",

@@ -184,8 +184,7 @@ def find_images(pattern: str, *, besides: pathlib.Path) -> dict[str, str]:
       InputError: there are none.
     """
     whole = expanded(pattern)
-    matches = sorted(glob.glob(str(whole), recursive=True))
-    found = [whole] if whole.exists() else list(map(pathlib.Path, matches))
+    found = [whole] if whole.exists() else _matches(whole)
     paths: list[pathlib.Path] = []
     for path in found:
         paths += images_below(path) if path.is_dir() else [path]
@@ -198,6 +197,13 @@ def find_images(pattern: str, *, besides: pathlib.Path) -> dict[str, str]:
         )
     root = whole if whole.is_dir() else os.path.commonpath([path.parent for path in paths])
     return {str(path): path.relative_to(root).as_posix() for path in dict.fromkeys(paths)}
+
+
+def _matches(pattern: pathlib.Path) -> list[pathlib.Path]:
+    """The sorted matches of a glob pattern; brackets in a folder that exists are no pattern."""
+    root = next(str(parent) for parent in pattern.parents if os.path.exists(parent))
+    escaped = os.path.join(glob.escape(root), pattern.relative_to(root))
+    return sorted(map(pathlib.Path, glob.glob(escaped, recursive=True)))
 
 
 def _say(message: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import tempfile
 
 import jax.numpy as jnp
@@ -72,10 +73,28 @@ def test_without_a_directory_for_the_link_nothing_is_saved(tmp_path, monkeypatch
 def test_a_checkpoint_that_cannot_be_read_back_is_an_error(check, tmp_path, monkeypatch):
     # Orbax then merges nothing, and only logs a warning.
     monkeypatch.setattr(epath.gpath.PosixGPath, "glob", lambda path, pattern: iter(()))
-    with (
-        pytest.raises(InputError, match=r"1 was written but cannot be read back .*--workdir"),
-        Checkpoints(tmp_path) as checkpoints,
-    ):
-        checkpoints.save(1, STATE)
-        check(checkpoints)
+
+    def save():
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(1, STATE)
+            check(checkpoints)
+
+    with pytest.raises(InputError, match=r"1 was written but .*manifest.* choose another"):
+        save()
     assert os.listdir(tmp_path) == ["1"]
+
+
+def test_a_checkpoint_that_lost_an_array_is_an_error(tmp_path, monkeypatch):
+    rename = epath.gpath.PosixGPath.rename
+
+    def lose_data(path, target):
+        shutil.rmtree(path / "state/d", ignore_errors=True)
+        return rename(path, target)
+
+    def save():
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(1, {"x": STATE["x"]})
+
+    monkeypatch.setattr(epath.gpath.PosixGPath, "rename", lose_data)
+    with pytest.raises(InputError, match=r"1 was written but cannot be read back .*--workdir"):
+        save()

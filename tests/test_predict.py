@@ -126,6 +126,17 @@ def test_another_rate_and_tiles(run, photos, tmp_path):
     assert lines["bad.jpg"]["score"] != pytest.approx(whole)
 
 
+def test_brackets_in_a_folder_of_a_pattern_are_no_pattern(tmp_path, monkeypatch):
+    folder = tmp_path / "part [2]"
+    folder.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        (folder / name).touch()
+    monkeypatch.chdir(tmp_path)
+    for pattern in (folder / "*.png", "part [2]/[abc].png", "part [[]2]/*.png"):
+        found = find_images(str(pattern), besides=tmp_path / "nowhere")
+        assert list(found.values()) == ["a.png", "b.png", "c.png"]
+
+
 def test_files_folders_and_patterns_are_found(photos, tmp_path):
     nowhere = tmp_path / "nowhere"
     every = {str(photos / n): n for n in ("a.png", "bad.jpg", "more/a.png")}

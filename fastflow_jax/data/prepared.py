@@ -28,7 +28,7 @@ from fastflow_jax.data.transforms import (
     read_file,
 )
 from fastflow_jax.errors import InputError
-from fastflow_jax.paths import expanded
+from fastflow_jax.paths import expanded, is_utf8
 
 
 class Raw(NamedTuple):
@@ -122,9 +122,14 @@ def prepare(
         find_raw: from `config.data` to the raw files; called only if they are needed.
 
     Raises:
-        InputError: no raw data, a broken image, no place to write, or data of another root.
+        InputError: no raw data, a broken image, no place to write or one that is not UTF-8, or data
+            of another root.
     """
     folder = data_dir(config)
+    if not is_utf8(folder):
+        raise InputError(
+            f"{folder} is not UTF-8, as array_record needs it. Set data.dir to another directory."
+        )
 
     def make_builder():
         try:
@@ -155,7 +160,8 @@ def prepare(
             ) from error
     finally:
         tfds.enable_progress_bar()
-    for leftover in builder.data_path.parent.glob("incomplete.*"):  # of a run that was killed
+    # Of runs that were killed. A path of etils would take brackets in itself for a pattern.
+    for leftover in Path(builder.data_path).parent.glob("incomplete.*"):
         shutil.rmtree(leftover, ignore_errors=True)
     return make_builder()
 

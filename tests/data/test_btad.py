@@ -74,6 +74,23 @@ def test_names_labels_and_pixels(raw, make_products, open_btad, product):
     assert [int(example.mask.sum()) for example in examples] == [1, 2, 0]
 
 
+@pytest.mark.parametrize("name", ["data [1]", "a\\b", "a**b"])
+def test_any_name_can_hold_prepared_data(name, make_products, data_config, tmp_path):
+    folder = tmp_path / name
+    make_products(folder / "downloads/manual/btad")
+    (folder / "btad/01/incomplete.of_a_run_that_was_killed").mkdir(parents=True)
+    for _ in range(2):  # prepare, and read what is prepared
+        dataset = open_dataset(data_config("btad", category="01", dir=str(folder)))
+        assert dataset.train[1].image[0, 0].tolist() == [11, 0, 1]
+    assert [path.name for path in (folder / "btad/01").iterdir()] == ["1.0.0"]
+
+
+def test_a_directory_that_is_not_utf8_is_named(tmp_path, data_config):
+    config = data_config("btad", category="01", dir=str(tmp_path / "k_\udce4"))
+    with pytest.raises(InputError, match=r"is not UTF-8.*Set data\.dir"):
+        open_dataset(config)
+
+
 @pytest.mark.parametrize("top", ["BTech_Dataset_transformed", "any name", None])
 def test_the_archive(raw, make_products, open_btad, tmp_path, top):
     made = make_products(tmp_path / "made")

@@ -345,6 +345,8 @@ def _fill(config: ConfigDict) -> ConfigDict:
         )
     if c.data.root is not None:
         c.data.root = str(expanded(c.data.root).resolve())
+    if c.data.dir is not None:
+        expanded(c.data.dir)  # raises for a URL, before anything is written
     if c.weights is not None and expanded(c.weights).is_file():
         c.weights = str(expanded(c.weights).resolve())
     return c.lock()

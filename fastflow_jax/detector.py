@@ -95,9 +95,10 @@ class Detector:
             run.
           Interrupted: SIGTERM or SIGINT came; in a `workdir`, the state is saved.
         """
+        folder = None if workdir is None else expanded(workdir)
         config, dataset = _asked_for(images, config)
-        temporary = _TemporaryFolder() if workdir is None else None
-        folder = pathlib.Path(temporary.path) if temporary else expanded(workdir)
+        temporary = _TemporaryFolder() if folder is None else None
+        folder = folder or pathlib.Path(temporary.path)
         with run_folder.claim(folder, config):
             if parallel.on_main(lambda: detector_folder.is_finished(folder)):
                 detector = cls.load(folder)
@@ -455,17 +456,18 @@ def _asked_for(images, config) -> tuple[ConfigDict, data.Dataset]:
         c.data.holdout = held_out  # some recipes do without; thresholds do not
     else:
         c = default() if config is None else config.copy_and_resolve_references()
+    path = expanded(images) if isinstance(images, str | pathlib.Path) else None
     with c.unlocked():
-        if isinstance(images, str) and not pathlib.Path(images).exists():
+        if isinstance(images, str) and not path.exists():
             if images.partition("/")[0] not in data.DATASETS:
                 raise InputError(
                     f"{images} is neither a folder nor a data set ({', '.join(data.DATASETS)})"
                 )
             name_data(c, images)
         elif images is not None:
-            is_folder = isinstance(images, str | pathlib.Path) and pathlib.Path(images).is_dir()
+            is_folder = path is not None and path.is_dir()
             c.data.name, c.data.category = "folder", None
-            c.data.root = str(images) if is_folder else None
+            c.data.root = str(path) if is_folder else None
     config = fill(c)
     if config.seeds > 1 or len(config.variants) or len(data.categories(config.data)) > 1:
         raise InputError("a detector has one seed, one variant and one category: main runs several")

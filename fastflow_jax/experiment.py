@@ -24,6 +24,7 @@ from fastflow_jax.config import to_plain, variants, without
 from fastflow_jax.data.transforms import placement
 from fastflow_jax.evaluate import METRICS, Scored, measure, score_split
 from fastflow_jax.kinds import kind
+from fastflow_jax.paths import expanded
 from fastflow_jax.prepare import Prepared, preparer, seen_by
 from fastflow_jax.report.html import write_reports
 from fastflow_jax.report.pictures import write_pictures
@@ -66,7 +67,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
       InputError: bad data, a folder of another configuration or in use, diverging training.
       Interrupted: SIGTERM or SIGINT came while training; the state is saved.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = expanded(workdir)
     with claim(workdir, config):
         results_file = workdir / "results.json"
         results = read_json(results_file)

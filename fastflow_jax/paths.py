@@ -2,24 +2,44 @@
 
 import errno
 import os
+import re
+import urllib.parse
 from pathlib import Path
 
 from fastflow_jax.errors import InputError
 
 
 def expanded(path: str | os.PathLike) -> Path:
-    """The path; unless there is such a file, one that begins with ~ lies in a home folder.
+    """The local path that a user means.
+
+    A path that begins with ~ is in a home directory, unless there is such a file. A URL is refused,
+    except for `file:///...`, which becomes the path that it names.
 
     Raises:
-      InputError: there is neither such a file nor such a home.
+      InputError: the path is a URL, or there is neither such a file nor such a home directory.
     """
-    path = Path(path)
+    path = _without_scheme(path)
     try:
         return path if path.exists() else path.expanduser()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except RuntimeError as error:
         raise InputError(f"{path} does not exist, nor does a home folder of that name.") from error
+
+
+def _without_scheme(path: str | os.PathLike) -> Path:
+    text = os.fspath(path)
+    # pathlib makes gs:/bucket of gs://bucket.
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(/?)", text)
+    if not match or (not match[2] and (isinstance(path, str) or Path(path).exists())):
+        return Path(path)
+    local = re.fullmatch(r"file:(?://(?:localhost)?)?(/(?!/).*)", text, re.IGNORECASE | re.DOTALL)
+    if local:
+        return Path(os.fsdecode(urllib.parse.unquote_to_bytes(os.fsencode(local[1]))))
+    raise InputError(
+        f"{text} is a URL, not a local path. Mount the bucket (for example with gcsfuse or "
+        "rclone), or copy the data to a local directory."
+    )
 
 
 def is_utf8(path: Path) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import doctest
 import gc
 import json
+import pathlib
 import re
 import shutil
 import tempfile
@@ -475,6 +476,44 @@ def test_where_a_detector_cannot_be_saved_is_told(tmp_path):
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(InputError, match="is no folder"):
         detector.save(tmp_path / "saved")
+
+
+def test_no_path_may_be_a_url(detector, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    url = "gs://bucket/x"
+    for call in (
+        lambda: Detector.fit(url, config=tiny()),
+        lambda: Detector.fit([url], config=tiny()),
+        lambda: Detector.fit(photographs(), config=tiny(), workdir=url),
+        lambda: Detector.fit(photographs(), config=tiny(weights=url)),
+        lambda: Detector.fit("elpv/mono", config=tiny(**{"data.dir": url})),
+        lambda: Detector.load(url),
+        lambda: detector.save(url),
+        lambda: detector.predict(url),
+        lambda: detector.predict([url]),
+        lambda: detector.predict(pathlib.Path(url)),
+        lambda: experiment.run(detector.config, url),
+    ):
+        with pytest.raises(InputError, match="is a URL, not a local path"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths_may_begin_with_a_home_or_be_file_urls(detector, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(photographs(8)):
+        Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
+    expected = detector.predict(tmp_path / "images/0.png").score
+    for home in ("~", f"file://{tmp_path}"):
+        result = detector.predict(f"{home}/images/0.png")
+        assert result.name == str(tmp_path / "images/0.png")
+        assert result.score == expected
+        assert len(detector.predict(f"{home}/images")) == 8
+        fitted = Detector.fit(f"{home}/images", config=tiny(), workdir=f"{home}/run")
+        assert fitted.folder == tmp_path / "run"
+        assert fitted.config.data.root == str(tmp_path / "images")
+        assert Detector.load(f"{home}/run").folder == tmp_path / "run"
 
 
 def test_numbers_that_mean_nothing_are_refused(detector):

@@ -188,6 +188,23 @@ def test_bad_input_ends_in_one_message(arguments, message, started, tmp_path, ca
     assert_one_message(capsys.readouterr().err, message)
 
 
+@pytest.mark.parametrize(
+    "flag", ["workdir", "input", "output", "config.data.root", "config.weights"]
+)
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_no_flag_takes_a_url(flag, started, tmp_path, capsys, monkeypatch):
+    flags = {"workdir": f"{tmp_path}/run"}
+    if flag in ("input", "output"):
+        flags |= {"mode": "predict", "input": f"{tmp_path}", "output": f"{tmp_path}/out"}
+    else:
+        flags["config"] = REPOSITORY / "configs/folder.py"
+    monkeypatch.chdir(tmp_path)
+    given = flags | {flag: "gs://bucket/x"}
+    assert started([f"--{name}={value}" for name, value in given.items()]) == 2
+    assert_one_message(capsys.readouterr().err, "gs://bucket/x is a URL, not a local path. Mount")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 def test_a_run_folder_may_lie_in_a_home(started, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)

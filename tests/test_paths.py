@@ -1,4 +1,4 @@
-"""Names that begin with ~, and what cannot be looked at."""
+"""Names that begin with ~, URLs, and what cannot be looked at."""
 
 from pathlib import Path
 
@@ -20,6 +20,46 @@ def test_a_file_of_that_name_comes_before_a_home(tmp_path, monkeypatch):
 def test_a_home_of_nobody_is_told():
     with pytest.raises(InputError, match=r"~nobody\.of\.that\.name/a\.png does not exist"):
         expanded("~nobody.of.that.name/a.png")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("gs://bucket/run", "s3://bucket", "https://host/a.png", "hf://datasets/x", "GS://b/run"),
+        *("abfs+x.y-z://a", "file://host/run", "file://"),
+        Path("gs://bucket/run"),
+    ],
+)
+def test_a_url_is_refused(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"is a URL, not a local path\. Mount the bucket .*copy"):
+        expanded(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("file:///data/run", "/data/run"),
+        ("file://localhost/data/run", "/data/run"),
+        ("FILE:///data/%C3%A4%20b%E4", "/data/ä b\udce4"),
+        ("file:///data/a?b#c*", "/data/a?b#c*"),
+        (Path("file:///data/run"), "/data/run"),
+        ("file:///~/run", "/~/run"),
+    ],
+)
+def test_a_file_url_is_the_path_that_it_names(url, path):
+    assert expanded(url) == Path(path)
+
+
+@pytest.mark.parametrize("path", ["a:b/c", "c://x", "a b://c", "run/gs://b", "elpv:/mono"])
+def test_what_only_resembles_a_url_is_a_path(path):
+    assert expanded(path) == Path(path)
+
+
+def test_a_local_folder_with_a_colon_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data:", "run").mkdir(parents=True)
+    assert expanded(Path("data:/run")) == Path("data:/run")
 
 
 def test_what_may_not_be_looked_at_is_told(monkeypatch):

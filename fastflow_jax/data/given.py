@@ -16,6 +16,7 @@ from fastflow_jax.data.dataset import GOOD, Dataset, Source
 from fastflow_jax.data.layout import images_below
 from fastflow_jax.data.transforms import convert_image, decode_image, image_size, read_file
 from fastflow_jax.errors import InputError
+from fastflow_jax.paths import expanded
 
 # A file, a folder of them, an image of Pillow's, uint8 [H, W, 3] or [H, W], or several of these.
 Image = str | Path | np.ndarray | PIL.Image.Image
@@ -32,7 +33,7 @@ def is_one(images: Images) -> bool:
         return True
     if _is_array(images):
         return len(np.shape(images)) in (2, 3)
-    return isinstance(images, str | Path) and not Path(images).is_dir()
+    return isinstance(images, str | Path) and not expanded(images).is_dir()
 
 
 def each(images: Images) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
@@ -46,12 +47,14 @@ def each(images: Images) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
     if is_one(images):
         images = [images]
     elif isinstance(images, str | Path):
-        images = images_below(Path(images))
+        images = images_below(expanded(images))
     elif _is_array(images):
         images = np.asarray(images)
     for i, image in enumerate(images):
         if isinstance(image, str | Path):
-            yield str(image), functools.partial(read_image, Path(image))
+            path = expanded(image)
+            name = image if path == Path(image) else path
+            yield str(name), functools.partial(read_image, path)
         else:
             yield f"image {i}", functools.partial(_checked, image, f"image {i}")
 

@@ -1,7 +1,6 @@
 """The run folder: one configuration, one run at a time, and files that are whole or absent."""
 
 import contextlib
-import fcntl
 import json
 import pathlib
 import zipfile
@@ -13,6 +12,7 @@ import numpy as np
 from fastflow_jax import parallel
 from fastflow_jax.config import differences, to_plain
 from fastflow_jax.errors import InputError
+from fastflow_jax.locks import lock
 from fastflow_jax.paths import make_folder
 
 
@@ -46,13 +46,13 @@ def _claim(workdir: pathlib.Path, config) -> Iterator[None]:
     make_folder(workdir)
     if _holds_something_else(workdir):
         raise InputError(f"{workdir} holds something else: choose a --workdir of its own")
-    with (workdir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{workdir} is in use by another process: wait for it, or choose another --workdir"
-            ) from error
+
+    def fail():
+        raise InputError(
+            f"{workdir} is in use by another process: wait for it, or choose another --workdir"
+        )
+
+    with lock(workdir / ".lock", on_wait=fail):
         file = workdir / "config.json"
         changed = differences(_parsed(file), config) if file.exists() else ["new"]
         if changed and any(workdir.rglob("checkpoints")):

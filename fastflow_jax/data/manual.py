@@ -1,7 +1,6 @@
 """Data sets that users download by hand: found packed or unpacked, and unpacked where needed."""
 
 import contextlib
-import fcntl
 import gzip
 import lzma
 import shutil
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from fastflow_jax.data.prepared import Raw, data_dir
 from fastflow_jax.errors import InputError
+from fastflow_jax.locks import lock
 from fastflow_jax.paths import expanded
 
 _LOCK = ".unpacking"
@@ -79,30 +79,23 @@ def unpack(archive: Path) -> None:
     Raises:
         InputError: the archive is damaged, or there is no room.
     """
-    target = _target(archive)
+    folder, target = archive.parent, _target(archive)
+
+    def say_so():
+        tqdm.write(f"waiting for another process that unpacks in {folder}")
+
     try:
-        with _alone_in(archive.parent):
+        with lock(folder / _LOCK, on_wait=say_so) as is_alone:
             if target.exists():  # another process was faster
                 return
-            for leftover in archive.parent.glob(f"{_SCRATCH}*"):  # of a run that was killed
-                shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in folder.glob(f"{_SCRATCH}*") if is_alone else ():
+                shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed
             _unpack(archive, target)
     except OSError as error:
         raise InputError(
             f"{archive} cannot be unpacked ({error}): make room there, "
             "or unpack it elsewhere and set data.root to that folder."
         ) from error
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    with (folder / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            tqdm.write(f"waiting for another process that unpacks in {folder}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _unpack(archive: Path, target: Path) -> None:
@@ -115,7 +108,11 @@ def _unpack(archive: Path, target: Path) -> None:
                 packed.extractall(content)
         inner = [path for path in content.iterdir() if path.name != "__MACOSX"]
         is_wrapped = len(inner) == 1 and inner[0].is_dir()
-        (inner[0] if is_wrapped else content).rename(target)
+        try:
+            (inner[0] if is_wrapped else content).rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster, where there are no locks
+                raise
 
 
 def _target(archive: Path) -> Path:

@@ -122,17 +122,26 @@ class Detector:
         return dataclasses.replace(cls.load(folder), _temporary=temporary)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> "Detector":
+    def load(
+        cls, folder: str | os.PathLike, *, weights: str | os.PathLike | None = None
+    ) -> "Detector":
         """The detector in a folder that `save`, `fit` or `main` wrote.
 
         Of a run of several trainings, give the folder of one: of a category, variant or seed.
 
+        Args:
+          folder: of the detector.
+          weights: the weight file of the backbone, if it is no longer where it was in training;
+            None for the recorded one, or a file of its name in or next to the run directory. Its
+            sha256 must be the recorded one.
+
         Raises:
           InputError: the folder holds no training, or several, which are listed; or the backbone's
-            weights are no longer those that it was trained with.
+            weights were not found, or are not those that it was trained with.
         """
         folder = expanded(folder)
         kept = detector_folder.read(folder)
+        kept.config.weights = detector_folder.find_weights(kept, folder, weights)
         detector = cls.from_training(kept.config, kept.training, kept.seed)
         weights = detector.backbone.weights
         if weights.get("sha256") != kept.weights.get("sha256"):
@@ -166,7 +175,7 @@ class Detector:
     def save(self, folder: str | os.PathLike | None = None) -> pathlib.Path:
         """Write what `load` reads to a new folder; or, where it lies, the thresholds alone.
 
-        The backbone's weights are not copied: they are found again as they were.
+        The backbone's weights are not copied: they are found again where they are now, see `load`.
 
         Raises:
           InputError: the folder holds something else.
@@ -174,7 +183,8 @@ class Detector:
         if self.folder is None:
             raise InputError("a detector without a folder cannot be saved: make it by fit or load")
         folder = self.folder if folder is None else expanded(folder)
-        detector_folder.save(self.folder, folder, self.image_threshold, self.pixel_threshold)
+        limits = self.image_threshold, self.pixel_threshold
+        detector_folder.save(self.folder, folder, self.config.weights, *limits)
         return folder
 
     def with_threshold(

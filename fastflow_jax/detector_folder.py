@@ -9,10 +9,11 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fastflow_jax import thresholds
+from fastflow_jax.backbones.weights import sha256
 from fastflow_jax.config import from_plain, to_plain
 from fastflow_jax.errors import InputError
 from fastflow_jax.held_out import HeldOut, look_at
-from fastflow_jax.paths import make_folder
+from fastflow_jax.paths import expanded, make_folder
 from fastflow_jax.prepare import Prepared
 from fastflow_jax.run_folder import read_json, write_json
 from fastflow_jax.thresholds import Threshold
@@ -101,13 +102,67 @@ def read(folder: pathlib.Path) -> Kept:
     return Kept(config, seed, weights, training, held_out, *limits)
 
 
+def find_weights(
+    kept: Kept, folder: pathlib.Path, weights: str | os.PathLike | None = None
+) -> str | None:
+    """`config.weights` of a detector, or the weight file that is in its place now.
+
+    If the recorded file does not exist, a file of its name and content is searched in the folder of
+    the detector, in its run directory, and next to that.
+
+    Args:
+      kept: of the detector.
+      folder: that `kept` was read from.
+      weights: a file with the weights of the backbone; None for the recorded ones.
+
+    Raises:
+      InputError: there is no such file, or its sha256 is not the recorded one.
+    """
+    recorded, digest = kept.config.weights, kept.weights.get("sha256")
+    if weights is not None:
+        file = expanded(weights)
+        if digest is None:
+            raise InputError(
+                f"{folder} was trained with a backbone without a weight file. Leave weights out."
+            )
+        if not file.is_file():
+            raise InputError(f"{file} is not a file. Pass the weight file of the backbone.")
+        if (found := sha256(file)) != digest:
+            raise InputError(
+                f"{file} is not the weight file that {folder} was trained with: its sha256 is "
+                f"{found}, not {digest}. Pass the file that was {recorded or kept.weights['file']}."
+            )
+        return str(file.resolve())
+    if kept.weights.get("source") != "file" or recorded is None or os.path.exists(recorded):
+        return recorded
+    folder = folder.resolve()
+    run = next((f for f in (folder, *folder.parents) if (f / "config.json").exists()), folder)
+    for place in (folder, run, run.parent):
+        file = place / pathlib.Path(recorded).name
+        if file.is_file() and sha256(file) == digest:
+            return str(file)
+    raise InputError(
+        f"{folder} was trained with the weight file {recorded}, which does not exist. Put it there "
+        f"or into {run}, or pass its path: --weights=FILE with --mode=predict, or "
+        "Detector.load(folder, weights=FILE)."
+    )
+
+
 def save(
     source: pathlib.Path,
     folder: pathlib.Path,
+    weights: str | None,
     image_threshold: Threshold | None,
     pixel_threshold: Threshold | None,
 ) -> None:
     """Copy what lies in a folder to a new one, with these thresholds; or change them where it lies.
+
+    Args:
+      source: of the detector.
+      folder: that it is saved to.
+      weights: `config.weights`, recorded anew as the file may have moved.
+      image_threshold: of scores.
+      pixel_threshold: of anomaly maps.
 
     Raises:
       InputError: the folder holds something else.
@@ -122,6 +177,7 @@ def save(
         for file in [*training.glob("*.npz"), *source.glob(_HELD_OUT)]:
             shutil.copy(file, folder)
         about["training"] = "."
+    about["config"]["weights"] = weights
     about["thresholds"] = _plain(image_threshold, pixel_threshold)
     write_json(folder / _ABOUT, about)
 

@@ -45,6 +45,9 @@ _MODE = flags.DEFINE_enum(
 )
 _INPUT = flags.DEFINE_string("input", None, "predict: a file, a folder or a glob pattern")
 _OUTPUT = flags.DEFINE_string("output", None, "predict: the folder that gets the results")
+_WEIGHTS = flags.DEFINE_string(
+    "weights", None, "predict: weight file of the backbone, if it has moved since the training"
+)
 _RATE = flags.DEFINE_float(
     "false_alarm_rate", None, "predict: part of normal images that may be called anomalous"
 )
@@ -77,6 +80,8 @@ def main(argv: list[str]) -> int:
         if flag.value == "":
             raise InputError(f"--{flag.name} is empty: give a folder, or leave it out")
     is_predicting = _MODE.value == "predict"
+    if _WEIGHTS.value is not None and not is_predicting:
+        raise InputError("--weights is for --mode=predict. Pass --config.weights=FILE instead.")
     if _CONFIG.value is None and not is_predicting:
         raise InputError("name an experiment, such as --config=configs/demo.py")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # compile once, not at every start
@@ -101,7 +106,10 @@ def _predict() -> int:
     from fastflow_jax.predict import predict
 
     if _CONFIG.value is not None:
-        raise InputError("--mode=predict reads the run folder: leave --config out")
+        raise InputError(
+            "--mode=predict reads the configuration of the run. Leave --config out, and pass a "
+            "weight file that has moved as --weights=FILE."
+        )
     for flag in (_WORKDIR, _INPUT, _OUTPUT):
         if flag.value is None:
             raise InputError(f"--mode=predict needs --{flag.name}: see --help")
@@ -109,6 +117,7 @@ def _predict() -> int:
         _WORKDIR.value,
         _INPUT.value,
         _OUTPUT.value,
+        weights=_WEIGHTS.value,
         rate=_RATE.value,
         tile=_TILE.value,
         heatmaps=_HEATMAPS.value,
@@ -176,6 +185,11 @@ def _parse(argv: list[str]) -> list[str]:
         )
     try:
         return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        message = str(error)
+        if error.flagname == "config.weights":
+            message = "--config.weights needs --config. For --mode=predict, pass --weights=FILE."
+        _fail(message, 2)
     except (flags.Error, InputError) as error:
         # What a configuration file raises comes with a traceback before it.
         _fail(str(error).rpartition(f"{InputError.__name__}: ")[2].strip(), 2)

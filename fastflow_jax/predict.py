@@ -50,6 +50,7 @@ def predict(
     images: str,
     output: str | os.PathLike,
     *,
+    weights: str | os.PathLike | None = None,
     rate: float | None = None,
     tile: bool = False,
     heatmaps: bool = True,
@@ -62,6 +63,7 @@ def predict(
       images: a file, a folder, of which all images in it and below are meant, or a glob pattern.
       output: gets `predictions.csv` and `predictions.jsonl`, in the order in which images are
         done, and, by the names of the images, `heatmaps/` and `maps/`.
+      weights: see `Detector.load`.
       rate: of false alarms, see `Detector.with_threshold`; None: as the detector has it.
       tile: see `Detector.predict`.
       heatmaps: draw pictures.
@@ -78,7 +80,7 @@ def predict(
     """
     output = expanded(output)
     names = find_images(images, besides=output)
-    detector = Detector.load(workdir)
+    detector = Detector.load(workdir, weights=weights)
     if rate is not None:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")

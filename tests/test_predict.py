@@ -251,7 +251,7 @@ def test_the_exit_status_says_what_was_found(run, photos, tmp_path, environment)
     ("arguments", "message"),
     [
         (["--workdir=nosuch", "--input=photos"], "needs --output"),
-        (["--config=configs/demo.py", "--workdir=nosuch"], "leave --config out"),
+        (["--config=configs/demo.py", "--workdir=nosuch"], "Leave --config out"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections

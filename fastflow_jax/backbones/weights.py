@@ -43,12 +43,20 @@ def find_weights(spec: Any, weights: str | None) -> tuple[Path, dict]:
         path, record = expanded(weights), {"source": "file"}
     else:
         path, record = _from_hub(spec, _tag(spec, weights))
+    return path, record | {"file": path.name, "sha256": sha256(path)}
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits.
+
+    Raises:
+      InputError: the file cannot be read.
+    """
     try:
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    return path, record | {"file": path.name, "sha256": digest}
 
 
 def _tag(spec: Any, weights: str | None) -> str:

@@ -232,6 +232,9 @@ def _fail(message: str, code: int, *, at_once: bool = False) -> NoReturn:
 
 
 if __name__ == "__main__":
+    # The name of a file may be no text; a stream that is closed is None.
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, on_signal)

@@ -156,10 +156,10 @@ def write_json(file: pathlib.Path, content: dict | list) -> None:
 
 
 def write_text(file: pathlib.Path, content: str) -> None:
-    """Write a whole file or none."""
+    """Write a whole file or none; bytes of file names that are not UTF-8 are escaped."""
     if parallel.is_main():
         temporary = file.with_suffix(".tmp")
-        temporary.write_text(content, "utf-8")
+        temporary.write_text(content, "utf-8", "backslashreplace")
         temporary.replace(file)
 
 

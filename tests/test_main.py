@@ -1,5 +1,6 @@
 """The command line: exit codes, messages, and processes that are killed."""
 
+import io
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 TINY = [
@@ -39,6 +41,12 @@ def start(arguments, environment):
 def finish(process):
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def png_of(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def numbers(folder):
@@ -226,6 +234,36 @@ def test_a_process_with_bad_input_ends_in_one_message(environment):
     code, _, err = finish(start(arguments, environment))
     assert code == 2
     assert_one_message(err, "did you mean train.epochs")
+
+
+def test_names_that_are_not_utf8_are_printed_and_written(environment, tmp_path):
+    root = tmp_path / "b\udce4r [1]"
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    for name in ("train/good/0", "train/good/1", "test/good/0", "test/dent/k_\udce4"):
+        file = root / f"images/{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png_of(image))
+        image = image[::-1] + np.uint8(1)
+    mask = root / "images/ground_truth/dent/k_\udce4_mask.png"
+    mask.parent.mkdir(parents=True)
+    mask.write_bytes(png_of(np.zeros((32, 32), np.uint8)))  # is told, by its name
+    arguments = ["--config=configs/folder.py", f"--config.data.root={root}/images"]
+    arguments += ["--config.backbone=pixels", "--config.train.epochs=1", "--config.heatmaps=2"]
+    strict = environment | {"PYTHONIOENCODING": "utf-8:strict"}
+    code, out, err = finish(start([*arguments, f"--workdir={root}/run"], strict))
+    assert code == 0, err
+    assert r"dent/k_\udce4.png" in out
+    assert rf"Run folder: {tmp_path}/b\udce4r [1]/run" in out
+    assert r"dent/k_\udce4.png" in (root / "run/report.html").read_text("utf-8")
+    names = [
+        image["name"] for image in json.loads((root / "run/scores.json").read_text())["images"]
+    ]
+    assert "dent/k_\udce4.png" in names
+    predict = ["--mode=predict", f"--workdir={root}/run", f"--input={root}/images/test/dent"]
+    code, out, err = finish(start([*predict, f"--output={root}/out"], strict))
+    assert code in (0, 1), err
+    assert rf"{tmp_path}/b\udce4r [1]/out" in out
+    assert (root / "out/heatmaps/k_\udce4.png.png").exists()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")

@@ -75,8 +75,9 @@ def examples(
         example = {
             "image": _read_whole(record.image),
             "label": int(record.defect != GOOD),
-            "defect": record.defect,
-            "name": record.name,
+            # Bytes of file names that are not UTF-8 are escaped.
+            "defect": record.defect.encode(errors="backslashreplace"),
+            "name": record.name.encode(errors="backslashreplace"),
         }
         if masks:
             mask = record.mask

@@ -53,13 +53,13 @@ def write_reports(workdir: str | pathlib.Path, results: Mapping | None = None) -
     )
     if len(parts) == 1:
         part, folder = parts[0]
-        _write(workdir, part_page(part, folder, config, results))
+        write_text(workdir / "report.html", part_page(part, folder, config, results))
         return
     links = []
     for part, folder in parts:
         back = "../" * len(folder.relative_to(workdir).parts) + "report.html"
         page = part_page(part, folder, config, results, back=back)
-        _write(folder, page)
+        write_text(folder / "report.html", page)
         links.append((part, (folder / "report.html").relative_to(workdir).as_posix()))
     page = _template().render(
         title=f"{_detector(config)} on {config['data']['name']}",
@@ -69,7 +69,7 @@ def write_reports(workdir: str | pathlib.Path, results: Mapping | None = None) -
         links=links,
         provenance=_provenance(results, config),
     )
-    _write(workdir, page)
+    write_text(workdir / "report.html", page)
 
 
 def part_page(
@@ -114,11 +114,6 @@ def _changed(config: Mapping, changes: Mapping) -> Mapping:
     """A variant's configuration, plain, of which sections are changed field by field."""
     sections = {k: v for k, v in changes.items() if isinstance(v, Mapping)}
     return config | changes | {k: _changed(config.get(k, {}), v) for k, v in sections.items()}
-
-
-def _write(folder: pathlib.Path, page: str) -> None:
-    """Names of files may hold what UTF-8 has no code for."""
-    write_text(folder / "report.html", page.encode("utf-8", "replace").decode("utf-8"))
 
 
 def _template() -> jinja2.Template:

@@ -91,6 +91,23 @@ def test_a_directory_that_is_not_utf8_is_named(tmp_path, data_config):
         open_dataset(config)
 
 
+def test_names_that_are_not_utf8_are_escaped(raw, make_products, open_btad):
+    product = make_products(raw) / "01"
+    (product / "test/ko/0001.bmp").rename(product / "test/ko/k_\udce4.bmp")
+    (product / "ground_truth/ko/0001.png").rename(product / "ground_truth/ko/k_\udce4.png")
+    test = open_btad("01").test
+    assert test.names == ("ko/0000.bmp", "ko/k_\\udce4.bmp", "ok/0000.bmp")
+    assert [int(example.mask.sum()) for example in test] == [1, 2, 0]
+
+
+@pytest.mark.parametrize("name", ["raw [1]", "k_\udce4", "a\\b"])
+def test_any_name_can_hold_raw_data(name, make_products, data_config, tmp_path):
+    root = make_products(tmp_path / name)
+    config = data_config("btad", category="01", root=str(root), dir=str(tmp_path / "data"))
+    for _ in range(2):  # prepare, and read what is prepared
+        assert open_dataset(config).train[1].image[0, 0].tolist() == [11, 0, 1]
+
+
 @pytest.mark.parametrize("top", ["BTech_Dataset_transformed", "any name", None])
 def test_the_archive(raw, make_products, open_btad, tmp_path, top):
     made = make_products(tmp_path / "made")

@@ -183,6 +183,23 @@ def test_thresholds_change_without_fitting_and_are_saved(detector, tmp_path):
         detector.with_threshold(1.0, rate=0.1)
 
 
+def test_an_f1_optimal_threshold_decides_alike_alone_and_in_a_batch(detector):
+    """Each image in turn is the lowest of those labelled anomalous; other programs round apart."""
+    images = [spoilt(), *photographs(11, seed=8)]
+    batch, alone = detector.predict(images), [detector.predict(image) for image in images]
+    scores = [r.score for r in batch]
+    maps = np.stack([r.anomaly_map for r in batch])
+    assert [r.score for r in alone] != scores
+    for lowest in batch:
+        of_images = thresholds.f1_optimal(scores, np.array(scores) >= lowest.score)
+        of_pixels = thresholds.f1_optimal(maps, maps >= lowest.anomaly_map.max())
+        chosen = detector.with_threshold(of_images, pixel=of_pixels)
+        for image, before in zip(images, scores, strict=True):
+            assert chosen.predict(image).is_anomalous == (before >= lowest.score)
+        most = lowest.anomaly_map.argmax()
+        assert chosen.predict(images[batch.index(lowest)]).mask.flat[most]
+
+
 def test_thresholds_are_saved_where_the_detector_lies(tmp_path):
     detector = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run")
     detector.with_threshold(12.5).save()

@@ -139,6 +139,60 @@ def test_the_f1_optimal_threshold_is_that_of_the_metric():
         T.f1_optimal(values, np.zeros(50))
 
 
+def after(x, towards=np.inf):
+    """The next float32."""
+    return float(np.nextafter(np.float32(x), np.float32(towards)))
+
+
+@pytest.mark.parametrize(
+    ("values", "labels", "expected"),
+    [
+        ([1, 2, 4, 8], [0, 0, 1, 1], 3.0),
+        ([1, 2, 4, 8], [0, 1, 0, 1], 1.5),
+        ([4, 1, 4, 2, 4], [1, 0, 0, 0, 1], 3.0),  # ties between and within the classes
+        ([-np.inf, 0, np.inf], [0, 1, 1], -np.inf),
+        ([0, 0, np.inf], [0, 0, 1], 0.0),
+        ([1, 2, 9], [1, 0, 0], 0.99),  # no score is lower: 1 % of the distance to the median
+        ([7, 5], [1, 1], 4.99),
+        ([2, 2, 2], [0, 1, 0], 2 - 2e-5),  # no distance
+        ([1, after(1)], [0, 1], 1.0),  # no float32 is in between
+        ([after(1), after(after(1))], [0, 1], after(1)),
+    ],
+)
+def test_the_f1_optimal_threshold_is_midway_to_the_next_lower_score(values, labels, expected):
+    values = np.array(values, np.float32)
+    threshold = T.f1_optimal(values, labels).value
+    assert threshold == pytest.approx(expected, rel=1e-7)
+    assert (values > threshold).tolist() == (values >= metrics.f1_max(values, labels)[1]).tolist()
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_the_f1_optimal_threshold_tells_float32_scores_apart(data):
+    near = st.integers(0, 5).map(lambda steps: np.float32(1) + steps * np.finfo(np.float32).eps)
+    values = np.array(data.draw(st.lists(near, min_size=1, max_size=12)), np.float32)
+    labels = data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
+    assume(any(labels))
+    threshold = T.f1_optimal(values, labels).value
+    wanted = values >= metrics.f1_max(values, labels)[1]
+    np.testing.assert_array_equal(values > threshold, wanted)  # as masks are made
+    assert [float(v) > threshold for v in values] == wanted.tolist()  # as images are called
+
+
+def test_the_f1_optimal_threshold_of_maps_is_midway_too():
+    maps = np.array([[[1, 2], [4, 8]], [[0, 1], [2, 2]]], np.float32)
+    threshold = T.f1_optimal(maps, maps > 3)
+    assert (threshold.value, threshold.n) == (3.0, 2)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1, 1e6])
+def test_scores_that_are_equal_up_to_rounding_stay_above_the_threshold(scale):
+    values = np.full(3, scale, np.float32)
+    threshold = T.f1_optimal(values, [1, 1, 1]).value
+    assert (values * np.float32(1 - 3e-6) > threshold).all()
+    assert T.f1_optimal(np.zeros(3, np.float32), [1, 0, 1]).value < 0
+
+
 @settings(deadline=None)
 @given(st.floats(1, 1e5), st.floats(0, 30))
 def test_the_tail_of_chi_squared(degrees, sigmas):

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 import jinja2
 import numpy as np
 
-from fastflow_jax.metrics import f1_max
 from fastflow_jax.report.charts import Line, histogram, line_chart, ticks
 from fastflow_jax.report.table import TITLES, table_cells
 from fastflow_jax.run_folder import files_in, read_lines, write_text
+from fastflow_jax.thresholds import f1_optimal
 
 _HERE = pathlib.Path(__file__).parent
 _DETECTORS = {
@@ -84,7 +84,8 @@ def part_page(
 
     Args:
       part: what stands in `part.json`. The slider begins at its threshold, above which scores are
-        called anomalous, or else at the F1-optimal one on the test labels, and says so.
+        called anomalous, or else at the F1-optimal one on the test labels, and says so; with
+        test images of one class, at the highest good score or below the lowest anomalous one.
       folder: the part's; `scores.json` and `strips/` may lie there.
       config: of the run, plain.
       results: of the run.
@@ -177,12 +178,11 @@ def _decision(images: list[dict], given: Mapping | None) -> dict | None:
         threshold_is = (
             f"{given['rate']:.2g} of normal images lie above it, by {given['n']} that were held out"
         )
+    elif labels.any():
+        threshold = f1_optimal(scores, labels).value
+        threshold_is = "below all scores" if labels.all() else "F1-optimal on the test labels"
     else:
-        value = np.float32(f1_max(scores, labels)[1])
-        if labels.any():
-            value = np.nextafter(value, np.float32(-np.inf))  # that score is to be above it
-        threshold = float(value)
-        threshold_is = "F1-optimal on the test labels" if labels.any() else "the highest score"
+        threshold, threshold_is = float(scores.max()), "the highest score"
     low, high = scores.min(), scores.max()
     # A few scores far out must not squeeze all others into one bar.
     kinds = ((scores[~labels], 0.99), (scores[labels], 0.5))

@@ -99,8 +99,9 @@ def f1_max(scores: ArrayLike, labels: ArrayLike) -> tuple[float | None, float | 
         labels: of the same shape, 1 or True for defective.
 
     Returns:
-        (F1, threshold). With defective samples only, (1, lowest score); with normal samples only,
-        (None, highest score); without samples, (None, None).
+        (F1, threshold). With only one class F1 is None, as any scores reach the same value: the
+        threshold is the lowest score of defective samples or the highest score of normal samples.
+        Without samples, (None, None).
 
     Raises:
         InputError: as `image_auroc`.
@@ -108,6 +109,8 @@ def f1_max(scores: ArrayLike, labels: ArrayLike) -> tuple[float | None, float | 
     positives, negatives = _split(scores, labels)
     if not len(positives):
         return None, float(negatives[-1]) if len(negatives) else None
+    if not len(negatives):
+        return None, float(positives[0])
     best, threshold = -1.0, None
     for block, true, false, _ in _counts(positives, negatives):
         f1 = 2 * true / (true + false + len(positives))

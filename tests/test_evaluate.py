@@ -50,6 +50,22 @@ def test_without_masks_no_maps_are_kept():
         assert value == (whole[metric] if metric.startswith("image") else None)
 
 
+@pytest.mark.parametrize("label", [0, 1])
+def test_images_of_one_class_have_no_image_figures(label):
+    batches = [b._replace(label=np.full_like(b.label, label)) for b in split(MASKS)]
+    figures = measure(score_split(score(MAPS), batches, N, progress="test"))
+    for metric, value in figures.items():
+        assert (value is None) == metric.startswith("image")
+
+
+@pytest.mark.parametrize("defective", [False, True])
+def test_masks_of_one_class_have_no_pixel_figures(defective):
+    masks = np.full_like(MASKS, defective)
+    figures = measure(score_split(score(MAPS), split(masks), N, progress="test"))
+    for metric, value in figures.items():
+        assert (value is None) == (not metric.startswith("image"))
+
+
 def test_padding_counts_for_nothing_in_any_pixel_figure():
     wide = [np.zeros((N, 10, 8), dtype) for dtype in (np.float32, bool, bool)]
     maps, masks, valid = wide

@@ -155,8 +155,6 @@ def test_every_home_of_features_trains_the_same(finished, tmp_path, home):
 
 def test_an_empty_map_of_figures_for_normal_images_alone(tmp_path):
     """A bare folder of photographs trains, and has no figures."""
-    from PIL import Image
-
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     rng = np.random.default_rng(0)
@@ -166,6 +164,21 @@ def test_an_empty_map_of_figures_for_normal_images_alone(tmp_path):
     config = tiny(**{"data.name": "folder", "data.category": None, "data.root": str(photographs)})
     results = experiment.run(config, tmp_path / "run")
     assert set(results["mean"].values()) == {None}
+
+
+def test_defective_test_images_alone_have_no_image_figures(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        for folder in ("train/good", "test/scratch"):
+            (tmp_path / "photographs" / folder).mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 255, (40, 50, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photographs" / folder / f"{i}.png")
+    root = str(tmp_path / "photographs")
+    fields = {"data.name": "folder", "data.category": None, "data.root": root}
+    results = experiment.run(tiny(**fields, evaluate_every=1), tmp_path / "run")
+    assert set(results["mean"].values()) == {None}
+    assert set(results["best_on_test"]["folder"].values()) == {None}
+    assert "F1" not in (tmp_path / "run" / "table.csv").read_text()
 
 
 def test_data_is_looked_for_before_weights(tmp_path):

@@ -88,6 +88,9 @@ def test_f1_is_the_best_over_all_thresholds_and_its_threshold_the_lowest(drawn):
     if not labels.any():
         assert metrics.f1_max(scores, labels) == (None, scores.max())
         return
+    if labels.all():
+        assert metrics.f1_max(scores, labels) == (None, scores.min())
+        return
     all_f1 = {
         float(threshold): sklearn_metrics.f1_score(labels, scores >= threshold)
         for threshold in np.unique(scores)
@@ -117,7 +120,7 @@ def test_aupro_equals_its_definition(drawn, fpr_limit):
         ([-0.5, 0.0, 0.5, 1.0, -0.1], [0, 1, 1, 1, 1], 1.0, -0.1),
         ([2.3, 1.6, 2.6, 7.9, 3.3], [0, 0, 0, 1, 1], 1.0, 3.3),
         ([4.0, 3.0, 2.0, 1.0], [1, 0, 0, 0], 1.0, 4.0),
-        ([4.0, 3.0, 2.0, 1.0], [1, 1, 1, 1], 1.0, 1.0),
+        ([4.0, 3.0, 2.0, 1.0], [1, 1, 1, 1], None, 1.0),
         ([4.0, 3.0, 2.0, 1.0], [0, 0, 0, 0], None, 4.0),
         ([], [], None, None),
     ],

@@ -44,7 +44,7 @@ def write_pictures(
       placed: (height, width) of an image -> how it came to lie in its map.
       threshold: of maps, a plain `thresholds.Threshold`; pixels above it are called defective.
         None: the F1-optimal one on the test masks or, without masks, the 0.999 quantile of good
-        test images.
+        test images, or of all if none is good.
     """
     n = len(source)
     ranked = np.argsort(-scored.scores, kind="stable")
@@ -83,7 +83,8 @@ def write_pictures(
         mask_threshold_is = "F1-optimal on the test masks"
     else:
         mask_threshold = float(high)
-        mask_threshold_is = "exceeded by 0.1 % of the pixels of good test images"
+        images = "good test images" if len(good) else "test images"
+        mask_threshold_is = f"exceeded by 0.1 % of the pixels of {images}"
     content |= {"mask_threshold": mask_threshold, "mask_threshold_is": mask_threshold_is}
     chosen = list(dict.fromkeys(in_heatmaps + in_strips))
     in_heatmaps, in_strips = set(in_heatmaps), set(in_strips)

@@ -98,9 +98,10 @@
     $("fp").replaceChildren(...of(fp, fp + tn));
     $("tn").replaceChildren(...of(tn, fp + tn));
     $("recall").textContent = percent(tp, tp + fn);
-    $("precision").textContent = percent(tp, tp + fp);
+    const both = tp + fn > 0 && fp + tn > 0; // any scores reach the same where there is one class
+    $("precision").textContent = both ? percent(tp, tp + fp) : "–";
     $("alarms").textContent = percent(fp, fp + tn);
-    $("f1").textContent = tp + fn ? ((2 * tp) / (2 * tp + fp + fn)).toFixed(3) : "–";
+    $("f1").textContent = both ? ((2 * tp) / (2 * tp + fp + fn)).toFixed(3) : "–";
     const point = $("point");
     if (point) {
       const svg = point.ownerSVGElement;

@@ -16,6 +16,7 @@ from fastflow_jax.evaluate import METRICS, Scored, measure
 from fastflow_jax.report import html as reports
 from fastflow_jax.report.html import part_page, write_reports
 from fastflow_jax.report.pictures import write_pictures
+from fastflow_jax.report.table import TITLES
 from fastflow_jax.run_folder import files_in
 
 HOSTILE = [
@@ -292,6 +293,26 @@ def test_any_scores_and_labels_make_a_report(run_folder, tmp_path, scores, label
     assert data["low"] < data["threshold"] < data["high"]
 
 
+@pytest.mark.parametrize(
+    ("label", "start", "pixels"),
+    [(0, "the highest score", "good test images"), (1, "below all scores", "test images")],
+)
+def test_images_of_one_class_have_no_f1_and_thresholds_that_say_so(tmp_path, label, start, pixels):
+    source, scored, maps = scored_images(n=9, masks=False)
+    scored = scored._replace(labels=np.full(9, label, np.int32))
+    part = write_part(tmp_path, n=9)
+    draw(tmp_path, source, scored, maps, heatmaps=0, strips=9)
+    part["figures"] = measure(scored)
+    (tmp_path / "part.json").write_text(json.dumps(part))
+    page = write_run(tmp_path, [part])
+    texts = Checked(page).texts
+    assert not set(TITLES.values()) & {*texts["dt"], *texts["th"]}
+    assert f": {start}." in page
+    assert f"exceeded by 0.1 % of the pixels of {pixels})" in page
+    called = np.array(embedded(page)["scores"]) > embedded(page)["threshold"]
+    assert (called == bool(label)).all()
+
+
 def test_pictures_are_at_most_as_many_as_asked_for(tmp_path):
     part = write_part(tmp_path, strips=10)
     page = write_run(tmp_path, [part])
@@ -364,6 +385,20 @@ def test_the_slider_changes_the_counts_to_the_right_numbers(run_folder, page):
         assert float(rates[2]) == pytest.approx(2 * tp / (2 * tp + fp + fn), abs=6e-4)
         verdicts = page.run(f"{SHOWN}.map(item => item.dataset.verdict)")
         assert [verdicts.count(v) for v in ("tp", "fn", "fp", "tn")] == [tp, fn, fp, tn]
+    assert page.errors == []
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_the_slider_has_no_f1_and_precision_of_one_class(tmp_path, page, label):
+    source, scored, maps = scored_images(n=9, masks=False)
+    scored = scored._replace(labels=np.full(9, label, np.int32))
+    part = write_part(tmp_path, n=9)
+    draw(tmp_path, source, scored, maps, heatmaps=0, strips=9)
+    write_run(tmp_path, [part])
+    page.open(tmp_path / "report.html")
+    rates = ["precision", "f1", "recall", "alarms"]
+    shown = page.run(f"{rates}.map(id => document.getElementById(id).textContent)")
+    assert shown == ["–", "–", *(("100.0 %", "–") if label else ("–", "0.0 %"))]
     assert page.errors == []
 
 

@@ -312,6 +312,17 @@ def _tell_of_blank(masks: np.ndarray, source: data.Source, title: str) -> None:
         )
 
 
+def _note_cut_masks(source: data.Source, title: str) -> None:
+    """Reports masks with a halo of grey levels, see `transforms.decode_mask`."""
+    if source.cut_masks:
+        tqdm.write(
+            f"{title}: {len(source.cut_masks)} masks have grey levels around their defects, such "
+            f"as {min(source.cut_masks)}. Only pixels from half of the highest level on (or from "
+            "1/8 on if there are classes of lower levels) count as defective. Save masks without "
+            "lossy compression or antialiasing to choose the edges yourself."
+        )
+
+
 def _test(config, backbone, of, folder, source, pooled, title) -> Callable[..., Iterable[Batch]]:
     """See `Prepared.test`."""
     if source is None:
@@ -341,6 +352,7 @@ def _test(config, backbone, of, folder, source, pooled, title) -> Callable[..., 
         )
         if has_masks:
             _tell_of_blank(masks, source, title)
+            _note_cut_masks(source, title)
 
     @functools.cache
     def features():

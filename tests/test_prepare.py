@@ -1,5 +1,6 @@
 """What runs share is made once: features of images, whatever parts of a set they belong to."""
 
+import io
 import json
 import weakref
 
@@ -260,6 +261,30 @@ def test_masks_of_defects_that_mark_nothing_are_told(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "at 16x16 the masks of 1 defective images mark nothing" in told
     assert "crack/0.png" in told
+
+
+def test_masks_with_a_halo_are_reported_once(tmp_path, capsys):
+    root = tmp_path / "screws"
+    for name in ("train/good/0", "train/good/1", "test/good/0", "test/crack/0", "test/crack/1"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (90, 90, 90)).save(root / f"{name}.png")
+    (root / "ground_truth/crack").mkdir(parents=True)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[5:19, 6:25] = 255
+    for name in ("0", "1"):
+        jpeg = io.BytesIO()
+        Image.fromarray(mask).save(jpeg, "JPEG")
+        Image.open(jpeg).save(root / f"ground_truth/crack/{name}_mask.png")
+    c = default()
+    c.data.root, c.backbone, c.image_size = str(root), "pixels", (32,)
+    prepared = preparer(fill(c), tmp_path / "features")(fill(c), None, 0)
+    (batch,) = prepared.test()
+    marked = (mask > 0).sum()
+    assert batch.mask.sum((1, 2)).tolist() == [marked, marked, 0]
+    reported = [line for line in capsys.readouterr().out.splitlines() if "grey levels" in line]
+    assert len(reported) == 1
+    assert "2 masks" in reported[0]
+    assert "crack/0_mask.png" in reported[0]
 
 
 # Of as many pixels, files that are not compressed take as many bytes.

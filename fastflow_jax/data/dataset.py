@@ -47,6 +47,8 @@ class Source:
     # Of a part: the source, without masks, that it is a part of, and the places of its images
     # there. What is computed once for all images of that source serves every part of it.
     part_of: tuple["Source", np.ndarray | slice] | None = None
+    # Mask files read so far that were cut, see `transforms.decode_mask`.
+    cut_masks: set[str] = dataclasses.field(default_factory=set)
     # Of files that may be replaced under their names: what the system says of each.
     files: tuple[os.stat_result | None, ...] | None = None
 

@@ -61,6 +61,7 @@ def _bare(root: Path) -> list[Record]:
 
 def _source(records: list[Record]) -> Source:
     has_masks = any(record.mask for record in records)
+    cut: set[str] = set()
 
     def load(index: int) -> tuple[np.ndarray, np.ndarray | None]:
         record = records[index]
@@ -69,7 +70,7 @@ def _source(records: list[Record]) -> Source:
             return image, None
         if record.mask is None:
             return image, np.zeros(image.shape[:2], bool)
-        mask = decode_mask(read_file(record.mask), str(record.mask))
+        mask = decode_mask(read_file(record.mask), str(record.mask), cut.add)
         check_sizes(record.image, image.shape[:2], record.mask, mask.shape)
         if record.defect == GOOD and mask.any():
             raise InputError(f"{record.mask} marks a defect in a good image: remove it.")
@@ -77,4 +78,5 @@ def _source(records: list[Record]) -> Source:
 
     names = tuple(record.name for record in records)
     files = tuple(record.image.stat() for record in records)
-    return Source(names, tuple(record.defect for record in records), load, files=files)
+    defects = tuple(record.defect for record in records)
+    return Source(names, defects, load, files=files, cut_masks=cut)

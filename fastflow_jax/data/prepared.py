@@ -217,6 +217,7 @@ def source(builder: tfds.core.DatasetBuilder, split: str) -> Source:
     names = tuple(example["name"].decode() for example in rest)
     defects = tuple(example["defect"].decode() for example in rest)
     has_masks = split == "test" and "mask" in builder.info.features
+    cut: set[str] = set()
 
     def load(index: int) -> tuple[np.ndarray, np.ndarray | None]:
         example, name = data[index], f"{builder.info.full_name}: {names[index]}"
@@ -225,10 +226,10 @@ def source(builder: tfds.core.DatasetBuilder, split: str) -> Source:
             return image, None
         if defects[index] == GOOD:
             return image, np.zeros(image.shape[:2], bool)
-        mask = decode_mask(example["mask"], f"the mask of {name}")
+        mask = decode_mask(example["mask"], f"the mask of {name}", cut.add)
         return image, mask
 
-    return Source(names, defects, load)
+    return Source(names, defects, load, cut_masks=cut)
 
 
 def provenance(builder: tfds.core.DatasetBuilder) -> dict:

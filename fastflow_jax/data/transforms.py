@@ -5,12 +5,13 @@ Images stay uint8 until `normalise`, so that resizing is Pillow's own, as in tor
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+from scipy import ndimage
 
 from fastflow_jax.errors import InputError
 
@@ -113,19 +114,68 @@ def convert_image(image: Image.Image, name: str = "the image") -> np.ndarray:
     return np.asarray(ImageOps.exif_transpose(turned))
 
 
-def decode_mask(data: bytes, name: str = "the mask") -> np.ndarray:
-    """Decodes the bytes of a mask file into bool, [H, W], true where the image is defective.
+def decode_mask(
+    data: bytes, name: str = "the mask", on_cut: Callable[[str], object] | None = None
+) -> np.ndarray:
+    """Decodes the bytes of a mask file into bool, [H, W], True where the image is defective.
 
-    A pixel is defective unless it is black, so masks of 0 and 1, of 0 and 255 and of one colour
-    or palette entry a defect class all serve. JPEG leaves noise round edges: there the brightest
-    channel must exceed 127.
+    The level of a pixel is its grey value or the maximum of its channels. A pixel is defective
+    unless its level is 0, so masks of 0 and 1, of 0 and 255, of class or instance indices and of
+    one colour or palette entry per class are all valid.
+
+    Lossy compression, antialiasing and resizing leave a halo of low levels around defects. The
+    halo is recognised by the levels, whatever the file format. A mask is cut if it has more than
+    three levels, the highest is above half of the range (127; 32767 with 16 or 32 bits; 0.5 with
+    floats), and the levels below half of the highest are not those of classes. Classes fill areas
+    of one level, halos do not: levels below 1/8 of the highest are classes if more than 90 % of
+    their pixels lie in blocks of 3x3 pixels of one level, and those from 1/8 to 1/2 if more than
+    25 % do.
+
+    - Neither are classes: pixels from half of the highest level on are defective.
+    - Those from 1/8 on are classes: pixels from 1/8 of the highest level on are defective.
+    - Those below 1/8 are classes: the mask is not cut.
+
+    Args:
+        data: content of the file.
+        name: of the mask in messages, best its path.
+        on_cut: called with the name of a mask that is cut.
 
     Raises:
         InputError: broken, truncated or too large.
     """
     mask = _load(data, name)
     levels = np.asarray(mask) if mask.mode[0] in "IF" else _rgb(mask, name).max(axis=-1)
-    return levels > (127 if mask.format in ("JPEG", "MPO") else 0)
+    lowest = _lowest_defective(levels)
+    if lowest is None:
+        return levels > 0
+    if on_cut:
+        on_cut(name)
+    return levels >= lowest
+
+
+def _lowest_defective(levels: np.ndarray) -> float | None:
+    """The lowest defective level of a mask with a halo; None without, see `decode_mask`."""
+    highest = levels.max()
+    is_float = levels.dtype.kind == "f"
+    if not highest > (0.5 if is_float else 127 if levels.dtype == np.uint8 else 32767):
+        return None
+    half = highest / 2 if is_float else highest // 2
+    low = (levels > 0) & (levels < highest / 8)
+    middle = (levels >= highest / 8) & (levels < half)
+    if not (low.any() or middle.any()) or len(np.unique(levels)) <= 3:
+        return None
+    is_even = ndimage.maximum_filter(levels, 3) == ndimage.minimum_filter(levels, 3)
+    if _share_in_blocks(low, is_even) > 0.9:
+        return None
+    if _share_in_blocks(middle, is_even) > 0.25:
+        return highest / 8 if low.any() else None
+    return half
+
+
+def _share_in_blocks(pixels: np.ndarray, is_even: np.ndarray) -> float:
+    """The share of these pixels, bool [H, W], in 3x3 blocks of one level; 0 if there are none."""
+    in_blocks = ndimage.binary_dilation(pixels & is_even, np.ones((3, 3), bool)) & pixels
+    return in_blocks.sum() / max(1, pixels.sum())
 
 
 def _load(data: bytes, name: str) -> Image.Image:

@@ -9,7 +9,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given
-from PIL import Image
+from PIL import Image, ImageDraw
+from scipy import ndimage
 from torchvision_oracle import import_torchvision
 
 from fastflow_jax.data.transforms import (
@@ -268,6 +269,137 @@ def test_decode_mask_is_not_fooled_by_jpeg_noise():
     noisy = np.asarray(Image.open(io.BytesIO(data)))
     assert ((noisy > 0) != blocks).any(), "the noise that this test is about"
     np.testing.assert_array_equal(decode_mask(data), blocks)
+
+
+def drawn(shapes, size=(240, 320), mode="L"):
+    """A mask of shapes: (method of ImageDraw, corners, level or colour)."""
+    image = Image.new(mode, size[::-1])
+    for method, corners, level in shapes:
+        getattr(ImageDraw.Draw(image), method)(corners, fill=level)
+    return image
+
+
+DEFECTS = drawn(
+    [
+        ("ellipse", (30, 40, 130, 90), 255),
+        ("rectangle", (200, 31, 211, 42), 255),
+        ("line", (20, 200, 300, 130), 255),
+        ("ellipse", (220, 180, 226, 184), 255),
+    ]
+)
+# Each label fills an area: instances, PASCAL VOC's classes with the void border, grey classes.
+AREAS = [(20 + 45 * (i % 6), 20 + 50 * (i // 6)) for i in range(24)]
+LABELS = {
+    "instances 1 to 20": range(1, 21),
+    "instances 1 to 240": range(1, 241, 12),
+    "classes and void": (1, 2, 7, 15, 20, 255),
+    "grey classes": (50, 100, 150, 200, 250),
+    "bright classes": range(236, 256),
+}
+
+
+def iou(mask, truth):
+    return (mask & truth).sum() / (mask | truth).sum()
+
+
+def passed_through(mask, kind, **options):
+    """The mask in a lossy format, saved again as PNG."""
+    lossy = Image.open(io.BytesIO(encode(mask, kind, **options)))
+    return encode(lossy.convert("RGB" if mask.mode == "RGB" else "L"))
+
+
+LOSSY = {
+    "JPEG 30": ("JPEG", {"quality": 30}),
+    "JPEG 75": ("JPEG", {"quality": 75}),
+    "JPEG 95": ("JPEG", {"quality": 95}),
+    "JPEG 100": ("JPEG", {"quality": 100}),
+    "WebP 80": ("WEBP", {"quality": 80}),
+    "WebP 30": ("WEBP", {"quality": 30}),
+    "TIFF with JPEG": ("TIFF", {"compression": "jpeg"}),
+    "JPEG 2000": ("JPEG2000", {"quality_mode": "rates", "quality_layers": [20]}),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_decode_mask_leaves_out_the_halo_of_lossy_formats(kind):
+    format, options = LOSSY[kind]
+    truth, cut = np.asarray(DEFECTS) > 0, []
+    again = passed_through(DEFECTS, format, **options)
+    assert iou(decode_mask(again, "a.png", cut.append), truth) >= 0.98
+    lossy = encode(DEFECTS, format, **options)
+    assert iou(decode_mask(lossy, "a.png", cut.append), truth) >= 0.98
+    assert set(cut) <= {"a.png"}
+    if kind in ("JPEG 75", "WebP 80", "TIFF with JPEG"):
+        assert cut == ["a.png"] * 2
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("factor", [0.4, 1.5, 3])
+def test_decode_mask_leaves_out_the_halo_of_resizing(factor, bits):
+    size = (round(320 * factor), round(240 * factor))
+    resized = DEFECTS.resize(size, Image.Resampling.BICUBIC)
+    truth = np.asarray(resized) > 127
+    if bits == 16:
+        resized = Image.fromarray(np.asarray(resized) * np.uint16(257))
+    assert iou(decode_mask(encode(resized)), truth) >= 0.98
+
+
+@pytest.mark.parametrize("kind", ["alpha", "floats", "32 bits"])
+def test_decode_mask_cuts_antialiased_masks_of_any_mode(kind):
+    soft = np.asarray(DEFECTS.resize((160, 120), Image.Resampling.BOX))
+    if kind == "alpha":
+        data = encode(Image.fromarray(np.dstack([np.full((*soft.shape, 3), 255, np.uint8), soft])))
+    elif kind == "floats":
+        data = encode(Image.fromarray(soft / np.float32(255)), "TIFF")
+    else:
+        data = encode(Image.fromarray(soft * np.int32(257)), "TIFF")
+    np.testing.assert_array_equal(decode_mask(data), soft >= 127)
+
+
+def test_a_thin_antialiased_line_stays_whole():
+    large = drawn([("line", (100, 90, 1700, 1400), 255)], size=(1500, 2000))
+    soft = np.asarray(large.resize((200, 150)))
+    assert 0 < soft.max() < 127, "a line this faint is not cut"
+    np.testing.assert_array_equal(decode_mask(encode(Image.fromarray(soft))), soft > 0)
+    bright = (soft.astype(np.uint16) * 255 // soft.max()).astype(np.uint8)
+    line = decode_mask(encode(Image.fromarray(bright)))
+    assert line.sum() < (soft > 0).sum()
+    assert ndimage.label(line, np.ones((3, 3)))[1] == 1
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("kind", LABELS)
+def test_decode_mask_keeps_labels_of_any_level(kind, bits):
+    places = zip(AREAS, LABELS[kind], strict=False)
+    labels = drawn(
+        [
+            (("ellipse", "rectangle")[i % 2], (x, y, x + 10 + i, y + 12), level)
+            for i, ((x, y), level) in enumerate(places)
+        ]
+    )
+    truth, cut = np.asarray(labels) > 0, []
+    if bits == 16:
+        labels = Image.fromarray(np.asarray(labels).astype(np.uint16))
+    np.testing.assert_array_equal(decode_mask(encode(labels), on_cut=cut.append), truth)
+    assert cut == []
+
+
+COLOURS = [(128, 0, 0), (0, 128, 0), (64, 0, 0), (192, 128, 128), (0, 64, 0), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_colours_of_classes_are_defective_before_and_after_a_lossy_format(lossy):
+    shapes = [
+        ("rectangle", (10 + 50 * i, 20 + 20 * i, 50 + 50 * i, 80 + 20 * i), colour)
+        for i, colour in enumerate(COLOURS)
+    ]
+    classes = drawn(shapes, mode="RGB")
+    truth = np.asarray(classes).any(-1)
+    data = passed_through(classes, "JPEG", quality=75) if lossy else encode(classes)
+    mask = decode_mask(data)
+    assert iou(mask, truth) >= (0.9 if lossy else 1)
+    for _, (left, top, right, bottom), _ in shapes:
+        assert mask[top + 4 : bottom - 3, left + 4 : right - 3].all()
 
 
 def test_a_truncated_image_is_named():

@@ -1,14 +1,16 @@
 """What applications import: a detector that is fitted, saved, loaded, and looks at images."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ from fastflow_jax.data.given import Images, ahead, as_dataset, each, is_one
 from fastflow_jax.errors import InputError
 from fastflow_jax.features import Features
 from fastflow_jax.held_out import HeldOut
-from fastflow_jax.inputs import Inputs, cut, whole_box, whole_map
+from fastflow_jax.inputs import Inputs, Outputs, Part, cut, stacked, whole_box
 from fastflow_jax.kinds import KINDS, kind, recipe
 from fastflow_jax.paths import expanded
 from fastflow_jax.prepare import extractor_of, preparer, trained_on
@@ -264,19 +266,22 @@ class Detector:
         `on_error(name, error)` is called for an image that cannot be read, and the rest goes on;
         without it, the error is raised.
         """
-        waiting: list[Inputs] = []
         with contextlib.closing(self._all_inputs(images, tile)) as inputs:
-            for name, image in inputs:
-                if isinstance(image, Inputs):
-                    waiting.append(image)
-                    if sum(len(i.images) for i in waiting) >= LARGEST:
-                        yield from self._predicted(waiting)
-                        waiting = []
-                elif on_error:
-                    on_error(name, image)
-                else:
-                    raise image
-        yield from self._predicted(waiting)
+
+            def parts():
+                for name, image in inputs:
+                    if isinstance(image, Inputs):
+                        outputs = Outputs(image)
+                        yield from ((outputs, part) for part in image.parts)
+                    elif on_error:
+                        on_error(name, image)
+                    else:
+                        raise image
+
+            # Each batch is blended into the maps of its images before the next one is cut.
+            remaining = parts()
+            while batch := collections.deque(itertools.islice(remaining, LARGEST)):
+                yield from self._predicted(batch)
 
     def regions(
         self,
@@ -318,22 +323,26 @@ class Detector:
         for _, image in self._all_inputs(images, tile=False):
             if isinstance(image, InputError):
                 raise image
-            energies, seen = programs.energies(image.images, image.valid)
+            (part,) = image.parts
+            energies, seen = programs.energies(*stacked([part]))
             size = tuple(self.config.image_size)
             of_input = thresholds.regions(
                 [e[0] for e in energies], [s[0] for s in seen], moments, size, limit
             )
-            found.append([dataclasses.replace(r, box=whole_box(image, r.box)) for r in of_input])
+            found.append(
+                [dataclasses.replace(r, box=whole_box(image, part, r.box)) for r in of_input]
+            )
         return found[0] if is_one(images) else found
 
     def features(self, images: Images) -> Features:
         """What the scorer sees of images, [B, h, w, C] a scale."""
-        parts = []
+        found = []
         for _, image in self._all_inputs(images, tile=False):
             if isinstance(image, InputError):
                 raise image
-            parts.append(self._programs.features(image.images))
-        return tuple(np.concatenate(scale) for scale in zip(*parts, strict=True))
+            (part,) = image.parts
+            found.append(self._programs.features(part.image[None]))
+        return tuple(np.concatenate(scale) for scale in zip(*found, strict=True))
 
     def latents(self, features: Features) -> Features:
         """The z of features, [B, h, w, C] a scale: standard normal under the model."""
@@ -401,38 +410,32 @@ class Detector:
             except InputError as error:
                 return name, error
 
-        # The tiles of one image fill the programs, and those of many may fill the memory.
+        # Images to be tiled are large: of few the decoded pixels fit into memory.
         calls = (functools.partial(attempt, *image) for image in each(images))
         return ahead(calls, threads=1 if tile else None)
 
-    def _predicted(self, images: Sequence[Inputs]) -> Iterator[Prediction]:
-        if not images:
-            return
-        inputs = np.concatenate([image.images for image in images])
-        valid = None
-        if images[0].valid is not None:
-            valid = np.concatenate([image.valid for image in images])
-        scores, maps, likelihoods = self._programs.predict(inputs, valid)
-        last = 0
-        for image in images:
-            own = slice(last, last + len(image.images))
-            last = own.stop
-            likelihood = None if likelihoods is None else float(likelihoods[own].mean())
-            score = float(scores[own].max())
-            if not np.isfinite(score):
-                raise InputError(
-                    f"{image.name} scores {score}: the training or the backbone's weights are "
-                    "broken, train anew"
-                )
-            yield self._prediction(image, score, maps[own], likelihood)
+    def _predicted(self, batch: collections.deque[tuple[Outputs, Part]]) -> Iterator[Prediction]:
+        """Scores a batch of parts; yields the predictions of images that are complete with it.
 
-    def _prediction(
-        self, image: Inputs, score: float, maps: np.ndarray, likelihood: float | None
-    ) -> Prediction:
-        anomaly_map = whole_map(image, maps)
+        The batch is emptied, so that the maps of its images are not held together.
+        """
+        scores, maps, likelihoods = self._programs.predict(*stacked([part for _, part in batch]))
+        for i in range(len(batch)):
+            outputs, part = batch.popleft()
+            outputs.add(part, scores[i], maps[i], None if likelihoods is None else likelihoods[i])
+            if outputs.is_complete:
+                yield self._prediction(outputs)
+
+    def _prediction(self, outputs: Outputs) -> Prediction:
+        score, anomaly_map = outputs.score, outputs.anomaly_map
+        if not np.isfinite(score):
+            raise InputError(
+                f"{outputs.name} scores {score}: the training or the backbone's weights are "
+                "broken, train anew"
+            )
         image_limit, pixel_limit = self.image_threshold, self.pixel_threshold
         return Prediction(
-            name=image.name,
+            name=outputs.name,
             score=score,
             p_value=None
             if self.held_out is None
@@ -440,7 +443,7 @@ class Detector:
             is_anomalous=None if image_limit is None else score > image_limit.value,
             anomaly_map=anomaly_map,
             mask=None if pixel_limit is None else anomaly_map > pixel_limit.value,
-            log_likelihood=likelihood,
+            log_likelihood=outputs.log_likelihood,
         )
 
 

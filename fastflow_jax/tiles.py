@@ -17,26 +17,34 @@ def places(size: tuple[int, int], tile: tuple[int, int]) -> list[tuple[slice, sl
     return [(slice(r, r + height), slice(c, c + width)) for r in rows for c in columns]
 
 
-def blend(
-    maps: Sequence[np.ndarray], where: Sequence[tuple[slice, slice]], size: tuple[int, int]
-) -> np.ndarray:
-    """Maps of tiles -> the map of the image, float32 [H, W].
+class Blender:
+    """The map of an image, float32 [H, W], as the sum of the weighted maps of its tiles.
 
     Each pixel is a mean over the tiles that it lies in, whose weights fall towards the tiles'
     borders and sum to one: where maps agree nothing changes, where they differ one fades into the
-    other.
+    other. The memory is that of the map of the image and of one tile.
 
     Args:
-        maps: [h, w] a tile.
-        where: see `places`.
         size: (H, W).
+        where: of all tiles, see `places`.
     """
-    total, weights = np.zeros(size), np.zeros(size)
-    for tile, place in zip(maps, where, strict=True):
-        weight = np.outer(*map(_window, tile.shape))
-        total[place] += weight * tile
-        weights[place] += weight
-    return (total / weights).astype(np.float32)
+
+    def __init__(self, size: tuple[int, int], where: Sequence[tuple[slice, slice]]):
+        self._map = np.zeros(size, np.float32)
+        # Tiles form a grid, so that the weight of a pixel is that of its row times its column's.
+        self._weights = [_weights(size[i], [place[i] for place in where]) for i in (0, 1)]
+
+    def add(self, tile_map: np.ndarray, place: tuple[slice, slice]) -> None:
+        """Adds the map of the tile at `place`, [h, w]; each tile is to be added once."""
+        if tile_map.shape == self._map.shape:  # the only tile
+            self._map = tile_map.astype(np.float32, copy=False)
+            return
+        rows, columns = (w[p.start] for w, p in zip(self._weights, place, strict=True))
+        self._map[place] += tile_map * rows[:, None] * columns
+
+    def result(self) -> np.ndarray:
+        """The map of the image, once all tiles are added."""
+        return self._map
 
 
 def _starts(length: int, tile: int) -> list[int]:
@@ -45,6 +53,18 @@ def _starts(length: int, tile: int) -> list[int]:
     step = max(1, int(tile * (1 - _OVERLAP)))
     steps = -(-(length - tile) // step)
     return np.round(np.linspace(0, length - tile, steps + 1)).astype(int).tolist()
+
+
+def _weights(length: int, spans: Sequence[slice]) -> dict[int, np.ndarray]:
+    """Of the tiles along one axis, by their starts: what each pixel of a tile weighs, float32."""
+    windows = {span.start: _window(span.stop - span.start) for span in spans}
+    total = np.zeros(length)
+    for start, window in windows.items():
+        total[start : start + len(window)] += window
+    return {
+        start: (window / total[start : start + len(window)]).astype(np.float32)
+        for start, window in windows.items()
+    }
 
 
 def _window(length: int) -> np.ndarray:

@@ -7,7 +7,8 @@ import json
 import pathlib
 import re
 import shutil
-import tempfile
+import tracemalloc
+import weakref
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 import fastflow_jax.detector
-from fastflow_jax import Detector, data, detector_folder, experiment, thresholds
+from fastflow_jax import Detector, data, detector_folder, experiment, thresholds, tiles
 from fastflow_jax.config import default, fill
 from fastflow_jax.data.transforms import normalise, resize
 from fastflow_jax.errors import InputError
@@ -157,6 +158,45 @@ def test_large_images_are_tiled_on_request(detector):
     assert 38 <= column <= 46
     small = photographs(1, size=(10, 12))[0]
     assert detector.predict(small, tile=True).score == pytest.approx(detector.predict(small).score)
+
+
+def test_a_tiled_image_has_the_scores_and_the_blended_maps_of_its_tiles(detector):
+    image = photographs(1, size=(100, 130), seed=2)[0]
+    where = tiles.places((100, 130), (16, 16))
+    assert len(where) > 64, "several batches"
+    alone = [detector.predict(image[place]) for place in where]
+    blender = tiles.Blender((100, 130), where)
+    for result, place in zip(alone, where, strict=True):
+        blender.add(result.anomaly_map, place)
+    # The batches go across images.
+    small, tiled, again = detector.predict([image[:10, :12], image, image], tile=True)
+    assert tiled.score == pytest.approx(max(r.score for r in alone), rel=1e-5)
+    likelihood = np.mean([r.log_likelihood for r in alone])
+    assert tiled.log_likelihood == pytest.approx(likelihood, rel=1e-5)
+    np.testing.assert_allclose(tiled.anomaly_map, blender.result(), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(again.anomaly_map, tiled.anomaly_map, rtol=1e-3, atol=1e-3)
+    assert small.score == pytest.approx(detector.predict(image[:10, :12]).score, rel=1e-4)
+
+
+def test_a_tiled_image_takes_memory_for_itself_and_one_batch(detector):
+    image = photographs(1, size=(480, 480))[0]
+    detector.predict(image[:100, :100], tile=True)  # compiles
+    tracemalloc.start()
+    result = detector.predict(image, tile=True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    batch = 32 * 16 * 16 * 3 * 4
+    assert peak < 2 * result.anomaly_map.nbytes + 8 * batch
+
+
+def test_maps_of_large_images_are_not_held_together(detector):
+    images = [np.zeros((500, 500, 3), np.uint8)] * 32
+    detector.predict(images[:1])
+    stream, alive = detector.stream(images), []
+    for result in stream:
+        alive.append(weakref.ref(result.anomaly_map))
+        del result
+        assert sum(map_of() is not None for map_of in alive) <= 1
 
 
 def test_thresholds_change_without_fitting_and_are_saved(detector, tmp_path):

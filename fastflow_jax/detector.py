@@ -27,6 +27,7 @@ from fastflow_jax.held_out import HeldOut
 from fastflow_jax.inputs import Inputs, Outputs, Part, cut, stacked, whole_box
 from fastflow_jax.kinds import KINDS, kind, recipe
 from fastflow_jax.paths import expanded
+from fastflow_jax.pickling import PickledByFields
 from fastflow_jax.prepare import extractor_of, preparer, trained_on
 from fastflow_jax.programs import LARGEST, Programs
 from fastflow_jax.thresholds import Region, Threshold
@@ -50,7 +51,7 @@ class Prediction:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Detector:
+class Detector(PickledByFields):
     """Finds what is anomalous in images, having seen normal ones.
 
     >>> from fastflow_jax import Detector
@@ -70,7 +71,7 @@ class Detector:
     image_threshold: Threshold | None = None
     pixel_threshold: Threshold | None = None
     folder: pathlib.Path | None = None  # where it lies, see `save`
-    # Of a detector that was fitted without a folder: gone when the detector is.
+    # Of a detector that was fitted without a folder: removed with its last copy in the process.
     _temporary: "_TemporaryFolder | None" = None
 
     @classmethod
@@ -180,10 +181,16 @@ class Detector:
         The backbone's weights are not copied: they are found again where they are now, see `load`.
 
         Raises:
-          InputError: the folder holds something else.
+          InputError: the folder holds something else, or the detector's own folder is gone.
         """
         if self.folder is None:
             raise InputError("a detector without a folder cannot be saved: make it by fit or load")
+        if not self.folder.exists():
+            raise InputError(
+                f"{self.folder}, the folder of this detector, no longer exists. Bring it back, or "
+                "load the detector from where it is now. If it was fitted without workdir, its "
+                "folder was temporary: call save(FOLDER) before you pickle it."
+            )
         folder = self.folder if folder is None else expanded(folder)
         limits = self.image_threshold, self.pixel_threshold
         detector_folder.save(self.folder, folder, self.config.weights, *limits)
@@ -448,11 +455,25 @@ class Detector:
 
 
 class _TemporaryFolder:
-    """A folder that is there as long as this object is, and no longer than the process."""
+    """A folder that is there as long as this object is, and no longer than the process.
+
+    Copies and what is unpickled in the same process share the object; elsewhere there is None.
+    """
 
     def __init__(self):
         self.path = tempfile.mkdtemp(prefix="fastflow_jax_")
+        _temporary_folders[self.path] = self
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+    def __reduce__(self):
+        return _temporary_folder, (self.path,)
+
+
+_temporary_folders = weakref.WeakValueDictionary()  # of this process, by their paths
+
+
+def _temporary_folder(path: str) -> _TemporaryFolder | None:
+    return _temporary_folders.get(path)
 
 
 def _asked_for(images, config) -> tuple[ConfigDict, data.Dataset]:

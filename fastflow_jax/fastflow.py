@@ -33,6 +33,7 @@ from fastflow_jax.model import (
     top_mean,
     window_maxima,
 )
+from fastflow_jax.pickling import PickledByFields
 from fastflow_jax.run_folder import read_arrays, write_arrays
 from fastflow_jax.train import train_in, trained_in
 from fastflow_jax.train_step import Objective
@@ -216,7 +217,7 @@ class Calibration:
 
 
 @dataclasses.dataclass(frozen=True)
-class FastFlowScorer:
+class FastFlowScorer(PickledByFields):
     """Scores features; higher is more anomalous."""
 
     config: object  # filled, see `config.fill`

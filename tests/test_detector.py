@@ -1,10 +1,13 @@
 """Detectors of every kind, from images to decisions; and the flow of one, forth and back."""
 
+import concurrent.futures
+import copy
 import dataclasses
 import doctest
 import gc
 import json
-import pathlib
+import multiprocessing
+import pickle
 import re
 import shutil
 import tracemalloc
@@ -281,6 +284,93 @@ def test_a_detector_without_a_folder_leaves_nothing_behind():
     assert not folder.exists()
 
 
+def unpickled(detector):
+    return pickle.loads(pickle.dumps(detector))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pickles_and_copies_of_every_kind_predict_the_same(kind):
+    detector = Detector.fit(photographs(8), config=tiny(kind))
+    images = [spoilt(), *photographs(2, seed=8)]
+    unused = [unpickled(detector), copy.deepcopy(detector)]
+    expected = [*detector.predict(images), detector.predict(images[0])]
+    for other in (*unused, unpickled(detector), copy.deepcopy(detector), unpickled(unused[0])):
+        assert other.image_threshold == detector.image_threshold
+        assert other.config == detector.config
+        results = [*other.predict(images), other.predict(images[0])]
+        for one, result in zip(expected, results, strict=True):
+            assert_same(one, result)
+
+
+def assert_same(one, other):
+    """Equal to the last bit."""
+    assert (one.score, one.p_value, one.is_anomalous) == (
+        other.score,
+        other.p_value,
+        other.is_anomalous,
+    )
+    assert one.log_likelihood == other.log_likelihood
+    np.testing.assert_array_equal(one.anomaly_map, other.anomaly_map)
+    np.testing.assert_array_equal(one.mask, other.mask)
+
+
+def test_what_a_detector_has_compiled_and_cached_is_not_pickled(detector):
+    fresh = Detector.load(detector.folder)
+    size = len(pickle.dumps(fresh))
+    fresh.predict(spoilt())
+    assert len(pickle.dumps(fresh)) == size
+
+
+def test_a_pickled_detector_samples_and_shows_regions(detector):
+    other = unpickled(detector)
+    for one, same in zip(detector.sample(2), other.sample(2), strict=True):
+        np.testing.assert_array_equal(one, same)
+    assert detector.regions(spoilt()) == other.regions(spoilt())
+    other.with_threshold(rate=0.5)
+
+
+@pytest.mark.parametrize("copied", [unpickled, copy.deepcopy, copy.copy])
+def test_copies_in_a_process_share_a_temporary_folder(copied, tmp_path):
+    detector = Detector.fit(photographs(8), config=tiny())
+    folder, other = detector.folder, copied(detector)
+    del detector
+    gc.collect()
+    assert folder.exists()
+    other.with_threshold(3.0).save(tmp_path / "saved")
+    assert Detector.load(tmp_path / "saved").image_threshold.value == 3
+    del other
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_a_pickle_outlives_the_temporary_folder_and_says_that_it_cannot_be_saved(tmp_path):
+    detector = Detector.fit(photographs(8), config=tiny())
+    expected, content = detector.predict(spoilt()), pickle.dumps(detector)
+    del detector
+    gc.collect()
+    other = pickle.loads(content)
+    assert_same(other.predict(spoilt()), expected)
+    with pytest.raises(InputError, match=r"no longer exists.*save\(FOLDER\) before you pickle it"):
+        other.save(tmp_path / "saved")
+
+
+def test_worker_processes_predict_the_same(tmp_path):
+    """A bound method takes the detector along."""
+    detector = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run")
+    images = [spoilt(), photographs(1, seed=8)[0]]
+    expected = [detector.predict(image) for image in images]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        futures = list(pool.map(detector.predict, images))
+        saved = pool.submit(detector.with_threshold(3.0).save, tmp_path / "saved").result()
+    with context.Pool(1) as pool:
+        mapped = pool.map(detector.predict, images)
+    for one, *others in zip(expected, futures, mapped, strict=True):
+        for other in others:
+            assert_same(one, other)
+    assert Detector.load(saved).image_threshold.value == 3
+
+
 def test_without_held_out_images_there_are_scores_alone():
     config = tiny("patchcore", **{"data.holdout": 0.0})
     detector = Detector.fit(photographs(), config=config)
@@ -531,7 +621,7 @@ def test_where_a_detector_cannot_be_saved_is_told(tmp_path):
     with pytest.raises(InputError, match="a file is in the way"):
         detector.save(tmp_path / "file" / "below")
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match=r"run, .* no longer exists\. Bring it back"):
         detector.save(tmp_path / "saved")
 
 

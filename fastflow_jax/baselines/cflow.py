@@ -235,12 +235,12 @@ def _highest(config) -> Callable:
 
 def scorer_of(config, variables: dict, maxima: np.ndarray) -> Scorer:
     """What scores with these variables, and the `maxima` that go with them."""
-    return Scorer(config, (variables, maxima), _score(config), _likelihood(config))
+    return Scorer(config, (variables, maxima), _score, _likelihood)
 
 
 @once_a_configuration
 def _score(config) -> Callable:
-    """See `Scorer.function`."""
+    """See `Scorer.function_of`."""
     model = _model(config)
 
     def score(state, batch, size):
@@ -258,7 +258,7 @@ def _score(config) -> Callable:
 
 @once_a_configuration
 def _likelihood(config) -> Callable:
-    """See `Scorer.log_likelihood`; in nats per dimension of the features."""
+    """See `Scorer.log_likelihood_of`; in nats per dimension of the features."""
     model = _model(config)
 
     def log_likelihood(state, batch):

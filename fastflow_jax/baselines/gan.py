@@ -157,12 +157,12 @@ def discriminator_loss(config, judge, real, fake) -> jax.Array:
 
 
 def _scorer(config, variables) -> Scorer:
-    return Scorer(config, variables, _score(config))
+    return Scorer(config, variables, _score)
 
 
 @once_a_configuration
 def _score(config) -> Callable:
-    """See `Scorer.function`."""
+    """See `Scorer.function_of`."""
     generator = _generator(config)
 
     def score(variables, batch, size):

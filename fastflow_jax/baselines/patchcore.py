@@ -28,6 +28,7 @@ from fastflow_jax.baselines.neighbours import nearest
 from fastflow_jax.baselines.scorer import without_likelihood
 from fastflow_jax.features import Features, TrainingFeatures, inside, without_padding
 from fastflow_jax.model import resize_map
+from fastflow_jax.pickling import PickledByFields
 from fastflow_jax.run_folder import read_arrays, write_arrays
 from fastflow_jax.train import Interrupted, signalled, signals_set_a_flag
 
@@ -255,7 +256,7 @@ def _update(rows, squares, far, picked):
 
 
 @dataclasses.dataclass(frozen=True)
-class PatchCoreScorer:
+class PatchCoreScorer(PickledByFields):
     """Scores features; higher is more anomalous."""
 
     config: object  # filled, see `config.fill`

@@ -9,18 +9,20 @@ import numpy as np
 
 from fastflow_jax import parallel
 from fastflow_jax.features import Features
+from fastflow_jax.pickling import PickledByFields
 
 
 @dataclasses.dataclass(frozen=True)
-class Scorer:
+class Scorer(PickledByFields):
     """Scores features; higher is more anomalous."""
 
     config: object  # filled, see `config.fill`
     state: Any  # what training learnt
-    # (state, (features, valid), size=(H, W)) -> scores [B] and maps [B, H, W], purely
-    function: Callable
-    # (state, (features, valid)) -> log-likelihoods [B], purely; None where there is none
-    log_likelihood: Callable | None = None
+    # Both are functions of a module, so that they can be pickled, and cache what they return.
+    # config -> (state, (features, valid), size=(H, W)) -> scores [B] and maps [B, H, W], purely
+    function_of: Callable
+    # config -> (state, (features, valid)) -> log-likelihoods [B], purely; None if there is none
+    log_likelihood_of: Callable | None = None
 
     def score_features(
         self,
@@ -41,9 +43,9 @@ class Scorer:
         size: tuple[int, int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """See `fastflow.FastFlowScorer.predict_features`; None where there is no likelihood."""
-        if self.log_likelihood is None:
+        if self.log_likelihood_of is None:
             return *self.score_features(features, valid, size=size), None
-        run = self._programs(self.log_likelihood, tuple(size or self.config.image_size))
+        run = self._programs(self._log_likelihood, tuple(size or self.config.image_size))
         return run(self._on_devices, (features, valid))
 
     @functools.cached_property
@@ -51,10 +53,14 @@ class Scorer:
         return parallel.on_devices(self.state)
 
     @functools.cached_property
+    def _log_likelihood(self):
+        return self.log_likelihood_of(self.config)
+
+    @functools.cached_property
     def _programs(self):
         """From a likelihood and the size of images to what scores their features."""
         # Not of `self`: what holds itself is freed late.
-        how = (self.function, self.config.parallel, self.config.batch_size)
+        how = (self.function_of(self.config), self.config.parallel, self.config.batch_size)
         return functools.partial(_program, *how)
 
 

@@ -27,6 +27,7 @@ from fastflow_jax.baselines.neighbours import nearest
 from fastflow_jax.baselines.scorer import without_likelihood
 from fastflow_jax.features import Features, TrainingFeatures, inside, without_padding
 from fastflow_jax.model import resize_map
+from fastflow_jax.pickling import PickledByFields
 from fastflow_jax.run_folder import read_arrays, write_arrays
 
 _GALLERY = "checkpoints/gallery.npz"
@@ -89,7 +90,7 @@ def load(config, shapes, folder: pathlib.Path) -> "SpadeScorer":
 
 
 @dataclasses.dataclass(frozen=True)
-class SpadeScorer:
+class SpadeScorer(PickledByFields):
     """Scores features; higher is more anomalous."""
 
     config: object  # filled, see `config.fill`

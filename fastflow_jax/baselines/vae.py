@@ -129,12 +129,12 @@ def objective(config) -> Objective:
 
 
 def _scorer(config, variables) -> Scorer:
-    return Scorer(config, variables, _score(config))
+    return Scorer(config, variables, _score)
 
 
 @once_a_configuration
 def _score(config) -> Callable:
-    """See `Scorer.function`."""
+    """See `Scorer.function_of`."""
     model = _model(config)
 
     def score(variables, batch, size):

@@ -76,7 +76,7 @@ def report(detector: Detector, test: dict[str, np.ndarray]) -> None:
         print(f"{kind:<14}{threshold.rate:7.2f}  {low:.4f} to {high:.4f} {text}{note}")
 
     for rate in RATES:
-        threshold = thresholds.image_threshold(held_out.scores, rate)
+        threshold = held_out.image_threshold(rate)
         missed = np.mean(test["score"][~normal] <= threshold.value)
         line(
             "image",
@@ -84,7 +84,7 @@ def report(detector: Detector, test: dict[str, np.ndarray]) -> None:
             f"{found(test['score'][normal] > threshold.value)}  {missed:.3f} missed",
         )
     for rate in RATES:
-        threshold = thresholds.pixel_threshold(held_out.tails, rate)
+        threshold = held_out.pixel_threshold(rate)
         shares = thresholds.exceeded(test["tails"][normal], threshold.value)
         error = 1.96 * shares.std(ddof=1) / np.sqrt(len(shares))
         text = f"{shares.mean():8.4f}  {shares.mean() - error:.4f} to {shares.mean() + error:.4f}"
@@ -92,7 +92,7 @@ def report(detector: Detector, test: dict[str, np.ndarray]) -> None:
     if held_out.log10_nfa is None:
         return
     for rate in RATES:
-        threshold = thresholds.image_threshold(-held_out.log10_nfa, rate)
+        threshold = held_out.nfa_threshold(rate)
         missed = np.mean(-test["calibrated"][~normal] <= threshold.value)
         alarms = -test["calibrated"][normal] > threshold.value
         line("a-contrario", threshold, f"{found(alarms)}  {missed:.3f} missed")

@@ -38,6 +38,9 @@ def default() -> ConfigDict:
     c.data.root = placeholder(str)  # folder of images
     c.data.dir = placeholder(str)  # prepared tfds sets; unset: $TFDS_DATA_DIR, then tfds's default
     c.data.holdout = 0.1  # part of the normal training images kept from the flow, for calibration
+    # Which normal images show the same part, and are held out together: "folder", a .csv file or a
+    # regular expression, see `data.groups.labels_of`; unset: each image shows another part
+    c.data.groups = placeholder(str)
     c.data.resize = "square"  # stretch to the input; "crop", "pad": see `transforms.placement`
     c.data.mask_resize = "nearest"  # or "floor", "threshold": see `transforms.resize_mask`
 

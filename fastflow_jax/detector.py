@@ -5,12 +5,15 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
+import numbers
 import os
 import pathlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +23,8 @@ from ml_collections import ConfigDict
 from fastflow_jax import data, detector_folder, parallel, run_folder, thresholds
 from fastflow_jax.backbones import Backbone, create_backbone
 from fastflow_jax.config import default, fill, name_data
-from fastflow_jax.data.given import Images, ahead, as_dataset, each, is_one
+from fastflow_jax.data.given import Given, Images, ahead, as_dataset, each, is_one
+from fastflow_jax.data.profile import Profile
 from fastflow_jax.errors import InputError
 from fastflow_jax.features import Features
 from fastflow_jax.held_out import HeldOut
@@ -28,9 +32,11 @@ from fastflow_jax.inputs import Inputs, Outputs, Part, cut, stacked, whole_box
 from fastflow_jax.kinds import KINDS, kind, recipe
 from fastflow_jax.paths import expanded
 from fastflow_jax.pickling import PickledByFields
-from fastflow_jax.prepare import extractor_of, preparer, trained_on
+from fastflow_jax.prepare import contents_of, extractor_of, preparer
 from fastflow_jax.programs import LARGEST, Programs
 from fastflow_jax.thresholds import Region, Threshold
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,6 +77,7 @@ class Detector(PickledByFields):
     image_threshold: Threshold | None = None
     pixel_threshold: Threshold | None = None
     folder: pathlib.Path | None = None  # where it lies, see `save`
+    training_images: Profile | None = None  # None if it is not known
     # Of a detector that was fitted without a folder: removed with its last copy in the process.
     _temporary: "_TemporaryFolder | None" = None
 
@@ -81,6 +88,8 @@ class Detector(PickledByFields):
         *,
         config: ConfigDict | str | None = None,
         workdir: str | os.PathLike | None = None,
+        groups: Sequence[Any] | None = None,
+        calibrate: Images | None = None,
     ) -> "Detector":
         """Learn from normal images.
 
@@ -92,20 +101,26 @@ class Detector(PickledByFields):
           workdir: run folder, as of `main`: an interrupted fit goes on there, and a finished one
             is loaded, with the thresholds that it was saved with. None: a temporary one; `save`
             keeps the detector.
+          groups: a label per image of a list or an array of images. Images with equal labels show
+            the same part and are held out together. For directories see `config.data.groups`.
+          calibrate: normal images of other parts than `images`, for calibration and thresholds;
+            all of `images` are then trained on. None: `calibration/good` of a directory, or held
+            out images.
 
         Raises:
-          InputError: images or configuration that no training can have, or a folder of another
-            run.
+          InputError: images or configuration that no training can have, a folder of another run,
+            or groups that do not fit the images.
           Interrupted: SIGTERM or SIGINT came; in a `workdir`, the state is saved.
         """
+        parallel.check_not_forked()
         folder = None if workdir is None else expanded(workdir)
-        config, dataset = _asked_for(images, config)
+        config, dataset = _asked_for(images, config, groups, calibrate)
         temporary = _TemporaryFolder() if folder is None else None
         folder = folder or pathlib.Path(temporary.path)
         with run_folder.claim(folder, config):
             if parallel.on_main(lambda: detector_folder.is_finished(folder)):
                 detector = cls.load(folder)
-                contents = trained_on(config, dataset.train)
+                contents = contents_of(config, dataset)
                 run_folder.check_same_data(folder, contents, detector.backbone.weights)
                 return detector
             prepare = preparer(config, folder / "features", lambda category: dataset)
@@ -158,6 +173,7 @@ class Detector(PickledByFields):
             image_threshold=kept.image_threshold,
             pixel_threshold=kept.pixel_threshold,
             folder=folder,
+            training_images=kept.images,
         )
 
     @classmethod
@@ -169,6 +185,7 @@ class Detector(PickledByFields):
           folder: of one training, see `experiment.run`.
           seed: that it was trained with: of random backbones.
         """
+        parallel.check_not_forked()
         backbone = create_backbone(
             config.backbone, weights=config.weights, layers=config.layers, seed=seed
         )
@@ -222,14 +239,16 @@ class Detector(PickledByFields):
             raise InputError("give a threshold or a rate of false alarms, not both")
         held_out = self.held_out or HeldOut(np.zeros(0), np.zeros((0, 1)))
         if rate is not None:
-            image = thresholds.image_threshold(held_out.scores, rate)
+            image = held_out.image_threshold(rate)
         if pixel_rate is not None:
-            pixel = thresholds.pixel_threshold(held_out.tails, pixel_rate)
+            pixel = held_out.pixel_threshold(pixel_rate)
         given = {"image_threshold": image, "pixel_threshold": pixel}
         for name, t in given.items():
             value = t.value if isinstance(t, Threshold) else t
-            if value is not None and np.isnan(value):
-                raise InputError(f"{name} is no number")
+            if value is None:
+                continue
+            if not isinstance(value, numbers.Real) or np.isnan(value):
+                raise InputError(f"{name} must be a number, not {value!r}")
         return dataclasses.replace(
             self,
             **{
@@ -240,12 +259,13 @@ class Detector(PickledByFields):
         )
 
     def predict(self, images: Images, *, tile: bool = False) -> Prediction | list[Prediction]:
-        """What it makes of one image, or a list of that for many.
+        """Scores one image, or many: a `Prediction`, or a list of these.
 
         Args:
-          images: a path, uint8 [H, W, 3] in RGB or [H, W], or several of these, each of any size;
-            of a folder, all in it and below. Each comes to the input's size as in training
-            (`config.data.resize`), and its map back to its own.
+          images: a path, the content of a file, uint8 [H, W, 3] in RGB or [H, W], an image of
+            Pillow's, or several of these, each of any size; of a directory, all images in it and
+            below; of a file of several pages, all pages. Each is resized to the input's size as in
+            training (`config.data.resize`), and its map back to its own.
           tile: cut images larger than the input into tiles of its size that overlap, so that
             details are seen as large as they are. The score is the highest of a tile, and the
             p-value that tile's, so that rates of false alarms are a tile's too: a normal image of
@@ -255,11 +275,8 @@ class Detector(PickledByFields):
         Raises:
           InputError: a file or array that is no image.
         """
-        results = self.stream(images, tile=tile)
-        if not is_one(images):
-            return list(results)
-        (result,) = results
-        return result
+        results = list(self.stream(images, tile=tile))
+        return results[0] if is_one(images) and len(results) == 1 else results
 
     def stream(
         self,
@@ -267,13 +284,20 @@ class Detector(PickledByFields):
         *,
         tile: bool = False,
         on_error: Callable[[str, InputError], None] | None = None,
+        live: bool = False,
     ) -> Iterator[Prediction]:
         """`predict`, one after the other, for more images than fit into memory.
 
-        `on_error(name, error)` is called for an image that cannot be read, and the rest goes on;
-        without it, the error is raised.
+        Args:
+          images: see `predict`; an iterator may go on for ever.
+          tile: see `predict`.
+          on_error: `on_error(name, error)` is called for an image that cannot be read, and the rest
+            goes on. None: the error is raised after the results of the images before.
+          live: score each image before the next one is asked for, as for a camera. Otherwise
+            batches of 32 are scored, and some more images are read ahead.
         """
-        with contextlib.closing(self._all_inputs(images, tile)) as inputs:
+        size = 1 if live else LARGEST
+        with contextlib.closing(self._all_inputs(images, tile, live)) as inputs:
 
             def parts():
                 for name, image in inputs:
@@ -286,9 +310,18 @@ class Detector(PickledByFields):
                         raise image
 
             # Each batch is blended into the maps of its images before the next one is cut.
-            remaining = parts()
-            while batch := collections.deque(itertools.islice(remaining, LARGEST)):
-                yield from self._predicted(batch)
+            remaining, error = parts(), None
+            while error is None:
+                batch = collections.deque()
+                try:
+                    batch.extend(itertools.islice(remaining, size))
+                except Exception as failure:  # of the images: what came before is scored first
+                    error = failure
+                if batch:
+                    yield from self._predicted(batch)
+                elif error is None:
+                    return
+            raise error
 
     def regions(
         self,
@@ -325,9 +358,9 @@ class Detector(PickledByFields):
         else:
             moments = self.held_out.moments
             if rate is not None:
-                limit = -thresholds.image_threshold(-self.held_out.log10_nfa, rate).value
+                limit = -self.held_out.nfa_threshold(rate).value
         found = []
-        for _, image in self._all_inputs(images, tile=False):
+        for _, image in self._all_inputs(images):
             if isinstance(image, InputError):
                 raise image
             (part,) = image.parts
@@ -344,7 +377,7 @@ class Detector(PickledByFields):
     def features(self, images: Images) -> Features:
         """What the scorer sees of images, [B, h, w, C] a scale."""
         found = []
-        for _, image in self._all_inputs(images, tile=False):
+        for _, image in self._all_inputs(images):
             if isinstance(image, InputError):
                 raise image
             (part,) = image.parts
@@ -408,18 +441,36 @@ class Detector(PickledByFields):
             raise InputError(f"a {self.config.detector} has no z: that is for fastflow")
         return self._programs
 
-    def _all_inputs(self, images: Images, tile: bool) -> Iterator[tuple[str, Inputs | InputError]]:
-        """Name by name, the image or why it cannot be read."""
+    def _all_inputs(
+        self, images: Images, tile: bool = False, live: bool = False
+    ) -> Iterator[tuple[str, Inputs | InputError]]:
+        """Name by name, the image or why it cannot be read; logs how files differ from training."""
 
-        def attempt(name, load):
+        def read(given: Given) -> Iterator[tuple[str, Inputs | InputError, dict[str, str]]]:
             try:
-                return name, cut(load(), name, self.config, self.backbone.spec, tile=tile)
+                for name, image, header in given.read():
+                    profile = self.training_images
+                    unlike = {} if profile is None else profile.differences(header, image)
+                    inputs = cut(image, name, self.config, self.backbone.spec, tile=tile)
+                    yield name, inputs, unlike
             except InputError as error:
-                return name, error
+                yield given.name, error, {}
+
+        def start(given: Given):
+            """The first page, read in this thread, and an iterator over the other ones."""
+            pages = read(given)
+            return next(pages), pages
 
         # Images to be tiled are large: of few the decoded pixels fit into memory.
-        calls = (functools.partial(attempt, *image) for image in each(images))
-        return ahead(calls, threads=1 if tile else None)
+        calls = (functools.partial(start, given) for given in each(images))
+        threads, logged = 0 if live else 1 if tile else None, set()
+        with contextlib.closing(ahead(calls, threads)) as started:
+            for first, rest in started:
+                for name, inputs, unlike in itertools.chain([first], rest):
+                    if new := unlike.keys() - logged:
+                        _log_differences(name, [unlike[field] for field in unlike if field in new])
+                        logged |= new
+                    yield name, inputs
 
     def _predicted(self, batch: collections.deque[tuple[Outputs, Part]]) -> Iterator[Prediction]:
         """Scores a batch of parts; yields the predictions of images that are complete with it.
@@ -444,14 +495,21 @@ class Detector(PickledByFields):
         return Prediction(
             name=outputs.name,
             score=score,
-            p_value=None
-            if self.held_out is None
-            else float(thresholds.p_values(score, self.held_out.scores)),
+            p_value=None if self.held_out is None else self.held_out.p_value(score),
             is_anomalous=None if image_limit is None else score > image_limit.value,
             anomaly_map=anomaly_map,
             mask=None if pixel_limit is None else anomaly_map > pixel_limit.value,
             log_likelihood=outputs.log_likelihood,
         )
+
+
+def _log_differences(name: str, sentences: list[str]) -> None:
+    _log.warning(
+        "%s differs from the training images: it %s. Normal images may be flagged: use images like "
+        "those of training, or train on images like these.",
+        name,
+        "; it ".join(sentences),
+    )
 
 
 class _TemporaryFolder:
@@ -476,7 +534,7 @@ def _temporary_folder(path: str) -> _TemporaryFolder | None:
     return _temporary_folders.get(path)
 
 
-def _asked_for(images, config) -> tuple[ConfigDict, data.Dataset]:
+def _asked_for(images, config, groups, calibrate) -> tuple[ConfigDict, data.Dataset]:
     """The filled configuration of a fit, and its training images as a data set."""
     if isinstance(images, ConfigDict):
         if config is not None:
@@ -510,8 +568,15 @@ def _asked_for(images, config) -> tuple[ConfigDict, data.Dataset]:
     elif images is None or config.data.name != "folder" or config.data.root is not None:
         dataset = data.open_dataset(config.data)
     else:
-        dataset = as_dataset(images)
-    return config, dataclasses.replace(dataset, test=None)
+        dataset = as_dataset(images, groups)
+    if groups is not None and dataset.train.groups is None:
+        raise InputError(
+            "groups are for a list or an array of images. For a directory, set config.data.groups."
+        )
+    calibration = dataset.calibration
+    if calibrate is not None:
+        calibration = as_dataset([calibrate] if is_one(calibrate) else calibrate).train
+    return config, dataclasses.replace(dataset, test=None, calibration=calibration)
 
 
 def _shapes(config, backbone: Backbone) -> list[tuple[int, int, int]]:

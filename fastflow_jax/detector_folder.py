@@ -5,12 +5,13 @@ import os
 import pathlib
 import shutil
 
+import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fastflow_jax import thresholds
 from fastflow_jax.backbones.weights import sha256
 from fastflow_jax.config import from_plain, to_plain
+from fastflow_jax.data.profile import Profile
 from fastflow_jax.errors import InputError
 from fastflow_jax.held_out import HeldOut, look_at
 from fastflow_jax.paths import expanded, make_folder
@@ -34,6 +35,7 @@ class Kept:
     held_out: HeldOut | None
     image_threshold: Threshold | None
     pixel_threshold: Threshold | None
+    images: Profile | None  # None in directories of older versions
 
 
 def record(
@@ -60,25 +62,26 @@ def record(
     image = pixel = None
     if prepared.holdout is not None:
         if scored in (None, folder):
-            held_out = look_at(config, scorer, prepared.holdout, prepared.holdout_valid)
+            held_out = look_at(
+                config, scorer, prepared.holdout, prepared.holdout_valid, prepared.holdout_groups
+            )
         else:
             held_out = HeldOut.load(scored / _HELD_OUT)
         held_out.save(folder / _HELD_OUT)
-        rate = max(_RATE, 1 / (len(held_out.scores) + 1))
-        if rate > _RATE:
+        if len(held_out.scores) > 1 and np.ptp(held_out.scores) == 0:
             tqdm.write(
-                f"images held out for the threshold: {len(held_out.scores)}, so that up to "
-                f"{rate:.0%} of normal images may be flagged; it takes {round(1 / _RATE) - 1} for "
-                f"{_RATE:.0%}"
+                f"All {len(held_out.scores)} held-out images have the same score. If the training "
+                "images are copies of one image, the threshold means nothing: give different ones."
             )
-        image = thresholds.image_threshold(held_out.scores, rate)
-        pixel = thresholds.pixel_threshold(held_out.tails, _PIXEL_RATE, warn=False)
+        image = held_out.image_threshold(max(_RATE, 1 / (held_out.n_parts + 1)))
+        pixel = held_out.pixel_threshold(_PIXEL_RATE, warn=False)
     about = {
         "config": to_plain(config),
         "seed": seed,
         "weights": prepared.backbone.weights,
         "training": os.path.relpath(training or folder, folder),
         "thresholds": _plain(image, pixel),
+        "images": prepared.profile and dataclasses.asdict(prepared.profile),
     }
     write_json(folder / _ABOUT, about)
     return about["thresholds"]
@@ -99,7 +102,9 @@ def read(folder: pathlib.Path) -> Kept:
     if held_out is None and any(t and t.kind in ("image", "pixel") for t in limits):
         raise InputError(f"{folder} lacks its {_HELD_OUT}: bring it back, or train again")
     config, seed, weights = from_plain(about["config"]), about["seed"], about["weights"]
-    return Kept(config, seed, weights, training, held_out, *limits)
+    images = about.get("images")
+    profile = None if images is None else Profile.from_plain(images)
+    return Kept(config, seed, weights, training, held_out, *limits, profile)
 
 
 def find_weights(
@@ -217,4 +222,12 @@ def _threshold(plain: dict | None) -> Threshold | None:
     """The inverse of `_plain`, of one."""
     if plain is None:
         return None
-    return Threshold(**plain | {"interval": plain["interval"] and tuple(plain["interval"])})
+    try:
+        number = {"value": float(plain["value"])}
+        interval = {"interval": plain["interval"] and tuple(plain["interval"])}
+        return Threshold(**plain | number | interval)
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"a threshold of another version, or a damaged one ({error}): install the version that "
+            "wrote it, or train again"
+        ) from error

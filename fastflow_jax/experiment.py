@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import fastflow_jax
-from fastflow_jax import data, detector_folder, parallel, speed
+from fastflow_jax import advice, data, detector_folder, parallel, speed
 from fastflow_jax.config import to_plain, variants, without
 from fastflow_jax.data.transforms import placement
 from fastflow_jax.evaluate import METRICS, Scored, measure, score_split
@@ -108,6 +108,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         write_json(results_file, results)
         parallel.on_main(lambda: None)  # all wait for what the first one writes
         print(f"\n{format_table(results)}\n\nRun folder: {workdir}")
+        print(_advice(parts))
         if len(plan) == 1:
             print(f"New images: --mode=predict --workdir={workdir} --input=FOLDER --output=FOLDER")
         return results
@@ -221,7 +222,8 @@ def _run_part(part: _Part, beside: list[_Part], prepare: Callable[..., Prepared]
         | {
             "trained_on": prepared.train.n,
             "held_out": len(prepared.holdout[0]) if prepared.holdout else 0,
-        },
+        }
+        | _test_counts(dataset.test),
         "weights": prepared.backbone.weights,
         "training": os.path.relpath(part.training, part.folder),
         "thresholds": thresholds,
@@ -240,6 +242,13 @@ def _run_part(part: _Part, beside: list[_Part], prepare: Callable[..., Prepared]
     results["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
     write_json(part.file, results)
     return results
+
+
+def _test_counts(test: data.Source | None) -> dict:
+    if test is None:
+        return {}
+    defective = int(test.labels.sum())
+    return {"test_good": len(test) - defective, "test_defective": defective}
 
 
 def _train(part: _Part, beside: list[_Part], prepared: Prepared) -> tuple[Any, float]:
@@ -408,6 +417,14 @@ def _figures(parts: list[dict]) -> dict:
         "best_on_test": {n: mean(rows) for n, rows in best.items()} if all(best.values()) else None,
         "speed": _speed(parts),
     }
+
+
+def _advice(parts: list[dict]) -> str:
+    """Advice on the training with the fewest held-out images, see `advice.after_training`."""
+    part = min(parts, key=lambda part: (part["thresholds"]["image"] or {"n": 0})["n"])
+    which = f"{part['name']}: " if len({part["name"] for part in parts}) > 1 else ""
+    figures = part["thresholds"]["image"], part["data"], part["figures"]["image_auroc"]
+    return which + advice.after_training(*figures)
 
 
 def _speed(parts: list[dict]) -> dict | None:

@@ -8,6 +8,7 @@ import numpy as np
 from fastflow_jax import thresholds
 from fastflow_jax.features import Features, in_batches
 from fastflow_jax.run_folder import read_arrays, write_arrays
+from fastflow_jax.thresholds import Threshold
 
 _FOLDS = 5
 
@@ -21,6 +22,29 @@ class HeldOut:
     # Where z has a model; see `thresholds.held_out_moments` and `thresholds.lowest_log10_nfa`
     moments: tuple[np.ndarray, ...] = ()
     log10_nfa: np.ndarray | None = None  # [n]
+    # int [n], equal for images of the same part; None: each image shows another part.
+    groups: np.ndarray | None = None
+
+    @property
+    def n_parts(self) -> int:
+        """The number of parts that the images show: what thresholds can be promised from."""
+        return len(self.scores) if self.groups is None else len(np.unique(self.groups))
+
+    def image_threshold(self, rate: float) -> Threshold:
+        """See `thresholds.image_threshold`."""
+        return thresholds.image_threshold(self.scores, rate, groups=self.groups)
+
+    def pixel_threshold(self, rate: float, *, warn: bool = True) -> Threshold:
+        """See `thresholds.pixel_threshold`."""
+        return thresholds.pixel_threshold(self.tails, rate, groups=self.groups, warn=warn)
+
+    def nfa_threshold(self, rate: float) -> Threshold:
+        """The same of -log10 NFA, for `thresholds.regions`."""
+        return thresholds.image_threshold(-self.log10_nfa, rate, groups=self.groups)
+
+    def p_value(self, score: float) -> float:
+        """See `thresholds.p_values`."""
+        return float(thresholds.p_values(score, self.scores, self.groups))
 
     def save(self, file: pathlib.Path) -> None:
         """Write what `load` reads."""
@@ -28,33 +52,46 @@ class HeldOut:
         if self.log10_nfa is not None:
             arrays["log10_nfa"] = self.log10_nfa
             arrays |= {f"moments_{i}": m for i, m in enumerate(self.moments)}
+        if self.groups is not None:
+            arrays["groups"] = self.groups
         write_arrays(file, arrays)
 
     @classmethod
     def load(cls, file: pathlib.Path) -> "HeldOut":
         """What `save` wrote."""
         arrays = read_arrays(file)
-        moments = tuple(arrays[f"moments_{i}"] for i in range(len(arrays) - 3))
-        return cls(arrays["scores"], arrays["tails"], moments, arrays.get("log10_nfa"))
+        n_scales = sum(name.startswith("moments_") for name in arrays)
+        moments = tuple(arrays[f"moments_{i}"] for i in range(n_scales))
+        optional = (arrays.get(name) for name in ("log10_nfa", "groups"))
+        return cls(arrays["scores"], arrays["tails"], moments, *optional)
 
 
-def look_at(config, scorer, holdout: Features, valid: np.ndarray | None = None) -> HeldOut:
+def look_at(
+    config,
+    scorer,
+    holdout: Features,
+    valid: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+) -> HeldOut:
     """Score held-out images as if they were new ones.
 
     A detector that is calibrated by held-out images would find each of them a little more normal
     than a new one, which had no say. So they are cross-fitted: those of each fifth are scored
-    under a calibration by the others. New images are scored under that by all, so that what is
-    promised of them holds up to a difference of the order of 1 / n.
+    under a calibration by the others; images of one group are in the same fifth. New images are
+    scored under that by all, so that what is promised of them holds up to a difference of the order
+    of 1 / n.
 
     Args:
       config: filled, that it was trained with.
       scorer: see `kinds`.
       holdout: features of the images, [n, h, w, C] a scale.
       valid: bool [n, H, W], False in padding; None without padding.
+      groups: int [n], see `HeldOut`.
     """
     n, size = len(holdout[0]), config.batch_size
-    is_calibrated = n > 1 and hasattr(scorer, "recalibrated")
-    fold = np.arange(n) % (_FOLDS if is_calibrated else 1)
+    part = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
+    is_calibrated = part.max() > 0 and hasattr(scorer, "recalibrated")
+    fold = part % (_FOLDS if is_calibrated else 1)
     scores, tails = np.empty(n, np.float32), np.empty((n, len(thresholds.EXCEEDANCES)))
 
     def score_rows(rows, score):
@@ -72,8 +109,8 @@ def look_at(config, scorer, holdout: Features, valid: np.ndarray | None = None) 
     else:
         score_rows(np.arange(n), lambda b: scorer.score_features(*_rows(b, holdout, valid)))
     if not hasattr(scorer, "energies"):
-        return HeldOut(scores, tails)
-    return HeldOut(scores, tails, *_a_contrario(config, scorer, holdout, valid, fold))
+        return HeldOut(scores, tails, groups=groups)
+    return HeldOut(scores, tails, *_a_contrario(config, scorer, holdout, valid, fold), groups)
 
 
 def _a_contrario(config, scorer, holdout, valid, fold) -> tuple[tuple[np.ndarray, ...], np.ndarray]:

@@ -3,6 +3,8 @@
 import importlib
 from types import ModuleType
 
+from fastflow_jax.data.dataset import check_choice
+
 # Each module has two functions, see `fastflow.fit` and `fastflow.load`, that return a scorer: its
 # `score_features` and `predict_features` are those of `fastflow.FastFlowScorer`, its field `config`
 # says for how large batches its programs are made. A scorer with a z has `latents`, `invert` and
@@ -21,6 +23,7 @@ KINDS = {
 
 def kind(name: str) -> ModuleType:
     """The module of the detector of this name."""
+    check_choice("the detector", name, KINDS)
     return importlib.import_module(KINDS[name])
 
 

@@ -6,6 +6,7 @@ python -m fastflow_jax.main --mode=predict --workdir=DIR --input=photos/new --ou
 import contextlib
 import gc
 import itertools
+import logging as std_logging
 import os
 import pathlib
 import runpy
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
     # Orbax tells of every file and, before it raises, of every failure with its stacks.
     logging.set_verbosity(logging.FATAL)
+    _log_to_stderr()
     distributed = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if _DISTRIBUTED.value or any(flag is not None for flag in distributed):
         parallel.start(*distributed)
@@ -84,9 +86,9 @@ def main(argv: list[str]) -> int:
         raise InputError("--weights is for --mode=predict. Pass --config.weights=FILE instead.")
     if _CONFIG.value is None and not is_predicting:
         raise InputError("name an experiment, such as --config=configs/demo.py")
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # compile once, not at every start
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (cache := _cache_directory()):
         jax.config.update("jax_compilation_cache_dir", str(cache / "fastflow_jax"))
+    _check_device()
     if is_predicting:
         return _predict()
     config = fill(_CONFIG.value)
@@ -99,6 +101,46 @@ def main(argv: list[str]) -> int:
         with contextlib.nullcontext() if parallel.is_main() else _silence():
             experiment.run(config, workdir)
     return 0
+
+
+def _cache_directory() -> pathlib.Path | None:
+    """The user's cache directory, so that programs are compiled once; None if there is none."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if cache.is_absolute():  # other values count as unset, says the XDG specification
+        return cache
+    try:
+        return pathlib.Path("~/.cache").expanduser()
+    except RuntimeError:  # a user without a home directory
+        return None
+
+
+def _check_device() -> None:
+    import jax
+
+    from fastflow_jax.errors import InputError
+
+    try:
+        jax.devices()
+    except Exception as error:  # of JAX or of the driver of the device
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"JAX found no device for JAX_PLATFORMS={platforms!r} ({reason}). Unset it, or install "
+            "JAX for that device: pip install 'fastflow-jax[cuda]' or 'fastflow-jax[tpu]'."
+        ) from error
+
+
+def _log_to_stderr() -> None:
+    """Shows warnings of this package, between progress bars; those of other packages are not."""
+    from tqdm import tqdm
+
+    class Handler(std_logging.Handler):
+        def emit(self, record: std_logging.LogRecord) -> None:
+            tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+    logger = std_logging.getLogger("fastflow_jax")
+    logger.setLevel(std_logging.WARNING)
+    logger.handlers, logger.propagate = [Handler()], False
 
 
 def _predict() -> int:
@@ -150,7 +192,9 @@ def _run(argv: list[str]) -> int:
     except Interrupted as stop:
         _fail(f"{stop}; the same command goes on from there", stop.exit_code)
     except KeyboardInterrupt as stop:
-        message = "interrupted; the same command goes on from the last checkpoint, if any"
+        where = {"predict": "with the images that are left"}
+        rest = where.get(_MODE.value, "from the last checkpoint, if any")
+        message = f"interrupted; the same command continues {rest}"
         _fail(message, _status(stop), at_once=True)  # a thread of JAX may still be at work
     except Exception as error:
         if remedy(error):
@@ -232,8 +276,12 @@ def _fail(message: str, code: int, *, at_once: bool = False) -> NoReturn:
 
 
 if __name__ == "__main__":
-    # The name of a file may be no text; a stream that is closed is None.
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    # A stream that is closed is None. The name of a file may be no text.
+    sys.stdout, sys.stderr = (
+        stream or open(os.devnull, "w")  # noqa: SIM115  as long as the process
+        for stream in (sys.stdout, sys.stderr)
+    )
+    for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:

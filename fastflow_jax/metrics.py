@@ -88,6 +88,23 @@ def average_precision(scores: ArrayLike, labels: ArrayLike | None) -> float | No
     return float(total / len(positives))
 
 
+def auroc_standard_error(auroc: float, n_good: int, n_defective: int) -> float:
+    """The standard error of an AUROC (Hanley & McNeil, Radiology 143, 1982).
+
+    An AUROC of 1 is taken as half a pair of the smaller class below it: its error is not 0.
+
+    Args:
+      auroc: of so many scores.
+      n_good: number of good samples, 1 or more.
+      n_defective: number of defective samples, 1 or more.
+    """
+    a = min(auroc, 1 - 0.5 / min(n_good, n_defective))
+    one = a / (2 - a) - a**2  # two defective samples above the same good one
+    other = 2 * a**2 / (1 + a) - a**2  # a defective sample above the same two good ones
+    variance = a * (1 - a) + (n_defective - 1) * one + (n_good - 1) * other
+    return float(np.sqrt(variance / (n_good * n_defective)))
+
+
 def f1_max(scores: ArrayLike, labels: ArrayLike) -> tuple[float | None, float | None]:
     """Best F1 over all thresholds, and the threshold.
 

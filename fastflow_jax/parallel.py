@@ -12,6 +12,7 @@ batch; what they compute is exchanged bit for bit. The first one alone writes fi
 
 import functools
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -28,6 +29,24 @@ from fastflow_jax.errors import InputError
 
 AXIS = "batch"
 KINDS = ("pmap", "jit")
+
+
+_process: int | None = None  # that uses JAX
+
+
+def check_not_forked() -> None:
+    """Raises InputError in a process that was forked from one in which a detector was used.
+
+    The threads of JAX do not live on in it, so that it would wait for them for ever.
+    """
+    global _process
+    if _process not in (None, os.getpid()):
+        raise InputError(
+            "This process was forked from one that had used JAX, which cannot work in it. Start "
+            "processes by multiprocessing's spawn or forkserver, or load the detector only in "
+            "the forked ones."
+        )
+    _process = os.getpid()
 
 
 def total(tree: Any, axis_name: str | None) -> Any:

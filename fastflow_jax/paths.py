@@ -18,6 +18,8 @@ def expanded(path: str | os.PathLike) -> Path:
     Raises:
       InputError: the path is a URL, or there is neither such a file nor such a home directory.
     """
+    if not os.fspath(path):
+        raise InputError("An empty path was given. Name a file or a directory.")
     path = _without_scheme(path)
     try:
         return path if path.exists() else path.expanduser()

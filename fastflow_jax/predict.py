@@ -1,25 +1,30 @@
-"""A run folder's detector on files: a line an image, heat maps, raw maps."""
+"""Scores image files with a run's detector: one line per image, heat maps, raw maps."""
 
+import contextlib
 import csv
 import dataclasses
 import glob
+import hashlib
 import json
 import os
 import pathlib
 import sys
 import warnings
+from collections import Counter
+from typing import IO
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from fastflow_jax import thresholds
+from fastflow_jax.data import formats, layout
 from fastflow_jax.data.given import read_image
-from fastflow_jax.data.layout import images_below
 from fastflow_jax.detector import Detector, Prediction
 from fastflow_jax.errors import InputError
 from fastflow_jax.paths import expanded, make_folder
 from fastflow_jax.report.heatmaps import OF_THE_NAME, draw_heatmap, save_picture
+from fastflow_jax.run_folder import read_json, read_lines, write_json
 
 RAW = ("npy", "png16")
 
@@ -38,11 +43,13 @@ class Line:
     pixel_threshold: float | None = None
     height: int | None = None
     width: int | None = None
-    heatmap: str | None = None  # files, by their path in the output folder
+    heatmap: str | None = None  # files, by their path in the output directory
     raw_map: str | None = None
-    raw_zero: float | None = None  # of a PNG: what 0 stands for,
+    raw_zero: float | None = None  # of a PNG: the value that 0 stands for,
     raw_full: float | None = None  # and 65535
     error: str | None = None
+    bytes: int | None = None  # size of the image's file
+    modified_ns: int | None = None  # when it was last written to, since 1970
 
 
 def predict(
@@ -56,73 +63,72 @@ def predict(
     heatmaps: bool = True,
     raw: str | None = None,
 ) -> int:
-    """Look at images with the detector of a training, and write what it makes of them.
+    """Score images with the detector of a run, and write the results.
+
+    An interrupted call continues: lines of the same files, detector and options are kept.
 
     Args:
       workdir: see `Detector.load`.
-      images: a file, a folder, of which all images in it and below are meant, or a glob pattern.
-      output: gets `predictions.csv` and `predictions.jsonl`, in the order in which images are
-        done, and, by the names of the images, `heatmaps/` and `maps/`.
+      images: a file, a directory, of which all images in it and below are scored, or a glob
+        pattern.
+      output: gets `predictions.csv` and `predictions.jsonl`, one line per image or page, in the
+        order in which they are scored, `predictions.json` with the options, and, by the names of
+        the images, `heatmaps/` and `maps/`.
       weights: see `Detector.load`.
-      rate: of false alarms, see `Detector.with_threshold`; None: as the detector has it.
+      rate: false-alarm rate, see `Detector.with_threshold`; None: the detector's own threshold.
       tile: see `Detector.predict`.
-      heatmaps: draw pictures.
+      heatmaps: draw heat maps.
       raw: one of `RAW`: anomaly maps, of the size of their image, as float32 or, from its lowest
-        value to its highest, in 16 bits; None: not at all.
+        value to its highest, in 16 bits; None: no maps.
 
     Returns:
-      The exit status: 0 where all images are normal, 1 where some are anomalous, 3 where some could
-      not be read or their pictures not be written, 4 where the detector has no threshold, so that
-      nothing is decided.
+      The exit status: 0 if all images are normal, 1 if some are anomalous, 3 if some could not be
+      read or their heat maps not be written, 4 if the detector has no threshold, so that nothing is
+      decided.
 
     Raises:
       InputError: nothing could be done.
     """
     output = expanded(output)
-    names = find_images(images, besides=output)
-    detector = Detector.load(workdir, weights=weights)
-    if rate is not None:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            detector = detector.with_threshold(rate=rate)
-        for warning in said:
-            _say(f"warning: {warning.message}")
-    elif detector.image_threshold is None:
-        _say("warning: no images were held out in training: there are scores, and no decisions")
+    found = find_images(images)
+    detector = _with_rate(Detector.load(workdir, weights=weights), rate)
     make_folder(output)
-
-    anomalous = unwritten = 0
-    broken: list[Line] = []
-    fields = [field.name for field in dataclasses.fields(Line)]
-    bar = tqdm(total=len(names), desc="predict", unit="img", dynamic_ncols=True)
-    with (
-        # A file's name may be no text: its bytes are written as they are.
-        (output / "predictions.csv").open(
-            "w", newline="", encoding="utf-8", errors="surrogateescape"
-        ) as table,
-        (output / "predictions.jsonl").open("w") as lines,
-        bar,
-    ):
-        rows = csv.DictWriter(table, fields)
-        rows.writeheader()
+    _report_others(found.others)
+    settings = {
+        "detector": _fingerprint(detector),
+        "options": {"rate": rate, "tile": tile, "heatmaps": heatmaps, "raw": raw},
+    }
+    kept = _lines_to_keep(output, settings, found.names)
+    done = {line.path for line in kept}
+    if done:
+        _say(f"{len(done)} images were scored before by the same command: continuing")
+    todo = [path for path in found.names if path not in done]
+    before = {path: _size_and_time(path) for path in todo}
+    counts = Counter(_outcome(line) for line in kept)
+    bar = tqdm(
+        total=len(found.names),
+        initial=len(done),
+        desc="predict",
+        unit="img",
+        dynamic_ncols=True,
+        smoothing=0,
+    )
+    with _Output(output, settings, kept) as lines, bar:
 
         def write(line: Line) -> None:
-            plain = dataclasses.asdict(line)
-            lines.write(json.dumps(plain) + "\n")
-            said = {True: "true", False: "false", None: None}
-            rows.writerow(plain | {"is_anomalous": said[line.is_anomalous]})
-            for file in (lines, table):
-                file.flush()
+            counts[_outcome(line)] += 1
+            lines.write(line)
+            bar.total += line.path not in found.names and not line.path.endswith("#1")  # a page
             bar.update()
 
         def report(path: str, error: InputError) -> None:
-            broken.append(Line(path, error=str(error)))
             _say(f"skipped: {error}")
-            write(broken[-1])
+            write(Line(path, error=str(error)))
 
-        for prediction in detector.stream(names, tile=tile, on_error=report):
-            line = _line(detector, prediction)
-            name = names[prediction.name]
+        for prediction in detector.stream(todo, tile=tile, on_error=report):
+            path = found.path(prediction.name)
+            line = _line(detector, prediction, before[path])
+            name = found.relative(prediction.name)
             try:
                 if heatmaps:
                     _write_heatmap(output, name, detector, prediction, line)
@@ -131,18 +137,145 @@ def predict(
             except (OSError, InputError) as error:
                 if isinstance(error, OSError) and error.errno not in OF_THE_NAME:
                     raise
-                line.error = f"{prediction.name}: its picture or map cannot be written: {error}"
+                line.error = f"{prediction.name}: its heat map or map cannot be written: {error}"
+            if _size_and_time(path) != before[path]:
+                line.error = f"{prediction.name}: the file changed while it was scored"
+            if line.error is not None:
                 _say(line.error)
-            anomalous += bool(line.is_anomalous)
-            unwritten += line.error is not None
             write(line)
-    done = len(names) - len(broken)
-    decides = detector.image_threshold is not None
-    found = f"{anomalous} of {done} images are" if decides else f"none of {done} images is called"
-    print(f"{found} anomalous, {len(broken)} unreadable: {output}")
-    if broken or unwritten:
+    return _summarise(counts, found.others, output, detector.image_threshold is not None)
+
+
+def _with_rate(detector: Detector, rate: float | None) -> Detector:
+    if rate is None:
+        if detector.image_threshold is None:
+            _say("warning: no images were held out in training: there are scores, and no decisions")
+        return detector
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        detector = detector.with_threshold(rate=rate)
+    for warning in caught:
+        _say(f"warning: {warning.message}")
+    return detector
+
+
+def _report_others(others: list[pathlib.Path]) -> None:
+    if others:
+        shown = ", ".join(path.name for path in others[:3])
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        _say(f"not images, and not scored: {shown}{more}")
+
+
+def _outcome(line: Line) -> str:
+    """What a line counts as."""
+    if line.score is None:
+        return "unreadable"
+    if line.error is not None:
+        return "anomalous, unwritten" if line.is_anomalous else "normal, unwritten"
+    return "anomalous" if line.is_anomalous else "normal"
+
+
+def _summarise(counts: Counter, others: list, output: pathlib.Path, decides: bool) -> int:
+    """Print what was found; returns the exit status."""
+    unreadable = counts["unreadable"]
+    scored = counts.total() - unreadable
+    anomalous = counts["anomalous"] + counts["anomalous, unwritten"]
+    found = (
+        f"{anomalous} of {scored} images are" if decides else f"none of {scored} images is called"
+    )
+    skipped = f", {len(others)} other files" if others else ""
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it; the status says the same
+        print(f"{found} anomalous, {unreadable} unreadable{skipped}: {output}", flush=True)
+    if unreadable or counts["anomalous, unwritten"] or counts["normal, unwritten"]:
         return 3
     return int(anomalous > 0) if decides else 4
+
+
+class _Output:
+    """The files of lines, written as they come; use it as a context manager."""
+
+    def __init__(self, output: pathlib.Path, settings: dict, kept: list[Line]):
+        fields = [field.name for field in dataclasses.fields(Line)]
+        write_json(output / _SETTINGS, settings)
+        # Lines that are kept are written next to the files of before and take their place.
+        self._jsonl = _rewritten(output / _JSONL, lambda file: [_json(file, line) for line in kept])
+        self._csv = _rewritten(
+            output / _CSV,
+            lambda file: [
+                csv.DictWriter(file, fields).writeheader(),
+                *(_row(file, fields, line) for line in kept),
+            ],
+        )
+        self._fields = fields
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self._jsonl.close()
+        self._csv.close()
+
+    def write(self, line: Line) -> None:
+        _row(self._csv, self._fields, line)
+        _json(self._jsonl, line)
+        self._csv.flush()
+        self._jsonl.flush()
+
+
+_SETTINGS, _JSONL, _CSV = "predictions.json", "predictions.jsonl", "predictions.csv"
+
+
+def _rewritten(file: pathlib.Path, write) -> IO[str]:
+    """A text file with a new beginning, open to append to; the old one stays until it is whole."""
+    # A file's name may be no text: its bytes are written as they are.
+    how = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    temporary = file.with_name(f"{file.name}.tmp")
+    with temporary.open("w", **how) as beginning:
+        write(beginning)
+    temporary.replace(file)
+    return file.open("a", **how)
+
+
+def _json(file: IO[str], line: Line) -> None:
+    file.write(json.dumps(dataclasses.asdict(line)) + "\n")
+
+
+def _row(file: IO[str], fields: list[str], line: Line) -> None:
+    words = {True: "true", False: "false", None: None}
+    plain = dataclasses.asdict(line) | {"is_anomalous": words[line.is_anomalous]}
+    csv.DictWriter(file, fields).writerow(plain)
+
+
+def _fingerprint(detector: Detector) -> str:
+    """Hash of the description of a detector, with its thresholds."""
+    return hashlib.sha256((detector.folder / "detector.json").read_bytes()).hexdigest()
+
+
+def _lines_to_keep(output: pathlib.Path, settings: dict, names: dict[str, str]) -> list[Line]:
+    """The lines that an interrupted call with the same settings wrote of the same files.
+
+    Lines with errors are left out, and so are those of pages, whose file is scored again.
+    """
+    if not (output / _SETTINGS).exists() or read_json(output / _SETTINGS) != settings:
+        return []
+    known = {field.name for field in dataclasses.fields(Line)}
+    lines = [Line(**plain) for plain in read_lines(output / _JSONL) if plain.keys() == known]
+    return [
+        line
+        for line in {line.path: line for line in lines}.values()
+        if line.error is None
+        and line.path in names
+        and (line.bytes, line.modified_ns) == _size_and_time(line.path)
+        and all((output / file).exists() for file in (line.heatmap, line.raw_map) if file)
+    ]
+
+
+def _size_and_time(path: str) -> tuple[int, int] | tuple[None, None]:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None, None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def draw_prediction(
@@ -156,14 +289,13 @@ def draw_prediction(
       name: that the picture is titled with; None: the file's.
     """
     low, high = _colours(detector) or (prediction.anomaly_map.min(), prediction.anomaly_map.max())
-    file = pathlib.Path(prediction.name)
-    title = f"{name or file.name}  score {prediction.score:.3f}"
+    title = f"{name or pathlib.Path(prediction.name).name}  score {prediction.score:.3f}"
     if prediction.p_value is not None:
         title += f"  p {prediction.p_value:.3f}"
     if prediction.is_anomalous is not None:
         title += "  anomalous" if prediction.is_anomalous else "  normal"
     return draw_heatmap(
-        read_image(file),
+        read_image(prediction.name),
         prediction.anomaly_map,
         low=low,
         high=high,
@@ -172,47 +304,67 @@ def draw_prediction(
     )
 
 
-def find_images(pattern: str, *, besides: pathlib.Path) -> dict[str, str]:
-    """The files that a file name, a folder or a glob pattern means, sorted.
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The files that `--input` means."""
 
-    Args:
-      pattern: as it was typed.
-      besides: the folder of results, whose pictures do not count.
+    names: dict[str, str]  # path -> path below the directory that all are in, sorted
+    others: list[pathlib.Path]  # that are no images, see `data.formats.is_image`
 
-    Returns:
-      Path -> a name that tells it from the others, its path below the folder that all lie in.
+    def path(self, name: str) -> str:
+        """The file of a prediction, which may be of one of its pages."""
+        return name if name in self.names else name.rpartition("#")[0]
+
+    def relative(self, name: str) -> str:
+        """The name of a prediction below that directory; of a page, with its number."""
+        path = self.path(name)
+        return self.names[path] + name.removeprefix(path)
+
+
+def find_images(pattern: str) -> Found:
+    """The files that a file name, a directory or a glob pattern means.
+
+    Results of earlier predictions and run directories are left out unless they are named.
 
     Raises:
-      InputError: there are none.
+      InputError: there are no images.
     """
     whole = expanded(pattern)
-    found = [whole] if whole.exists() else _matches(whole)
-    paths: list[pathlib.Path] = []
-    for path in found:
-        paths += images_below(path) if path.is_dir() else [path]
-    results = {(besides / name).resolve() for name in ("heatmaps", "maps")}
-    paths = [path for path in paths if not results & set(path.resolve().parents)]
-    if not paths:
+    images, others = [], []
+    if whole.is_file() or (whole.is_symlink() and not whole.exists()):
+        images = [whole]
+    else:
+        matches = [whole] if whole.is_dir() else _matches(whole)
+        for path in matches:
+            if path.is_dir():
+                below = layout.find_images(path)
+                images += below.images
+                others += below.others
+            else:
+                (images if formats.is_image(path) else others).append(path)
+    if not images:
         raise InputError(
-            f"--input={pattern} is no file, no folder and no pattern that finds any, apart from "
-            f"what predict wrote to {besides}"
+            f"--input={pattern} is no file, and no directory or pattern with images. Give one of "
+            "these, a pattern in quotes."
         )
-    root = whole if whole.is_dir() else os.path.commonpath([path.parent for path in paths])
-    return {str(path): path.relative_to(root).as_posix() for path in dict.fromkeys(paths)}
+    root = whole if whole.is_dir() else os.path.commonpath([path.parent for path in images])
+    names = {str(path): path.relative_to(root).as_posix() for path in images}
+    return Found(names, list(dict.fromkeys(others)))
 
 
 def _matches(pattern: pathlib.Path) -> list[pathlib.Path]:
     """The sorted matches of a glob pattern; brackets in a folder that exists are no pattern."""
-    root = next(str(parent) for parent in pattern.parents if os.path.exists(parent))
-    escaped = os.path.join(glob.escape(root), pattern.relative_to(root))
-    return sorted(map(pathlib.Path, glob.glob(escaped, recursive=True)))
+    root = next(parent for parent in pattern.parents if os.path.exists(parent))
+    escaped = os.path.join(glob.escape(str(root)), pattern.relative_to(root))
+    found = map(pathlib.Path, sorted(glob.glob(escaped, recursive=True)))
+    return [path for path in found if not layout.is_left_out(path, root)]
 
 
 def _say(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
-def _line(detector: Detector, prediction: Prediction) -> Line:
+def _line(detector: Detector, prediction: Prediction, file: tuple[int, int]) -> Line:
     mask, height_width = prediction.mask, prediction.anomaly_map.shape
     return Line(
         prediction.name,
@@ -224,6 +376,8 @@ def _line(detector: Detector, prediction: Prediction) -> Line:
         None if mask is None else float(mask.mean()),
         detector.pixel_threshold and detector.pixel_threshold.value,
         *height_width,
+        bytes=file[0],
+        modified_ns=file[1],
     )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +13,15 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fastflow_jax import data, parallel, store
+from fastflow_jax import data, parallel, siblings, store
 from fastflow_jax.backbones import Backbone, create_backbone
 from fastflow_jax.config import to_plain
+from fastflow_jax.data import checks
 from fastflow_jax.data.changes import augmented, tampered
+from fastflow_jax.data.groups import labels_of
 from fastflow_jax.data.pipeline import Batch, batches
+from fastflow_jax.data.profile import Profile, profile_of
+from fastflow_jax.errors import InputError
 from fastflow_jax.features import (
     Features,
     TrainingFeatures,
@@ -34,23 +38,48 @@ class Prepared:
 
     dataset: data.Dataset
     backbone: Backbone
-    contents: list[str]  # of the images to train on, see `Source`; without those held out
+    contents: list[str]  # see `contents_of`
     train: TrainingFeatures
     holdout: Features | None
     holdout_valid: np.ndarray | None  # bool [N, H, W], see `Batch.valid`
+    holdout_groups: np.ndarray | None  # int [N], see `HeldOut.groups`
     # The test images, or those of given indices, in batches with features in the place of `image`.
     # These are computed when they are first asked for, and then kept as those of the training
     # images are; or computed again each time.
     test: Callable[..., Iterable[Batch]]
+    profile: Profile | None  # of the images to train on
 
 
-def split_holdout(n: int, part: float) -> tuple[np.ndarray, np.ndarray]:
+def split_holdout(
+    n: int, part: float, groups: Sequence[str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Indices to train on and indices held out: one, drawn, of each stretch of the file order.
 
     Stretches follow what drifts from the first file to the last; the draw follows what comes in
     turns, like several cameras, of which every so many-th file would be always the same. A fixed
     choice, the same for all seeds. At least one image is left on either side.
+
+    Args:
+      n: number of images.
+      part: of them that is held out; 0: none.
+      groups: a label per image. Images with equal labels are on the same side, and `part` is one of
+        the groups, in the order of their first images.
+
+    Raises:
+      InputError: there is only one group.
     """
+    if groups is not None:
+        _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+        rank = np.argsort(np.argsort(first))[group]  # of each image's group, by its first image
+        if part > 0 and len(first) < 2:
+            raise InputError(
+                "All training images belong to one group, so none can be held out. Check "
+                "data.groups, put images of other parts into calibration/good, or pass "
+                "--config.data.holdout=0."
+            )
+        held_groups = split_holdout(len(first), part)[1]
+        held = np.isin(rank, held_groups)
+        return np.flatnonzero(~held), np.flatnonzero(held)
     if part == 0 or n < 2:
         return np.arange(n), np.arange(0)
     edges = np.linspace(0, n, min(max(round(part * n), 1), n - 1) + 1).round().astype(int)
@@ -58,9 +87,47 @@ def split_holdout(n: int, part: float) -> tuple[np.ndarray, np.ndarray]:
     return np.delete(np.arange(n), held), held
 
 
-def trained_on(config, source: data.Source) -> list[str]:
-    """The contents of those images that are not held out, see `data.Source`."""
-    return [source.contents[i] for i in split_holdout(len(source), config.data.holdout)[0]]
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Which normal images are trained on, and which are held out for calibration and thresholds."""
+
+    source: data.Source  # to train on: those at `train`
+    train: np.ndarray  # int [N]
+    held_out_source: data.Source  # the same, or images given for calibration: those at `held_out`
+    held_out: np.ndarray  # int [M]
+    held_out_groups: np.ndarray | None  # int [M], see `HeldOut.groups`
+
+
+def split(config, dataset: data.Dataset) -> Split:
+    """Images given for calibration are held out, or a part of the training images.
+
+    Raises:
+      InputError: see `split_holdout` and `data.groups.labels_of`.
+    """
+
+    def labels(source: data.Source):
+        return source.groups or labels_of(source.names, config.data.groups)
+
+    source, held_out_source = dataset.train, dataset.calibration or dataset.train
+    groups = labels(held_out_source)
+    if dataset.calibration is not None:
+        train, held_out = np.arange(len(source)), np.arange(len(held_out_source))
+    else:
+        train, held_out = split_holdout(len(source), config.data.holdout, groups)
+    if groups is not None:
+        groups = np.unique(np.asarray(groups)[held_out], return_inverse=True)[1]
+    return Split(source, train, held_out_source, held_out, groups)
+
+
+def contents_of(config, dataset: data.Dataset) -> list[str]:
+    """Names and sizes of the images to train on and of those given for calibration.
+
+    Without training images that are held out, see `data.Source.contents`.
+    """
+    contents = [dataset.train.contents[i] for i in split(config, dataset).train]
+    if dataset.calibration is not None:
+        contents += [f"calibration: {content}" for content in dataset.calibration.contents]
+    return contents
 
 
 def is_augmented(config) -> bool:
@@ -94,7 +161,7 @@ def preparer(
     The data are those that `open_category` gives, by default what `config.data` names.
     """
     folder = parallel.own_folder(folder)
-    dataset = _keep_last(open_category or data.opener(config.data))
+    dataset, checked = _keep_last(open_category or data.opener(config.data)), set()
     backbone = _keep_last(_open_backbone)
     train_pool, test_pool = _keep_last(_kept), _keep_last(_kept)
     train, test = _keep_last(_train), _keep_last(_test)
@@ -104,6 +171,12 @@ def preparer(
         # One process alone prepares what others may share with it.
         parallel.on_main(lambda: dataset(category, category) and None)
         images = dataset(category, category)
+        if images.test and category not in checked:
+            checked.add(category)
+            found = parallel.on_main(
+                lambda: checks.tested_on_training_images(images.train, images.test)
+            )
+            _note(images.name, found)
         if images.test:
             images = dataclasses.replace(images, test=tampered(images.test, config.data.tamper))
         seen, tamper = seen_by(config, seed), _key(config.data.tamper)
@@ -126,10 +199,12 @@ def preparer(
         arguments = (of_test | own, folder, images.test, all_for_test, title)
         tested = test(tested_on, config, net, *arguments)
         drawn = seed if is_augmented(config) else None
-        trained_on = (*key, config.data.holdout, _key(config.augment), drawn)
-        arguments = (of | own, folder, images.train, seed, all_for_training, title)
+        held_out = (config.data.holdout, config.data.groups)
+        trained_on = (*key, *held_out, _key(config.augment), drawn)
+        arguments = (of | own, folder, images, seed, all_for_training, title)
         learnt = train(trained_on, config, net, *arguments)
-        return Prepared(images, net, *learnt, tested)
+        *learnt, profile = learnt
+        return Prepared(images, net, *learnt, tested, profile)
 
     return prepare
 
@@ -243,19 +318,20 @@ def _part(source: data.Source, pooled: Callable, rows=slice(None)) -> Features:
     return tuple(store.Rows(maps, places) for maps in pooled(whole))
 
 
-def _train(config, backbone, of, folder, source, seed, pooled, title):
-    """`Prepared.contents`, `train`, `holdout` and `holdout_valid`."""
-    train, held_out = split_holdout(len(source), config.data.holdout)
-    contents = trained_on(config, source)
-    _tell_of_darkness(source, title)
+def _train(config, backbone, of, folder, dataset, seed, pooled, title):
+    """`Prepared.contents`, `train`, `holdout`, `holdout_valid`, `holdout_groups`, `profile`."""
+    parts = split(config, dataset)
+    source, train = parts.source, parts.train
+    contents, profile = contents_of(config, dataset), profile_of(source, train)
+    _note(title, checks.dark_images(source))
     is_cached = _is_kept(config) and not is_augmented(config)
 
-    def features(rows, place, what):
+    def features(source, rows, place, what):
         if is_cached and _is_shared(config, source):
             return _part(source, pooled, rows)
         return _kept(config, backbone, source, rows, of, folder / place, f"{title}: {what}")
 
-    def valid_of(rows):
+    def valid_of(source, rows):
         if config.data.resize != "pad":
             return None
 
@@ -264,19 +340,23 @@ def _train(config, backbone, of, folder, source, seed, pooled, title):
 
         return np.concatenate(list(parallel.shared_out(read, rows, config.batch_size)))
 
-    holdout = holdout_valid = None
-    if len(held_out):
-        holdout = features(held_out, "holdout", "held-out features")
-        holdout_valid = valid_of(held_out)
+    held_out = (None, None, None)
+    if len(parts.held_out):
+        where = parts.held_out_source, parts.held_out
+        holdout = features(*where, "holdout", "held-out features")
+        held_out = (holdout, valid_of(*where), parts.held_out_groups)
     if is_cached:
-        maps = features(train, "train", "features")
+        maps = features(source, train, "train", "features")
+        if len(parts.held_out):
+            _warn_of_siblings(maps, parts, held_out[0], title)
         size = store.n_bytes(len(train), maps)
         fits = store.goes_on_device(size, config.train.cache)
         on_device = not parallel.any_process(not fits)
         if jax.default_backend() != "cpu":
             how = "held by the device" if on_device else "sent to the device step by step"
             tqdm.write(f"{title}: in training, features are {how}")
-        return contents, cached_features(maps, valid_of(train), on_device), holdout, holdout_valid
+        training = cached_features(maps, valid_of(source, train), on_device)
+        return contents, training, *held_out, profile
 
     def stream(epoch, rows, size):
         seen = augmented(source, config.augment, seed, epoch) if is_augmented(config) else source
@@ -284,43 +364,30 @@ def _train(config, backbone, of, folder, source, seed, pooled, title):
 
     size = config.train.batch_size
     extract = extractor_of(config, backbone, size)
-    training = recomputed_features(len(train), stream, extract, size, valid_of(train))
-    return contents, training, holdout, holdout_valid
+    training = recomputed_features(len(train), stream, extract, size, valid_of(source, train))
+    return contents, training, *held_out, profile
 
 
-def _tell_of_darkness(source: data.Source, title: str) -> None:
-    """Of training images that all seem black, as a camera's 12 bits in files of 16 bits do."""
-    brightest = 0
-    for i in range(min(8, len(source))):
-        brightest = max(brightest, int(source[i].image.max()))
-        if brightest >= 32:  # mostly the first one's
-            return
+def _warn_of_siblings(maps: Features, parts: Split, holdout: Features, title: str) -> None:
+    """Warns if held-out images seem to show parts that are trained on, see `siblings.find`."""
+    same_source = parts.held_out_source is parts.source and parts.held_out_groups is None
+    found = siblings.find(maps, holdout, same_source=same_source)
+    if found is None:
+        return
+    held_out = parts.held_out_source.names[parts.held_out[found.held_out]]
+    trained_on = parts.source.names[parts.train[found.trained_on]]
     tqdm.write(
-        f"{title}: the first training images have no value above {brightest} of 255; if they "
-        "are a camera's 10 or 12 bits in files of 16, multiply them by 64 or 16"
+        f"{title}: warning: {found.kind}, such as {held_out} and {trained_on}. If several images "
+        "show the same part, stated false-alarm rates do not hold for new parts. Say which belong "
+        "together with --config.data.groups (folder, a .csv file or a regular expression), or put "
+        "images of other parts into calibration/good."
     )
 
 
-def _tell_of_blank(masks: np.ndarray, source: data.Source, title: str) -> None:
-    """Of defective images whose masks [N, H, W] mark nothing, as an export may have gone wrong."""
-    blank = np.flatnonzero((source.labels == 1) & ~masks.any((1, 2)))
-    if len(blank):
-        side = "x".join(map(str, masks.shape[1:]))
-        tqdm.write(
-            f"{title}: at {side} the masks of {len(blank)} defective images mark nothing, such as "
-            f"that of {source.names[blank[0]]}: all their pixels count as normal"
-        )
-
-
-def _note_cut_masks(source: data.Source, title: str) -> None:
-    """Reports masks with a halo of grey levels, see `transforms.decode_mask`."""
-    if source.cut_masks:
-        tqdm.write(
-            f"{title}: {len(source.cut_masks)} masks have grey levels around their defects, such "
-            f"as {min(source.cut_masks)}. Only pixels from half of the highest level on (or from "
-            "1/8 on if there are classes of lower levels) count as defective. Save masks without "
-            "lossy compression or antialiasing to choose the edges yourself."
-        )
+def _note(title: str, message: str | None) -> None:
+    """Prints what a check of the data found, if anything."""
+    if message is not None:
+        tqdm.write(f"{title}: {message}")
 
 
 def _test(config, backbone, of, folder, source, pooled, title) -> Callable[..., Iterable[Batch]]:
@@ -351,8 +418,9 @@ def _test(config, backbone, of, folder, source, pooled, title) -> Callable[..., 
             None if part[0] is None else np.concatenate(part) for part in zip(*parts, strict=True)
         )
         if has_masks:
-            _tell_of_blank(masks, source, title)
-            _note_cut_masks(source, title)
+            _note(title, checks.blank_masks(masks, source))
+            _note(title, checks.inverted_masks(masks, source))
+            _note(title, checks.cut_masks(source))
 
     @functools.cache
     def features():

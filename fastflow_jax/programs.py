@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fastflow_jax import parallel
 from fastflow_jax.backbones import Backbone
 from fastflow_jax.features import Features, in_batches
 from fastflow_jax.prepare import extractor_of
@@ -53,6 +54,7 @@ class Programs:
 
     def _run(self, function: Callable, *arrays: Any) -> Any:
         """`function(extract, scorer, *arrays)`, a batch at a time; None stands for no array."""
+        parallel.check_not_forked()
 
         def run(part):
             n = len(jax.tree.leaves(part)[0])

@@ -2,7 +2,8 @@
 
 Scores are of normal images that nothing was learnt from, n of them ("held out"), and of new ones.
 All that is said of new normal images supposes that they are drawn as those held out were
-(exchangeable): another camera, light or material is another thing.
+(exchangeable): another camera, light or material is another thing. Images of the same part are not
+drawn independently of each other; give their groups.
 
 - `p_values`: how often a normal image scores so high (conformal; Vovk, Gammerman & Shafer,
   Algorithmic Learning in a Random World, 2005).
@@ -37,24 +38,41 @@ class Threshold:
     rate: float | None = None  # of false alarms that was asked for
     interval: tuple[float, float] | None = None  # that the true rate lies in,
     confidence: float | None = None  # with this probability
-    n: int = 0  # images that it comes from
+    n: int = 0  # images that it comes from; of grouped ones, groups
     supported: bool = True  # so many images can tell of such a rate
 
 
-def p_values(scores: ArrayLike, held_out: ArrayLike) -> np.ndarray:
+def p_values(scores: ArrayLike, held_out: ArrayLike, groups: ArrayLike | None = None) -> np.ndarray:
     """(1 + #{held-out scores >= s}) / (n + 1) for each score s.
 
-    Of a new normal image, P(p <= a) <= a for every a, whatever the scores' distribution.
+    Of a new normal image, P(p <= a) <= a for every a, whatever the distribution of scores.
+
+    With groups the count is the sum over groups of the share of their images that score at least
+    s, and n the number of groups. The promise is then that of a new image of a new group, for
+    groups that are exchangeable, however alike their images are (Lee, Barber & Willett,
+    Distribution-Free Inference with Hierarchical Data, 2023).
+
+    Args:
+      scores: any shape.
+      held_out: scores of normal images that nothing was learnt from, [n].
+      groups: [n], equal for images of the same part; None: each image is a group.
     """
-    held_out = np.sort(np.asarray(held_out))
-    below = np.searchsorted(held_out, np.asarray(scores), side="left")
-    return (1 + len(held_out) - below) / (len(held_out) + 1)
+    order = np.argsort(held_out, kind="stable")
+    weights = _weights(groups, len(order))
+    above = np.append(np.cumsum(weights[order][::-1])[::-1], 0.0)  # weight from each rank on
+    first = np.searchsorted(np.asarray(held_out)[order], np.asarray(scores), side="left")
+    return (1 + above[first]) / (_n_groups(weights) + 1)
 
 
 def image_threshold(
-    held_out: ArrayLike, rate: float, confidence: float = 0.95, *, warn: bool = True
+    held_out: ArrayLike,
+    rate: float,
+    confidence: float = 0.95,
+    *,
+    groups: ArrayLike | None = None,
+    warn: bool = True,
 ) -> Threshold:
-    """The k-th lowest held-out score, k = ceil((n + 1)(1 - rate)).
+    """The k-th lowest held-out score, k = ceil((n + 1)(1 - rate)), and a margin.
 
     A score is above it where its p-value is `rate` or less, which happens to a new normal image
     with a probability of at most `rate`, on average over the draws of held-out images. For one
@@ -62,34 +80,71 @@ def image_threshold(
     Beta(n + 1 - k, k) where no scores tie, and stochastically less where some do. Where rate <
     1 / (n + 1), the highest held-out score is taken, whose rate is higher; a warning says so.
 
+    The margin, 1e-4 of the scores' size and at most half the distance to the next score, keeps the
+    decision on that image independent of the batch in which it is scored.
+
+    With groups, n and k count groups, each of whose images has an equal share in its group: see
+    `p_values`. The interval is then that of one image per group, which is the widest.
+
     Args:
       held_out: scores of normal images that nothing was learnt from, [n].
       rate: of false alarms, a part of all normal images.
       confidence: of the interval.
+      groups: [n], equal for images of the same part; None: each image is a group.
       warn: False leaves what cannot be promised to `Threshold.supported`.
 
     Raises:
       InputError: no held-out scores, or a rate or confidence that is not between 0 and 1.
     """
-    scores = np.sort(_checked(held_out, rate, confidence))
-    n = len(scores)
-    # The share is rounded first: (n + 1)(1 - rate) may miss a whole number by rounding.
-    k = max(1, int(np.ceil(np.round((n + 1) * (1 - rate), 9))))
+    scores = _checked(held_out, rate, confidence)
+    weights = _weights(groups, len(scores))
+    order = np.argsort(scores, kind="stable")
+    scores, n = scores[order], _n_groups(weights)
+    # Rounded first: (n + 1)(1 - rate) may miss a whole number by rounding.
+    weight = np.round((n + 1) * (1 - rate), 9)
+    k = max(1, int(np.ceil(weight)))
     supported = k <= n
     k = min(k, n)
+    reached = np.round(weights[order].cumsum(), 9)
+    place = min(int(np.searchsorted(reached, weight)), len(scores) - 1)
     alpha = (1 - confidence) / 2
     interval = special.betaincinv(n + 1 - k, k, [alpha, 1 - alpha])
     if warn and not supported:
         takes = int(np.ceil(np.round(1 / rate, 9))) - 1
+        what = "images" if groups is None else "groups"
         warnings.warn(
-            f"{n} held-out images cannot support a false-alarm rate of {rate:g}: it takes {takes}. "
+            f"{n} held-out {what} cannot support a false-alarm rate of {rate:g}: it takes {takes}. "
             "The highest held-out score is taken, whose "
-            f"rate is {1 / (n + 1):.3g} on average; hold out more images.",
+            f"rate is {1 / (n + 1):.3g} on average; hold out more {what}.",
             stacklevel=2,
         )
+    value = scores[place] + _margin(scores, place)
     return Threshold(
-        float(scores[k - 1]), "image", rate, tuple(map(float, interval)), confidence, n, supported
+        float(value), "image", rate, tuple(map(float, interval)), confidence, n, supported
     )
+
+
+_RELATIVE_MARGIN = 1e-4  # scores of one image in two batches differ by some 1e-6
+
+
+def _margin(scores: np.ndarray, place: int) -> float:
+    """What a threshold at a place of sorted scores is raised by, see `image_threshold`."""
+    higher = scores[np.searchsorted(scores, scores[place], side="right") :]
+    size = max(abs(scores[place]), scores[-1] - scores[0])
+    gap = higher[0] - scores[place] if len(higher) else np.inf
+    return min(_RELATIVE_MARGIN * size, gap / 2)
+
+
+def _weights(groups: ArrayLike | None, n: int) -> np.ndarray:
+    """1 / (number of images in its group) for each of n images, float64 [n]."""
+    if groups is None:
+        return np.ones(n)
+    _, group, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    return 1 / sizes[group]
+
+
+def _n_groups(weights: np.ndarray) -> int:
+    return round(weights.sum())
 
 
 def tails(maps: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
@@ -110,7 +165,12 @@ def exceeded(held_out_tails: np.ndarray, value: float) -> np.ndarray:
 
 
 def pixel_threshold(
-    held_out_tails: np.ndarray, rate: float, confidence: float = 0.95, *, warn: bool = True
+    held_out_tails: np.ndarray,
+    rate: float,
+    confidence: float = 0.95,
+    *,
+    groups: ArrayLike | None = None,
+    warn: bool = True,
 ) -> Threshold:
     """The value that a part `rate` of held-out pixels lies above, on average over the images.
 
@@ -123,6 +183,7 @@ def pixel_threshold(
       held_out_tails: see `tails`.
       rate: of false alarms, a part of all pixels of normal images.
       confidence: of the interval.
+      groups: [n], as of `image_threshold`; images are replaced by the means of groups.
       warn: as of `image_threshold`; here the images support a rate that they show with a
         deviation no larger than itself.
 
@@ -131,23 +192,32 @@ def pixel_threshold(
     """
     held_out_tails = np.asarray(held_out_tails, np.float64)
     _checked(held_out_tails[:, 0] if held_out_tails.size else [], rate, confidence)
-    n = len(held_out_tails)
     low, high = held_out_tails.min(), held_out_tails.max()
     for _ in range(60):
         middle = (low + high) / 2
-        above = exceeded(held_out_tails, middle).mean() > rate
+        above = _by_group(exceeded(held_out_tails, middle), groups).mean() > rate
         low, high = (middle, high) if above else (low, middle)
-    shares = exceeded(held_out_tails, high)
+    shares = _by_group(exceeded(held_out_tails, high), groups)
+    n = len(shares)
     interval, independent = _binomial_interval(shares, confidence)
     supported = independent * rate >= 1
     if warn and not supported:
+        what = "images" if groups is None else "groups"
         warnings.warn(
-            f"{n} held-out images cannot support a rate of {rate:g} of their pixels: they differ "
+            f"{n} held-out {what} cannot support a rate of {rate:g} of their pixels: they differ "
             f"from each other as much as {independent:.0f} independent pixels would; hold out more "
-            "images.",
+            f"{what}.",
             stacklevel=2,
         )
     return Threshold(float(high), "pixel", rate, interval, confidence, n, supported)
+
+
+def _by_group(values: np.ndarray, groups: ArrayLike | None) -> np.ndarray:
+    """The mean of each group's values."""
+    if groups is None:
+        return values
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    return np.bincount(group, values) / np.bincount(group)
 
 
 def _binomial_interval(shares: np.ndarray, confidence: float) -> tuple[tuple[float, float], float]:

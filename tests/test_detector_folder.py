@@ -114,7 +114,7 @@ def test_another_weight_file_is_refused(trained, moved, tmp_path):
     for folder in (moved, trained / "run"):
         with pytest.raises(InputError, match=f"its sha256 is {other}, not {right}"):
             Detector.load(folder, weights=tmp_path / "other.npz")
-    for path in ("nosuch.npz", tmp_path, ""):
+    for path in ("nosuch.npz", tmp_path):
         with pytest.raises(InputError, match=r"is not a file\. Pass the weight file"):
             Detector.load(moved, weights=path)
 
@@ -164,3 +164,22 @@ def test_flags_that_do_not_fit_the_mode(arguments, message, started, capsys, mon
     monkeypatch.chdir(REPOSITORY)
     assert started(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda about: about["thresholds"]["image"].update(invented=1), "of another version"),
+        (lambda about: about["thresholds"]["image"].update(value=None), "of another version"),
+        (lambda about: about["thresholds"]["image"].pop("interval"), "of another version"),
+        (lambda about: about["config"].update(detector="oracle"), "the detector is 'oracle'"),
+    ],
+)
+def test_a_description_of_another_version_is_named(trained, tmp_path, change, message):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    file = tmp_path / "run/detector.json"
+    about = json.loads(file.read_text())
+    change(about)
+    file.write_text(json.dumps(about))
+    with pytest.raises(InputError, match=message):
+        Detector.load(tmp_path / "run", weights=trained / "mine.npz")

@@ -216,6 +216,28 @@ def test_what_comes_in_turns_is_held_out_in_its_share(period):
     assert np.abs(held - 100 * share).max() < 5 * np.sqrt(100 * share * (1 - share))
 
 
+@pytest.mark.parametrize("part", [0.1, 0.3, 0.5])
+def test_images_of_one_group_are_on_the_same_side(part):
+    groups = [f"part {i}" for i in np.random.default_rng(0).integers(0, 30, 200)]
+    train, holdout = split_holdout(200, part, groups)
+    assert sorted([*train, *holdout]) == list(range(200))
+    of_train, of_holdout = ({groups[i] for i in rows} for rows in (train, holdout))
+    assert not of_train & of_holdout
+    assert len(of_holdout) == round(part * 30)
+
+
+def test_groups_of_one_image_change_nothing():
+    alone = [str(i) for i in range(57)]
+    for rows, expected in zip(split_holdout(57, 0.2, alone), split_holdout(57, 0.2), strict=True):
+        np.testing.assert_array_equal(rows, expected)
+
+
+def test_of_a_single_group_nothing_can_be_held_out():
+    with pytest.raises(InputError, match="All training images belong to one group"):
+        split_holdout(5, 0.1, ["a"] * 5)
+    assert len(split_holdout(5, 0.0, ["a"] * 5)[0]) == 5
+
+
 def test_what_drifts_is_held_out_evenly():
     held, _ = np.histogram(split_holdout(1000, 0.1)[1], bins=10, range=(0, 1000))
     assert held.tolist() == [10] * 10

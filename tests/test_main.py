@@ -115,7 +115,7 @@ def test_a_run_stopped_before_it_trains_says_so(environment, tmp_path, number):
     code, _, err = finish(process)
     assert code == 128 + number, err
     assert "interrupted" in err
-    assert "the same command goes on" in err
+    assert "the same command continues" in err
     assert "Traceback" not in err
 
 
@@ -287,3 +287,50 @@ def test_describe_needs_no_data_and_no_weights(started, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "trainable numbers" in out
     assert any(line.startswith("blocks.") for line in out.splitlines())
+
+
+def _predicted(environment, run, photo, output, **how):
+    arguments = [f"--workdir={run}", f"--input={photo}", f"--output={output}", "--noheatmaps"]
+    return subprocess.run(
+        [sys.executable, "-m", "fastflow_jax.main", "--mode=predict", *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        text=True,
+        check=False,
+        **{"capture_output": True} | how,
+    )
+
+
+@pytest.fixture(scope="module")
+def photo(undisturbed, tmp_path_factory):
+    path = tmp_path_factory.mktemp("photo") / "a.png"
+    path.write_bytes(png_of(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)))
+    return path
+
+
+def test_a_user_without_a_home_and_with_a_relative_cache_predicts(
+    undisturbed, environment, photo, tmp_path
+):
+    unset = ("JAX_COMPILATION_CACHE_DIR", "HOME")
+    plain = {k: v for k, v in environment.items() if k not in unset}
+    process = _predicted(plain | {"XDG_CACHE_HOME": ""}, undisturbed, photo, tmp_path / "out")
+    assert process.returncode in (0, 1), process.stderr
+    assert not list((REPOSITORY / "fastflow_jax").glob("*-cache"))
+
+
+def test_a_missing_device_is_one_message(undisturbed, environment, photo, tmp_path):
+    environment = environment | {"JAX_PLATFORMS": "cuda"}
+    process = _predicted(environment, undisturbed, photo, tmp_path / "out")
+    assert process.returncode == 2
+    assert "JAX found no device for JAX_PLATFORMS='cuda'" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_nobody_has_to_read_what_predict_prints(undisturbed, environment, photo, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    how = {"capture_output": False, "stdout": write, "stderr": subprocess.PIPE}
+    process = _predicted(environment, undisturbed, photo, tmp_path / "out", **how)
+    os.close(write)
+    assert process.returncode in (0, 1), process.stderr
+    assert "BrokenPipe" not in process.stderr

@@ -247,9 +247,10 @@ def test_only_the_last_is_kept_and_goes_before_the_next_comes():
 
 def test_masks_of_defects_that_mark_nothing_are_told(tmp_path, capsys):
     root = tmp_path / "screws"
-    for name in ("train/good/0", "train/good/1", "test/good/0", "test/crack/0", "test/crack/1"):
+    names = ("train/good/0", "train/good/1", "test/good/0", "test/crack/0", "test/crack/1")
+    for i, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32), (90, 90, 90)).save(root / f"{name}.png")
+        Image.new("RGB", (32, 32), (90, 90, 90 + i)).save(root / f"{name}.png")
     (root / "ground_truth/crack").mkdir(parents=True)
     for i in range(2):
         mask = np.zeros((32, 32), np.uint8)
@@ -265,9 +266,10 @@ def test_masks_of_defects_that_mark_nothing_are_told(tmp_path, capsys):
 
 def test_masks_with_a_halo_are_reported_once(tmp_path, capsys):
     root = tmp_path / "screws"
-    for name in ("train/good/0", "train/good/1", "test/good/0", "test/crack/0", "test/crack/1"):
+    names = ("train/good/0", "train/good/1", "test/good/0", "test/crack/0", "test/crack/1")
+    for i, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32), (90, 90, 90)).save(root / f"{name}.png")
+        Image.new("RGB", (32, 32), (90, 90, 90 + i)).save(root / f"{name}.png")
     (root / "ground_truth/crack").mkdir(parents=True)
     mask = np.zeros((32, 32), np.uint8)
     mask[5:19, 6:25] = 255

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastflow_jax.data.formats import Header
 from fastflow_jax.errors import InputError
 
 GOOD = "good"  # the defect of an image without one
@@ -26,12 +27,14 @@ class Example(NamedTuple):
 
 
 class Record(NamedTuple):
-    """Where the files of one example lie."""
+    """The files of one example."""
 
     image: Path
     mask: Path | None
     defect: str
     name: str  # unique in its source
+    page: int = 0  # of image and mask, for files that hold several
+    header: Header | None = None  # of the image
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,6 +54,10 @@ class Source:
     cut_masks: set[str] = dataclasses.field(default_factory=set)
     # Of files that may be replaced under their names: what the system says of each.
     files: tuple[os.stat_result | None, ...] | None = None
+    # The header of an image's file, for data that are or were files. Decodes nothing.
+    header: Callable[[int], Header] | None = None
+    # Images with equal labels show the same part; None: `data.groups.labels_of` decides by names.
+    groups: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -93,6 +100,8 @@ class Dataset:
     train: Source
     test: Source | None
     provenance: dict
+    # Normal images for calibration and thresholds; None: some training images are held out.
+    calibration: Source | None = None
 
 
 def check_choice(field: str, value: str | None, choices: Iterable[str]) -> None:

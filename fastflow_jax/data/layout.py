@@ -1,101 +1,161 @@
-"""The layout of folders that MVTec AD has brought into use.
+"""Directories of images: the layout that MVTec AD introduced, and any other tree.
 
     root/train/good/*                          normal images
+    root/calibration/good/*                    normal images for thresholds, optional
     root/test/good/*, root/test/<defect>/*     test images
     root/ground_truth/<defect>/<name>_mask.*   masks of the defective ones
 
-Images and masks may have any format and extension that Pillow reads. Hidden files, `Thumbs.db`
-and `desktop.ini` are passed over, and so are files beside `train` that are no images (data sets
-keep their licence there). Anything else that does not belong is an error, as it may be a slip.
+Images may be in sub-directories of these, masks then in sub-directories of the same names. Images
+and masks may have any format that Pillow reads; a file of several pages is several images. Hidden
+files, service directories of file servers and archives (`@eaDir`, `#recycle`, `__MACOSX`), results
+of earlier predictions and run directories are skipped everywhere.
 """
 
-import functools
+import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
-
 from fastflow_jax.data.dataset import GOOD, Record
-from fastflow_jax.data.transforms import image_size
+from fastflow_jax.data.formats import Header, is_image, read_header
 from fastflow_jax.errors import InputError
 
-_PASSED_OVER = ("thumbs.db", "desktop.ini")
+_SERVICE_DIRECTORIES = frozenset(
+    name.lower()
+    for name in (
+        *("@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "~snapshot"),
+        *("$RECYCLE.BIN", "System Volume Information", "lost+found", "__MACOSX"),
+    )
+)
+_SERVICE_FILES = frozenset(
+    ("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r", "picasa.ini")
+)
+# Written by `predict` and by runs.
+_PREDICTIONS = "predictions.jsonl"
+_RESULT_DIRECTORIES = ("heatmaps", "maps")
+_RESULT_FILES = (_PREDICTIONS, "predictions.csv", "predictions.json")
+_OF_A_RUN = ((".lock", "config.json"), ("detector.json",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The images of a directory, each list sorted by path."""
+
+    train: list[Record]
+    test: list[Record]
+    calibration: list[Record]
 
 
 def read_layout(
-    root: Path, *, good: str = GOOD, mask_suffix: str = "_mask", complete: bool = False
-) -> tuple[list[Record], list[Record]]:
-    """The training and the test images under `root`, each sorted by folder and name.
-
-    All headers are read, and the sizes of masks compared with those of their images.
+    root: Path,
+    *,
+    good: str = GOOD,
+    mask_suffix: str = "_mask",
+    complete: bool = False,
+    calibration: bool = False,
+) -> Layout:
+    """Reads all headers under `root`, and compares the sizes of masks with those of their images.
 
     Args:
-        root: holds `train` and perhaps `test` and `ground_truth`.
-        good: the name of the folders of normal images.
-        mask_suffix: what the name of a mask has more than that of its image.
-        complete: test images and masks must be there.
+        root: has `train` and, optionally, `test` and `ground_truth`.
+        good: the name of the directories of normal images.
+        mask_suffix: added to the name of an image in the name of its mask.
+        complete: test images and masks are required.
+        calibration: `calibration` is allowed too.
 
     Raises:
-        InputError: something is missing, or there that does not belong.
+        InputError: something is missing, or does not belong there.
     """
+    optional = ("test", "ground_truth", *["calibration"] * calibration)
     folders, files = list_folder(root)
     for name, folder in folders.items():
-        if name not in ("train", "test", "ground_truth"):
+        if name not in ("train", *optional):
             raise InputError(
-                f"{folder} is unexpected: beside train only test and ground_truth are read. "
+                f"{folder} is unexpected: next to train only {', '.join(optional)} are read. "
                 "Move it elsewhere."
             )
     for file in files.values():
-        if _is_image(file):
-            raise InputError(f"{file} lies beside train: move it into train/{good} or elsewhere.")
+        if is_image(file):
+            raise InputError(f"{file} is next to train: move it into train/{good} or elsewhere.")
     for name in ("train", "test", "ground_truth") if complete else ("train",):
         if name not in folders:
-            raise InputError(f"{root} holds no {name}: put it there.")
+            raise InputError(f"{root} has no {name}: put it there.")
 
-    train = list_subfolders(folders["train"])
-    if list(train) != [good]:
-        raise InputError(
-            f"{folders['train']} must hold the one folder {good}, as training images are normal; "
-            f"it holds {', '.join(train)}."
-        )
-    test = list_subfolders(folders["test"]) if "test" in folders else {}
-    for images in (train, test):
-        for path in _paths(images):
-            image_size(path)
+    images = {name: list_subfolders(folders[name]) for name in folders if name != "ground_truth"}
+    for split in ("train", "calibration"):
+        if split in images and list(images[split]) != [good]:
+            raise InputError(
+                f"{folders[split]} must have {good} as its only directory, because its images are "
+                f"normal; it has {', '.join(images[split])}."
+            )
+    headers = {path: read_header(path) for split in images.values() for path in _paths(split)}
     masks = {}
     if "ground_truth" in folders:
         ground_truth = list_subfolders(folders["ground_truth"], may_be_empty=good)
-        masks = _match_masks(test, ground_truth, good, mask_suffix)
+        masks = _match_masks(folders, images.get("test", {}), ground_truth, good, mask_suffix)
+        for image, mask in masks.items():
+            _check_mask(image, headers[image], mask, read_header(mask))
 
-    def records(images: dict[str, list[Path]]) -> list[Record]:
+    def records(split: str) -> list[Record]:
         return [
-            Record(path, masks.get(path), GOOD if name == good else name, f"{name}/{path.name}")
-            for name, paths in images.items()
+            record
+            for name, paths in images.get(split, {}).items()
             for path in paths
+            for record in pages(
+                path,
+                headers[path],
+                path.relative_to(folders[split]).as_posix(),
+                mask=masks.get(path),
+                defect=GOOD if name == good else name,
+            )
         ]
 
-    return records(train), records(test)
+    return Layout(records("train"), records("test"), records("calibration"))
+
+
+def pages(
+    path: Path, header: Header, name: str, *, mask: Path | None = None, defect: str = GOOD
+) -> list[Record]:
+    """The examples in an image file: one, or one per page, named `<name>#1`, `<name>#2`, ..."""
+    several = header.pages > 1
+    return [
+        Record(path, mask, defect, page_name(name, page) if several else name, page, header)
+        for page in range(header.pages)
+    ]
+
+
+def page_name(name: str, page: int) -> str:
+    """The name of a page, counted from 0 here and from 1 in the name."""
+    return f"{name}#{page + 1}"
+
+
+def page_of(name: str) -> tuple[Path, int]:
+    """The path and the page, counted from 0, that a name of `pages` stands for."""
+    path, mark, number = name.rpartition("#")
+    if mark and number.isdecimal() and not Path(name).exists():
+        return Path(path), int(number) - 1
+    return Path(name), 0
 
 
 def list_subfolders(folder: Path, may_be_empty: str | None = None) -> dict[str, list[Path]]:
-    """The images in each folder in `folder`, by the folder's name.
+    """The images in each directory of `folder`, by the directory's name.
 
     Args:
-        folder: that holds nothing else.
-        may_be_empty: name of a folder that may hold none.
+        folder: has directories only.
+        may_be_empty: name of a directory that may have no images.
 
     Raises:
-        InputError: there are no folders, or something else is there.
+        InputError: there are no directories, or there is something else.
     """
     folders, files = list_folder(folder)
     for file in files.values():
-        if not folders and _is_image(file):
+        if not folders and is_image(file):
             raise InputError(
-                f"{folder} holds images, and no folders of images: those of normal things go into "
+                f"{folder} has images, and no directories of images: move normal images into "
                 f"{folder}/good."
             )
         raise InputError(
-            f"{file} lies beside the folders of {folder}: move it into one of them or elsewhere."
+            f"{file} is next to the directories of {folder}: move it into one of them or elsewhere."
         )
     if not folders:
         raise InputError(f"{folder} is empty: fill it or remove it.")
@@ -106,82 +166,112 @@ def list_subfolders(folder: Path, may_be_empty: str | None = None) -> dict[str, 
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The images right in `folder`, sorted by name; they are not opened.
+    """The images in `folder` and its sub-directories, sorted by path; they are not opened.
 
     Raises:
-        InputError: there are none, or something else is there.
+        InputError: there are none, or there is something else.
     """
-    folders, files = list_folder(folder)
-    for inner in folders.values():
-        raise InputError(
-            f"{inner} is a folder among images: move it out of {folder}, or its images into it."
-        )
-    if not files:
-        raise InputError(f"{folder} holds no images: put some there or give another folder.")
-    by_stem = {}
-    for file in files.values():
-        if not _is_image(file):
-            raise InputError(f"{file} is not an image that Pillow knows: move it elsewhere.")
-        twin = by_stem.setdefault(file.stem, file)
-        if twin is not file:
+    found, by_stem = [], {}
+    for path in _files_below(folder):
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path} is a link to a missing file: mend or remove it.")
+        if not is_image(path):
+            raise InputError(f"{path} is not an image: move it elsewhere.")
+        twin = by_stem.setdefault(path.with_suffix(""), path)
+        if twin is not path:
             raise InputError(
-                f"{twin} and {file} have the same name but for the extension: rename or remove one."
+                f"{twin} and {path} have the same name but for the extension: rename or remove one."
             )
-    return list(files.values())
+        found.append(path)
+    if not found:
+        raise no_images(folder)
+    return found
 
 
-def images_below(folder: Path) -> list[Path]:
-    """The images in `folder` and in the folders below it, sorted by path; they are not opened.
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The files of a directory."""
 
-    Links are followed; a folder that several lead to counts once. Hidden files and folders and what
-    is no image are passed over.
+    images: list[Path]  # and what should be images: broken files, links to missing files
+    others: list[Path]  # text, tables, documents, archives
+
+
+def find_images(folder: Path) -> Found:
+    """The files in `folder` and the directories below it, sorted by path.
+
+    Links are followed; a directory that several links lead to is read once.
 
     Raises:
-        InputError: there are none, or a folder cannot be read.
+        InputError: a directory cannot be read.
     """
+    found = Found([], [])
+    for path in _files_below(folder):
+        (found.images if is_image(path) else found.others).append(path)
+    return found
+
+
+def is_left_out(path: Path, root: Path) -> bool:
+    """Whether a file below `root` is skipped everywhere, see the top of this page."""
+    absolute = path.absolute()
+    return any(map(_is_skipped, path.relative_to(root).parts)) or any(
+        (folder.name in _RESULT_DIRECTORIES and (folder.parent / _PREDICTIONS).exists())
+        or any(all((folder / name).exists() for name in names) for names in _OF_A_RUN)
+        for folder in (absolute, *absolute.parents)
+    )
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """All files but those that are skipped everywhere, sorted by path."""
+    return sorted(Path(at, name) for at, names in _walk(folder) for name in names)
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Directories and the names of their files, without what is skipped everywhere."""
 
     def fail(error: OSError):
         raise InputError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
-    paths, seen = [], set()
+    seen = set()
     for at, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        if os.path.realpath(at) in seen:  # a link to a folder that it lies in would have no end
-            folders.clear()
+        real = os.path.realpath(at)
+        if real in seen or any(set(names) <= set(files) for names in _OF_A_RUN):
+            folders.clear()  # a link to a directory above has no end
             continue
-        seen.add(os.path.realpath(at))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        within = (Path(at, name) for name in files if not name.startswith("."))
-        paths += [path for path in within if _is_image(path) and path.is_file()]
-    paths.sort()
-    if not paths:
-        raise InputError(f"{folder} holds no images: put some there or give another folder.")
-    return paths
+        seen.add(real)
+        is_output = _PREDICTIONS in files
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not _is_skipped(name) and not (is_output and name in _RESULT_DIRECTORIES)
+        )
+        skipped = _RESULT_FILES if is_output else ()
+        yield at, [name for name in files if not _is_skipped(name) and name not in skipped]
+
+
+def _is_skipped(name: str) -> bool:
+    lower = name.lower()
+    return name.startswith(".") or lower in _SERVICE_DIRECTORIES or lower in _SERVICE_FILES
+
+
+def no_images(folder: Path) -> InputError:
+    """The error for a directory without images."""
+    return InputError(f"{folder} has no images: put some there or give another directory.")
 
 
 def list_folder(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """The folders and the files in `folder` by name, sorted; links are followed."""
+    """The directories and the files in `folder` by name, sorted; links are followed."""
     try:
         found = [(path, path.exists()) for path in sorted(folder.iterdir())]
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read: {error.strerror}.") from error
     folders, files = {}, {}
     for path, is_there in found:
-        if path.name.startswith(".") or path.name.lower() in _PASSED_OVER:
+        if _is_skipped(path.name):
             continue
         if not is_there:
-            raise InputError(f"{path} is a link to nothing: mend or remove it.")
+            raise InputError(f"{path} is a link to a missing file: mend or remove it.")
         (folders if path.is_dir() else files)[path.name] = path
     return folders, files
-
-
-@functools.cache
-def _readable_extensions() -> frozenset[str]:
-    extensions = Image.registered_extensions()  # of formats to read or to write
-    return frozenset(extension for extension, kind in extensions.items() if kind in Image.OPEN)
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in _readable_extensions()
 
 
 def _paths(images: dict[str, list[Path]]) -> list[Path]:
@@ -189,31 +279,47 @@ def _paths(images: dict[str, list[Path]]) -> list[Path]:
 
 
 def _match_masks(
-    images: dict[str, list[Path]], masks: dict[str, list[Path]], good: str, suffix: str
+    folders: dict[str, Path],
+    images: dict[str, list[Path]],
+    masks: dict[str, list[Path]],
+    good: str,
+    suffix: str,
 ) -> dict[Path, Path]:
     """The mask of each image; good images may do without."""
+    by_mask = {
+        path.relative_to(folders["test"]).with_name(path.stem + suffix): path
+        for path in _paths(images)
+    }
     matched = {}
-    for name, paths in masks.items():
-        by_mask_stem = {path.stem + suffix: path for path in images.get(name, ())}
-        for mask in paths:
-            image = by_mask_stem.get(mask.stem)
-            if image is None:
-                raise InputError(
-                    f"{mask} is a mask without an image: it must be named after one in "
-                    f"test/{name}, <name>{suffix}{mask.suffix}."
-                )
-            check_sizes(image, image_size(image), mask, image_size(mask))
-            matched[image] = mask
+    for mask in _paths(masks):
+        image = by_mask.get(mask.relative_to(folders["ground_truth"]).with_suffix(""))
+        if image is None:
+            raise InputError(
+                f"{mask} is a mask without an image: it must be named after an image in "
+                f"test/{mask.parent.relative_to(folders['ground_truth'])}, "
+                f"<name>{suffix}{mask.suffix}."
+            )
+        matched[image] = mask
     defective = [path for name, paths in images.items() if name != good for path in paths]
     lacking = [path for path in defective if path not in matched]
     if lacking:
         first = lacking[0]
+        where = first.relative_to(folders["test"])
         raise InputError(
             f"{first} has no mask (missing: {len(lacking)} of {len(defective)}): add it as "
-            f"ground_truth/{first.parent.name}/{first.stem}{suffix}.png, "
+            f"ground_truth/{where.with_name(where.stem + suffix)}.png, "
             "or remove ground_truth to do without masks."
         )
     return matched
+
+
+def _check_mask(image: Path, header: Header, mask: Path, mask_header: Header) -> None:
+    check_sizes(image, header.size, mask, mask_header.size)
+    if mask_header.pages != header.pages:
+        raise InputError(
+            f"{mask} has {mask_header.pages} pages, but its image {image} has {header.pages}: both "
+            "must have the same number."
+        )
 
 
 def check_sizes(image: Path, size: tuple[int, int], mask: Path, mask_size: tuple[int, int]) -> None:

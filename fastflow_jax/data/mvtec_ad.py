@@ -60,8 +60,9 @@ class MvtecAd(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        train, test = read_layout(Path(dl_manager.manual_dir), complete=True)
-        return {"train": self._generate_examples(train), "test": self._generate_examples(test)}
+        found = read_layout(Path(dl_manager.manual_dir), complete=True)
+        splits = {"train": found.train, "test": found.test}
+        return {name: self._generate_examples(records) for name, records in splits.items()}
 
     def _generate_examples(self, records):
         return prepared.examples(records, f"mvtec_ad/{self.builder_config.name}", masks=True)

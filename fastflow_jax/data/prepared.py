@@ -20,13 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastflow_jax.data.dataset import GOOD, Record, Source
-from fastflow_jax.data.transforms import (
-    check_image,
-    decode_image,
-    decode_mask,
-    image_size,
-    read_file,
-)
+from fastflow_jax.data.formats import Header, header_of, open_image, read_header
+from fastflow_jax.data.transforms import check_image, decode_image, decode_mask, read_file
 from fastflow_jax.errors import InputError
 from fastflow_jax.paths import expanded, is_utf8
 
@@ -81,7 +76,7 @@ def examples(
         }
         if masks:
             mask = record.mask
-            example["mask"] = _read_whole(mask) if mask else _blank(image_size(record.image))
+            example["mask"] = _read_whole(mask) if mask else _blank(read_header(record.image).size)
         yield key, example
 
 
@@ -226,10 +221,15 @@ def source(builder: tfds.core.DatasetBuilder, split: str) -> Source:
             return image, None
         if defects[index] == GOOD:
             return image, np.zeros(image.shape[:2], bool)
-        mask = decode_mask(example["mask"], f"the mask of {name}", cut.add)
+        mask = decode_mask(example["mask"], f"the mask of {name}", on_cut=cut.add)
         return image, mask
 
-    return Source(names, defects, load, cut_masks=cut)
+    def header(index: int) -> Header:
+        name = f"{builder.info.full_name}: {names[index]}"
+        with open_image(io.BytesIO(data[index]["image"]), name) as image:
+            return header_of(image, name)
+
+    return Source(names, defects, load, header=header, cut_masks=cut)
 
 
 def provenance(builder: tfds.core.DatasetBuilder) -> dict:

@@ -7,16 +7,15 @@ Images stay uint8 until `normalise`, so that resizing is Pillow's own, as in tor
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 from scipy import ndimage
 
+from fastflow_jax.data.formats import broken, cannot_read, open_image, pages_of
 from fastflow_jax.errors import InputError
 
-_EXIF_ORIENTATION = 274
-_EXIF_SIDEWAYS = (5, 6, 7, 8)
 _TIFF_BITS_PER_SAMPLE = 258
 _TIFF_PHOTOMETRIC = 262  # 0: white is zero
 _TIFF_PLANAR = 284  # 2: one plane a channel
@@ -34,27 +33,7 @@ def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image file, as viewers show it, from its header.
-
-    A PNG may carry its EXIF orientation behind its pixels; that is seen by decoding only.
-
-    Raises:
-        InputError: Pillow cannot read it, or it has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
-    """
-    with _open(path, str(path)) as image:
-        width, height = image.size
-        is_plain = image.format == "PNG" and not {"exif", "XML:com.adobe.xmp"} & set(image.info)
-        if image.format == "TIFF" or is_plain:
-            return height, width  # Pillow has turned a TIFF's; looking would decode a PNG
-        try:
-            sideways = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
-        except Exception as error:  # as in _open
-            raise _broken(path, error) from error
-        return (width, height) if sideways else (height, width)
+        raise cannot_read(path, error) from error
 
 
 def check_image(data: bytes, name: str) -> None:
@@ -63,17 +42,17 @@ def check_image(data: bytes, name: str) -> None:
     Raises:
         InputError: as `decode_image`.
     """
-    with _open(io.BytesIO(data), name) as image:
+    with open_image(io.BytesIO(data), name) as image:
         if image.format != "PNG":
             decode_image(data, name)
             return
         try:
             image.verify()  # the checksums: thirty times faster than decoding
-        except Exception as error:  # as in _open
-            raise _broken(name, error) from error
+        except Exception as error:  # as in open_image
+            raise broken(name, error) from error
 
 
-def decode_image(data: bytes, name: str = "the image") -> np.ndarray:
+def decode_image(data: bytes, name: str = "the image", page: int = 0) -> np.ndarray:
     """Decodes the bytes of an image file into uint8 RGB, [H, W, 3].
 
     - The image is turned as its EXIF orientation says, so it comes out as viewers show it.
@@ -82,17 +61,17 @@ def decode_image(data: bytes, name: str = "the image") -> np.ndarray:
     - Transparent pixels are laid over black: the colour hidden under them is arbitrary.
     - 16-bit images, grey or colour, keep their high byte: 65535 is white, whatever part of the
       range a camera uses. TIFF files of 12 bits say so, and 4095 is white.
-    - Of several frames or pages the first is read.
 
     Args:
         data: content of the file.
         name: what a message calls the image, best its path.
+        page: of a file with several images, see `formats.pages_of`.
 
     Raises:
         InputError: broken, truncated or too large; or of 32-bit integers or floats, which do not
             say which value is white.
     """
-    return _rgb(_load(data, name), name)
+    return _rgb(_load(data, name, page), name)
 
 
 def convert_image(image: Image.Image, name: str = "the image") -> np.ndarray:
@@ -105,17 +84,22 @@ def convert_image(image: Image.Image, name: str = "the image") -> np.ndarray:
     if is_unread and Path(image.filename).is_file():
         # Of a TIFF that is to be turned Pillow would map the file with its sides swapped.
         return decode_image(read_file(Path(image.filename)), name)
+    if 0 in image.size:
+        raise InputError(f"{name} has {image.width} x {image.height} pixels. Give an image.")
     try:
         image.load()
-    except Exception as error:  # as in _open
-        raise _broken(name, error) from error
+    except Exception as error:  # as in open_image
+        raise broken(name, error) from error
     turned = Image.fromarray(_rgb(image, name))
     turned.getexif().update(image.getexif())
     return np.asarray(ImageOps.exif_transpose(turned))
 
 
 def decode_mask(
-    data: bytes, name: str = "the mask", on_cut: Callable[[str], object] | None = None
+    data: bytes,
+    name: str = "the mask",
+    page: int = 0,
+    on_cut: Callable[[str], object] | None = None,
 ) -> np.ndarray:
     """Decodes the bytes of a mask file into bool, [H, W], True where the image is defective.
 
@@ -138,12 +122,13 @@ def decode_mask(
     Args:
         data: content of the file.
         name: of the mask in messages, best its path.
+        page: of a file with several masks, see `formats.pages_of`.
         on_cut: called with the name of a mask that is cut.
 
     Raises:
         InputError: broken, truncated or too large.
     """
-    mask = _load(data, name)
+    mask = _load(data, name, page)
     levels = np.asarray(mask) if mask.mode[0] in "IF" else _rgb(mask, name).max(axis=-1)
     lowest = _lowest_defective(levels)
     if lowest is None:
@@ -178,40 +163,16 @@ def _share_in_blocks(pixels: np.ndarray, is_even: np.ndarray) -> float:
     return in_blocks.sum() / max(1, pixels.sum())
 
 
-def _load(data: bytes, name: str) -> Image.Image:
-    with _open(io.BytesIO(data), name) as image:
+def _load(data: bytes, name: str, page: int = 0) -> Image.Image:
+    with open_image(io.BytesIO(data), name) as image:
         try:
+            if page:
+                image.seek(pages_of(image)[page])
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-        except Exception as error:  # as in _open
-            raise _broken(name, error) from error
+        except Exception as error:  # as in open_image
+            raise broken(name, error) from error
         return image
-
-
-def _open(file: Path | IO[bytes], name: str) -> Image.Image:
-    try:
-        image = Image.open(file)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{name} is too large: {error} Scale it down or cut it up.") from error
-    except (PermissionError, FileNotFoundError) as error:
-        raise InputError(f"{name} cannot be read: {error.strerror}.") from error
-    except Exception as error:  # Pillow's readers raise almost anything on a damaged file
-        raise InputError(
-            f"{name} is not an image that Pillow can read: replace or remove it."
-        ) from error
-    width, height = image.size
-    limit = Image.MAX_IMAGE_PIXELS  # up to twice this limit Pillow only warns
-    if limit is not None and width * height > limit:
-        image.close()
-        raise InputError(
-            f"{name} is too large: {width} x {height} pixels exceed the limit of {limit} pixels "
-            "(PIL.Image.MAX_IMAGE_PIXELS). Scale it down or cut it up."
-        )
-    return image
-
-
-def _broken(name: str | Path, error: Exception) -> InputError:
-    return InputError(f"{name} is broken ({error}): replace or remove it.")
 
 
 def _rgb(image: Image.Image, name: str) -> np.ndarray:

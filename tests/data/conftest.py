@@ -26,6 +26,7 @@ def data_config() -> Callable[..., ConfigDict]:
     """`config.data` with the given fields, the others None."""
 
     def make(name: str, **fields) -> ConfigDict:
-        return ConfigDict({"name": name, "category": None, "root": None, "dir": None} | fields)
+        unset = dict.fromkeys(("category", "root", "dir", "groups"))
+        return ConfigDict({"name": name} | unset | fields)
 
     return make

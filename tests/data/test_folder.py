@@ -196,13 +196,13 @@ def test_exif_behind_the_pixels_of_a_png_is_seen_at_the_latest_when_decoding(tre
 
 def test_a_missing_root(tmp_path, message):
     assert message(tmp_path / "nothing") == (
-        f"data.root {tmp_path / 'nothing'} does not exist: give the folder of your images."
+        f"data.root {tmp_path / 'nothing'} does not exist: give the directory of your images."
     )
 
 
 def test_a_root_that_is_a_file(tmp_path, message, write_image):
     path = write_image(tmp_path / "a.png")
-    assert message(path).startswith(f"data.root {path} is not a folder")
+    assert message(path).startswith(f"data.root {path} is not a directory")
 
 
 def test_no_root(data_config):
@@ -219,7 +219,7 @@ def test_a_category(data_config, tree):
 def test_an_empty_folder(tree, message, inner):
     shutil.rmtree(tree / inner)
     (tree / inner).mkdir()
-    assert message(tree).startswith(f"{tree / inner} holds no images")
+    assert message(tree).startswith(f"{tree / inner} has no images")
 
 
 @pytest.mark.parametrize("inner", ["train", "test", "ground_truth"])
@@ -235,21 +235,20 @@ def test_images_without_their_folder(tree, message):
     (tree / "train/good").rmdir()
     train = tree / "train"
     assert message(tree) == (
-        f"{train} holds images, and no folders of images: those of normal things go into "
-        f"{train}/good."
+        f"{train} has images, and no directories of images: move normal images into {train}/good."
     )
 
 
 def test_folders_without_train(tree, message):
     shutil.rmtree(tree / "train")
-    assert message(tree).startswith(f"{tree} holds folders (ground_truth, test) but no train")
+    assert message(tree).startswith(f"{tree} has directories (ground_truth, test) but no train")
 
 
 def test_defective_training_images(tree, message):
     shutil.copytree(tree / "test/crack", tree / "train/crack")
     assert message(tree) == (
-        f"{tree / 'train'} must hold the one folder good, as training images are normal; "
-        "it holds crack, good."
+        f"{tree / 'train'} must have good as its only directory, because its images are normal; "
+        "it has crack, good."
     )
 
 
@@ -260,17 +259,17 @@ def broken_header(tree):
 
 def stray_file(tree):
     (tree / "test/crack/notes.txt").write_text("?")
-    return "test/crack/notes.txt", "is not an image that Pillow knows"
+    return "test/crack/notes.txt", "is not an image: move it elsewhere"
 
 
 def stray_file_beside_folders(tree):
     (tree / "test/notes.txt").write_text("?")
-    return "test/notes.txt", "lies beside the folders of"
+    return "test/notes.txt", "is next to the directories of"
 
 
 def stray_image_beside_train(tree):
     shutil.copy(tree / "train/good/1.png", tree / "more.png")
-    return "more.png", "lies beside train"
+    return "more.png", "is next to train"
 
 
 def stray_folder(tree):
@@ -278,14 +277,9 @@ def stray_folder(tree):
     return "validation", "is unexpected"
 
 
-def folder_among_images(tree):
-    (tree / "train/good/more").mkdir()
-    return "train/good/more", "is a folder among images"
-
-
 def link_to_nothing(tree):
     (tree / "train/good/9.png").symlink_to(tree / "gone.png")
-    return "train/good/9.png", "is a link to nothing"
+    return "train/good/9.png", "is a link to a missing file"
 
 
 def mask_of_another_size(tree):
@@ -313,7 +307,7 @@ def mask_without_image(tree):
 
 def mask_with_a_name_of_its_own(tree):
     shutil.copy(tree / "ground_truth/hole/a_mask.png", tree / "ground_truth/hole/a.png")
-    return "ground_truth/hole/a.png", r"must be named after one in test/hole, <name>_mask\.png"
+    return "ground_truth/hole/a.png", r"must be named after an image in test/hole, <name>_mask\.png"
 
 
 def mask_of_a_defect_without_images(tree):
@@ -344,7 +338,6 @@ def two_masks_of_one_stem(tree):
         stray_file_beside_folders,
         stray_image_beside_train,
         stray_folder,
-        folder_among_images,
         link_to_nothing,
         mask_of_another_size,
         missing_mask,
@@ -394,3 +387,79 @@ def test_a_good_image_with_a_defect_in_its_mask(tree, open_folder, write_image):
         InputError, match=rf"^{re.escape(str(path))} marks a defect in a good image"
     ):
         list(open_folder(tree).test)
+
+
+def test_images_may_be_in_sub_directories(tree, write_image, open_folder):
+    write_image(tree / "train/good/camera_1/0.png", 50)
+    write_image(tree / "train/good/camera_1/day_2/0.png", 51)
+    write_image(tree / "test/crack/camera_1/a.png", 60)
+    write_image(tree / "ground_truth/crack/camera_1/a_mask.png", 255)
+    dataset = open_folder(tree)
+    assert dataset.train.names[3:] == ("good/camera_1/0.png", "good/camera_1/day_2/0.png")
+    assert [int(dataset.train[i].image.max()) for i in (3, 4)] == [50, 51]
+    assert len(set(dataset.train.names)) == len(dataset.train) == 5
+    assert dataset.test.names[:3] == ("crack/a.png", "crack/b.png", "crack/camera_1/a.png")
+    assert dataset.test.defects[2] == "crack"
+    assert [int(example.mask.sum()) for example in dataset.test][:3] == [1, 2, 48]
+
+
+def test_a_mask_in_a_sub_directory_is_of_the_image_there(tree, write_image, message):
+    write_image(tree / "test/crack/camera_1/c.png", 60)
+    assert "add it as ground_truth/crack/camera_1/c_mask.png" in message(tree)
+    write_image(tree / "ground_truth/crack/c_mask.png", 255)
+    assert re.search(r"crack/c_mask\.png is a mask without an image", message(tree))
+
+
+def test_a_directory_named_good_may_have_sub_directories(
+    tmp_path, write_image, open_folder, message, data_config
+):
+    for name in ("part_1/a.png", "part_2/a.png"):
+        write_image(tmp_path / "good" / name, 7)
+    assert open_folder(tmp_path / "good").train.names == ("good/part_1/a.png", "good/part_2/a.png")
+    (tmp_path / "good").rename(tmp_path / "screws")
+    assert "sub-directories are allowed if it is named good" in message(tmp_path / "screws")
+    config = data_config("folder", root=str(tmp_path / "screws"), groups="folder")
+    assert len(open_dataset(config).train) == 2
+
+
+def test_calibration_images_are_read_where_they_are(tree, write_image, open_folder, message):
+    write_image(tree / "calibration/good/a.png", 40)
+    write_image(tree / "calibration/good/b.png", 41)
+    dataset = open_folder(tree)
+    assert dataset.calibration.names == ("good/a.png", "good/b.png")
+    assert dataset.calibration[1].image.max() == 41
+    assert dataset.provenance["calibration_images"] == 2
+    write_image(tree / "calibration/crack/b.png", 41)
+    assert message(tree).startswith(f"{tree / 'calibration'} must have good as its only directory")
+
+
+def test_service_directories_are_skipped_in_training(tree, write_image, open_folder):
+    for where in ("train/good/@eaDir/0.png", "test/crack/.thumbnails", "__MACOSX/train/good"):
+        write_image(tree / where / "thumbnail.jpg", 1)
+    (tree / "#recycle").mkdir()
+    (tree / "train/good/Icon\r").write_bytes(b"")
+    dataset = open_folder(tree)
+    assert (len(dataset.train), len(dataset.test)) == (3, 5)
+
+
+def test_images_are_recognised_by_content_in_training_too(tree, open_folder):
+    (tree / "train/good/0.png").rename(tree / "train/good/frame_0")
+    assert open_folder(tree).train.names[-1] == "good/frame_0"
+
+
+def test_every_page_of_a_file_is_an_example_with_its_mask(tree, open_folder, message):
+    def stack(path, *values):
+        pages = [Image.new("L", (8, 6), value) for value in values]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pages[0].save(path, save_all=True, append_images=pages[1:])
+
+    stack(tree / "train/good/stack.tif", 70, 71)
+    stack(tree / "test/crack/stack.tif", 80, 81)
+    stack(tree / "ground_truth/crack/stack_mask.tif", 0, 255)
+    dataset = open_folder(tree)
+    assert dataset.train.names[3:] == ("good/stack.tif#1", "good/stack.tif#2")
+    assert [int(dataset.train[i].image.max()) for i in (3, 4)] == [70, 71]
+    examples = [e for e in dataset.test if e.name.startswith("crack/stack")]
+    assert [(int(e.image.max()), int(e.mask.sum())) for e in examples] == [(80, 0), (81, 48)]
+    stack(tree / "ground_truth/crack/stack_mask.tif", 255)
+    assert "stack_mask.tif has 1 pages, but its image" in message(tree)

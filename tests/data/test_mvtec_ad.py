@@ -388,12 +388,12 @@ def duplicate_name(folder):
 
 def no_masks(folder):
     shutil.rmtree(folder / "ground_truth")
-    return "", "holds no ground_truth"
+    return "", "has no ground_truth"
 
 
 def no_test_images(folder):
     shutil.rmtree(folder / "test")
-    return "", "holds no test"
+    return "", "has no test"
 
 
 @pytest.mark.parametrize(

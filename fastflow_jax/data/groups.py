@@ -1,0 +1,101 @@
+"""Groups: which images show the same part, so that they are held out together."""
+
+import collections
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastflow_jax.errors import InputError
+from fastflow_jax.paths import expanded
+
+BY_DIRECTORY = "folder"
+
+
+def labels_of(names: Sequence[str], groups: str | None) -> tuple[str, ...] | None:
+    r"""The label of the group that each image belongs to.
+
+    Args:
+        names: of images, such as "good/part_017/3.png", see `Source.names`.
+        groups: "folder": images in the same directory belong together. A path that ends in .csv: a
+            table with the columns `path` and `group`, where a path is a name, or the end of one. A
+            regular expression with at least one capturing group, such as `(part_\d+)`: images
+            with the same captured text belong together. None: each image is a group.
+
+    Returns:
+        A label per image, or None if `groups` is None.
+
+    Raises:
+        InputError: an image without a group, a table or an expression that cannot be used.
+    """
+    if groups is None:
+        return None
+    if groups == BY_DIRECTORY:
+        labels = tuple(name.rpartition("/")[0] for name in names)
+        if len(set(labels)) == 1:
+            raise InputError(
+                "data.groups is 'folder', but all images are in one directory. Put the images of "
+                "each part into a sub-directory of its own, or give a regular expression."
+            )
+        return labels
+    if groups.lower().endswith(".csv"):
+        return _from_table(names, expanded(groups))
+    return _from_names(names, groups)
+
+
+def _from_names(names: Sequence[str], pattern: str) -> tuple[str, ...]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise InputError(
+            f"data.groups {pattern!r} is not a regular expression: {error}."
+        ) from error
+    if not expression.groups:
+        raise InputError(
+            f"data.groups {pattern!r} captures nothing. Put what tells parts apart into "
+            "parentheses, such as '(part_\\d+)'."
+        )
+    found = [expression.search(name) for name in names]
+    for name, match in zip(names, found, strict=True):
+        if match is None:
+            raise InputError(
+                f"{name} does not match data.groups {pattern!r}. Use an expression that matches "
+                "every training image."
+            )
+    return tuple("/".join(part or "" for part in match.groups()) for match in found)
+
+
+def _from_table(names: Sequence[str], file: Path) -> tuple[str, ...]:
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            rows = list(csv.DictReader(lines))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"data.groups {file} cannot be read: {error}.") from error
+    if not rows or not {"path", "group"} <= rows[0].keys():
+        raise InputError(f"data.groups {file} must be a table with the columns path and group.")
+    labels = {}
+    for row in rows:
+        path = (row["path"] or "").replace("\\", "/")
+        if labels.setdefault(path, row["group"]) != row["group"]:
+            raise InputError(f"data.groups {file} has two groups for {path}. Keep one of them.")
+
+    def label(name: str) -> str:
+        parts = name.split("/")
+        for i in range(len(parts)):  # the longest match first
+            if (found := labels.get("/".join(parts[i:]))) is not None:
+                return found
+        raise InputError(f"data.groups {file} has no line for {name}. Add one.")
+
+    _refuse_ambiguous(names, labels, file)
+    return tuple(map(label, names))
+
+
+def _refuse_ambiguous(names: Sequence[str], labels: dict[str, str], file: Path) -> None:
+    """Refuses a file name in the table that several images have in different directories."""
+    count = collections.Counter(name.rpartition("/")[2] for name in names)
+    for path in labels:
+        if count[path] > 1:
+            raise InputError(
+                f"data.groups {file} has a line for {path}, and {count[path]} images have that "
+                "name. Give their paths."
+            )

@@ -183,3 +183,16 @@ def test_a_description_of_another_version_is_named(trained, tmp_path, change, me
     file.write_text(json.dumps(about))
     with pytest.raises(InputError, match=message):
         Detector.load(tmp_path / "run", weights=trained / "mine.npz")
+
+
+def test_a_run_of_an_earlier_version_loads_and_scores_as_it_did(tmp_path):
+    goldens = pathlib.Path(__file__).parent / "goldens"
+    shutil.copytree(goldens / "run", tmp_path / "run")
+    images = np.random.default_rng(1).integers(118, 138, (6, 20, 30, 3), np.uint8)
+    images[1::2, 6:16, 12:24] = (250, 20, 20)
+    results = Detector.load(tmp_path / "run").predict(list(images))
+    expected = json.loads((goldens / "run_scores.json").read_text())
+    for result, known in zip(results, expected, strict=True):
+        assert result.score == pytest.approx(known["score"], rel=1e-3)
+        assert result.anomaly_map.mean() == pytest.approx(known["map_mean"], rel=1e-3, abs=1e-3)
+        assert (result.p_value, result.is_anomalous) == (known["p_value"], known["is_anomalous"])

@@ -39,14 +39,20 @@ from same_weights import published
 from tqdm import tqdm
 
 from fastflow_jax.backbones import create_backbone, find_spec
-from fastflow_jax.baselines import cflow
-from fastflow_jax.baselines.patchcore import PatchCoreScorer
-from fastflow_jax.baselines.spade import SpadeScorer
 from fastflow_jax.config import default, fill
-from fastflow_jax.fastflow import FastFlowScorer, calibrate, flow_model, objective, with_banks
-from fastflow_jax.features import Features, cached_features, extractor
-from fastflow_jax.kinds import recipe
-from fastflow_jax.speed import median_seconds
+from fastflow_jax.detectors import cflow
+from fastflow_jax.detectors.fastflow.scorer import (
+    FastFlowScorer,
+    calibrate,
+    flow_model,
+    objective,
+    with_banks,
+)
+from fastflow_jax.detectors.patchcore import PatchCoreScorer
+from fastflow_jax.detectors.registry import recipe
+from fastflow_jax.detectors.spade import SpadeScorer
+from fastflow_jax.features.extract import Features, cached_features, extractor
+from fastflow_jax.runs.speed import median_seconds
 
 BACKBONES = ("resnet18", "wide_resnet50_2", "cait_m48_448")
 QUICK = BACKBONES[:2]

@@ -28,9 +28,10 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from fastflow_jax import data, thresholds
+from fastflow_jax import data
 from fastflow_jax.detector import Detector
-from fastflow_jax.prepare import feature_batches
+from fastflow_jax.evaluation import thresholds
+from fastflow_jax.features.prepare import feature_batches
 
 RATES = (0.01, 0.05, 0.1, 0.2)
 NFAS = (1.0, 0.1, 0.01)

@@ -20,9 +20,9 @@ import numpy as np
 
 from fastflow_jax import data
 from fastflow_jax.config import from_plain
-from fastflow_jax.evaluate import METRICS, Scored, measure, score_split
-from fastflow_jax.kinds import kind
-from fastflow_jax.prepare import preparer
+from fastflow_jax.detectors.registry import kind
+from fastflow_jax.evaluation.evaluate import METRICS, Scored, measure, score_split
+from fastflow_jax.features.prepare import preparer
 
 HALVES = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
 

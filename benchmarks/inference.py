@@ -33,8 +33,8 @@ from outcome import describe_machine, ratios, versions, write_result
 from peer import Peer
 
 from fastflow_jax.detector import Detector
-from fastflow_jax.fastflow import FastFlowScorer, calibrate, fuse
-from fastflow_jax.model import location_scores, top_mean
+from fastflow_jax.detectors.fastflow.model import location_scores, top_mean
+from fastflow_jax.detectors.fastflow.scorer import FastFlowScorer, calibrate, fuse
 
 BACKBONES = (
     "resnet18",

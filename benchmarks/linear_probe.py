@@ -22,10 +22,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-from fastflow_jax import data, metrics
+from fastflow_jax import data
 from fastflow_jax.backbones import create_backbone
-from fastflow_jax.model import resize_map
-from fastflow_jax.prepare import feature_batches
+from fastflow_jax.detectors.fastflow.model import resize_map
+from fastflow_jax.evaluation import metrics
+from fastflow_jax.features.prepare import feature_batches
 
 FOLDS = StratifiedKFold(5, shuffle=True, random_state=0)
 SOUND_PLACES = 20_000  # of a fold, to learn from

@@ -37,11 +37,11 @@ from same_weights import published
 from fastflow_jax import parallel
 from fastflow_jax.backbones import create_backbone, find_spec
 from fastflow_jax.config import default, fill
-from fastflow_jax.describe import training_memory
 from fastflow_jax.detector import Detector
-from fastflow_jax.fastflow import FastFlowScorer, calibrate, flow_model, objective
-from fastflow_jax.features import extractor
-from fastflow_jax.train_step import create_optimizer, create_state, train_step
+from fastflow_jax.detectors.fastflow.scorer import FastFlowScorer, calibrate, flow_model, objective
+from fastflow_jax.features.extract import extractor
+from fastflow_jax.runs.describe import training_memory
+from fastflow_jax.training.step import create_optimizer, create_state, train_step
 
 BACKBONES = (
     "resnet18",

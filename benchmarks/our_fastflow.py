@@ -16,12 +16,13 @@ import jax
 import numpy as np
 from outcome import describe_machine, versions, write_result
 
-from fastflow_jax import data, fastflow
+from fastflow_jax import data
 from fastflow_jax.backbones import create_backbone
 from fastflow_jax.config import default, fill
-from fastflow_jax.evaluate import measure, score_split
-from fastflow_jax.features import cached_features
-from fastflow_jax.prepare import feature_batches, split_holdout
+from fastflow_jax.detectors.fastflow import scorer as fastflow
+from fastflow_jax.evaluation.evaluate import measure, score_split
+from fastflow_jax.features.extract import cached_features
+from fastflow_jax.features.prepare import feature_batches, split_holdout
 
 
 def configuration(name: str, backbone: str | None = None):

@@ -16,7 +16,7 @@ import sys
 import numpy as np
 from scipy import stats
 
-from fastflow_jax.run_folder import files_in
+from fastflow_jax.files import files_in
 
 
 def read_scores(run: pathlib.Path) -> tuple[list[tuple[str, int]], np.ndarray]:

@@ -12,8 +12,8 @@ import safetensors.numpy
 
 from fastflow_jax.backbones import Backbone, create_backbone
 from fastflow_jax.config import fill
-from fastflow_jax.fastflow import flow_model
-from fastflow_jax.model import FastFlow
+from fastflow_jax.detectors.fastflow.model import FastFlow
+from fastflow_jax.detectors.fastflow.scorer import flow_model
 
 REFERENCE = pathlib.Path(__file__).parent.parent / "configs/reference.py"
 

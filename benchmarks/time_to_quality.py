@@ -40,7 +40,7 @@ from collections.abc import Sequence
 from outcome import describe_machine, ratios, write_result
 from peer import peer_python
 
-from fastflow_jax.data import elpv
+from fastflow_jax.data.tfds import elpv
 
 HERE = pathlib.Path(__file__).parent
 QUICK_CELLS, QUICK_EPOCHS = 160, 20

@@ -38,9 +38,9 @@ from outcome import describe_machine, ratios, versions, write_result
 from peer import Peer
 
 from fastflow_jax import parallel
-from fastflow_jax.fastflow import objective
-from fastflow_jax.features import extractor
-from fastflow_jax.train_step import TrainState, create_optimizer, train_epoch, train_step
+from fastflow_jax.detectors.fastflow.scorer import objective
+from fastflow_jax.features.extract import extractor
+from fastflow_jax.training.step import TrainState, create_optimizer, train_epoch, train_step
 
 BACKBONES = (
     "resnet18",

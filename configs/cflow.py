@@ -8,11 +8,11 @@
         --config.backbone=wide_resnet50_2 --config.weights=tv_in1k         # as published
 
 The argument is <data set>/<category>. The flows are the paper's; what differs in training and
-scoring stands at the top of `fastflow_jax/baselines/cflow.py`.
+scoring stands at the top of `fastflow_jax/detectors/cflow.py`.
 """
 
 from fastflow_jax.config import default, name_data
-from fastflow_jax.kinds import recipe
+from fastflow_jax.detectors.registry import recipe
 
 
 def get_config(argument: str = "mvtec_ad"):

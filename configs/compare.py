@@ -16,13 +16,13 @@ transformer FastFlow takes two maps, each of the others one.
 
 Beside the figures stand the seconds of training (features are computed before), milliseconds an
 image in batches of 1 and 16, whole and without the backbone, the memory of a process that scores,
-and the space on disk; see `fastflow_jax/speed.py`.
+and the space on disk; see `fastflow_jax/runs/speed.py`.
 """
 
 from ml_collections import ConfigDict
 
 from fastflow_jax.config import default, name_data
-from fastflow_jax.kinds import recipe
+from fastflow_jax.detectors.registry import recipe
 
 
 def get_config(argument: str = "folder"):

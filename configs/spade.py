@@ -10,13 +10,13 @@ The argument is <data set>/<category>; without a category a set is run with all 
 
 Cohen and Hoshen, Sub-Image Anomaly Detection with Deep Pyramid Correspondences (arXiv 2005.02357):
 an image is compared with the training images nearest to it, a pixel with all pixels of those.
-`fastflow_jax/baselines/spade.py` says what follows the paper and what the reference code. The
+`fastflow_jax/detectors/spade.py` says what follows the paper and what the reference code. The
 nearest 5 images are taken, as in that code; --config.spade.images=50, the paper's number, takes ten
 times as long and gives much the same. No images are held out: nothing is calibrated.
 """
 
 from fastflow_jax.config import default, name_data
-from fastflow_jax.kinds import recipe
+from fastflow_jax.detectors.registry import recipe
 
 
 def get_config(argument: str = "folder"):

@@ -5,11 +5,11 @@
     python -m fastflow_jax.main --config=configs/vae.py:elpv/mono --config.image_size='(64,)'
 
 The argument is <data set>/<category>. Images are learnt from pixel by pixel, at 32 pixels a side;
-no pretrained net is used. The method and its sources stand in `fastflow_jax/baselines/vae.py`.
+no pretrained net is used. The method and its sources stand in `fastflow_jax/detectors/vae.py`.
 """
 
 from fastflow_jax.config import default, name_data
-from fastflow_jax.kinds import recipe
+from fastflow_jax.detectors.registry import recipe
 
 
 def get_config(argument: str = "cifar10"):

@@ -9,7 +9,7 @@ _PUBLIC = {
     "Detector": "fastflow_jax.detector",
     "InputError": "fastflow_jax.errors",
     "Prediction": "fastflow_jax.detector",
-    "Threshold": "fastflow_jax.thresholds",
+    "Threshold": "fastflow_jax.evaluation.thresholds",
 }
 __all__ = list(_PUBLIC)
 

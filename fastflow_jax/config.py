@@ -1,7 +1,6 @@
 """Configuration: the default fields, what depends on the backbone, and what a run folder keeps."""
 
 import difflib
-import json
 import math
 import operator
 from collections.abc import Sequence
@@ -11,16 +10,16 @@ from ml_collections.config_dict import placeholder
 
 from fastflow_jax.backbones import check_layers, find_spec
 from fastflow_jax.data.transforms import MASK_RESIZES, RESIZES
+from fastflow_jax.detectors.fastflow.model import NORMS
+from fastflow_jax.detectors.registry import KINDS as DETECTORS
+from fastflow_jax.detectors.registry import kind
 from fastflow_jax.errors import InputError
-from fastflow_jax.features import DTYPES
+from fastflow_jax.features.cache import HOMES
+from fastflow_jax.features.extract import DTYPES
+from fastflow_jax.files import expanded, to_plain
 from fastflow_jax.flows.chain import is_double
 from fastflow_jax.flows.coupling import half_channels
-from fastflow_jax.kinds import KINDS as DETECTORS
-from fastflow_jax.kinds import kind
-from fastflow_jax.model import NORMS
 from fastflow_jax.parallel import KINDS
-from fastflow_jax.paths import expanded
-from fastflow_jax.store import HOMES
 
 
 def default() -> ConfigDict:
@@ -393,11 +392,6 @@ def _size(size) -> tuple[int, int]:
     if not all(isinstance(side, int) and side > 0 for side in size) or len(size) not in (1, 2):
         raise InputError(f"config.image_size is a side or '(height, width)', not {tuple(size)}")
     return (size[0], size[-1])
-
-
-def to_plain(config: ConfigDict) -> dict:
-    """The configuration as JSON has it: tuples become lists."""
-    return json.loads(config.to_json_best_effort())
 
 
 def from_plain(plain: dict) -> ConfigDict:

@@ -20,21 +20,23 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fastflow_jax import data, detector_folder, parallel, run_folder, thresholds
+from fastflow_jax import data, parallel
 from fastflow_jax.backbones import Backbone, create_backbone
 from fastflow_jax.config import default, fill, name_data
-from fastflow_jax.data.given import Given, Images, ahead, as_dataset, each, is_one
+from fastflow_jax.data.arrays import Given, Images, ahead, as_dataset, each, is_one
+from fastflow_jax.data.inputs import Inputs, Outputs, Part, cut, stacked, whole_box
 from fastflow_jax.data.profile import Profile
+from fastflow_jax.detectors.pickling import PickledByFields
+from fastflow_jax.detectors.programs import LARGEST, Programs
+from fastflow_jax.detectors.registry import KINDS, kind, recipe
 from fastflow_jax.errors import InputError
-from fastflow_jax.features import Features
-from fastflow_jax.held_out import HeldOut
-from fastflow_jax.inputs import Inputs, Outputs, Part, cut, stacked, whole_box
-from fastflow_jax.kinds import KINDS, kind, recipe
-from fastflow_jax.paths import expanded
-from fastflow_jax.pickling import PickledByFields
-from fastflow_jax.prepare import contents_of, extractor_of, preparer
-from fastflow_jax.programs import LARGEST, Programs
-from fastflow_jax.thresholds import Region, Threshold
+from fastflow_jax.evaluation import thresholds
+from fastflow_jax.evaluation.held_out import HeldOut
+from fastflow_jax.evaluation.thresholds import Region, Threshold
+from fastflow_jax.features.extract import Features
+from fastflow_jax.features.prepare import contents_of, extractor_of, preparer
+from fastflow_jax.files import expanded
+from fastflow_jax.runs import directory, saved
 
 _log = logging.getLogger(__name__)
 
@@ -117,15 +119,15 @@ class Detector(PickledByFields):
         config, dataset = _asked_for(images, config, groups, calibrate)
         temporary = _TemporaryFolder() if folder is None else None
         folder = folder or pathlib.Path(temporary.path)
-        with run_folder.claim(folder, config):
-            if parallel.on_main(lambda: detector_folder.is_finished(folder)):
+        with directory.claim(folder, config):
+            if parallel.on_main(lambda: saved.is_finished(folder)):
                 detector = cls.load(folder)
                 contents = contents_of(config, dataset)
-                run_folder.check_same_data(folder, contents, detector.backbone.weights)
+                directory.check_same_data(folder, contents, detector.backbone.weights)
                 return detector
             prepare = preparer(config, folder / "features", lambda category: dataset)
             prepared = prepare(config, config.data.category, config.seed)
-            run_folder.check_same_data(folder, prepared.contents, prepared.backbone.weights)
+            directory.check_same_data(folder, prepared.contents, prepared.backbone.weights)
             scorer = kind(config.detector).fit(
                 config,
                 prepared.train,
@@ -135,7 +137,7 @@ class Detector(PickledByFields):
                 folder=folder,
                 progress=f"{dataset.name}: train",
             )
-            detector_folder.record(config, scorer, prepared, seed=config.seed, folder=folder)
+            saved.record(config, scorer, prepared, seed=config.seed, folder=folder)
             parallel.on_main(lambda: shutil.rmtree(folder / "features", ignore_errors=True))
         return dataclasses.replace(cls.load(folder), _temporary=temporary)
 
@@ -158,8 +160,8 @@ class Detector(PickledByFields):
             weights were not found, or are not those that it was trained with.
         """
         folder = expanded(folder)
-        kept = detector_folder.read(folder)
-        kept.config.weights = detector_folder.find_weights(kept, folder, weights)
+        kept = saved.read(folder)
+        kept.config.weights = saved.find_weights(kept, folder, weights)
         detector = cls.from_training(kept.config, kept.training, kept.seed)
         weights = detector.backbone.weights
         if weights.get("sha256") != kept.weights.get("sha256"):
@@ -210,7 +212,7 @@ class Detector(PickledByFields):
             )
         folder = self.folder if folder is None else expanded(folder)
         limits = self.image_threshold, self.pixel_threshold
-        detector_folder.save(self.folder, folder, self.config.weights, *limits)
+        saved.save(self.folder, folder, self.config.weights, *limits)
         return folder
 
     def with_threshold(

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     from fastflow_jax import describe, experiment, parallel
     from fastflow_jax.config import fill
     from fastflow_jax.errors import InputError
-    from fastflow_jax.paths import expanded
+    from fastflow_jax.files import expanded
 
     # What it warns of is refused, with the same figures: see `data.transforms`.
     warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
@@ -115,12 +115,11 @@ def _cache_directory() -> pathlib.Path | None:
 
 
 def _check_device() -> None:
-    import jax
-
+    from fastflow_jax import parallel
     from fastflow_jax.errors import InputError
 
     try:
-        jax.devices()
+        parallel.device_description()
     except Exception as error:  # of JAX or of the driver of the device
         platforms = os.environ.get("JAX_PLATFORMS", "")
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -182,8 +181,8 @@ def _run(argv: list[str]) -> int:
     """`main`; what a user can put right ends in one message and a status, not in a traceback."""
     from fastflow_jax import parallel
     from fastflow_jax.errors import InputError
-    from fastflow_jax.paths import remedy
-    from fastflow_jax.train import Interrupted
+    from fastflow_jax.files import remedy
+    from fastflow_jax.training.loop import Interrupted
 
     try:
         return main(argv)

@@ -103,6 +103,46 @@ def _check_address(coordinator: str, serves: bool) -> None:
         ) from error
 
 
+def on_cpu() -> bool:
+    """Whether programs run on the CPU, not on a GPU or TPU."""
+    return jax.default_backend() == "cpu"
+
+
+def n_devices() -> int:
+    """The number of devices of all processes."""
+    return jax.device_count()
+
+
+def n_own_devices() -> int:
+    """The number of devices of this process."""
+    return jax.local_device_count()
+
+
+def n_processes() -> int:
+    """The number of processes that share the run."""
+    return jax.process_count()
+
+
+def device_description() -> str:
+    """Number and kind of the devices, such as "1 x cpu".
+
+    Raises:
+      Exception: of JAX or of a driver, if there is no device.
+    """
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def free_memory() -> int:
+    """Free memory in bytes of the fullest device of this process; 0 if it is not known."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    return min(s["bytes_limit"] - s["bytes_in_use"] if s else 0 for s in stats)
+
+
+def on_default_device(tree: Any) -> Any:
+    """The arrays of a tree, on the default device of this process."""
+    return jax.device_put(tree)
+
+
 def is_main() -> bool:
     """Of several processes the first one writes and speaks."""
     return jax.process_index() == 0

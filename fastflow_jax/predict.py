@@ -17,14 +17,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from fastflow_jax import thresholds
 from fastflow_jax.data import formats, layout
-from fastflow_jax.data.given import read_image
+from fastflow_jax.data.arrays import read_image
 from fastflow_jax.detector import Detector, Prediction
 from fastflow_jax.errors import InputError
-from fastflow_jax.paths import expanded, make_folder
+from fastflow_jax.evaluation import thresholds
+from fastflow_jax.files import expanded, make_folder, read_json, read_lines, write_json
 from fastflow_jax.report.heatmaps import OF_THE_NAME, draw_heatmap, save_picture
-from fastflow_jax.run_folder import read_json, read_lines, write_json
 
 RAW = ("npy", "png16")
 

@@ -48,7 +48,7 @@ def environment(tmp_path_factory):
 @pytest.fixture
 def started(monkeypatch):
     """The exit status of `python -m fastflow_jax.main` with these words, without a process."""
-    import fastflow_jax.experiment  # noqa: F401  Its dependencies define flags, once and for all.
+    import fastflow_jax.runs.experiment  # noqa: F401  Its dependencies define flags, once and for all.
     from fastflow_jax import main
 
     # Where programs are compiled to is settled for all tests.

@@ -10,19 +10,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from fastflow_jax.backbones import find_spec
-from fastflow_jax.config import (
-    default,
-    differences,
-    fill,
-    from_plain,
-    misspelt,
-    to_plain,
-    variants,
-    without,
-)
-from fastflow_jax.describe import describe
+from fastflow_jax.config import default, differences, fill, from_plain, misspelt, variants, without
+from fastflow_jax.detectors.fastflow.scorer import flow_model
 from fastflow_jax.errors import InputError
-from fastflow_jax.fastflow import flow_model
+from fastflow_jax.files import to_plain
+from fastflow_jax.runs.describe import describe
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 

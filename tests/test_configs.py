@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 from test_config import CONFIGS, load
 
-from fastflow_jax import experiment, speed
 from fastflow_jax.backbones import find_spec
 from fastflow_jax.config import fill, variants, without
-from fastflow_jax.data import btad, cifar10, mvtec_ad
+from fastflow_jax.data.tfds import btad, cifar10, mvtec_ad
 from fastflow_jax.errors import InputError
-from fastflow_jax.evaluate import METRICS
+from fastflow_jax.evaluation.evaluate import METRICS
+from fastflow_jax.runs import experiment, speed
 
 TRAIN, GOOD, BAD = 4, 2, 2  # images of a category
 

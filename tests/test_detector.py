@@ -25,12 +25,15 @@ import pytest
 from PIL import Image, ImageSequence
 
 import fastflow_jax.detector
-from fastflow_jax import Detector, data, detector_folder, experiment, thresholds, tiles
+from fastflow_jax import Detector, data
 from fastflow_jax.config import default, fill
+from fastflow_jax.data import tiling
 from fastflow_jax.data.transforms import normalise, resize
+from fastflow_jax.detectors.registry import KINDS, recipe
 from fastflow_jax.errors import InputError
-from fastflow_jax.kinds import KINDS, recipe
-from fastflow_jax.prepare import split_holdout
+from fastflow_jax.evaluation import thresholds
+from fastflow_jax.features.prepare import split_holdout
+from fastflow_jax.runs import experiment, saved
 
 
 def tiny(kind="fastflow", **fields):
@@ -171,10 +174,10 @@ def test_large_images_are_tiled_on_request(detector):
 
 def test_a_tiled_image_has_the_scores_and_the_blended_maps_of_its_tiles(detector):
     image = photographs(1, size=(100, 130), seed=2)[0]
-    where = tiles.places((100, 130), (16, 16))
+    where = tiling.places((100, 130), (16, 16))
     assert len(where) > 64, "several batches"
     alone = [detector.predict(image[place]) for place in where]
-    blender = tiles.Blender((100, 130), where)
+    blender = tiling.Blender((100, 130), where)
     for result, place in zip(alone, where, strict=True):
         blender.add(result.anomaly_map, place)
     # The batches go across images.
@@ -485,8 +488,8 @@ def test_an_image_replaced_under_its_name_is_another(tmp_path):
 
 
 def test_runs_of_main_are_loaded_part_by_part(tmp_path, monkeypatch):
-    looks, look_at = [], detector_folder.look_at
-    monkeypatch.setattr(detector_folder, "look_at", lambda *a: looks.append(a) or look_at(*a))
+    looks, look_at = [], saved.look_at
+    monkeypatch.setattr(saved, "look_at", lambda *a: looks.append(a) or look_at(*a))
     photos = tmp_path / "photos"
     photos.mkdir()
     for i, image in enumerate(photographs(8)):
@@ -509,8 +512,8 @@ def test_runs_of_main_are_loaded_part_by_part(tmp_path, monkeypatch):
     assert same.image_threshold == one.image_threshold != other.image_threshold
     # The second variant has no training of its own, and is saved with the first one's.
     other.save(tmp_path / "saved")
-    saved = Detector.load(tmp_path / "saved")
-    assert saved.predict(spoilt()).score == other.predict(spoilt()).score
+    again = Detector.load(tmp_path / "saved")
+    assert again.predict(spoilt()).score == other.predict(spoilt()).score
 
 
 def test_what_is_no_run_folder_is_said(tmp_path):

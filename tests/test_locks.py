@@ -8,10 +8,10 @@ import tarfile
 import pytest
 
 from fastflow_jax.config import default, fill
-from fastflow_jax.data import manual
+from fastflow_jax.data.tfds import manual
 from fastflow_jax.errors import InputError
-from fastflow_jax.locks import lock
-from fastflow_jax.run_folder import claim
+from fastflow_jax.files import lock
+from fastflow_jax.runs.directory import claim
 
 NO_LOCKS = [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL, 524]
 

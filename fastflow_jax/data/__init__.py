@@ -24,7 +24,15 @@ __all__ = [
     "share_images",
 ]
 
-DATASETS = ("btad", "cifar10", "elpv", "folder", "mvtec_ad", "synthetic")
+_MODULES = {
+    "btad": "tfds.btad",
+    "cifar10": "tfds.cifar10",
+    "elpv": "tfds.elpv",
+    "folder": "folder",
+    "mvtec_ad": "tfds.mvtec_ad",
+    "synthetic": "synthetic",
+}
+DATASETS = tuple(_MODULES)
 
 
 def open_dataset(config: ConfigDict) -> Dataset:
@@ -91,4 +99,4 @@ def categories(config: ConfigDict) -> tuple[str | None, ...]:
 
 def _module(config: ConfigDict) -> ModuleType:
     check_choice("data.name", config.name, DATASETS)
-    return importlib.import_module(f"fastflow_jax.data.{config.name}")
+    return importlib.import_module(f"fastflow_jax.data.{_MODULES[config.name]}")

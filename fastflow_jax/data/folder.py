@@ -22,7 +22,7 @@ from fastflow_jax.data.layout import (
 )
 from fastflow_jax.data.transforms import decode_image, decode_mask, read_file
 from fastflow_jax.errors import InputError
-from fastflow_jax.paths import expanded
+from fastflow_jax.files import expanded
 
 
 def open_dataset(config: ConfigDict) -> Dataset:

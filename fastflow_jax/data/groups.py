@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastflow_jax.errors import InputError
-from fastflow_jax.paths import expanded
+from fastflow_jax.files import expanded
 
 BY_DIRECTORY = "folder"
 

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 import jinja2
 import numpy as np
 
+from fastflow_jax.evaluation.thresholds import f1_optimal
+from fastflow_jax.files import files_in, read_lines, write_text
 from fastflow_jax.report.charts import Line, histogram, line_chart, ticks
 from fastflow_jax.report.table import TITLES, table_cells
-from fastflow_jax.run_folder import files_in, read_lines, write_text
-from fastflow_jax.thresholds import f1_optimal
 
 _HERE = pathlib.Path(__file__).parent
 _DETECTORS = {

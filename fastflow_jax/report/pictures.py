@@ -10,10 +10,10 @@ from tqdm import tqdm
 from fastflow_jax import parallel
 from fastflow_jax.data.dataset import Source
 from fastflow_jax.data.transforms import Placement, seen_part
-from fastflow_jax.evaluate import Scored
-from fastflow_jax.metrics import pixel_curves
+from fastflow_jax.evaluation.evaluate import Scored
+from fastflow_jax.evaluation.metrics import pixel_curves
+from fastflow_jax.files import write_json
 from fastflow_jax.report.heatmaps import OF_THE_NAME, draw_heatmap, draw_strip, save_picture
-from fastflow_jax.run_folder import write_json
 
 _SCALE_IMAGES = 500  # good images, evenly chosen, that set the colours of heat maps
 

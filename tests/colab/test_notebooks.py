@@ -36,7 +36,7 @@ MVTEC = f"""{TINY}
 import tarfile
 import numpy as np
 from PIL import Image
-from fastflow_jax.data import mvtec_ad
+from fastflow_jax.data.tfds import mvtec_ad
 
 mvtec_ad.COUNTS["bottle"] = (8, 4)
 bottle = Path("bottle")
@@ -54,7 +54,7 @@ with tarfile.open(STORAGE / "bottle.tar.xz", "w:xz") as archive:
     archive.add(bottle)
 
 import signal
-from fastflow_jax import experiment
+from fastflow_jax.runs import experiment
 
 SETTINGS["evaluate_every"] = 1
 measure, calls = experiment.measure, []

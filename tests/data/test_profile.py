@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastflow_jax.data.arrays import as_dataset
 from fastflow_jax.data.folder import source
 from fastflow_jax.data.formats import read_header
-from fastflow_jax.data.given import as_dataset
 from fastflow_jax.data.layout import pages
 from fastflow_jax.data.profile import Profile, profile_of
 from fastflow_jax.data.transforms import decode_image

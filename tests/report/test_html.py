@@ -12,12 +12,12 @@ from PIL import Image
 
 from fastflow_jax.data.dataset import GOOD, Source
 from fastflow_jax.data.transforms import placement
-from fastflow_jax.evaluate import METRICS, Scored, measure
+from fastflow_jax.evaluation.evaluate import METRICS, Scored, measure
+from fastflow_jax.files import files_in
 from fastflow_jax.report import html as reports
 from fastflow_jax.report.html import part_page, write_reports
 from fastflow_jax.report.pictures import write_pictures
 from fastflow_jax.report.table import TITLES
-from fastflow_jax.run_folder import files_in
 
 HOSTILE = [
     "<script>hacked=1<.png",

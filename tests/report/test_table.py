@@ -6,8 +6,8 @@ import io
 import numpy as np
 import pytest
 
-from fastflow_jax.data import btad, cifar10, mvtec_ad
-from fastflow_jax.evaluate import METRICS
+from fastflow_jax.data.tfds import btad, cifar10, mvtec_ad
+from fastflow_jax.evaluation.evaluate import METRICS
 from fastflow_jax.report import published as published_module
 from fastflow_jax.report.published import published
 from fastflow_jax.report.table import SPEED, format_csv, format_markdown, format_table

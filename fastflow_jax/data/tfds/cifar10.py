@@ -1,0 +1,261 @@
+"""CIFAR-10, one class against the rest: each class in turn is normal, all others are defects.
+
+Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009). 60,000 colour images of
+32 x 32 pixels in ten classes. The one-class protocol trains on the 5,000 training images of the
+normal class and tests on all 10,000 test images.
+
+Three forms are read: the official archives (of the python or the binary version, packed or not),
+from which the set is prepared as tfds's own catalogue has it; such a copy prepared by others, in
+array_record; and folders of image files, train/<class>/* and test/<class>/*, read where they lie.
+"""
+
+import functools
+import io
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+from PIL import Image
+from tqdm import tqdm
+
+from fastflow_jax.data.dataset import GOOD, Dataset, Source, check_choice, check_counts
+from fastflow_jax.data.layout import list_subfolders
+from fastflow_jax.data.tfds import manual, prepared
+from fastflow_jax.data.transforms import decode_image, read_file
+from fastflow_jax.errors import InputError
+from fastflow_jax.files import expanded
+
+CATEGORIES = (  # in the order of the official labels
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+COUNTS = (50_000, 10_000)  # training images, test images
+
+_HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+_ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
+_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+_DOWNLOAD = (
+    f"Download {_ARCHIVES[0]} (170 MB; no licence is named, cite Krizhevsky 2009) from the "
+    f"University of Toronto, {_HOMEPAGE}, and put it there; or set data.root to the folder that "
+    "holds it, or to folders of image files, train/<class>/* and test/<class>/*."
+)
+
+
+class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """The set of tfds's catalogue under its name and version, prepared without TensorFlow.
+
+    `<manual_dir>` holds an official archive or its content.
+    """
+
+    VERSION = tfds.core.Version("3.0.2")
+    MANUAL_DOWNLOAD_INSTRUCTIONS = _DOWNLOAD
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            homepage=_HOMEPAGE,
+            features=tfds.features.FeaturesDict(
+                {
+                    "id": tfds.features.Text(),
+                    "image": tfds.features.Image(shape=(32, 32, 3)),
+                    "label": tfds.features.ClassLabel(names=list(CATEGORIES)),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager):
+        batches = _read_batches(_find_batches(Path(dl_manager.manual_dir)))
+        return {
+            split: self._generate_examples(split, [batches[name] for name in names])
+            for split, names in _BATCHES.items()
+        }
+
+    def _generate_examples(self, split, batches):
+        images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+        title = f"preparing cifar10 ({split})"
+        for i, image in enumerate(tqdm(images, desc=title, unit="image", delay=1)):
+            picture = Image.fromarray(image)  # tfds encodes arrays with TensorFlow
+            yield i, {"id": f"{split}_{i:05}", "image": picture, "label": int(labels[i])}
+
+
+def open_dataset(config: ConfigDict) -> Dataset:
+    """Opens CIFAR-10 with the class `config.category` as the normal one.
+
+    The official archive lies in `config.root` or in `downloads/manual/cifar10` of the data
+    directory; or `config.root` holds folders of image files.
+
+    Raises:
+        InputError: no such class, no such data, or something in it is not as it should be.
+    """
+    check_choice("data.category", config.category, CATEGORIES)
+    return one_class(open_classes(config), config.category)
+
+
+def opener(config: ConfigDict) -> Callable[[str], Dataset]:
+    """A function from class to data set; the images are opened once, and all classes share them."""
+    classes = functools.cache(functools.partial(open_classes, config))
+    return lambda category: one_class(classes(), category)
+
+
+def open_classes(config: ConfigDict) -> Dataset:
+    """All training and all test images; the class of each stands in the place of its defect.
+
+    Raises:
+        InputError: as `open_dataset`.
+    """
+    root = None if config.root is None else expanded(config.root)
+    if root is not None and (root / "train").is_dir() and (root / "test").is_dir():
+        train, test = _source_of_files(root / "train"), _source_of_files(root / "test")
+        provenance = {
+            "source": str(root.resolve()),
+            "train_images": len(train),
+            "test_images": len(test),
+            "note": "read from image files, which may have been re-encoded: "
+            "not the official pixels, bit for bit",
+        }
+    else:
+        builder = prepared.prepare(Cifar10, None, config, _find_raw)
+        train, test = _source(builder, "train"), _source(builder, "test")
+        provenance = prepared.provenance(builder)
+    check_counts("cifar10", (len(train), len(test)), COUNTS)
+    return Dataset("cifar10", train, test, provenance)
+
+
+def one_class(classes: Dataset, category: str) -> Dataset:
+    """The data set in which one class is normal, of all classes as `open_classes` gives them.
+
+    Its training images are those of the class and its test images are all, in the order of
+    `classes`.
+    """
+    train, test = classes.train, classes.test
+    chosen = np.flatnonzero([name == category for name in train.defects])
+    provenance = classes.provenance | {"category": category, "train_images": len(chosen)}
+    return Dataset(
+        "cifar10",
+        Source(
+            tuple(train.names[i] for i in chosen),
+            (GOOD,) * len(chosen),
+            lambda index: train.load(chosen[index]),
+            part_of=(train, chosen),
+        ),
+        Source(
+            test.names,
+            tuple(GOOD if name == category else name for name in test.defects),
+            test.load,
+            part_of=(test, slice(None)),
+        ),
+        provenance,
+    )
+
+
+def _source_of_files(folder: Path) -> Source:
+    by_class = list_subfolders(folder)
+    if set(by_class) != set(CATEGORIES):
+        raise InputError(
+            f"{folder} must hold one folder a class ({', '.join(CATEGORIES)}); "
+            f"it holds {', '.join(by_class)}."
+        )
+    files = [(name, path) for name in CATEGORIES for path in by_class[name]]
+
+    def load(index: int) -> tuple[np.ndarray, None]:
+        path = files[index][1]
+        return decode_image(read_file(path), str(path)), None
+
+    names = tuple(f"{name}/{path.name}" for name, path in files)
+    return Source(names, tuple(name for name, _ in files), load)
+
+
+def _source(builder: tfds.core.DatasetBuilder, split: str) -> Source:
+    data, rest = prepared.read(builder, split)
+    order = sorted(range(len(rest)), key=lambda i: rest[i]["id"])  # tfds itself shuffles
+    classes = tuple(CATEGORIES[rest[i]["label"]] for i in order)
+    names = tuple(f"{classes[k]}/{rest[i]['id'].decode()}" for k, i in enumerate(order))
+
+    def load(index: int) -> tuple[np.ndarray, None]:
+        return decode_image(data[order[index]]["image"], f"cifar10: {names[index]}"), None
+
+    return Source(names, classes, load)
+
+
+def _find_raw(config: ConfigDict) -> prepared.Raw:
+    folder = manual.manual_dir(config)
+    if _find_batches(folder) is None:
+        raise InputError(f"cifar10 is not in {folder}. {_DOWNLOAD}")
+    return prepared.Raw(folder, str(folder))
+
+
+def _find_batches(folder: Path) -> Path | None:
+    """An official archive in `folder`, or the folder with its content."""
+    for inner in (folder, folder / "cifar-10-batches-py", folder / "cifar-10-batches-bin"):
+        if (inner / "test_batch").is_file() or (inner / "test_batch.bin").is_file():
+            return inner
+    return next((folder / name for name in _ARCHIVES if (folder / name).is_file()), None)
+
+
+def _read_batches(source: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Images uint8 [N, 32, 32, 3] and labels [N] of each batch of an archive or a folder."""
+    if source.is_dir():
+        files = {path.name: read_file(path) for path in source.iterdir() if path.is_file()}
+    else:
+        with manual.open_archive(source) as archive:
+            files = {
+                Path(member.name).name: archive.extractfile(member).read()
+                for member in archive
+                if member.isfile()
+            }
+    batches = {}
+    for name in (name for names in _BATCHES.values() for name in names):
+        if name in files:
+            parse, data = _parse_python, files[name]
+        elif f"{name}.bin" in files:
+            parse, data = _parse_binary, files[f"{name}.bin"]
+        else:
+            raise InputError(f"{source} lacks {name}: download it once more.")
+        try:
+            images, labels = parse(data)
+            images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            batches[name] = images, np.asarray(labels, np.int64).reshape(len(images))
+        except Exception as error:  # unpickling raises almost anything
+            raise InputError(f"{name} of {source} is damaged: download it once more.") from error
+    return batches
+
+
+def _parse_binary(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    rows = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3072)
+    return rows[:, 1:], rows[:, 0]
+
+
+def _parse_python(data: bytes) -> tuple[np.ndarray, Sequence[int]]:
+    batch = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
+    return batch[b"data"], batch[b"labels"]
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads numbers, text and arrays, and calls nothing else that a file may name."""
+
+    _ALLOWED = {  # noqa: RUF012
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module, name):
+        try:
+            return self._ALLOWED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of an array") from None

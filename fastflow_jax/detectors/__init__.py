@@ -1,0 +1,1 @@
+"""Detectors: from features to image scores and anomaly maps."""

@@ -1,0 +1,1 @@
+"""The FastFlow detector: flows, memory bank of latents, calibration and scores."""

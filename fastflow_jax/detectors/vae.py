@@ -1,0 +1,160 @@
+"""VAE: what a variational autoencoder of normal images reconstructs badly is anomalous.
+
+Kingma & Welling, Auto-Encoding Variational Bayes (arXiv 1312.6114): a Gaussian code z, a decoder
+that gives mean and variance of every value of the image, trained on the evidence lower bound with
+one z an image. The score is the reconstruction probability of An & Cho, Variational Autoencoder
+based Anomaly Detection using Reconstruction Probability (SNU, 2015), algorithm 4: the mean over
+several z ~ q(z | x) of log p(x | z), negated, so that higher is more anomalous. The variances make
+it compare pixels that are easy to predict with those that are not. It is taken per value; its map
+has it at each pixel.
+
+The nets are small and convolutional, see `convnets`; An & Cho's are of dense layers. The noise of
+the codes that an image is scored by is the same for all images: a score is one number, whatever
+else is scored.
+"""
+
+import math
+import pathlib
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fastflow_jax.detectors.convnets import Decoder, Encoder, fit_one_map, only_map, seen_of
+from fastflow_jax.detectors.fastflow.model import resize_map
+from fastflow_jax.detectors.scorer import Scorer
+from fastflow_jax.features.extract import inside, without_padding
+from fastflow_jax.training.loop import once_a_configuration, trained_in
+from fastflow_jax.training.step import Objective
+
+_LOWEST_LOG_VARIANCE = -6.0  # deviations of 0.05 or more, in images from -1 to 1
+
+# Fields of the configuration that differ from the default.
+RECIPE = {
+    "backbone": "pixels",
+    "length_power": 1.0,
+    "train": {"steps": 1000, "max_epochs": 200, "batch_size": 64, "learning_rate": 2e-3},
+    "heatmaps": 10,
+}
+
+
+def layers(spec) -> tuple[str, ...]:
+    """The image itself; of another backbone the last published map."""
+    return spec.layers[-1:]
+
+
+def fit(config, *images, **how) -> Scorer:
+    """Train; arguments and errors are those of `fastflow.fit`, see `convnets.fit_one_map`."""
+    return fit_one_map(config, objective(config), partial(_scorer, config), *images, **how)
+
+
+def load(config, shapes, folder: pathlib.Path) -> Scorer:
+    """The scorer that `fit` left in a folder; see `fastflow.load`."""
+    return _scorer(config, trained_in(folder, config, objective(config), shapes))
+
+
+class VAE(nn.Module):
+    """Encoder and decoder of maps [B, h, w, C].
+
+    Attributes:
+      width: see `convnets.Encoder`.
+      latent: numbers in a code z.
+    """
+
+    width: int
+    latent: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, noise: jax.Array) -> tuple[jax.Array, ...]:
+        """Encode, draw codes, decode.
+
+        Args:
+          x: [B, h, w, C].
+          noise: standard normal, [L, B, latent]: L codes for each map.
+
+        Returns:
+          Mean and log-variance of q(z | x), [B, latent] each, and of p(x | z), [L, B, h, w, C].
+        """
+        _, code = Encoder(self.width, 2 * self.latent, name="encoder")(x)
+        mean, log_variance = jnp.split(code, 2, axis=-1)
+        z = mean + jnp.exp(0.5 * log_variance) * noise  # [L, B, latent]
+        h, w, c = x.shape[1:]
+        decoder = Decoder(self.width, (h, w, 2 * c), name="decoder")
+        out = decoder(z.reshape(-1, self.latent)).reshape(*z.shape[:2], h, w, 2 * c)
+        x_mean, raw = jnp.split(out, 2, axis=-1)
+        x_log_variance = _LOWEST_LOG_VARIANCE + jax.nn.softplus(raw - _LOWEST_LOG_VARIANCE)
+        return mean, log_variance, x_mean, x_log_variance
+
+
+def divergence(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
+    """KL(N(mean, variance) || N(0, 1)) in nats, [B, D] -> [B] (appendix B)."""
+    return 0.5 * jnp.sum(mean**2 + jnp.exp(log_variance) - 1 - log_variance, axis=-1)
+
+
+def negative_log_density(x: jax.Array, mean: jax.Array, log_variance: jax.Array) -> jax.Array:
+    """-log N(x; mean, variance) of each value in nats."""
+    squares = (x - mean) ** 2 * jnp.exp(-log_variance)
+    return 0.5 * (squares + log_variance + math.log(2 * math.pi))
+
+
+@once_a_configuration
+def objective(config) -> Objective:
+    """The negative evidence lower bound, in nats per value (equation 10)."""
+    model = _model(config)
+    fresh = jax.jit(model.init)
+
+    def init(key, features):
+        x = only_map(features)
+        return fresh(key, x, jnp.zeros((1, len(x), config.vae.latent)))
+
+    def bound(variables, features, valid, noise):
+        x = only_map(features)
+        seen = seen_of(x, valid)
+        mean, log_variance, *density = model.apply(variables, x * seen, noise[None])
+        nll = (seen * negative_log_density(x, *density)[0]).sum((1, 2, 3))
+        values = x.shape[-1] * seen.sum((1, 2, 3))
+        return (nll + divergence(mean, log_variance)) / values
+
+    def loss(variables, features, valid, keys):
+        noise = jax.vmap(lambda key: jax.random.normal(key, (config.vae.latent,)))(keys)
+        return bound(variables, features, valid, noise)
+
+    def validation(variables, features, valid):
+        noise = _noise(config, 1)[0]
+        return bound(variables, features, valid, jnp.tile(noise, (len(features[0]), 1)))
+
+    return Objective(init, loss, validation)
+
+
+def _scorer(config, variables) -> Scorer:
+    return Scorer(config, variables, _score)
+
+
+@once_a_configuration
+def _score(config) -> Callable:
+    """See `Scorer.function_of`."""
+    model = _model(config)
+
+    def score(variables, batch, size):
+        features, valid = batch
+        x = only_map(features)
+        seen = seen_of(x, valid)
+        noise = _noise(config, config.vae.samples)[:, None]  # [L, 1, latent]
+        _, _, *density = model.apply(variables, x * seen, jnp.tile(noise, (1, len(x), 1)))
+        nll = negative_log_density(x, *density).mean((0, -1))  # [B, h, w]
+        if valid is not None:
+            nll = without_padding(nll, inside(valid, nll.shape[1:]))
+        return nll.mean((1, 2)), resize_map(nll, size)
+
+    return score
+
+
+def _noise(config, samples: int) -> jax.Array:
+    """The same in every call, [samples, latent]."""
+    return jax.random.normal(jax.random.key(0), (samples, config.vae.latent))
+
+
+def _model(config) -> VAE:
+    return VAE(config.vae.width, config.vae.latent)

@@ -1,0 +1,1 @@
+"""Metrics, thresholds and the scores of held-out images."""

@@ -1,0 +1,1 @@
+"""From images to the features that detectors read, computed once per image."""

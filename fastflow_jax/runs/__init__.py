@@ -1,0 +1,1 @@
+"""Runs: one configuration, its trainings, and the directory that keeps them."""

@@ -1,0 +1,94 @@
+"""What a configuration builds, without data, weights or network."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from fastflow_jax.backbones import find_spec
+from fastflow_jax.detectors.fastflow.scorer import flow_model, objective
+from fastflow_jax.errors import InputError
+from fastflow_jax.features.cache import n_bytes
+
+
+def describe(config) -> str:
+    """Scales, shapes, trainable numbers, operations and memory of a filled configuration.
+
+    Operations are counted by XLA, two for a multiplication with its addition. Memory of training
+    is what XLA plans for one step on one device: values that live until the backward pass.
+
+    Raises:
+      InputError: it is of another detector than FastFlow.
+    """
+    if config.detector != "fastflow":
+        raise InputError(f"there is no description of a {config.detector}, only of a fastflow")
+    spec = find_spec(config.backbone)
+    backbone = spec.module(tuple(config.layers))
+    model = flow_model(config)
+    images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
+    key = jax.random.key(0)
+    backbone_variables = jax.eval_shape(backbone.init, key, images)
+    maps = jax.eval_shape(backbone.apply, backbone_variables, images)
+    variables = jax.eval_shape(model.init, key, maps)
+
+    kept = [jax.ShapeDtypeStruct(m.shape, jnp.dtype(config.feature_dtype)) for m in maps]
+    batch = config.train.batch_size
+    features = tuple(jax.ShapeDtypeStruct((batch, *m.shape[1:]), m.dtype) for m in kept)
+    planned = training_memory(config, variables, features)
+
+    lines = [f"{config.backbone} at {config.image_size[0]}x{config.image_size[1]}"]
+    lines.append(f"{'layer':<12}{'map':>16}{'stride':>8}{'trainable':>14}")
+    for i, (layer, m) in enumerate(zip(config.layers, maps, strict=True)):
+        shape = "x".join(map(str, m.shape[1:]))
+        numbers = sum(
+            _numbers(variables["params"].get(name, {})) for name in (f"flow_{i}", f"norm_{i}")
+        )
+        lines.append(f"{layer:<12}{shape:>16}{spec.maps[layer][1]:>8}{numbers:>14,}")
+    # Each location of a map is compared with all latents of its bank.
+    searched = config.map.bank * sum(math.prod(m.shape) for m in maps)
+    banked = config.map.bank * sum(m.shape[-1] for m in maps)
+    rows = {
+        "trainable numbers": f"{_numbers(variables['params']):,}",
+        "frozen numbers (backbone)": f"{_numbers(backbone_variables):,}",
+        "operations, backbone, an image": _operations(backbone.apply, backbone_variables, images),
+        "operations, flow, an image": _operations(model.apply, variables, maps),
+        "operations, banks, an image": f"{2 * searched / 1e9:.2f} G",
+        "features, an image": f"{_bytes(n_bytes(1, kept))} in {config.feature_dtype}",
+        "weights": _bytes(4 * (_numbers(variables["params"]) + _numbers(backbone_variables))),
+        "banks, about": f"{_bytes(2 * banked)} in float16",
+        f"a training step of {batch}": _bytes(planned) + " beside its arguments",
+    }
+    width = max(map(len, rows)) + 2
+    return "\n".join(lines + [f"{name:<{width}}{value}" for name, value in rows.items()])
+
+
+def training_memory(config, variables, features) -> int:
+    """Bytes that XLA plans for the gradient of a training step, beside its arguments.
+
+    Args:
+      config: filled.
+      variables: shapes of those of `flow_model(config)`.
+      features: shapes of a batch of features, [B, h, w, C] a scale.
+    """
+    nll = objective(config, flow_model(config), None).loss
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), features[0].shape[0]))
+
+    def loss(params, constants, features, keys):
+        return nll({"params": params, **constants}, features, None, keys).mean()
+
+    constants = {k: v for k, v in variables.items() if k != "params"}
+    step = jax.jit(jax.grad(loss)).lower(variables["params"], constants, features, keys).compile()
+    return step.memory_analysis().temp_size_in_bytes
+
+
+def _numbers(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _operations(apply, variables, inputs) -> str:
+    flops = jax.jit(apply).lower(variables, inputs).cost_analysis().get("flops", 0)
+    return f"{flops / 1e9:.2f} G"
+
+
+def _bytes(n: float) -> str:
+    return f"{n / 2**20:.1f} MiB"

@@ -1,0 +1,109 @@
+"""Maps come back to where the image was, however it came to the input."""
+
+import numpy as np
+import pytest
+
+from fastflow_jax.backbones import find_spec
+from fastflow_jax.config import default
+from fastflow_jax.data.inputs import Outputs, cut, stacked, whole_box
+from fastflow_jax.data.transforms import seen_part
+
+SPEC = find_spec("pixels")
+
+
+def inputs_of(image, resize_by="square", tile=False):
+    c = default()
+    c.image_size, c.data.resize = (32, 48), resize_by
+    return cut(image, "an image", c, SPEC, tile=tile)
+
+
+def brightness(inputs):
+    """The map of an image whose parts have maps of what a backbone is shown."""
+    outputs = Outputs(inputs)
+    for part in inputs.parts:
+        assert not outputs.is_complete
+        outputs.add(part, part.image.max(), part.image.mean(-1), None)
+    assert outputs.is_complete
+    return outputs.anomaly_map
+
+
+def spot(size, rows, columns):
+    image = np.full((*size, 3), 60, np.uint8)
+    image[rows, columns] = 220
+    return image
+
+
+@pytest.mark.parametrize("resize_by", ["square", "crop", "pad"])
+@pytest.mark.parametrize("size", [(40, 90), (100, 50), (32, 48), (9, 9)])
+def test_maps_lie_where_the_image_does(resize_by, size):
+    rows, columns = (slice(n // 3, n // 3 + n // 4) for n in size)
+    inputs = inputs_of(spot(size, rows, columns), resize_by)
+    anomaly_map = brightness(inputs)
+    assert anomaly_map.shape == size
+    assert anomaly_map.dtype == np.float32
+    bright = np.argwhere(anomaly_map > anomaly_map.min() + 0.7 * np.ptp(anomaly_map))
+    seen = np.zeros(size, bool)
+    seen[rows, columns] = True
+    np.testing.assert_allclose(bright.mean(0), np.argwhere(seen).mean(0), atol=max(size) / 25)
+
+
+@pytest.mark.parametrize("resize_by", ["square", "crop", "pad"])
+def test_boxes_lie_where_maps_do(resize_by):
+    inputs = inputs_of(spot((64, 80), slice(16, 40), slice(30, 50)), resize_by)
+    (part,) = inputs.parts
+    bright = np.argwhere(part.image.mean(-1) > 0.2)
+    box = (*bright.min(0), *(bright.max(0) + 1))
+    np.testing.assert_allclose(whole_box(inputs, part, box), (16, 30, 40, 50), atol=2)
+
+
+def test_tiles_show_the_image_at_its_own_resolution_without_seams():
+    y, x = np.mgrid[:70, :100]
+    image = np.repeat((y + x).astype(np.uint8)[..., None], 3, -1)
+    inputs = inputs_of(image, tile=True)
+    assert len(inputs.where) > 4
+    expected = ((y + x) / 255 - 0.5) / 0.5
+    np.testing.assert_allclose(brightness(inputs), expected, atol=1e-5)
+    assert len(inputs_of(image).where) == 1
+
+
+@pytest.mark.parametrize("resize_by", ["square", "crop", "pad"])
+@pytest.mark.parametrize("size", [(12, 200), (200, 20), (31, 49), (33, 47), (70, 100)])
+def test_tiles_leave_nothing_of_the_image_out(resize_by, size):
+    inputs = inputs_of(np.zeros((*size, 3), np.uint8), resize_by, tile=True)
+    seen = np.zeros(size, bool)
+    for part in inputs.parts:
+        seen_part(seen[part.where], part.placed)[:] = True
+    assert seen.all()
+
+
+def test_what_is_not_larger_than_the_input_is_not_cut():
+    assert len(inputs_of(np.zeros((32, 48, 3), np.uint8), tile=True).where) == 1
+    # One side is larger: tiles are as high as the image.
+    inputs = inputs_of(np.zeros((20, 100, 3), np.uint8), tile=True)
+    assert len(inputs.where) > 1
+    assert all(rows == slice(0, 20) for rows, _ in inputs.where)
+
+
+def test_the_score_is_the_highest_of_a_part_and_the_log_likelihood_the_mean():
+    inputs = inputs_of(np.zeros((32, 100, 3), np.uint8), tile=True)
+    parts = list(inputs.parts)
+    assert len(parts) == 3
+    outputs = Outputs(inputs)
+    for part, score in zip(parts, np.float32([1, 7, 4]), strict=True):
+        outputs.add(part, score, part.image[..., 0], -score)
+    assert (outputs.score, outputs.log_likelihood) == (7, -4)
+    outputs = Outputs(inputs)
+    for part, score in zip(parts, np.float32([1, np.nan, 4]), strict=True):
+        outputs.add(part, score, part.image[..., 0], None)
+    assert np.isnan(outputs.score)
+    assert outputs.log_likelihood is None
+
+
+@pytest.mark.parametrize("resize_by", ["square", "pad"])
+def test_parts_are_stacked_with_their_padding(resize_by):
+    parts = list(inputs_of(np.zeros((40, 100, 3), np.uint8), resize_by, tile=True).parts)
+    images, valid = stacked(parts)
+    assert images.shape == (len(parts), 32, 48, 3)
+    assert (valid is None) == (resize_by == "square")
+    if valid is not None:
+        assert valid.shape == images.shape[:3]

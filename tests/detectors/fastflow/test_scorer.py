@@ -1,0 +1,353 @@
+"""Calibration by held-out normal features, and scores of images."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+
+from fastflow_jax.backbones import create_backbone
+from fastflow_jax.config import default, fill
+from fastflow_jax.detector import Detector
+from fastflow_jax.detectors.fastflow.model import location_scores, window_maxima
+from fastflow_jax.detectors.fastflow.scorer import (
+    Calibration,
+    FastFlowScorer,
+    calibrate,
+    calibrate_on,
+    fit,
+    flow_model,
+    fuse,
+    load,
+    with_banks,
+)
+from fastflow_jax.errors import InputError
+from fastflow_jax.features.extract import cached_features, compress
+from fastflow_jax.files import write_arrays
+
+
+@pytest.fixture(scope="module")
+def setup():
+    c = default()
+    c.weights, c.image_size, c.layers = "random", (32, 48), ("blocks.0", "blocks.1")
+    c.flow.steps, c.train.batch_size = 1, 4
+    c.batch_size = 4
+    c.flow.zero_init = False
+    config = fill(c)
+    backbone = create_backbone(config.backbone, weights="random", layers=config.layers)
+    model = flow_model(config)
+    images = np.random.default_rng(0).normal(size=(11, 32, 48, 3)).astype(np.float32)
+    features = tuple(np.asarray(compress(m, config.length_power)) for m in backbone(images))
+    variables = jax.jit(model.init)(jax.random.key(0), tuple(m[:1] for m in features))
+    return config, backbone, model, variables, images, features
+
+
+def location_maps(setup, config):
+    _, _, model, variables, _, features = setup
+    latents = jax.jit(model.apply)(variables, features)
+    return [
+        location_scores(z, ld, form=config.map.form, log_det_weight=config.map.log_det)
+        for z, ld in latents
+    ]
+
+
+def test_held_out_maps_and_windows_become_standard(setup):
+    config, _, model, variables, _, features = setup
+    calibration = calibrate(config, model, variables, features)
+    maps = location_maps(setup, config)
+    for m, mean, std in zip(maps, calibration.scale_mean, calibration.scale_std, strict=True):
+        standard = (np.asarray(m) - mean) / std
+        assert standard.mean() == pytest.approx(0, abs=1e-3)
+        assert standard.std() == pytest.approx(1, abs=1e-3)
+    for m, mean, std in zip(maps, calibration.window_mean, calibration.peak_std, strict=True):
+        standard = (window_maxima(m) - mean) / std
+        assert standard.mean() == pytest.approx(0, abs=1e-3)
+        assert standard[:, 0].std() == pytest.approx(1, abs=1e-3)
+
+
+def test_without_held_out_images_scores_stay_as_they_are(setup):
+    config, _, model, variables, _, _ = setup
+    calibration = calibrate(config, model, variables, None)
+    maps = location_maps(setup, config)
+    resized = [jax.image.resize(m, (11, 32, 48), "bilinear") for m in maps]
+    np.testing.assert_allclose(
+        fuse(maps, calibration, (32, 48)), (resized[0] + resized[1]) / 2, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_few_held_out_images_leave_scores_finite_and_balanced(setup, n):
+    config, _, model, variables, _, features = setup
+    calibration = calibrate(config, model, variables, tuple(m[:n] for m in features))
+    spread = calibration.peak_std / calibration.scale_std
+    assert np.all(np.isfinite(spread))
+    assert spread.min() >= 0.09 * spread.mean() > 0
+    assert np.all(calibration.scale_std > 0)
+
+
+def test_a_spread_of_rounding_is_no_unit(setup):
+    """As of distances from a bank that holds copies of the held-out images."""
+    rounding = 1e-8 * np.random.default_rng(0).normal(size=(5, 8, 8)).astype(np.float32)
+    calibration = calibrate_on(setup[0], (rounding,))
+    assert calibration.scale_std.tolist() == [1.0]
+    assert calibration.peak_std.tolist() == [1.0]
+
+
+def test_no_map_rules_because_few_images_agree_on_it_by_chance(setup):
+    config = setup[0]
+    apart = np.random.default_rng(0).normal(size=(3, 8, 8)).astype(np.float32)
+    agreed = apart.copy()
+    agreed[:, 4, 4] = 9.0  # the highest location of every image
+    calibration = calibrate_on(config, (apart, agreed))
+    spread = calibration.peak_std / calibration.scale_std
+    assert spread[1] == pytest.approx(0.1 * (spread[0] / 2), rel=1e-4)
+
+
+def test_two_held_out_images_keep_the_promise_of_p_values(setup):
+    """Cross-fitted, both of two scores are below a new one in a third of the cases."""
+    config, _, model, *_ = setup
+    rng = np.random.default_rng(0)
+
+    def draw(n):  # six maps of images that differ as a whole
+        of_image = 0.15 * rng.normal(size=(n, 1, 1))
+        maps = [
+            1 + of_image + 0.15 * rng.normal(size=(n, 1, 1)) + 0.5 * rng.normal(size=(n, 8, 8))
+            for _ in range(6)
+        ]
+        return tuple(m.astype(np.float32) for m in maps)
+
+    above = []
+    for _ in range(60):
+        held, new = draw(2), draw(32)
+        scorer = FastFlowScorer(config, model, {}, calibrate_on(config, held))
+        scores = [
+            scorer.recalibrated(tuple(m[1 - i :][:1] for m in held)).score_maps(
+                tuple(m[i:][:1] for m in held)
+            )[0]
+            for i in range(2)
+        ]
+        above.append((scorer.score_maps(new)[0] > max(scores)).mean())
+    assert np.mean(above) == pytest.approx(1 / 3, abs=0.06)  # two deviations
+
+
+@pytest.mark.parametrize("form", ["windows", "top_k"])
+def test_scores_of_images_follow_from_their_features(setup, form):
+    config, backbone, model, variables, images, features = setup
+    config = config.copy_and_resolve_references()
+    config.score.form = form
+    calibration = calibrate(config, model, variables, features)
+    detector = Detector(config, backbone, FastFlowScorer(config, model, variables, calibration))
+    scores, anomaly_maps = [
+        np.concatenate(parts)
+        for parts in zip(*map(detector.score, np.split(images, [4, 8])), strict=True)
+    ]
+    maps = location_maps(setup, config)
+    standard = [
+        (m - mean) / std
+        for m, mean, std in zip(maps, calibration.scale_mean, calibration.scale_std, strict=True)
+    ]
+    squeezed = [jax.image.resize(np.arcsinh(m), (11, 32, 48), "bilinear") for m in standard]
+    blurred = [gaussian_filter(m, 4 * 32 / 224) for m in (squeezed[0] + squeezed[1]) / 2]
+    np.testing.assert_allclose(anomaly_maps, blurred, atol=2e-3)
+    if form == "top_k":
+        expected = anomaly_maps.max((1, 2))  # top_k is 0: the maximum
+    else:
+        windows = np.stack([window_maxima(m).mean(-1) for m in maps], axis=-1)
+        expected = ((windows - calibration.window_mean) / calibration.peak_std).mean(-1)
+    np.testing.assert_allclose(scores, expected, atol=5e-3)
+
+
+@pytest.mark.parametrize("kind", ["pmap", "jit"])
+def test_weights_are_sent_to_the_devices_once(setup, monkeypatch, kind):
+    config, backbone, model, variables, images, features = setup
+    config = config.copy_and_resolve_references()
+    config.parallel = kind
+    calibration = calibrate(config, model, variables, features)
+    detector = Detector(config, backbone, FastFlowScorer(config, model, variables, calibration))
+    detector.score(images[:4])
+    sent, put = [], jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda x, *to: sent.append(np.shape(x)) or put(x, *to))
+    detector.score(images[4:8])
+    weights = jax.tree.leaves((backbone.variables, variables))
+    assert not {np.shape(leaf) for leaf in weights} & set(sent)
+
+
+def test_compressed_maps_keep_small_values_and_the_order_of_large_ones():
+    m = np.array([0.01, -0.02, 3.0, 500.0, 5000.0]).reshape(1, 1, 5)
+    (found,) = fuse((m,), Calibration([0.0], [1.0], 0.0, 1.0), (1, 5), compress=True)
+    np.testing.assert_allclose(found[0, :2], [0.01, -0.02], rtol=1e-3)
+    np.testing.assert_allclose(found[0, 4] - found[0, 3], np.log(10), rtol=1e-3)
+
+
+def test_what_normal_images_do_not_show_scores_higher(setup):
+    config, backbone, model, variables, images, features = setup
+    calibration = calibrate(config, model, variables, features)
+    detector = Detector(config, backbone, FastFlowScorer(config, model, variables, calibration))
+    spoilt = images[:4].copy()
+    spoilt[:, 8:24, 16:32] += 6.0
+    before, _ = detector.score(images[:4])
+    after, anomaly_map = detector.score(spoilt)
+    assert np.all(after > before)
+    inside = np.zeros((32, 48), bool)
+    inside[8:24, 16:32] = True
+    assert anomaly_map[:, inside].mean() > anomaly_map[:, ~inside].mean()
+    assert anomaly_map.dtype == jnp.float32
+
+
+def test_banks_add_a_map_to_each_scale(setup):
+    config, _, model, variables, _, features = setup
+    config = config.copy_and_resolve_references()
+    config.map.bank = 20
+    banked = with_banks(config, model, variables, cached_features(features), seed=0)
+    calibration = calibrate(config, model, banked, features)
+    scorer = FastFlowScorer(config, model, banked, calibration)
+    found = scorer.location_maps(tuple(m[:4] for m in features))
+    latents = jax.jit(model.apply)(variables, tuple(m[:4] for m in features))
+    assert len(found) == len(calibration.scale_mean) == 2 * len(latents)
+    for i, (z, log_det) in enumerate(latents):
+        z, log_det = np.asarray(z, np.float64), np.asarray(log_det)
+        expected = [(z**2).sum(-1) / 2 - 0.1 * log_det]
+        padded = np.pad(z, [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=np.nan)
+        around = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+        bank = banked["bank"][f"bank_{i}"].astype(float)
+        assert 20 <= len(bank) < 20 + len(features[0])
+        weights = np.where(np.isnan(around), 0, np.outer([1, 2, 1], [1, 2, 1]))
+        means = np.nansum(around * weights, (-2, -1)) / weights.sum((-2, -1))
+        compared = means if i == 0 else z  # a map of 16x24, and one of 8x12: too coarse for means
+        expected.append(((compared[..., None, :] - bank) ** 2).sum(-1).min(-1) / 2)
+        for one, other in zip(found[2 * i : 2 * i + 2], expected, strict=True):
+            np.testing.assert_allclose(one, other / z.shape[-1], atol=2e-4, rtol=1e-4)
+
+
+def test_without_held_out_images_banks_still_score(setup):
+    config, _, model, variables, _, features = setup
+    banked = with_banks(config, model, variables, cached_features(features), seed=0)
+    scorer = FastFlowScorer(config, model, banked, calibrate(config, model, banked, None))
+    scores, maps = scorer.score_features(tuple(m[:4] + 3 for m in features))
+    plain, _ = scorer.score_features(tuple(m[:4] for m in features))
+    assert np.all(np.isfinite(maps))
+    assert np.all(scores > plain)
+    unbanked = FastFlowScorer(config, model, variables, calibrate(config, model, variables, None))
+    without, _ = unbanked.score_features(tuple(m[:4] for m in features))
+    assert np.all(np.abs(plain - without) > 1e-3)
+
+
+def padded(images, noise):
+    """Images [B, 32, 48, 3] with their upper and lower quarters taken for padding."""
+    valid = np.zeros(images.shape[:3], bool)
+    valid[:, 8:24] = True
+    noise = noise * np.random.default_rng(1).normal(size=images.shape)
+    return np.where(valid[..., None], images, noise).astype(np.float32), valid
+
+
+@pytest.mark.parametrize("bank", [0, 30])
+@pytest.mark.parametrize("form", ["windows", "top_k"])
+def test_what_the_flow_says_of_padding_counts_for_nothing(setup, form, bank):
+    config, _, model, _, images, features = setup
+    config = config.copy_and_resolve_references()
+    config.score.form, config.map.bank = form, bank
+    _, valid = padded(images, 0)
+    # Features change in padding only, at either scale: rows 2 to 5 of 8 lie inside, 4 to 11 of 16.
+    spoilt = tuple(m.copy() for m in features)
+    for m in spoilt:
+        quarter = m.shape[1] // 4
+        m[:, :quarter] += 9.0
+        m[:, -quarter:] -= 7.0
+    results = []
+    for maps in (features, spoilt):
+        pointwise = model.clone(kernels=(1,))  # a flow that does not look around itself
+        params = jax.jit(pointwise.init)(jax.random.key(0), tuple(m[:1] for m in maps))
+        params = with_banks(config, pointwise, params, cached_features(maps, valid), 0)
+        calibration = calibrate(config, pointwise, params, maps, valid)
+        scorer = FastFlowScorer(config, pointwise, params, calibration)
+        results.append(scorer.score_features(tuple(m[:4] for m in maps), valid[:4]))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    scores, _ = scorer.score_features(tuple(m[:4] for m in spoilt))
+    assert np.abs(scores - results[0][0]).min() > 0.1
+
+
+def test_images_and_their_features_score_alike(setup):
+    config, backbone, model, variables, images, features = setup
+    calibration = calibrate(config, model, variables, features)
+    detector = Detector(config, backbone, FastFlowScorer(config, model, variables, calibration))
+    images, valid = padded(images[:4], 1)
+    maps = tuple(np.asarray(compress(m, config.length_power)) for m in backbone(images))
+    for one, other in zip(
+        detector.score(images, valid), detector.scorer.score_features(maps, valid), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=5e-3)
+
+
+def test_a_fitted_scorer_loads_as_it_was(setup, tmp_path):
+    config, _, _, _, _, features = setup
+    config = config.copy_and_resolve_references()
+    config.train.epochs = 1
+    training = cached_features(tuple(m[:8] for m in features))
+    holdout = tuple(m[8:] for m in features)
+    fitted = fit(config, training, holdout, seed=1, folder=tmp_path)
+    loaded = load(config, training.shapes, tmp_path)
+    for one, other in zip(
+        fitted.score_features(holdout), loaded.score_features(holdout), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_training_of_another_version_is_refused(setup, tmp_path):
+    config = setup[0].copy_and_resolve_references()
+    config.train.epochs = 1
+    training = cached_features(tuple(m[:4] for m in setup[5]))
+    fit(config, training, None, seed=1, folder=tmp_path)
+    file = next(tmp_path.glob("calibration_*.npz"))
+    write_arrays(file, {"window_std": np.ones(3)})  # as an earlier version left it
+    with pytest.raises(InputError, match="of another version"):
+        load(config, training.shapes, tmp_path)
+    file.unlink()
+    with pytest.raises(InputError, match=r"calibration_.* is missing"):
+        load(config, training.shapes, tmp_path)
+
+
+@contextlib.contextmanager
+def compilations():
+    """Counts the programs that are compiled, or read from the cache on disk."""
+    names = []
+
+    def listen(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(about.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("form", ["windows", "top_k"])
+def test_a_second_seed_compiles_nothing(tmp_path, form):
+    c = default()
+    c.image_size, c.layers = (12, 8), ("blocks.1", "blocks.2")
+    c.flow.steps, c.flow.kernels, c.flow.hidden_ratio = 1, (1,), 0.5
+    c.train.epochs, c.train.batch_size, c.score.form = 2, 4, form
+    c.batch_size = 4
+    config = fill(c)
+    rng = np.random.default_rng(0)
+    features = tuple(rng.normal(size=(9, *s)).astype(np.float32) for s in [(6, 4, 4), (3, 2, 6)])
+    training = cached_features(tuple(m[3:] for m in features))
+    holdout = tuple(m[:3] for m in features)
+
+    def run(seed):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        scorer = fit(config, training, holdout, seed=seed, folder=folder)
+        return scorer.score_features(tuple(m[:4] for m in features))[0]
+
+    with compilations() as first:
+        one = run(0)
+    with compilations() as second:
+        two = run(1)
+    assert first
+    assert second == []
+    assert not np.allclose(one, two)

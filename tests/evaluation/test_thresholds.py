@@ -1,0 +1,358 @@
+"""What thresholds and p-values promise holds, by the laws of order statistics and by simulation."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from scipy import stats
+
+from fastflow_jax.errors import InputError
+from fastflow_jax.evaluation import metrics
+from fastflow_jax.evaluation import thresholds as T
+
+few_values = st.floats(-9, 9).map(lambda x: round(x, 1))  # so that some tie
+scores = st.lists(few_values, min_size=2, max_size=40).map(np.array)
+rates = st.integers(1, 99).map(lambda percent: percent / 100)
+
+
+@settings(deadline=None)
+@given(scores, rates)
+def test_p_values_of_exchangeable_scores_are_super_uniform(values, rate):
+    # Whichever of them is the new one, each with the same probability.
+    p = [float(T.p_values(x, np.delete(values, i))) for i, x in enumerate(values)]
+    assert np.mean(np.array(p) <= rate) <= rate + 1e-9
+
+
+@settings(deadline=None)
+@given(scores, few_values)
+def test_p_values_count_held_out_scores(held_out, score):
+    expected = (1 + sum(x >= score for x in held_out)) / (len(held_out) + 1)
+    assert T.p_values(score, held_out) == pytest.approx(expected)
+
+
+@settings(deadline=None)
+@given(scores, rates, few_values)
+def test_a_score_is_above_the_threshold_where_its_p_value_is_low(held_out, rate, score):
+    threshold = T.image_threshold(held_out, rate, warn=False)
+    p = float(T.p_values(score, held_out))
+    if threshold.supported:
+        assert (score > threshold.value) == (p <= rate + 1e-9)
+    else:
+        assert held_out.max() <= threshold.value <= held_out.max() + 1e-3 * np.ptp([0, *held_out])
+        assert rate < 1 / (len(held_out) + 1)
+
+
+@settings(deadline=None)
+@given(scores, rates, rates)
+def test_a_lower_rate_has_a_higher_threshold(held_out, one, other):
+    assume(one < other)
+    low, high = (T.image_threshold(held_out, r, warn=False) for r in (one, other))
+    assert low.value >= high.value
+    assert low.interval <= high.interval
+
+
+def test_the_true_rate_lies_in_its_interval_as_often_as_stated():
+    rng = np.random.default_rng(0)
+    found = [T.image_threshold(rng.uniform(size=60), 0.1, 0.9) for _ in range(1500)]
+    true = np.array([1 - t.value for t in found])  # of uniform scores
+    low, high = np.transpose([t.interval for t in found])
+    inside = np.mean((low <= true) & (true <= high))
+    assert inside == pytest.approx(0.9, abs=0.025)
+    assert true.mean() == pytest.approx(6 / 61, abs=0.004)
+
+
+def test_too_few_images_for_a_rate_are_told():
+    held_out = np.arange(19.0)
+    T.image_threshold(held_out, 0.05)
+    with pytest.warns(UserWarning, match=r"19 held-out .* rate of 0\.04: it takes 24"):
+        threshold = T.image_threshold(held_out, 0.04)
+    assert threshold.value == pytest.approx(18, rel=1e-3)
+    assert not threshold.supported
+
+
+def test_a_held_out_image_gets_the_same_decision_whatever_its_batch():
+    """Scores of one image in two programs differ by some 1e-6 of their size."""
+    held_out = np.random.default_rng(0).normal(50, 3, 60).astype(np.float32)
+    for rate in (0.02, 0.1, 0.3):
+        value = T.image_threshold(held_out, rate).value
+        for noise in (-3e-6, 3e-6):
+            np.testing.assert_array_equal(held_out > value, held_out * (1 + noise) > value)
+
+
+def test_scores_that_are_close_stay_on_their_sides():
+    held_out = np.arange(9.0) * 1e-9 + 1
+    value = T.image_threshold(held_out, 0.2).value
+    assert (held_out > value).sum() == 1
+
+
+groups_of_scores = st.lists(
+    st.lists(few_values, min_size=1, max_size=4), min_size=2, max_size=12
+).map(lambda values: [np.array(v) for v in values])
+
+
+def flat(values):
+    return np.concatenate(values), np.repeat(np.arange(len(values)), [len(v) for v in values])
+
+
+@settings(deadline=None)
+@given(groups_of_scores, rates)
+def test_p_values_of_exchangeable_groups_are_super_uniform(values, rate):
+    """Whichever group is the new one, and whichever its image, each with the same probability."""
+    flagged = []
+    for i, new in enumerate(values):
+        held_out, groups = flat(values[:i] + values[i + 1 :])
+        flagged.append(np.mean(T.p_values(new, held_out, groups) <= rate))
+    assert np.mean(flagged) <= rate + 1e-9
+
+
+@settings(deadline=None)
+@given(groups_of_scores, rates, few_values)
+def test_the_threshold_of_groups_agrees_with_their_p_values(values, rate, score):
+    held_out, groups = flat(values)
+    threshold = T.image_threshold(held_out, rate, groups=groups, warn=False)
+    if threshold.supported:
+        assert (score > threshold.value) == (T.p_values(score, held_out, groups) <= rate + 1e-9)
+    assert threshold.n == len(values)
+
+
+def test_groups_of_one_image_and_copies_of_images_change_nothing():
+    rng = np.random.default_rng(0)
+    held_out, tails = rng.normal(size=40), np.sort(rng.normal(size=(40, 102)), 1)[:, ::-1]
+    alone = T.image_threshold(held_out, 0.1), T.pixel_threshold(tails, 0.05)
+    for copies in (1, 3):
+        groups = np.arange(40).repeat(copies)
+        image = T.image_threshold(held_out.repeat(copies), 0.1, groups=groups)
+        pixel = T.pixel_threshold(tails.repeat(copies, 0), 0.05, groups=groups)
+        for one, other in zip(alone, (image, pixel), strict=True):
+            assert one.value == pytest.approx(other.value)
+            assert one.interval == pytest.approx(other.interval)
+            assert (one.n, one.rate) == (other.n, other.rate)
+        p = T.p_values(held_out, held_out.repeat(copies), groups)
+        np.testing.assert_allclose(p, T.p_values(held_out, held_out))
+
+
+def test_too_few_groups_for_a_rate_are_reported():
+    with pytest.warns(UserWarning, match="5 held-out groups cannot support"):
+        T.image_threshold(np.arange(20.0), 0.1, groups=np.arange(20) // 4)
+
+
+def test_the_rate_of_groups_holds_where_that_of_images_does_not():
+    """Four parts are photographed eight times each; of new parts, one image each."""
+    rng = np.random.default_rng(0)
+    asked, found = 0.3, {"groups": [], "images": []}
+    for _ in range(800):
+        held_out = (30 * rng.normal(size=(4, 1)) + rng.normal(size=(4, 8))).ravel()
+        new = 30 * rng.normal(size=200) + rng.normal(size=200)
+        for name, groups in (("groups", np.arange(4).repeat(8)), ("images", None)):
+            threshold = T.image_threshold(held_out, asked, groups=groups)
+            found[name].append(np.mean(new > threshold.value))
+    assert np.mean(found["groups"]) <= asked + 0.01
+    assert np.mean(found["images"]) > asked + 0.03
+
+
+@pytest.mark.parametrize("rate", [0, 1, -0.1, 5])
+def test_a_rate_is_between_0_and_1(rate):
+    with pytest.raises(InputError, match="between 0 and 1"):
+        T.image_threshold([1, 2], rate)
+    with pytest.raises(InputError, match="between 0 and 1"):
+        T.pixel_threshold(T.tails(np.ones((2, 3, 3))), rate)
+
+
+def test_without_held_out_images_there_is_no_threshold():
+    for function, held_out in ((T.image_threshold, []), (T.pixel_threshold, np.zeros((0, 5)))):
+        with pytest.raises(InputError, match="no held-out images"):
+            function(held_out, 0.1)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 99), st.sampled_from([0.3, 0.1, 0.03, 0.01]))
+def test_the_pixel_threshold_leaves_the_rate_of_held_out_pixels_above_it(seed, rate):
+    rng = np.random.default_rng(seed)
+    maps = rng.gamma(2.0, size=(5, 60, 50)) + rng.normal(size=(5, 1, 1))
+    threshold = T.pixel_threshold(T.tails(maps), rate, warn=False)
+    assert (maps > threshold.value).mean() == pytest.approx(rate, rel=0.1)
+    higher = T.pixel_threshold(T.tails(maps), rate / 2, warn=False)
+    assert higher.value >= threshold.value
+
+
+def test_padding_counts_for_no_pixel_threshold():
+    maps = np.random.default_rng(0).normal(size=(2, 40, 30))
+    valid = np.zeros(maps.shape, bool)
+    valid[:, 5:35] = True
+    spoilt = np.where(valid, maps, 100.0)
+    np.testing.assert_allclose(T.tails(spoilt, valid), T.tails(maps[:, 5:35]))
+
+
+def test_the_interval_of_pixels_knows_that_images_differ():
+    """Normal pixels about a mean that differs from image to image: the rate is known exactly."""
+    rng = np.random.default_rng(0)
+    quantiles = stats.norm.ppf(np.clip(1 - T.EXCEEDANCES, 1e-9, 1 - 1e-9))
+    inside, widths = [], []
+    for _ in range(150):
+        tails = rng.normal(scale=0.5, size=(30, 1)) + quantiles
+        threshold = T.pixel_threshold(tails, 0.05)
+        true = stats.norm.sf(threshold.value / np.hypot(1, 0.5))
+        inside.append(threshold.interval[0] <= true <= threshold.interval[1])
+        widths.append(np.subtract(*threshold.interval[::-1]))
+    assert 0.9 <= np.mean(inside) <= 0.995
+    assert np.mean(widths) < 0.05
+
+
+def test_too_few_images_for_a_pixel_rate_are_told():
+    maps = np.random.default_rng(0).normal(size=(3, 20, 20))
+    maps[2] += 3
+    tails = T.tails(maps)
+    with pytest.warns(UserWarning, match="cannot support a rate of 0.001"):
+        T.pixel_threshold(tails, 0.001)
+
+
+def test_the_f1_optimal_threshold_is_that_of_the_metric():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 50)
+    values = (rng.normal(size=50) + labels).astype(np.float32)
+    threshold = T.f1_optimal(values, labels)
+    called = values > threshold.value
+    f1 = 2 * (called & (labels == 1)).sum() / (called.sum() + labels.sum())
+    assert f1 == pytest.approx(metrics.f1_max(values, labels)[0])
+    assert (threshold.kind, threshold.rate, threshold.n) == ("f1", None, 50)
+    with pytest.raises(InputError, match="labelled anomalies"):
+        T.f1_optimal(values, np.zeros(50))
+
+
+def after(x, towards=np.inf):
+    """The next float32."""
+    return float(np.nextafter(np.float32(x), np.float32(towards)))
+
+
+@pytest.mark.parametrize(
+    ("values", "labels", "expected"),
+    [
+        ([1, 2, 4, 8], [0, 0, 1, 1], 3.0),
+        ([1, 2, 4, 8], [0, 1, 0, 1], 1.5),
+        ([4, 1, 4, 2, 4], [1, 0, 0, 0, 1], 3.0),  # ties between and within the classes
+        ([-np.inf, 0, np.inf], [0, 1, 1], -np.inf),
+        ([0, 0, np.inf], [0, 0, 1], 0.0),
+        ([1, 2, 9], [1, 0, 0], 0.99),  # no score is lower: 1 % of the distance to the median
+        ([7, 5], [1, 1], 4.99),
+        ([2, 2, 2], [0, 1, 0], 2 - 2e-5),  # no distance
+        ([1, after(1)], [0, 1], 1.0),  # no float32 is in between
+        ([after(1), after(after(1))], [0, 1], after(1)),
+    ],
+)
+def test_the_f1_optimal_threshold_is_midway_to_the_next_lower_score(values, labels, expected):
+    values = np.array(values, np.float32)
+    threshold = T.f1_optimal(values, labels).value
+    assert threshold == pytest.approx(expected, rel=1e-7)
+    assert (values > threshold).tolist() == (values >= metrics.f1_max(values, labels)[1]).tolist()
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_the_f1_optimal_threshold_tells_float32_scores_apart(data):
+    near = st.integers(0, 5).map(lambda steps: np.float32(1) + steps * np.finfo(np.float32).eps)
+    values = np.array(data.draw(st.lists(near, min_size=1, max_size=12)), np.float32)
+    labels = data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
+    assume(any(labels))
+    threshold = T.f1_optimal(values, labels).value
+    wanted = values >= metrics.f1_max(values, labels)[1]
+    np.testing.assert_array_equal(values > threshold, wanted)  # as masks are made
+    assert [float(v) > threshold for v in values] == wanted.tolist()  # as images are called
+
+
+def test_the_f1_optimal_threshold_of_maps_is_midway_too():
+    maps = np.array([[[1, 2], [4, 8]], [[0, 1], [2, 2]]], np.float32)
+    threshold = T.f1_optimal(maps, maps > 3)
+    assert (threshold.value, threshold.n) == (3.0, 2)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1, 1e6])
+def test_scores_that_are_equal_up_to_rounding_stay_above_the_threshold(scale):
+    values = np.full(3, scale, np.float32)
+    threshold = T.f1_optimal(values, [1, 1, 1]).value
+    assert (values * np.float32(1 - 3e-6) > threshold).all()
+    assert T.f1_optimal(np.zeros(3, np.float32), [1, 0, 1]).value < 0
+
+
+@settings(deadline=None)
+@given(st.floats(1, 1e5), st.floats(0, 30))
+def test_the_tail_of_chi_squared(degrees, sigmas):
+    mpmath = pytest.importorskip("mpmath", reason="the oracle of tails too small for a number")
+    x = degrees + sigmas * np.sqrt(2 * degrees)
+    with mpmath.workdps(30):
+        tail = mpmath.gammainc(degrees / 2, x / 2, mpmath.inf, regularized=True)
+        expected = float(mpmath.log10(tail))
+    assert float(T.log10_chi2_tail(x, degrees)) == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_far_tails_are_finite_and_fall():
+    x = np.logspace(0, 7, 200)
+    tail = T.log10_chi2_tail(x, 50.0)
+    assert np.isfinite(tail).all()
+    assert (np.diff(tail) <= 1e-9).all()
+    assert tail[-1] < -1e6
+
+
+SHAPES = [(8, 10, 4), (4, 5, 6)]
+
+
+def gaussian(n, seed=0):
+    """Energies of z ~ N(0, I), and that all count."""
+    rng = np.random.default_rng(seed)
+    energies = [rng.chisquare(c, size=(n, h, w)) for h, w, c in SHAPES]
+    return energies, [np.ones(e.shape, bool) for e in energies]
+
+
+def test_under_the_model_no_more_false_alarms_than_stated():
+    lowest = T.lowest_log10_nfa(*gaussian(2000), T.model_moments(SHAPES))
+    for nfa in (0.3, 0.1, 0.03):
+        rate = np.mean(lowest <= np.log10(nfa))
+        assert 0.2 * nfa < rate < 1.1 * nfa
+
+
+def test_the_moments_of_the_model_are_those_of_its_energies():
+    for one, other in zip(
+        T.held_out_moments(*gaussian(3000)), T.model_moments(SHAPES), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=0.08)
+
+
+def test_what_correlates_is_calibrated_by_held_out_images():
+    """One brightness an image: the model has twice the alarms asked for, calibrated it has not."""
+    energies, seen = gaussian(2300)
+    shared = np.random.default_rng(1).gamma(20, 1 / 20, size=(2300, 1, 1))
+    energies = [shared * e for e in energies]
+    moments = T.held_out_moments([e[:300] for e in energies], [s[:300] for s in seen])
+    new = [e[300:] for e in energies], [s[300:] for s in seen]
+    alarms = [
+        np.mean(T.lowest_log10_nfa(*new, m) <= -1) for m in (T.model_moments(SHAPES), moments)
+    ]
+    assert alarms[0] > 0.15
+    assert alarms[1] < 0.1 + 3 * (0.1 * 0.9 / 2000) ** 0.5
+
+
+def test_a_defect_is_one_region_where_it_lies():
+    energies, seen = gaussian(1)
+    energies, seen = [e[0] for e in energies], [s[0] for s in seen]
+    energies[0][2:4, 6:8] += 60
+    moments = T.model_moments(SHAPES)
+    found = T.regions(energies, seen, moments, size=(80, 100), log10_nfa=-3)
+    assert [(r.box, r.scale) for r in found] == [((20, 60, 40, 80), 0)]
+    assert found[0].log10_nfa < -20
+    # The same locations, where they do not count.
+    seen[0][2:4, 6:8] = False
+    assert T.regions(energies, seen, moments, (80, 100), -3) == []
+    np.testing.assert_array_equal(seen[1], True)
+
+
+def test_regions_do_not_overlap_and_are_sorted():
+    energies, seen = gaussian(1, seed=3)
+    energies, seen = [e[0] for e in energies], [s[0] for s in seen]
+    energies[0][1:5, 6:8] += 30
+    energies[1][2, 1] += 90
+    found = T.regions(energies, seen, T.model_moments(SHAPES), (80, 100), -1)
+    assert len(found) > 1
+    assert [r.log10_nfa for r in found] == sorted(r.log10_nfa for r in found)
+    covered = np.zeros((80, 100), int)
+    for top, left, bottom, right in (r.box for r in found):
+        covered[top:bottom, left:right] += 1
+    assert covered.max() == 1

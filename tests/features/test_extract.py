@@ -1,0 +1,73 @@
+"""Features of a backbone: what their type rounds, and what it cannot hold."""
+
+import types
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastflow_jax.errors import InputError
+from fastflow_jax.features.extract import DTYPES, cached_features, channel_statistics, extractor
+
+
+class Multiply(nn.Module):
+    def __call__(self, x):
+        return (self.get_variable("params", "factor") * x,)
+
+
+def features_of(images, dtype, factor=1.0, power=1.0):
+    """What a backbone that multiplies gives."""
+    variables = {"params": {"factor": jnp.float32(factor)}}
+    backbone = types.SimpleNamespace(module=Multiply(), variables=variables)
+    return extractor(backbone, power, "pmap", 4, dtype)(images)[0]
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).normal(size=(3, 4, 4, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_features_are_rounded_to_the_nearest_of_their_type(images, dtype):
+    features = features_of(images, dtype)
+    assert features.dtype == jnp.dtype(dtype)
+    np.testing.assert_array_equal(features, images.astype(jnp.dtype(dtype)))
+
+
+@pytest.mark.parametrize("factor", [1e5, 1e-6])
+def test_features_that_float16_cannot_hold_are_refused(images, factor):
+    with pytest.raises(InputError, match=r"range of float16, 6e-05 to 7e\+04: choose --config"):
+        features_of(images, "float16", factor)
+    for dtype in ("bfloat16", "float32"):
+        np.testing.assert_allclose(
+            features_of(images, dtype, factor).astype(np.float32), factor * images, rtol=4e-3
+        )
+    # With their lengths compressed they are well within.
+    assert np.isfinite(features_of(images, "float16", factor, 0.25)).all()
+
+
+def test_black_images_are_no_underflow():
+    assert not features_of(np.zeros((1, 4, 4, 3), np.float32), "float16").any()
+
+
+def test_features_that_never_vary_are_whitened_to_zero():
+    maps = np.full((5, 2, 2, 3), 7.0, np.float32)
+    (norm,) = channel_statistics([((maps,), None)], "whiten").values()
+    np.testing.assert_allclose((maps - norm["mean"]) @ norm["whitening"], 0, atol=1e-5)
+
+
+def test_features_that_are_no_numbers_are_refused():
+    maps = np.full((5, 2, 2, 3), np.nan, np.float32)
+    with pytest.raises(InputError, match="no finite numbers"):
+        channel_statistics([((maps,), None)], "whiten")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_are_those_of_the_rounded_features_in_float64(dtype):
+    rng = np.random.default_rng(0)
+    features = (100 + rng.normal(size=(50, 4, 4, 3))).astype(jnp.dtype(dtype))
+    statistics = cached_features((features,)).statistics("standardise")["norm_0"]
+    exact = features.astype(np.float64).reshape(-1, 3)
+    np.testing.assert_allclose(statistics["mean"], exact.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(statistics["std"], exact.std(0), rtol=1e-6)

@@ -1,0 +1,49 @@
+"""What is said after a training of its threshold and its test set."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from fastflow_jax.evaluation import metrics, thresholds
+from fastflow_jax.runs import advice
+
+DATA = {"trained_on": 171, "held_out": 19, "test_good": 20, "test_defective": 60}
+
+
+def plain(threshold):
+    return dataclasses.asdict(threshold)
+
+
+def test_it_says_what_the_threshold_promises_and_what_a_stricter_one_takes():
+    threshold = thresholds.image_threshold(np.arange(19.0), 0.05)
+    text = advice.after_training(plain(threshold), DATA, None)
+    assert "set by 19 held-out images, for a false-alarm rate of 5.0%" in text
+    assert "between 0.1% and 17.6% (95 %); 1% takes 99 held-out images." in text
+    many = thresholds.image_threshold(np.arange(99.0), 0.05)
+    assert "takes" not in advice.after_training(plain(many), DATA | {"held_out": 99}, None)
+
+
+def test_groups_are_counted_where_images_belong_together():
+    threshold = thresholds.image_threshold(np.arange(19.0), 0.2, groups=np.arange(19) // 4)
+    text = advice.after_training(plain(threshold), DATA, None)
+    assert "set by 5 held-out groups (19 images)" in text
+    assert "1% takes 99 held-out groups" in text
+
+
+def test_it_says_how_well_the_auroc_is_known():
+    assert "image AUROC of 0.950 is known to about 0.04" in advice.after_training(None, DATA, 0.95)
+    assert "no threshold" in advice.after_training(None, DATA, 0.95)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.5, 2.5])
+def test_the_standard_error_is_that_of_repeated_draws(shift):
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], [40, 90])
+    found = [metrics.image_auroc(rng.normal(size=130) + shift * labels, labels) for _ in range(600)]
+    expected = metrics.auroc_standard_error(np.mean(found), 40, 90)
+    assert np.std(found) == pytest.approx(expected, rel=0.15)
+
+
+def test_a_perfect_auroc_is_not_known_exactly():
+    assert 0.005 < metrics.auroc_standard_error(1.0, 10, 50) < 0.1

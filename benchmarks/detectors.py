@@ -34,6 +34,7 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from costs import median_seconds
 from outcome import describe_machine, ratios, versions, write_result
 from same_weights import published
 from tqdm import tqdm
@@ -52,7 +53,6 @@ from fastflow_jax.detectors.patchcore import PatchCoreScorer
 from fastflow_jax.detectors.registry import recipe
 from fastflow_jax.detectors.spade import SpadeScorer
 from fastflow_jax.features.extract import Features, cached_features, extractor
-from fastflow_jax.runs.speed import median_seconds
 
 BACKBONES = ("resnet18", "wide_resnet50_2", "cait_m48_448")
 QUICK = BACKBONES[:2]
@@ -94,7 +94,7 @@ def random_maps(config, n: int) -> Features:
 
 
 def scorer_of(config, stored: int):
-    """What scores, see `kinds`: as training leaves it, but for the values in it.
+    """What scores, see `detectors.registry`: as training leaves it, but for the values in it.
 
     Args:
       config: filled.

@@ -57,7 +57,7 @@ def make_data(images: int, folder: pathlib.Path) -> None:
 def figure_of(side: str, figure: str) -> Callable[[np.ndarray, np.ndarray], float]:
     """The function of one side; imports what it needs, and nothing of the other sides."""
     if side == "ours":
-        from fastflow_jax import metrics
+        from fastflow_jax.evaluation import metrics
 
         if figure == "aupro":
             return lambda maps, masks: metrics.aupro(maps, masks, LIMIT)

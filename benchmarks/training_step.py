@@ -56,7 +56,7 @@ EPOCH = 8  # steps of one program, on accelerators
 def our_steps(ours: same_weights.Ours) -> dict[str, Iterator[tuple[float, float]]]:
     """Of each form, loss and seconds of one training step after another.
 
-    As `train.train` runs them, which makes one program of a whole epoch where there is an
+    As `loop.train` runs them, which makes one program of a whole epoch where there is an
     accelerator and features are cached.
     """
     config, n = ours.config, len(ours.images)

@@ -1,4 +1,4 @@
-"""FastFlow and the paper's comparisons under one protocol: a table, and a picture of the trade-off.
+"""FastFlow and the paper's comparisons under one protocol, as one table.
 
     python -m fastflow_jax.main --config=configs/compare.py:elpv/mono --config.seeds=3
     python -m fastflow_jax.main --config=configs/compare.py:mvtec_ad/bottle \
@@ -14,9 +14,8 @@ figures, learn from all training images; FastFlow and CFLOW from those that are 
 tenth fewer. CIFAR-10 is for FastFlow, the VAE and the GAN, which learn from pixels. Of a
 transformer FastFlow takes two maps, each of the others one.
 
-Beside the figures stand the seconds of training (features are computed before), milliseconds an
-image in batches of 1 and 16, whole and without the backbone, the memory of a process that scores,
-and the space on disk; see `fastflow_jax/runs/speed.py`.
+What scoring costs is measured on the finished run by `python benchmarks/costs.py RUN`: milliseconds
+per image, memory, and space on disk.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +28,6 @@ def get_config(argument: str = "folder"):
     """Configuration for one data set, see above."""
     c = default()
     name_data(c, argument)
-    c.measure_speed = True
     if c.data.name == "cifar10":
         c.image_size = (128,)
         c.variants = ConfigDict(

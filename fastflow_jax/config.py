@@ -27,7 +27,7 @@ def default() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # of the flow's weights, permutations and order, and of random backbones
     c.seeds = 1  # this many runs, from `seed` on; the table gives mean and deviation
-    c.detector = "fastflow"  # see `kinds.KINDS`
+    c.detector = "fastflow"  # see `detectors.registry.KINDS`
     c.parallel = "pmap"  # or "jit": how the devices of this machine share a batch
 
     # Data
@@ -65,7 +65,7 @@ def default() -> ConfigDict:
     c.image_size = placeholder(tuple)  # (height, width), or (side,)
     c.layers = placeholder(tuple)  # feature maps, one flow each; unset: the detector's choice,
     c.layers_as = placeholder(str)  # or that of this other detector
-    c.length_power = 0.25  # of each feature vector's length, see `features.compress`; 1: as it is
+    c.length_power = 0.25  # of each feature vector's length, see `extract.compress`; 1: as it is
     c.feature_dtype = "float16"  # that features are rounded to; or "bfloat16", "float32"
     c.batch_size = placeholder(int)  # images whose features or scores are computed at a time
 
@@ -83,20 +83,20 @@ def default() -> ConfigDict:
     c.flow.dtype = "float32"  # that its convolutions compute in; "bfloat16" suits GPUs and TPUs
     c.flow.reversible = False  # a fifth of the memory at 20 steps for a third more computation
 
-    # CFLOW, see `baselines.cflow`
+    # CFLOW, see `detectors.cflow`
     c.cflow = ConfigDict()
     c.cflow.steps = 8  # of each scale's flow
     c.cflow.clamp = 1.9  # bound of a coupling's log-scale
     c.cflow.encoding = 128  # numbers that tell the flow of a position, a multiple of 4
     c.cflow.fiber = 256  # locations of each scale that a training step draws from its images
 
-    # VAE, see `baselines.vae`
+    # VAE, see `detectors.vae`
     c.vae = ConfigDict()
     c.vae.width = 16  # channels of the first convolution; each next one has twice as many
     c.vae.latent = 64  # numbers in the code of an image
     c.vae.samples = 8  # codes that an image is scored by
 
-    # GANomaly, see `baselines.gan`
+    # GANomaly, see `detectors.gan`
     c.gan = ConfigDict()
     c.gan.width = 16  # as above
     c.gan.latent = 100  # as above
@@ -121,14 +121,14 @@ def default() -> ConfigDict:
     c.train.weight_decay = 0.0  # L2 inside the optimiser, as torch's Adam has it
     c.train.clip = 1.0  # bound of the gradient's global norm; 0: none
     c.train.seeds_at_once = placeholder(int)  # in one program; unset: all on GPU or TPU
-    c.train.cache = "auto"  # where features are kept, by their size: see `store.HOMES`
+    c.train.cache = "auto"  # where features are kept, by their size: see `features.cache.HOMES`
 
     # From likelihood to map to score
     c.map = ConfigDict()
     c.map.form = "log"  # or "probability": the reference's
     c.map.log_det = 0.1  # weight of the log-determinant: 1 in a likelihood, 0 in the reference
     c.map.standardise = True  # scales in units of their spread over held-out normal images
-    c.map.compress = True  # what lies far out counts for less, see `fastflow.fuse`
+    c.map.compress = True  # what lies far out counts for less, see `fastflow.scorer.fuse`
     c.map.bank = 4000  # normal latents that z is compared with, see `bank`; 0: none
     c.map.sigma = 4.0  # of the blur, as PatchCore and SPADE have it too: see `model.resize_map`
     c.score = ConfigDict()
@@ -138,7 +138,7 @@ def default() -> ConfigDict:
     # Of an ablation: what each of its runs has otherwise, by a name that its row is to have
     c.variants = ConfigDict()
 
-    # PatchCore, see `baselines.patchcore`
+    # PatchCore, see `detectors.patchcore`
     c.patchcore = ConfigDict()
     c.patchcore.dimension = 1024  # of a patch's feature
     c.patchcore.projection = 128  # dimensions in which the coreset is chosen
@@ -147,13 +147,10 @@ def default() -> ConfigDict:
     c.patchcore.neighbours = 1  # whose mean distance is a patch's score
     c.patchcore.reweight = 0  # neighbours that re-weight an image's score; the paper: 9; 0: none
 
-    # SPADE, see `baselines.spade`
+    # SPADE, see `detectors.spade`
     c.spade = ConfigDict()
     c.spade.images = 5  # nearest training images, as the reference has it; the paper: 50
     c.spade.kappa = 1  # nearest pixels of those, whose mean distance is a pixel's score
-
-    # Time, memory and disk space that scoring takes, see `speed.measure`
-    c.measure_speed = False
 
     # What a run writes
     c.checkpoint_every = 1  # epochs
@@ -180,6 +177,9 @@ _FREE_TO_CHANGE = (
     *("parallel", "heatmaps", "report", "report_pictures"),
     *("batch_size", "data.dir", "flow.reversible", "train.cache", "train.seeds_at_once"),
 )
+
+# Fields of earlier versions that changed no result; run directories may have them.
+_RETIRED = ("measure_speed",)
 
 # What all variants of a run share.
 _OF_THE_WHOLE = (
@@ -408,6 +408,7 @@ def from_plain(plain: dict) -> ConfigDict:
         }
 
     config = default()
+    plain = {name: value for name, value in plain.items() if name not in _RETIRED}
     unknown = _flat(plain).keys() - _flat(config.to_dict()).keys()
     unknown = [name for name in sorted(unknown) if not name.startswith("variants.")]
     if unknown:
@@ -425,11 +426,12 @@ def without(config: ConfigDict, fields: Sequence[str]) -> dict:
 
 def differences(saved: dict, config: ConfigDict) -> list[str]:
     """A line for each field in which a run folder's configuration differs from this one."""
-    old, new = _flat(saved), _flat(to_plain(config))
+    # A field that the run does not have yet had no effect: it counts as the default.
+    old, new = _flat(to_plain(default())) | _flat(saved), _flat(to_plain(config))
     return [
         f"{name}: {old.get(name, 'unset')} there, {new.get(name, 'unset')} asked for"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name not in _FREE_TO_CHANGE
+        if old.get(name) != new.get(name) and name not in _FREE_TO_CHANGE + _RETIRED
     ]
 
 

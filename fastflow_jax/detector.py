@@ -74,7 +74,7 @@ class Detector(PickledByFields):
 
     config: ConfigDict  # filled, see `config.fill`
     backbone: Backbone
-    scorer: object  # see `kinds`
+    scorer: object  # see `detectors.registry`
     held_out: HeldOut | None = None
     image_threshold: Threshold | None = None
     pixel_threshold: Threshold | None = None
@@ -184,7 +184,7 @@ class Detector(PickledByFields):
 
         Args:
           config: filled, that it was trained with.
-          folder: of one training, see `experiment.run`.
+          folder: of one training, see `runs.experiment.run`.
           seed: that it was trained with: of random backbones.
         """
         parallel.check_not_forked()
@@ -431,7 +431,7 @@ class Detector(PickledByFields):
 
     @functools.cached_property
     def extract(self) -> Callable[[np.ndarray], Features]:
-        """Images [B, H, W, 3] -> what `scorer` scores, see `features.extractor`."""
+        """Images [B, H, W, 3] -> what `scorer` scores, see `extract.extractor`."""
         return extractor_of(self.config, self.backbone)
 
     @functools.cached_property

@@ -63,10 +63,11 @@ def main(argv: list[str]) -> int:
     import jax
     import PIL.Image
 
-    from fastflow_jax import describe, experiment, parallel
+    from fastflow_jax import parallel
     from fastflow_jax.config import fill
     from fastflow_jax.errors import InputError
     from fastflow_jax.files import expanded
+    from fastflow_jax.runs import describe, experiment
 
     # What it warns of is refused, with the same figures: see `data.transforms`.
     warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)

@@ -71,7 +71,7 @@ def start(
     """
     if coordinator is not None:
         _check_address(coordinator, serves=process == 0)
-    # Its handler would take SIGTERM from a run that saves on it, see `train.signals_set_a_flag`.
+    # Its handler would take SIGTERM from a run that saves on it, see `loop.signals_set_a_flag`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(

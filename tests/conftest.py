@@ -48,7 +48,7 @@ def environment(tmp_path_factory):
 @pytest.fixture
 def started(monkeypatch):
     """The exit status of `python -m fastflow_jax.main` with these words, without a process."""
-    import fastflow_jax.runs.experiment  # noqa: F401  Its dependencies define flags, once and for all.
+    import fastflow_jax.runs.experiment  # noqa: F401  Its dependencies define flags, once.
     from fastflow_jax import main
 
     # Where programs are compiled to is settled for all tests.
@@ -68,7 +68,7 @@ def started(monkeypatch):
 @pytest.fixture
 def killed_in_the_third_part(monkeypatch):
     """A context in which a run finishes two of its parts and dies in the third."""
-    from fastflow_jax import experiment
+    from fastflow_jax.runs import experiment
 
     @contextlib.contextmanager
     def context():

@@ -74,7 +74,7 @@ def fit(
     on_epoch: Callable[[int, Callable[[], Scorer]], dict] = lambda epoch, scorer: {},
     progress: str = "train",
 ) -> Scorer:
-    """Train, and find the highest likelihoods of the training images; see `fastflow.fit`."""
+    """Train, and find the highest likelihoods of the training images; see `fastflow.scorer.fit`."""
 
     def scorer(variables):
         return scorer_of(config, variables, maxima(config, variables, features))
@@ -97,7 +97,7 @@ def fit(
 
 
 def load(config, shapes, folder: pathlib.Path) -> Scorer:
-    """The scorer that `fit` left in a folder; see `fastflow.load`."""
+    """The scorer that `fit` left in a folder; see `fastflow.scorer.load`."""
     variables = trained_in(folder, config, objective(config), shapes)
     return scorer_of(config, variables, read_arrays(folder / _MAXIMA)["log_likelihood"])
 

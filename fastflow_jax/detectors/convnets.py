@@ -98,11 +98,11 @@ def fit_one_map(
     """Train a net that reconstructs one map.
 
     `objective` is what is trained, `scorer` makes what scores of the variables; the rest is that of
-    `fastflow.fit`.
+    `fastflow.scorer.fit`.
 
     Raises:
       InputError: the configuration names several maps.
-      Interrupted, InputError: see `train.train`.
+      Interrupted, InputError: see `loop.train`.
     """
     if len(config.layers) != 1:
         raise InputError(

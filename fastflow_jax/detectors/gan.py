@@ -52,12 +52,12 @@ def layers(spec) -> tuple[str, ...]:
 
 
 def fit(config, *images, **how) -> Scorer:
-    """Train; arguments and errors are those of `fastflow.fit`, see `convnets.fit_one_map`."""
+    """Trains, see `fastflow.scorer.fit` and `convnets.fit_one_map` for arguments and errors."""
     return fit_one_map(config, objective(config), partial(_scorer, config), *images, **how)
 
 
 def load(config, shapes, folder: pathlib.Path) -> Scorer:
-    """The scorer that `fit` left in a folder; see `fastflow.load`."""
+    """The scorer that `fit` left in a folder; see `fastflow.scorer.load`."""
     return _scorer(config, trained_in(folder, config, objective(config), shapes))
 
 

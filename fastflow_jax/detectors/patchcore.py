@@ -125,7 +125,7 @@ def fit(
 
 
 def load(config, shapes, folder: pathlib.Path) -> "PatchCoreScorer":
-    """The scorer that `fit` left in a folder, see `fastflow.load`."""
+    """The scorer that `fit` left in a folder, see `fastflow.scorer.load`."""
     return PatchCoreScorer(config, shapes, read_arrays(folder / _BANK)["bank"])
 
 
@@ -272,7 +272,7 @@ class PatchCoreScorer(PickledByFields):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Features of images -> scores [B] and anomaly maps [B, H, W].
 
-        Args: see `fastflow.FastFlowScorer.score_features`.
+        Args: see `FastFlowScorer.score_features`.
         """
         run = self._programs(tuple(size or self.config.image_size))
         return run(self._state, (features, valid))

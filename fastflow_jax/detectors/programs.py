@@ -21,7 +21,7 @@ LARGEST = _BATCHES[-1]
 class Programs:
     """From images [B, H, W, 3], normalised, or features [B, h, w, C] a scale, to results.
 
-    For `valid` see `fastflow.FastFlowScorer.score_features`, for the scorer `kinds`.
+    For `valid` see `FastFlowScorer.score_features`, for the scorer `detectors.registry`.
     """
 
     def __init__(self, config, backbone: Backbone, scorer):
@@ -41,15 +41,15 @@ class Programs:
     def energies(
         self, images: np.ndarray, valid: np.ndarray | None
     ) -> tuple[Features, tuple[np.ndarray, ...]]:
-        """See `fastflow.FastFlowScorer.energies`."""
+        """See `FastFlowScorer.energies`."""
         return self._run(lambda extract, s, x, v: s.energies(extract(x), v), images, valid)
 
     def latents(self, features: Features) -> Features:
-        """See `fastflow.FastFlowScorer.latents`."""
+        """See `FastFlowScorer.latents`."""
         return self._run(lambda _, scorer, x: scorer.latents(x), features)
 
     def invert(self, latents: Features) -> Features:
-        """See `fastflow.FastFlowScorer.invert`."""
+        """See `FastFlowScorer.invert`."""
         return self._run(lambda _, scorer, z: scorer.invert(z), latents)
 
     def _run(self, function: Callable, *arrays: Any) -> Any:

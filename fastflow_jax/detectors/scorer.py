@@ -31,7 +31,7 @@ class Scorer(PickledByFields):
         *,
         size: tuple[int, int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """See `fastflow.FastFlowScorer.score_features`."""
+        """See `FastFlowScorer.score_features`."""
         run = self._programs(None, tuple(size or self.config.image_size))
         return run(self._on_devices, (features, valid))
 
@@ -42,7 +42,7 @@ class Scorer(PickledByFields):
         *,
         size: tuple[int, int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """See `fastflow.FastFlowScorer.predict_features`; None where there is no likelihood."""
+        """See `FastFlowScorer.predict_features`; None where there is no likelihood."""
         if self.log_likelihood_of is None:
             return *self.score_features(features, valid, size=size), None
         run = self._programs(self._log_likelihood, tuple(size or self.config.image_size))

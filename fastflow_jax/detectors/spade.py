@@ -81,7 +81,7 @@ def fit(
 
 
 def load(config, shapes, folder: pathlib.Path) -> "SpadeScorer":
-    """The scorer that `fit` left in a folder, see `fastflow.load`."""
+    """The scorer that `fit` left in a folder, see `fastflow.scorer.load`."""
     gallery = read_arrays(folder / _GALLERY)
     maps = (gallery[f"maps_{i}"] for i in range(len(shapes)))
     # A file of numpy's knows bfloat16 by its bits alone.
@@ -106,7 +106,7 @@ class SpadeScorer(PickledByFields):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Features of images -> scores [B] and anomaly maps [B, H, W].
 
-        Args: see `fastflow.FastFlowScorer.score_features`.
+        Args: see `FastFlowScorer.score_features`.
         """
         scores, images = self._retrieve(self._vectors, _vectors(features, valid))
         levels = slice(max(1, len(features) - 1))  # the last is the image's vector alone

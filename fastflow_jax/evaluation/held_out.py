@@ -83,7 +83,7 @@ def look_at(
 
     Args:
       config: filled, that it was trained with.
-      scorer: see `kinds`.
+      scorer: see `detectors.registry`.
       holdout: features of the images, [n, h, w, C] a scale.
       valid: bool [n, H, W], False in padding; None without padding.
       groups: int [n], see `HeldOut`.

@@ -17,7 +17,7 @@ from fastflow_jax.data.pipeline import Batch
 from fastflow_jax.errors import InputError
 
 # One [N, h, w, C] a scale, of any of `DTYPES`: cast to float32 before reckoning with them. Kept
-# ones are arrays in memory or on disk, or `store.Rows` of these.
+# ones are arrays in memory or on disk, or `features.cache.Rows` of these.
 Features = tuple[np.ndarray, ...]
 DTYPES = ("float16", "bfloat16", "float32")
 

@@ -229,7 +229,7 @@ def image_batches(
 def extractor_of(
     config, backbone: Backbone, size: int | None = None
 ) -> Callable[[np.ndarray], Features]:
-    """`features.extractor` for a configuration; of up to `size` images, if not its own number."""
+    """`extract.extractor` for a configuration; of up to `size` images, if not its own number."""
     c = config
     size = size or c.batch_size
     return extractor(backbone, c.length_power, c.parallel, size, c.feature_dtype)

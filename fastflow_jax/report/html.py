@@ -37,7 +37,7 @@ def write_reports(workdir: str | pathlib.Path, results: Mapping | None = None) -
     """Write `report.html` for a run and, where it has several parts, for each of them.
 
     Args:
-      workdir: the run folder, see `experiment.run`.
+      workdir: the run folder, see `runs.experiment.run`.
       results: what is to stand in `results.json`; None: what stands there.
     """
     workdir = pathlib.Path(workdir)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -16,16 +15,7 @@ TITLES = {
     "image_ap": "image AP",
     "pixel_ap": "pixel AP",
 }
-_BESIDE_OTHERS = ("image_auroc", "pixel_auroc", "aupro")  # figures published or of speed
-SPEED = {  # see `speed.FIGURES`
-    "fit_seconds": "fit s",
-    "ms_batch_1": "ms/image, batch 1",
-    "ms_batch_16": "batch 16",
-    "detector_ms_batch_1": "detector alone, batch 1",
-    "detector_ms_batch_16": "batch 16",
-    "memory_mib": "memory MiB",
-    "disk_mib": "disk MiB",
-}
+_BESIDE_OTHERS = ("image_auroc", "pixel_auroc", "aupro")  # figures that others published
 
 
 class _Column(NamedTuple):
@@ -98,16 +88,14 @@ def _table(results: Mapping) -> _Table:
     protocol, categories = results["protocol"], results["categories"]
     if results["variants"]:
         rows = {name: (each["mean"], each["std"]) for name, each in results["variants"].items()}
-        speeds = [each["speed"] for each in results["variants"].values()]
         others = ()
     else:
         rows = {name: (figures, None) for name, figures in categories.items()}
         rows["mean"] = (results["mean"], results["std"])
-        speeds = [*[None] * len(categories), results["speed"]]
         others = published(protocol["dataset"], protocol["backbone"])
     metrics = [
         metric
-        for metric in (_BESIDE_OTHERS if others or any(speeds) else TITLES)
+        for metric in (_BESIDE_OTHERS if others else TITLES)
         if any(figures[metric] is not None for figures, _ in rows.values())
     ]
     notes = [] if metrics else ["No figures: there are no test images, or they are all of a kind."]
@@ -115,9 +103,6 @@ def _table(results: Mapping) -> _Table:
         _Column("", TITLES[m], [_figure(row[m], std and std[m]) for row, std in rows.values()])
         for m in metrics
     ]
-    for name, title in SPEED.items() if any(speeds) else ():
-        cells = ["-" if each is None else _quantity(each[name]) for each in speeds]
-        columns.append(_Column("", title, cells))
     for other in others:
         means = other.mean if len(categories) == other.categories else None
         cells = [*map(other.figures.get, categories), means]
@@ -134,11 +119,6 @@ def _figure(value: float | None, deviation: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else "")
-
-
-def _quantity(value: float) -> str:
-    """With three digits, or as many as stand before the point."""
-    return f"{value:.{max(0, 2 - math.floor(math.log10(max(value, 0.01))))}f}"
 
 
 def _published(value: float | None) -> str:

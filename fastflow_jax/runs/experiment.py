@@ -28,7 +28,7 @@ from fastflow_jax.files import expanded, read_json, read_lines, to_plain, write_
 from fastflow_jax.report.html import write_reports
 from fastflow_jax.report.pictures import write_pictures
 from fastflow_jax.report.table import format_csv, format_markdown, format_table
-from fastflow_jax.runs import advice, saved, speed
+from fastflow_jax.runs import advice, saved
 from fastflow_jax.runs.directory import check_same_data, claim
 
 
@@ -45,7 +45,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
     Args:
       config: see `config.fill`.
       workdir: the run folder: `config.json`, `results.json`, its table as `table.md` and
-        `table.csv`, of variants whose speed was measured `tradeoff.png`, and, in it or in a
+        `table.csv`, and, in it or in a
         sub-folder for each category, variant and seed where there are several, `checkpoints/`,
         `metrics.jsonl`, `scores.json`, `heatmaps/`, `report.html`, which the run has too (that of a
         finished run, removed, is written again), and `detector.json` and `held_out.npz` for
@@ -91,10 +91,6 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         results = _summarise(config, parts)
         write_text(workdir / "table.md", format_markdown(results))
         write_text(workdir / "table.csv", format_csv(results))
-        if config.measure_speed:
-            from fastflow_jax.report.tradeoff import save_tradeoff  # matplotlib is slow to import
-
-            parallel.on_main(lambda: save_tradeoff(results, workdir / "tradeoff.png"))
         if config.report:
             parallel.on_main(lambda: write_reports(workdir, results))
         parallel.on_main(lambda: shutil.rmtree(features, ignore_errors=True))
@@ -138,7 +134,7 @@ class _Part:
 _AFTER_SCORING = (
     "layers_as",  # what it made of `layers` counts
     *("data.tamper", "data.mask_resize"),
-    *("measure_speed", "heatmaps", "report", "report_pictures", "parallel"),
+    *("heatmaps", "report", "report_pictures", "parallel"),
 )
 _AFTER_TRAINING = (
     *_AFTER_SCORING,
@@ -228,10 +224,6 @@ def _run_part(part: _Part, beside: list[_Part], prepare: Callable[..., Prepared]
         results["figures"] = measure(scored)
         seconds["evaluate"] = time.perf_counter() - start
         _write_pictures(part, prepared, scorer, scored, thresholds["pixel"])
-    if config.measure_speed:
-        results["speed"] = parallel.on_main(
-            partial(speed.measure, config, part.training, part.seed)
-        )
     results["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
     write_json(part.file, results)
     return results
@@ -408,7 +400,6 @@ def _figures(parts: list[dict]) -> dict:
             str(s): {p["name"]: p["figures"] for p in parts if p["seed"] == s} for s in seeds
         },
         "best_on_test": {n: mean(rows) for n, rows in best.items()} if all(best.values()) else None,
-        "speed": _speed(parts),
     }
 
 
@@ -418,11 +409,3 @@ def _advice(parts: list[dict]) -> str:
     which = f"{part['name']}: " if len({part["name"] for part in parts}) > 1 else ""
     figures = part["thresholds"]["image"], part["data"], part["figures"]["image_auroc"]
     return which + advice.after_training(*figures)
-
-
-def _speed(parts: list[dict]) -> dict | None:
-    """Mean over all trainings of what each took: see `speed.FIGURES`."""
-    if not all(part.get("speed") for part in parts):
-        return None
-    rows = [{"fit_seconds": part["seconds"]["train"]} | part["speed"] for part in parts]
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}

@@ -57,7 +57,7 @@ def draw(folder, source, scored, maps, *, heatmaps, strips):
 
 
 def write_part(folder, name="screw", seed=0, variant=None, strips=1000, **fields):
-    """A part of a run, as `experiment.run` leaves it."""
+    """A part of a run, as `runs.experiment.run` leaves it."""
     source, scored, maps = scored_images(seed=seed, **fields)
     folder.mkdir(parents=True, exist_ok=True)
     draw(folder, source, scored, maps, heatmaps=0, strips=strips)
@@ -89,7 +89,6 @@ def write_run(workdir, parts, seeds=(0,), variants=None):
         "categories": {part["name"]: part["figures"] for part in parts},
         "mean": first,
         "std": dict.fromkeys(METRICS, 0.01) if len(seeds) > 1 else None,
-        "speed": None,
         "variants": variants,
         "protocol": {
             "chosen_on_test_data": "nothing",
@@ -258,7 +257,7 @@ def test_several_parts_have_a_report_each_and_one_that_links_to_them(tmp_path):
 
 def test_variants_are_told_apart_and_have_their_own_configuration(tmp_path):
     parts = [write_part(tmp_path / v, variant=v, n=9) for v in ("ours", "theirs")]
-    figures = {"mean": parts[0]["figures"], "std": None, "speed": None}
+    figures = {"mean": parts[0]["figures"], "std": None}
     variants = {
         "ours": figures | {"changes": {}},
         "theirs": figures | {"changes": {"detector": "patchcore"}},

@@ -10,7 +10,7 @@ from fastflow_jax.data.tfds import btad, cifar10, mvtec_ad
 from fastflow_jax.evaluation.evaluate import METRICS
 from fastflow_jax.report import published as published_module
 from fastflow_jax.report.published import published
-from fastflow_jax.report.table import SPEED, format_csv, format_markdown, format_table
+from fastflow_jax.report.table import format_csv, format_markdown, format_table
 
 
 def results(categories, dataset="folder", backbone="resnet18", std=None, note=None, missing=()):
@@ -31,7 +31,6 @@ def results(categories, dataset="folder", backbone="resnet18", std=None, note=No
         "mean": mean,
         "std": std,
         "variants": None,
-        "speed": None,
         "protocol": {"dataset": dataset, "backbone": backbone, "data": data},
     }
 
@@ -118,18 +117,6 @@ def test_an_ablation_has_a_row_a_variant_and_no_mean():
     assert len(lines) == 4
     deviations = dict.fromkeys(METRICS, 0.02)
     assert "0.6000 ± 0.0200" in format_table(variants_of(["a", "b"], deviations)).splitlines()[3]
-
-
-def test_what_scoring_costs_stands_beside_what_it_reaches():
-    whole = variants_of(["a", "b"])
-    for i, each in enumerate(whole["variants"].values()):
-        each["speed"] = dict.fromkeys(SPEED, 0.5 * 10 ** (4 * i))
-    head, rule, first, second = format_table(whole).splitlines()
-    assert head.split("  ")[-1] == "disk MiB"
-    assert "image F1" not in head
-    assert first.split() == ["a", "0.5000", "0.5000", "0.5000", *["0.500"] * len(SPEED)]
-    assert second.split()[4:] == ["5000"] * len(SPEED)
-    assert len(head) == len(rule)
 
 
 NOTE = "read from image files"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import FEATURES, MODEL, VALID, N, assert_close, assert_same, images, noisy_loss
+from test_loop import FEATURES, MODEL, VALID, N, assert_close, assert_same, images, noisy_loss
 
 from fastflow_jax import parallel
 from fastflow_jax.config import default

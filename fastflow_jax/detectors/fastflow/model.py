@@ -26,7 +26,7 @@ class FeatureNorm(nn.Module):
     Attributes:
       kind: "whiten" makes the channels uncorrelated, with mean 0 and deviation 1 over the
         training set, and "standardise" only the latter; their numbers lie in the collection
-        "statistics", see `features.channel_statistics`. "layer" is the reference's layer norm of
+        "statistics", see `extract.channel_statistics`. "layer" is the reference's layer norm of
         each image over h, w and C, with a trainable scale and offset for every place and channel,
         which ties the model to one input size; "layer_plain" is the same without them. "none"
         leaves features as they are: the reference's way with transformers, which end in a norm.

@@ -66,14 +66,14 @@ def fit(
       folder: holds `checkpoints/`, `metrics.jsonl` and the calibration; training goes on from the
         latest checkpoint.
       beside: seeds and folders of trainings that differ in nothing else; where it saves time they
-        are trained along and, in their own turn, found finished: see `train.train_in`.
+        are trained along and, in their own turn, found finished: see `loop.train_in`.
       on_epoch: called after each epoch of each training with its number, from 1 on, and a function
         that makes a scorer of that epoch; what it returns goes into the epoch's line in
         `metrics.jsonl`.
       progress: label of the progress bar.
 
     Raises:
-      Interrupted, InputError: see `train.train`.
+      Interrupted, InputError: see `loop.train`.
     """
     model = flow_model(config)
 
@@ -154,7 +154,7 @@ def objective(config, model: FastFlow, statistics: dict | None) -> Objective:
     Args:
       config: filled.
       model: the flows.
-      statistics: see `features.channel_statistics`; None leaves those of a fresh model, for a
+      statistics: see `extract.channel_statistics`; None leaves those of a fresh model, for a
         template.
     """
     per_dimension = config.train.loss == "per_dimension"
@@ -235,7 +235,7 @@ class FastFlowScorer(PickledByFields):
         """Features of images -> scores [B] and anomaly maps [B, H, W].
 
         Args:
-          features: [B, h, w, C] a scale, as `features.extractor` gives them, B up to the batch size
+          features: [B, h, w, C] a scale, as `extract.extractor` gives them, B up to the batch size
             of the configuration.
           valid: bool [B, H, W], False in padding; None without padding. What lies there counts
             for nothing.
@@ -427,7 +427,7 @@ def _location_maps(config, model, variables, batch) -> tuple[jax.Array, ...]:
 
 
 def _seen(valid: jax.Array | None, scores: jax.Array) -> jax.Array | None:
-    """`features.inside` for location scores [B, h, w]; None without padding."""
+    """`extract.inside` for location scores [B, h, w]; None without padding."""
     return None if valid is None else inside(valid, scores.shape[1:])
 
 

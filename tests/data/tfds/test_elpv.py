@@ -212,7 +212,8 @@ def test_a_killed_preparation_is_begun_anew(package, open_elpv, tmp_path):
         import sys, time
         sys.path.insert(0, {str(package.parents[1])!r})
         from ml_collections import ConfigDict
-        from fastflow_jax.data import open_dataset, prepared
+        from fastflow_jax.data import open_dataset
+        from fastflow_jax.data.tfds import prepared
 
         check_image = prepared.check_image
         def slow(image, name):

@@ -1,5 +1,10 @@
-"""What scoring costs: milliseconds an image, memory, space on disk."""
+"""What scoring costs for each training of a run: time, memory, space on disk.
 
+python -m fastflow_jax.main --config=configs/compare.py:elpv/mono --workdir=RUN
+python benchmarks/costs.py RUN
+"""
+
+import argparse
 import json
 import os
 import pathlib
@@ -17,6 +22,7 @@ from tqdm import tqdm
 from fastflow_jax.config import from_plain
 from fastflow_jax.detector import Detector
 from fastflow_jax.files import to_plain
+from fastflow_jax.runs import saved
 
 BATCHES = (1, 16)
 _SECONDS = 2.0  # that one batch size is timed for,
@@ -41,7 +47,7 @@ def measure(config: ConfigDict, folder: pathlib.Path, seed: int) -> dict[str, fl
 
     Args:
       config: filled, of one training.
-      folder: of that training, see `experiment.run`.
+      folder: of that training, see `runs.experiment.run`.
       seed: of that training.
 
     Returns:
@@ -54,7 +60,7 @@ def measure(config: ConfigDict, folder: pathlib.Path, seed: int) -> dict[str, fl
         "seconds": _SECONDS,
     }
     child = subprocess.run(
-        [sys.executable, "-m", "fastflow_jax.runs.speed"],
+        [sys.executable, __file__, "--measure"],
         input=json.dumps(request),
         capture_output=True,
         text=True,
@@ -117,7 +123,28 @@ def _peak_memory() -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
+def main() -> None:
+    """Print a row per training of a run."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("run", type=pathlib.Path, nargs="?", help="run directory")
+    parser.add_argument("--measure", action="store_true", help="one training, asked for on stdin")
+    arguments = parser.parse_args()
+    if arguments.measure:
+        asked = json.load(sys.stdin)
+        given = from_plain(asked["config"]), pathlib.Path(asked["folder"])
+        print(json.dumps(_measure_here(*given, asked["seed"], asked["seconds"])))
+        return
+    print("| training | " + " | ".join(["train_s", *FIGURES]) + " |")
+    print("|---" + "|---:" * (len(FIGURES) + 1) + "|")
+    for file in sorted(arguments.run.rglob("detector.json")):
+        kept = saved.read(file.parent)
+        seconds = json.loads((kept.training / "seconds.json").read_text())["train"]
+        figures = measure(kept.config, kept.training, kept.seed)
+        if figures is not None:
+            cells = [seconds, *(figures[name] for name in FIGURES)]
+            name = file.parent.relative_to(arguments.run)
+            print(f"| {name} | " + " | ".join(f"{cell:.3g}" for cell in cells) + " |", flush=True)
+
+
 if __name__ == "__main__":
-    asked = json.load(sys.stdin)
-    given = from_plain(asked["config"]), pathlib.Path(asked["folder"])
-    print(json.dumps(_measure_here(*given, asked["seed"], asked["seconds"])))
+    main()

@@ -1,6 +1,8 @@
 """What scoring costs, measured on a training of seconds."""
 
 import os
+import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ import pytest
 from fastflow_jax.config import default, fill
 from fastflow_jax.detectors.registry import kind
 from fastflow_jax.features.extract import cached_features
-from fastflow_jax.runs import speed
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
+import costs
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +32,11 @@ def trained(tmp_path_factory):
 
 
 def test_figures_of_a_training(trained, monkeypatch):
-    monkeypatch.setattr(speed, "_SECONDS", 0.1)
+    monkeypatch.setattr(costs, "_SECONDS", 0.1)
     config, folder = trained
-    figures = speed.measure(config, folder, 3)
-    assert set(figures) == set(speed.FIGURES)
-    assert all(figures[f"detector_ms_batch_{b}"] > 0 for b in speed.BATCHES)
+    figures = costs.measure(config, folder, 3)
+    assert set(figures) == set(costs.FIGURES)
+    assert all(figures[f"detector_ms_batch_{b}"] > 0 for b in costs.BATCHES)
     assert 50 < figures["memory_mib"] < 4096
     sizes = [
         os.path.getsize(os.path.join(path, name))
@@ -46,5 +50,5 @@ def test_figures_of_a_training(trained, monkeypatch):
 
 def test_what_cannot_be_loaded_is_told_and_not_measured(trained, tmp_path, capsys):
     config, _ = trained
-    assert speed.measure(config, tmp_path, 3) is None
+    assert costs.measure(config, tmp_path, 3) is None
     assert f"the speed of {tmp_path} could not be measured" in capsys.readouterr().out

@@ -327,7 +327,7 @@ def test_other_training_images_and_weights_are_refused(tmp_path):
 
 
 def test_run_folders_are_utf_8_whatever_the_locale(tmp_path):
-    code = "import pathlib, sys; from fastflow_jax.runs.directory import write_text as w; "
+    code = "import pathlib, sys; from fastflow_jax.files import write_text as w; "
     code += "w(pathlib.Path(sys.argv[1]), chr(215))"
     plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     command = [sys.executable, "-c", code, str(tmp_path / "table.md")]

@@ -89,6 +89,9 @@ def _check_range(maps: Features) -> None:
 
 # Added to the variance of each direction before whitening, in units of their mean.
 _SHRINKAGE = 0.5
+# Lowest deviation of a channel, in units of their median. In 32 images of each of three sets no
+# channel of EfficientNet-Lite0's default maps was below .6.
+_FLOOR = 0.25
 
 Part = tuple[Features, np.ndarray | None]  # of some images, and their `Batch.valid`
 
@@ -236,9 +239,9 @@ def channel_statistics(parts: Iterable[Part], norm: str) -> dict:
 
     Returns:
       The collection "statistics" of `model.FastFlow`, float32: the mean of each channel, and its
-      deviation or the symmetric matrix that whitens (ZCA), half way: a half of the mean variance is
-      added to each direction's. Those in which channels hardly vary would turn to noise else, which
-      few images do not tell from what is normal.
+      deviation, at least a quarter of the median, or the symmetric matrix that whitens (ZCA), half
+      way: half of the mean variance is added to each direction's. Otherwise directions in which
+      channels hardly vary would be amplified to noise.
     """
     if norm not in ("whiten", "standardise"):
         return {}
@@ -256,8 +259,7 @@ def channel_statistics(parts: Iterable[Part], norm: str) -> dict:
                 "features of the training images are no finite numbers: are the backbone's weights "
                 "damaged, or of another model?"
             )
-        std = np.sqrt(np.diag(covariance))
-        std = np.where(std > 0, std, 1.0)  # a channel that never changes stays 0
+        std = _floored(np.sqrt(np.diag(covariance)))
         if norm == "standardise":
             scale = {"std": std}
         else:
@@ -267,6 +269,16 @@ def channel_statistics(parts: Iterable[Part], norm: str) -> dict:
             scale = {"whitening": (root @ vectors.T) / std[:, None]}
         statistics[f"norm_{i}"] = {k: np.float32(v) for k, v in {"mean": mean, **scale}.items()}
     return statistics
+
+
+def _floored(std: np.ndarray) -> np.ndarray:
+    """Deviations, float [C], that can be divided by.
+
+    A channel that hardly ever fires in training would otherwise explode where it does fire. If no
+    channel changes, all deviations are 1.
+    """
+    varying = std[std > 0]
+    return np.maximum(std, _FLOOR * np.median(varying)) if len(varying) else np.ones_like(std)
 
 
 class _Moments:

@@ -57,6 +57,24 @@ def test_features_that_never_vary_are_whitened_to_zero():
     np.testing.assert_allclose((maps - norm["mean"]) @ norm["whitening"], 0, atol=1e-5)
 
 
+@pytest.mark.parametrize("norm", ["whiten", "standardise"])
+def test_a_channel_that_hardly_ever_fires_does_not_explode_where_it_does(norm):
+    """One location of 16,384 has .05 in a channel that is 0 elsewhere; a new one has 1."""
+    rng = np.random.default_rng(0)
+    maps = rng.normal(scale=0.3, size=(64, 16, 16, 128)).astype(np.float32)
+    maps[..., 0] = 0
+    maps[0, 0, 0, 0] = 0.05
+    (norm_of,) = channel_statistics([((maps,), None)], norm).values()
+    new = maps[1, 0, 0].copy()
+    new[0] = 1.0
+    if norm == "whiten":
+        whitened, typical = ((x - norm_of["mean"]) @ norm_of["whitening"] for x in (new, maps[1]))
+    else:
+        whitened, typical = ((x - norm_of["mean"]) / norm_of["std"] for x in (new, maps[1]))
+    energy, usual = (whitened**2).mean(), (typical**2).mean()
+    assert usual < energy < 6 * usual
+
+
 def test_features_that_are_no_numbers_are_refused():
     maps = np.full((5, 2, 2, 3), np.nan, np.float32)
     with pytest.raises(InputError, match="no finite numbers"):

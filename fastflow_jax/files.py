@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -192,21 +193,44 @@ def write_json(file: pathlib.Path, content: dict | list) -> None:
     write_text(file, json.dumps(content, indent=2) + "\n")
 
 
+@contextlib.contextmanager
+def replacing(file: pathlib.Path, mode: str, **how) -> Iterator[IO]:
+    """A new file, open to write to, that takes the place of `file` when the context ends.
+
+    Both its content and its name are on the disk then, so that neither a killed process nor a power
+    failure leaves half a file.
+
+    Args:
+      file: may exist.
+      mode: "w" or "wb".
+      how: see `open`.
+    """
+    temporary = file.with_suffix(".tmp")
+    with temporary.open(mode, **how) as opened:
+        yield opened
+        opened.flush()
+        os.fsync(opened.fileno())
+    temporary.replace(file)
+    with contextlib.suppress(OSError):  # some file systems cannot
+        directory = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
 def write_text(file: pathlib.Path, content: str) -> None:
     """Write a whole file or none; bytes of file names that are not UTF-8 are escaped."""
     if parallel.is_main():
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(content, "utf-8", "backslashreplace")
-        temporary.replace(file)
+        with replacing(file, "w", encoding="utf-8", errors="backslashreplace") as opened:
+            opened.write(content)
 
 
 def write_arrays(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write a whole .npz file or none."""
     if parallel.is_main():
-        temporary = file.with_suffix(".tmp")
-        with temporary.open("wb") as open_file:
-            np.savez(open_file, **{name: np.asarray(array) for name, array in arrays.items()})
-        temporary.replace(file)
+        with replacing(file, "wb") as opened:
+            np.savez(opened, **{name: np.asarray(array) for name, array in arrays.items()})
 
 
 def read_arrays(file: pathlib.Path) -> dict[str, np.ndarray]:

@@ -22,7 +22,14 @@ from fastflow_jax.data.arrays import read_image
 from fastflow_jax.detector import Detector, Prediction
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation import thresholds
-from fastflow_jax.files import expanded, make_folder, read_json, read_lines, write_json
+from fastflow_jax.files import (
+    expanded,
+    make_folder,
+    read_json,
+    read_lines,
+    replacing,
+    write_json,
+)
 from fastflow_jax.report.heatmaps import OF_THE_NAME, draw_heatmap, save_picture
 
 RAW = ("npy", "png16")
@@ -228,10 +235,8 @@ def _rewritten(file: pathlib.Path, write) -> IO[str]:
     """A text file with a new beginning, open to append to; the old one stays until it is whole."""
     # A file's name may be no text: its bytes are written as they are.
     how = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-    temporary = file.with_name(f"{file.name}.tmp")
-    with temporary.open("w", **how) as beginning:
+    with replacing(file, "w", **how) as beginning:
         write(beginning)
-    temporary.replace(file)
     return file.open("a", **how)
 
 

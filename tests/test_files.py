@@ -1,9 +1,12 @@
-"""Names that begin with ~, URLs, and what cannot be looked at."""
+"""Names that begin with ~, URLs, what cannot be looked at, and files that are whole or absent."""
 
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from fastflow_jax import files
 from fastflow_jax.errors import InputError
 from fastflow_jax.files import expanded, make_folder
 
@@ -89,3 +92,27 @@ def test_a_full_disk_is_another_matter(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(OSError, match="No space left"):
         make_folder(tmp_path / "a")
+
+
+@pytest.mark.parametrize("write", ["text", "json", "arrays"])
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch, write):
+    """A power failure must not leave a name without its content."""
+    file, synced = tmp_path / "results.json", []
+    file.write_text("old")
+    sync = os.fsync
+
+    def recorded(descriptor):
+        synced.append((os.fstat(descriptor).st_size, file.read_bytes() == b"old"))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    {
+        "text": lambda: files.write_text(file, "new content"),
+        "json": lambda: files.write_json(file, {"new": "content"}),
+        "arrays": lambda: files.write_arrays(file, {"new": np.arange(9)}),
+    }[write]()
+    (size, was_old), *directory = synced
+    assert was_old
+    assert size == file.stat().st_size
+    assert len(directory) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]

@@ -96,19 +96,33 @@ def goes_on_device(size: int, home: str) -> bool:
 
 
 def free_memory() -> int:
-    """Bytes of the host's memory that are to be had, as far as the system tells."""
+    """Available host memory in bytes, as reported by the OS or the limit of a container."""
     try:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
         free = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # macOS, which tells of all memory only
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    try:  # of a container, where it has a limit
-        group = pathlib.Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        used = re.search(r"^anon (\d+)$", (group / "memory.stat").read_text(), re.M)
-        return min(free, max(0, limit - int(used[1])))
+    return min(free, *map(_free_in_container, _CGROUPS))
+
+
+_CGROUP_ROOT = pathlib.Path("/sys/fs/cgroup")
+# Of a container: the file of its limit, the file of its statistics and what these call memory that
+# cannot be reclaimed, in versions 2 and 1 of the kernel's interface.
+_CGROUPS = (
+    ("memory.max", "memory.stat", "anon"),
+    ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss"),
+)
+
+
+def _free_in_container(cgroup: tuple[str, str, str]) -> float:
+    """Bytes below the limit of a container; infinite without one."""
+    limit, statistics, name = cgroup
+    try:
+        limit = int((_CGROUP_ROOT / limit).read_text())
+        used = re.search(rf"^{name} (\d+)$", (_CGROUP_ROOT / statistics).read_text(), re.M)
+        return max(0, limit - int(used[1]))
     except (OSError, ValueError, TypeError):
-        return free
+        return float("inf")
 
 
 @dataclasses.dataclass(frozen=True)

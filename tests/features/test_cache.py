@@ -179,6 +179,22 @@ def test_free_memory_is_some():
     assert 2**20 < cache.free_memory() < 2**50
 
 
+@pytest.mark.parametrize(
+    ("limit", "statistics", "name"),
+    [
+        ("memory.max", "memory.stat", "anon"),
+        ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss"),
+    ],
+)
+def test_the_limit_of_a_container_counts(tmp_path, monkeypatch, limit, statistics, name):
+    monkeypatch.setattr(cache, "_CGROUP_ROOT", tmp_path)
+    before = cache.free_memory()
+    (tmp_path / limit).parent.mkdir(exist_ok=True)
+    (tmp_path / limit).write_text("3000000\n")
+    (tmp_path / statistics).write_text(f"file 5000000\n{name} 1000000\n")
+    assert cache.free_memory() == 2_000_000 < before
+
+
 class Device:
     def __init__(self, limit, used):
         self.stats = {"bytes_limit": limit, "bytes_in_use": used}

@@ -188,7 +188,7 @@ def _decision(images: list[dict], given: Mapping | None) -> dict | None:
     kinds = ((scores[~labels], 0.99), (scores[labels], 0.5))
     typical = max(threshold, *(np.quantile(s, q) for s, q in kinds if len(s)))
     far = low + 2.5 * (typical - low)
-    beyond = bool(low < far < 0.7 * high)
+    beyond = bool(low < far and far - low < 0.7 * (high - low))
     high = far if beyond else high
     room = 0.02 * (high - low) or 1.0
     low, high = float(min(low, threshold) - room), float(max(high, threshold) + room)

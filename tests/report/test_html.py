@@ -277,6 +277,25 @@ def test_without_test_images_there_is_a_report_on_the_training(tmp_path):
     assert "script" not in checked.texts
 
 
+@pytest.mark.parametrize("shift", [-1000.0, -3.0, 200.0])
+def test_the_scale_of_scores_moves_with_them(run_folder, tmp_path, shift):
+    rng = np.random.default_rng(0)
+    part = json.loads((run_folder / "part.json").read_text())
+    (tmp_path / "part.json").write_text(json.dumps(part))
+    scores = np.concatenate([rng.normal(size=30), rng.normal(3, 1, size=30), [40.0]])
+
+    def scale(moved):
+        images = [
+            {"name": f"{i}.png", "defect": "a", "label": int(i >= 30), "score": float(score)}
+            for i, score in enumerate(moved)
+        ]
+        (tmp_path / "scores.json").write_text(json.dumps({"images": images}))
+        data = embedded(write_run(tmp_path, [part]))
+        return data["low"], data["high"]
+
+    np.testing.assert_allclose(np.array(scale(scores + shift)) - shift, scale(scores), atol=1e-2)
+
+
 @pytest.mark.parametrize("scores", [[1.0] * 4, [-np.inf, 0.0, 1.0, np.inf], [0, 1, 2, 1e30]])
 @pytest.mark.parametrize("labels", [[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 1]])
 def test_any_scores_and_labels_make_a_report(run_folder, tmp_path, scores, labels):

@@ -91,7 +91,7 @@ def _check_range(maps: Features) -> None:
 _SHRINKAGE = 0.5
 # Lowest deviation of a channel, in units of their median. In 32 images of each of three sets no
 # channel of EfficientNet-Lite0's default maps was below .6.
-_FLOOR = 0.25
+_FLOOR = 0.05
 
 Part = tuple[Features, np.ndarray | None]  # of some images, and their `Batch.valid`
 
@@ -239,9 +239,9 @@ def channel_statistics(parts: Iterable[Part], norm: str) -> dict:
 
     Returns:
       The collection "statistics" of `model.FastFlow`, float32: the mean of each channel, and its
-      deviation, at least a quarter of the median, or the symmetric matrix that whitens (ZCA), half
-      way: half of the mean variance is added to each direction's. Otherwise directions in which
-      channels hardly vary would be amplified to noise.
+      deviation (at least a twentieth of the median) or the symmetric matrix that whitens (ZCA),
+      half way: half of the mean variance is added to each direction's. Otherwise directions in
+      which channels hardly vary would be amplified to noise.
     """
     if norm not in ("whiten", "standardise"):
         return {}

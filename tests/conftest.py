@@ -1,6 +1,7 @@
 """Four host devices for everybody, and no waiting for absl to parse flags."""
 
 import contextlib
+import logging
 import os
 import sys
 from importlib.metadata import version
@@ -61,6 +62,9 @@ def started(monkeypatch):
                 return main._run(main._parse(sys.argv))
             except SystemExit as end:
                 return end.code
+            finally:  # for tests that read the log
+                logger = logging.getLogger("fastflow_jax")
+                logger.handlers, logger.propagate = [], True
 
     return start
 

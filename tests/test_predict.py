@@ -318,10 +318,12 @@ def test_no_image_is_skipped_without_being_named(photos, judged):
         assert name in said.err
 
 
-def test_every_image_of_a_directory_is_judged_from_python(run, photos):
+def test_every_image_of_a_directory_is_judged_from_python(run, photos, caplog):
+    caplog.set_level("INFO", logger="fastflow_jax")
     detector = Detector.load(run)
     (photos / "frame_3").write_bytes((photos / "bad.jpg").read_bytes())
     assert sum(result.is_anomalous for result in detector.predict(photos)) == 2
+    assert f"1 files of {photos} are not images: notes.txt" in caplog.messages
     (photos / "link.png").symlink_to("/not/mounted.png")
     with pytest.raises(InputError, match=r"link\.png is a link to a missing file"):
         detector.predict(photos)

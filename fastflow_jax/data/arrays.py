@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import io
+import logging
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from fastflow_jax.files import expanded
 Image = str | os.PathLike | bytes | IO[bytes] | np.ndarray | PIL.Image.Image
 Images = Image | Iterable[Image]
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 def is_one(images: Images) -> bool:
@@ -107,9 +110,13 @@ def each(images: Images) -> Iterator[Given]:
         images = [images]
     elif isinstance(images, str | os.PathLike):
         folder = expanded(images)
-        images = find_images(folder).images
+        found = find_images(folder)
+        images = found.images
         if not images:
             raise no_images(folder)
+        if found.others:
+            names = ", ".join(path.name for path in found.others)
+            _log.info("%d files of %s are not images: %s", len(found.others), folder, names)
     elif _is_array(images):
         images = np.asarray(images)
     elif isinstance(images, Mapping) or not isinstance(images, Iterable):

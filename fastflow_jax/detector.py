@@ -34,7 +34,7 @@ from fastflow_jax.evaluation import thresholds
 from fastflow_jax.evaluation.held_out import HeldOut
 from fastflow_jax.evaluation.thresholds import Region, Threshold
 from fastflow_jax.features.extract import Features
-from fastflow_jax.features.prepare import contents_of, extractor_of, preparer
+from fastflow_jax.features.prepare import extractor_of, preparer, split
 from fastflow_jax.files import expanded
 from fastflow_jax.runs import directory, saved
 
@@ -122,7 +122,7 @@ class Detector(PickledByFields):
         with directory.claim(folder, config):
             if parallel.on_main(lambda: saved.is_finished(folder)):
                 detector = cls.load(folder)
-                contents = contents_of(config, dataset)
+                contents = split(config, dataset).contents
                 directory.check_same_data(folder, contents, detector.backbone.weights)
                 return detector
             prepare = preparer(config, folder / "features", lambda category: dataset)

@@ -201,18 +201,16 @@ class _Output:
     """The files of lines, written as they come; use it as a context manager."""
 
     def __init__(self, output: pathlib.Path, settings: dict, kept: list[Line]):
-        fields = [field.name for field in dataclasses.fields(Line)]
         write_json(output / _SETTINGS, settings)
-        # Lines that are kept are written next to the files of before and take their place.
-        self._jsonl = _rewritten(output / _JSONL, lambda file: [_json(file, line) for line in kept])
-        self._csv = _rewritten(
-            output / _CSV,
-            lambda file: [
-                csv.DictWriter(file, fields).writeheader(),
-                *(_row(file, fields, line) for line in kept),
-            ],
-        )
-        self._fields = fields
+        # The files of before stay until those with the lines that are kept are whole.
+        with replacing(output / _JSONL, "w", **_TEXT) as jsonl:
+            for line in kept:
+                _write_json_line(jsonl, line)
+        with replacing(output / _CSV, "w", **_TEXT) as table:
+            csv.DictWriter(table, _FIELDS).writeheader()
+            for line in kept:
+                _write_row(table, line)
+        self._jsonl, self._csv = ((output / name).open("a", **_TEXT) for name in (_JSONL, _CSV))
 
     def __enter__(self):
         return self
@@ -222,32 +220,26 @@ class _Output:
         self._csv.close()
 
     def write(self, line: Line) -> None:
-        _row(self._csv, self._fields, line)
-        _json(self._jsonl, line)
+        _write_row(self._csv, line)
+        _write_json_line(self._jsonl, line)
         self._csv.flush()
         self._jsonl.flush()
 
 
 _SETTINGS, _JSONL, _CSV = "predictions.json", "predictions.jsonl", "predictions.csv"
+_FIELDS = [field.name for field in dataclasses.fields(Line)]
+# A file's name may be no text: its bytes are written as they are.
+_TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
 
 
-def _rewritten(file: pathlib.Path, write) -> IO[str]:
-    """A text file with a new beginning, open to append to; the old one stays until it is whole."""
-    # A file's name may be no text: its bytes are written as they are.
-    how = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-    with replacing(file, "w", **how) as beginning:
-        write(beginning)
-    return file.open("a", **how)
-
-
-def _json(file: IO[str], line: Line) -> None:
+def _write_json_line(file: IO[str], line: Line) -> None:
     file.write(json.dumps(dataclasses.asdict(line)) + "\n")
 
 
-def _row(file: IO[str], fields: list[str], line: Line) -> None:
+def _write_row(file: IO[str], line: Line) -> None:
     words = {True: "true", False: "false", None: None}
     plain = dataclasses.asdict(line) | {"is_anomalous": words[line.is_anomalous]}
-    csv.DictWriter(file, fields).writerow(plain)
+    csv.DictWriter(file, _FIELDS).writerow(plain)
 
 
 def _fingerprint(detector: Detector) -> str:
@@ -262,8 +254,7 @@ def _lines_to_keep(output: pathlib.Path, settings: dict, names: dict[str, str]) 
     """
     if not (output / _SETTINGS).exists() or read_json(output / _SETTINGS) != settings:
         return []
-    known = {field.name for field in dataclasses.fields(Line)}
-    lines = [Line(**plain) for plain in read_lines(output / _JSONL) if plain.keys() == known]
+    lines = [Line(**plain) for plain in read_lines(output / _JSONL) if [*plain] == _FIELDS]
     return [
         line
         for line in {line.path: line for line in lines}.values()

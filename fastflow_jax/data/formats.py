@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -217,15 +216,6 @@ def pages_of(image: Image.Image) -> list[int]:
             pages.append(frame)
     image.seek(0)
     return pages or [0]
-
-
-def count_pages(data: bytes) -> int:
-    """The number of images in the bytes of a file; 1 if it cannot be read."""
-    try:
-        with open_image(io.BytesIO(data), "the image") as image:
-            return len(pages_of(image))
-    except Exception:  # decoding reports it
-        return 1
 
 
 def _size(image: Image.Image) -> tuple[int, int]:

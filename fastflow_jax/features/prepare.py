@@ -39,7 +39,7 @@ class Prepared:
 
     dataset: data.Dataset
     backbone: Backbone
-    contents: list[str]  # see `contents_of`
+    contents: list[str]  # see `Split.contents`
     train: TrainingFeatures
     holdout: Features | None
     holdout_valid: np.ndarray | None  # bool [N, H, W], see `Batch.valid`
@@ -98,6 +98,17 @@ class Split:
     held_out: np.ndarray  # int [M]
     held_out_groups: np.ndarray | None  # int [M], see `HeldOut.groups`
 
+    @property
+    def contents(self) -> list[str]:
+        """Names and sizes of the images to train on and of those given for calibration.
+
+        Without training images that are held out, see `data.Source.contents`.
+        """
+        contents = [self.source.contents[i] for i in self.train]
+        if self.held_out_source is not self.source:
+            contents += [f"calibration: {content}" for content in self.held_out_source.contents]
+        return contents
+
 
 def split(config, dataset: data.Dataset) -> Split:
     """Images given for calibration are held out, or a part of the training images.
@@ -118,17 +129,6 @@ def split(config, dataset: data.Dataset) -> Split:
     if groups is not None:
         groups = np.unique(np.asarray(groups)[held_out], return_inverse=True)[1]
     return Split(source, train, held_out_source, held_out, groups)
-
-
-def contents_of(config, dataset: data.Dataset) -> list[str]:
-    """Names and sizes of the images to train on and of those given for calibration.
-
-    Without training images that are held out, see `data.Source.contents`.
-    """
-    contents = [dataset.train.contents[i] for i in split(config, dataset).train]
-    if dataset.calibration is not None:
-        contents += [f"calibration: {content}" for content in dataset.calibration.contents]
-    return contents
 
 
 def is_augmented(config) -> bool:
@@ -323,7 +323,7 @@ def _train(config, backbone, of, folder, dataset, seed, pooled, title):
     """`Prepared.contents`, `train`, `holdout`, `holdout_valid`, `holdout_groups`, `profile`."""
     parts = split(config, dataset)
     source, train = parts.source, parts.train
-    contents, profile = contents_of(config, dataset), profile_of(source, train)
+    contents, profile = parts.contents, profile_of(source, train)
     _note(title, checks.dark_images(source))
     is_cached = _is_kept(config) and not is_augmented(config)
 

@@ -4,7 +4,6 @@ python -m fastflow_jax.main --mode=predict --workdir=DIR --input=photos/new --ou
 """
 
 import contextlib
-import gc
 import itertools
 import logging as std_logging
 import os
@@ -17,7 +16,7 @@ import traceback
 import types
 import warnings
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -245,19 +244,27 @@ def _parse(argv: list[str]) -> list[str]:
         _fail(message, 2)
 
 
-def on_signal(signum: int, frame: types.FrameType | None) -> None:
-    """KeyboardInterrupt of this signal; a moment later if the garbage collector is calling back.
+def handle_signals() -> None:
+    """Makes SIGINT and SIGTERM raise KeyboardInterrupt(signal number) in the main thread.
 
-    Python ignores what is raised there, and JAX has such a callback: the signal would be lost.
+    Python ignores an exception in a finalizer or in a callback of the garbage collector, and JAX
+    has such callbacks. The signal is sent again then.
     """
-    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
-    while frame is not None:
-        if frame.f_code in callbacks:
-            thread = threading.main_thread().ident
-            threading.Timer(0.01, signal.pthread_kill, (thread, signum)).start()
-            return
-        frame = frame.f_back
-    raise KeyboardInterrupt(signum)
+
+    def interrupt(signum: int, frame: types.FrameType | None) -> None:
+        raise KeyboardInterrupt(signum)
+
+    def send_again(ignored: Any) -> None:  # sys.UnraisableHookArgs exists in type stubs only
+        if isinstance(ignored.exc_value, KeyboardInterrupt):
+            arguments = (threading.main_thread().ident, ignored.exc_value.args[0])
+            threading.Timer(0.01, signal.pthread_kill, arguments).start()
+        else:
+            sys.__unraisablehook__(ignored)
+
+    sys.unraisablehook = send_again
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
 
 
 def _status(stop: KeyboardInterrupt) -> int:
@@ -283,9 +290,7 @@ if __name__ == "__main__":
     )
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, on_signal)
+    handle_signals()
     try:
         app.run(_run, flags_parser=_parse)
     except KeyboardInterrupt as stop:  # while modules are imported, before `_run` can tell

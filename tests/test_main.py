@@ -119,26 +119,32 @@ def test_a_run_stopped_before_it_trains_says_so(environment, tmp_path, number):
     assert "Traceback" not in err
 
 
-COLLECTING = """
-import gc, signal, time
-from fastflow_jax.main import on_signal
-
+IGNORED_IN = {
+    "garbage collection": """
 def callback(phase, info):
     if phase == "start":
+        gc.callbacks.remove(callback)
         signal.raise_signal(signal.SIGINT)
 
-signal.signal(signal.SIGINT, on_signal)
 gc.callbacks.append(callback)
 gc.collect()
-gc.callbacks.remove(callback)
-time.sleep(60)
-"""
+""",
+    "a finalizer": """
+class Finalized:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+Finalized()
+""",
+}
 
 
-def test_ctrl_c_is_not_lost_while_garbage_is_collected(environment):
-    """JAX is called back then, and Python ignores what is raised in there."""
-    command = [sys.executable, "-c", COLLECTING]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize("place", IGNORED_IN)
+def test_ctrl_c_is_sent_again_where_python_ignores_exceptions(environment, place):
+    preamble = "import gc, signal, time\nfrom fastflow_jax.main import handle_signals\n"
+    program = f"{preamble}handle_signals()\n{IGNORED_IN[place]}\ntime.sleep(120)"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGINT
     assert "Exception ignored" not in done.stderr
 

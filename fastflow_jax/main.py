@@ -11,7 +11,6 @@ import pathlib
 import runpy
 import signal
 import sys
-import threading
 import traceback
 import types
 import warnings
@@ -248,23 +247,28 @@ def handle_signals() -> None:
     """Makes SIGINT and SIGTERM raise KeyboardInterrupt(signal number) in the main thread.
 
     Python ignores an exception in a finalizer or in a callback of the garbage collector, and JAX
-    has such callbacks. The signal is sent again then.
+    has such callbacks. SIGALRM raises it again then, a moment later.
     """
+    number = 0  # of the last signal
 
     def interrupt(signum: int, frame: types.FrameType | None) -> None:
-        raise KeyboardInterrupt(signum)
+        nonlocal number
+        number = number if signum == signal.SIGALRM else signum
+        if frame is not None and frame.f_code in (hook.__code__, interrupt.__code__):
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            raise KeyboardInterrupt(number)
 
-    def send_again(ignored: Any) -> None:  # sys.UnraisableHookArgs exists in type stubs only
+    def hook(ignored: Any) -> None:
         if isinstance(ignored.exc_value, KeyboardInterrupt):
-            arguments = (threading.main_thread().ident, ignored.exc_value.args[0])
-            threading.Timer(0.01, signal.pthread_kill, arguments).start()
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
         else:
             sys.__unraisablehook__(ignored)
 
-    sys.unraisablehook = send_again
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, interrupt)
+    sys.unraisablehook = hook
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        if signal.getsignal(each) is not signal.SIG_IGN:
+            signal.signal(each, interrupt)
 
 
 def _status(stop: KeyboardInterrupt) -> int:

@@ -24,15 +24,14 @@ from fastflow_jax import data, parallel
 from fastflow_jax.backbones import Backbone, create_backbone
 from fastflow_jax.config import default, fill, name_data
 from fastflow_jax.data.arrays import Given, Images, ahead, as_dataset, each, is_one
-from fastflow_jax.data.inputs import Inputs, Outputs, Part, cut, stacked, whole_box
+from fastflow_jax.data.inputs import Inputs, Outputs, Part, cut, stacked
 from fastflow_jax.data.profile import Profile
 from fastflow_jax.detectors.pickling import PickledByFields
 from fastflow_jax.detectors.programs import LARGEST, Programs
 from fastflow_jax.detectors.registry import KINDS, kind, recipe
 from fastflow_jax.errors import InputError
-from fastflow_jax.evaluation import thresholds
 from fastflow_jax.evaluation.held_out import HeldOut
-from fastflow_jax.evaluation.thresholds import Region, Threshold
+from fastflow_jax.evaluation.thresholds import Threshold
 from fastflow_jax.features.extract import Features
 from fastflow_jax.features.prepare import extractor_of, preparer, split
 from fastflow_jax.files import expanded
@@ -324,57 +323,6 @@ class Detector(PickledByFields):
                 elif error is None:
                     return
             raise error
-
-    def regions(
-        self,
-        images: Images,
-        *,
-        nfa: float = 1.0,
-        rate: float | None = None,
-        model_alone: bool = False,
-    ) -> list[Region] | list[list[Region]]:
-        """Windows of one image, or of each of many, that chance does not explain, by their NFA.
-
-        See `thresholds.regions`. The energies of windows of z are compared to those of held-out
-        normal images.
-
-        Args:
-          images: as of `predict`.
-          nfa: the expected number of false alarms in a normal image, under the model.
-          rate: in its place, the part of normal images with any region, by held-out images.
-          model_alone: take z for standard normal and independent, as the flow's model has it. Real
-            z is not, so that normal images are full of regions: to study the model by.
-
-        Raises:
-          InputError: a detector without z, or without held-out images where they are needed, or
-            `nfa` is not above 0.
-        """
-        programs = self._programs_of_z()
-        if not nfa > 0:
-            raise InputError(f"nfa is a number of false alarms above 0, not {nfa}")
-        limit = np.log10(nfa)
-        if model_alone:
-            moments = thresholds.model_moments(_shapes(self.config, self.backbone))
-        elif self.held_out is None:
-            raise InputError("there are no held-out images: train with config.data.holdout above 0")
-        else:
-            moments = self.held_out.moments
-            if rate is not None:
-                limit = -self.held_out.nfa_threshold(rate).value
-        found = []
-        for _, image in self._all_inputs(images):
-            if isinstance(image, InputError):
-                raise image
-            (part,) = image.parts
-            energies, seen = programs.energies(*stacked([part]))
-            size = tuple(self.config.image_size)
-            of_input = thresholds.regions(
-                [e[0] for e in energies], [s[0] for s in seen], moments, size, limit
-            )
-            found.append(
-                [dataclasses.replace(r, box=whole_box(image, part, r.box)) for r in of_input]
-            )
-        return found[0] if is_one(images) else found
 
     def features(self, images: Images) -> Features:
         """What the scorer sees of images, [B, h, w, C] a scale."""

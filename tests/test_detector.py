@@ -330,11 +330,10 @@ def test_what_a_detector_has_compiled_and_cached_is_not_pickled(detector):
     assert len(pickle.dumps(fresh)) == size
 
 
-def test_a_pickled_detector_samples_and_shows_regions(detector):
+def test_a_pickled_detector_samples(detector):
     other = unpickled(detector)
     for one, same in zip(detector.sample(2), other.sample(2), strict=True):
         np.testing.assert_array_equal(one, same)
-    assert detector.regions(spoilt()) == other.regions(spoilt())
     other.with_threshold(rate=0.5)
 
 
@@ -389,9 +388,8 @@ def test_without_held_out_images_there_are_scores_alone():
     ):
         with pytest.raises(InputError, match="no held-out images"):
             call()
-    for call in (detector.sample, lambda: detector.regions(spoilt())):
-        with pytest.raises(InputError, match="a patchcore has no z"):
-            call()
+    with pytest.raises(InputError, match="a patchcore has no z"):
+        detector.sample()
 
 
 def test_the_flow_runs_backwards(detector):
@@ -409,18 +407,6 @@ def test_the_flow_runs_backwards(detector):
         assert z.std() == pytest.approx(1, abs=0.05)
     (typical,) = detector.sample(1, temperature=0.0)
     np.testing.assert_allclose(detector.latents((typical,))[0], 0, atol=1e-4)
-
-
-def test_regions_show_the_defect(detector):
-    (region, *_) = detector.regions(spoilt())
-    top, left, bottom, right = region.box
-    assert top < 11 < bottom
-    assert left < 18 < right
-    assert region.log10_nfa < -3
-    many = detector.regions([spoilt(), photographs(1, seed=8)[0]])
-    assert many[0][0] == region
-    assert len(many[1]) == 0 or many[1][0].log10_nfa > region.log10_nfa
-    assert detector.regions(spoilt(), model_alone=True)[0].log10_nfa < -3
 
 
 def test_folders_data_sets_and_names_are_fitted(tmp_path):
@@ -670,9 +656,6 @@ def test_paths_may_begin_with_a_home_or_be_file_urls(detector, tmp_path, monkeyp
 
 
 def test_numbers_that_mean_nothing_are_refused(detector):
-    for nfa in (0, -1, float("nan")):
-        with pytest.raises(InputError, match="nfa is a number of false alarms above 0"):
-            detector.regions(spoilt(), nfa=nfa)
     with pytest.raises(InputError, match="n is a number of images, 1 or more, not 0"):
         detector.sample(0)
 

@@ -95,16 +95,6 @@ class Outputs:
         return self._blender.result()
 
 
-def whole_box(inputs: Inputs, part: Part, box: tuple[int, int, int, int]) -> tuple[int, ...]:
-    """A box (top, left, bottom, right) of the one input, in pixels of the image."""
-    sides = []
-    for i, at in enumerate(box):
-        place, crop = part.placed.place[i % 2], part.placed.crop[i % 2]
-        resized = np.clip(at, place.start, place.stop) - place.start + crop.start
-        sides.append(round(int(resized) * inputs.size[i % 2] / part.placed.resized[i % 2]))
-    return tuple(sides)
-
-
 def _part(image: np.ndarray, where: tuple[slice, slice], **how) -> Part:
     return Part(*as_input(image[where], **how), where)
 

@@ -38,12 +38,6 @@ class Programs:
         """Scores [B], maps [B, H, W] and log-likelihoods [B]."""
         return self._run(lambda extract, s, x, v: s.predict_features(extract(x), v), images, valid)
 
-    def energies(
-        self, images: np.ndarray, valid: np.ndarray | None
-    ) -> tuple[Features, tuple[np.ndarray, ...]]:
-        """See `FastFlowScorer.energies`."""
-        return self._run(lambda extract, s, x, v: s.energies(extract(x), v), images, valid)
-
     def latents(self, features: Features) -> Features:
         """See `FastFlowScorer.latents`."""
         return self._run(lambda _, scorer, x: scorer.latents(x), features)

@@ -8,7 +8,7 @@ from fastflow_jax.data.dataset import check_choice
 # Each module has two functions that return a scorer, see `fastflow.scorer.fit` and
 # `fastflow.scorer.load`. Its `score_features` and `predict_features` are those of `FastFlowScorer`,
 # its field `config` says for how large batches its programs are made. A scorer with a z has
-# `latents`, `invert` and `energies` too, one that held-out images calibrate has `recalibrated`.
+# `latents` and `invert` too, one that held-out images calibrate has `recalibrated`.
 # `layers(spec)`, where a module has it, names the maps that its detector takes of a backbone unless
 # stated otherwise, and `RECIPE` the fields in which its configuration differs from the default.
 KINDS = {

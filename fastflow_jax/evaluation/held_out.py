@@ -19,9 +19,6 @@ class HeldOut:
 
     scores: np.ndarray  # float32 [n]
     tails: np.ndarray  # [n, Q], see `thresholds.tails`; of maps of the input's size
-    # Where z has a model; see `thresholds.held_out_moments` and `thresholds.lowest_log10_nfa`
-    moments: tuple[np.ndarray, ...] = ()
-    log10_nfa: np.ndarray | None = None  # [n]
     # int [n], equal for images of the same part; None: each image shows another part.
     groups: np.ndarray | None = None
 
@@ -38,10 +35,6 @@ class HeldOut:
         """See `thresholds.pixel_threshold`."""
         return thresholds.pixel_threshold(self.tails, rate, groups=self.groups, warn=warn)
 
-    def nfa_threshold(self, rate: float) -> Threshold:
-        """The same of -log10 NFA, for `thresholds.regions`."""
-        return thresholds.image_threshold(-self.log10_nfa, rate, groups=self.groups)
-
     def p_value(self, score: float) -> float:
         """See `thresholds.p_values`."""
         return float(thresholds.p_values(score, self.scores, self.groups))
@@ -49,9 +42,6 @@ class HeldOut:
     def save(self, file: pathlib.Path) -> None:
         """Write what `load` reads."""
         arrays = {"scores": self.scores, "tails": self.tails}
-        if self.log10_nfa is not None:
-            arrays["log10_nfa"] = self.log10_nfa
-            arrays |= {f"moments_{i}": m for i, m in enumerate(self.moments)}
         if self.groups is not None:
             arrays["groups"] = self.groups
         write_arrays(file, arrays)
@@ -60,10 +50,7 @@ class HeldOut:
     def load(cls, file: pathlib.Path) -> "HeldOut":
         """What `save` wrote."""
         arrays = read_arrays(file)
-        n_scales = sum(name.startswith("moments_") for name in arrays)
-        moments = tuple(arrays[f"moments_{i}"] for i in range(n_scales))
-        optional = (arrays.get(name) for name in ("log10_nfa", "groups"))
-        return cls(arrays["scores"], arrays["tails"], moments, *optional)
+        return cls(arrays["scores"], arrays["tails"], arrays.get("groups"))
 
 
 def look_at(
@@ -108,23 +95,7 @@ def look_at(
             )
     else:
         score_rows(np.arange(n), lambda b: scorer.score_features(*_rows(b, holdout, valid)))
-    if not hasattr(scorer, "energies"):
-        return HeldOut(scores, tails, groups=groups)
-    return HeldOut(scores, tails, *_a_contrario(config, scorer, holdout, valid, fold), groups)
-
-
-def _a_contrario(config, scorer, holdout, valid, fold) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """The moments of all, and the lowest log10 NFA of each under those of other folds."""
-    energies, seen = in_batches(
-        lambda rows: scorer.energies(*rows), (holdout, valid), config.batch_size
-    )
-    lowest = np.empty(len(fold))
-    for i in np.unique(fold):
-        others = fold != i if (fold != i).any() else fold == i
-        moments = thresholds.held_out_moments(*([m[others] for m in x] for x in (energies, seen)))
-        own = ([m[fold == i] for m in x] for x in (energies, seen))
-        lowest[fold == i] = thresholds.lowest_log10_nfa(*own, moments)
-    return tuple(thresholds.held_out_moments(energies, seen)), lowest
+    return HeldOut(scores, tails, groups)
 
 
 def _rows(rows: np.ndarray, features: Features, valid: np.ndarray | None):

@@ -5,7 +5,7 @@ import pytest
 
 from fastflow_jax.backbones import find_spec
 from fastflow_jax.config import default
-from fastflow_jax.data.inputs import Outputs, cut, stacked, whole_box
+from fastflow_jax.data.inputs import Outputs, cut, stacked
 from fastflow_jax.data.transforms import seen_part
 
 SPEC = find_spec("pixels")
@@ -45,15 +45,6 @@ def test_maps_lie_where_the_image_does(resize_by, size):
     seen = np.zeros(size, bool)
     seen[rows, columns] = True
     np.testing.assert_allclose(bright.mean(0), np.argwhere(seen).mean(0), atol=max(size) / 25)
-
-
-@pytest.mark.parametrize("resize_by", ["square", "crop", "pad"])
-def test_boxes_lie_where_maps_do(resize_by):
-    inputs = inputs_of(spot((64, 80), slice(16, 40), slice(30, 50)), resize_by)
-    (part,) = inputs.parts
-    bright = np.argwhere(part.image.mean(-1) > 0.2)
-    box = (*bright.min(0), *(bright.max(0) + 1))
-    np.testing.assert_allclose(whole_box(inputs, part, box), (16, 30, 40, 50), atol=2)
 
 
 def test_tiles_show_the_image_at_its_own_resolution_without_seams():

@@ -267,12 +267,6 @@ class FastFlowScorer(PickledByFields):
         """
         return self._programs(_invert)(self._state[0], (latents,))
 
-    def energies(
-        self, features: Features, valid: np.ndarray | None = None
-    ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-        """|z|^2 [B, h, w] a scale, and which of them count, for `thresholds.regions`."""
-        return self._programs(_energies)(self._state[0], (features, valid))
-
     def location_maps(
         self, features: Features, valid: np.ndarray | None = None
     ) -> tuple[np.ndarray, ...]:
@@ -348,15 +342,6 @@ def _entries(config, model, variables, batch):
 
 def _invert(config, model, variables, batch):
     return invert(model, variables, batch[0])
-
-
-def _energies(config, model, variables, batch):
-    """See `FastFlowScorer.energies`."""
-    features, valid = batch
-    energies = tuple((z**2).sum(-1) for z, _ in model.apply(variables, features))
-    if valid is None:
-        return energies, tuple(jnp.ones(e.shape, bool) for e in energies)
-    return energies, tuple(inside(valid, e.shape[1:]) for e in energies)
 
 
 def calibrate(

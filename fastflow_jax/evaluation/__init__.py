@@ -1,1 +1,1 @@
-"""Metrics, thresholds and the scores of held-out images."""
+"""Metrics, thresholds and scores of held-out images."""

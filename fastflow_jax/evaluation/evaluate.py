@@ -1,4 +1,4 @@
-"""Scores a split and measures it: one protocol for every detector."""
+"""Scores of the test images of a detector, and their metrics."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -9,26 +9,35 @@ from tqdm import tqdm
 from fastflow_jax.data.pipeline import Batch
 from fastflow_jax.evaluation import metrics
 
-# Images [b, H, W, 3], or what a detector takes in their place, and where there is padding their
-# valid pixels [b, H, W] -> scores [b], anomaly maps [b, H, W]; higher is more anomalous.
+# Called with images [B, H, W, 3], or the features that a detector takes instead, and, if there is
+# padding, the padding mask [B, H, W]. Returns image scores [B] and anomaly maps [B, H, W].
 Score = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro", "image_f1", "image_ap", "pixel_ap")
 
 
 class Scored(NamedTuple):
-    """A split, scored; N images in the order of the source."""
+    """Scores of N images, in the order of the source; higher is more anomalous.
+
+    Anomaly maps are kept only if there are masks: they are large and serve pixel metrics alone.
+    """
 
     scores: np.ndarray  # float32 [N]
-    labels: np.ndarray  # int32 [N], 1 defective
-    # Where there are masks: nothing else is measured on maps, and those of many images are large.
-    maps: np.ndarray | None  # float32 [N, H, W]
-    masks: np.ndarray | None  # bool [N, H, W]
-    valid: np.ndarray | None  # bool [N, H, W], false in padding; None without padding
+    labels: np.ndarray  # int32 [N], 1 for defective images
+    maps: np.ndarray | None  # float32 [N, H, W]; None without masks
+    masks: np.ndarray | None  # bool [N, H, W], True in defects; None without masks
+    valid: np.ndarray | None  # bool [N, H, W], False in padded pixels; None without padding
 
 
 def score_split(score: Score, batches: Iterable[Batch], n: int, *, progress: str) -> Scored:
-    """Score every image once, with a progress bar of that label."""
+    """Scores each image of a split once.
+
+    Args:
+      score: scores one batch.
+      batches: at least one.
+      n: number of images, for the progress bar.
+      progress: label of the progress bar.
+    """
     scores, maps, labels, masks, valids = [], [], [], [], []
     with tqdm(total=n, desc=progress, unit="img", leave=False, dynamic_ncols=True) as bar:
         for batch in batches:
@@ -41,23 +50,25 @@ def score_split(score: Score, batches: Iterable[Batch], n: int, *, progress: str
             maps.append(None if batch.mask is None else anomaly_maps)
             bar.update(len(batch.label))
 
-    def joined(parts):
+    def joined(parts: list) -> np.ndarray | None:
         return None if parts[0] is None else np.concatenate(parts)
 
-    return Scored(*map(joined, (scores, labels, maps, masks, valids)))
+    images = np.concatenate(scores), np.concatenate(labels)
+    return Scored(*images, joined(maps), joined(masks), joined(valids))
 
 
 def measure(scored: Scored) -> dict[str, float | None]:
-    """The figures of `METRICS` on raw scores; None where the data cannot give one."""
-    image = (scored.scores, scored.labels)
-    pixel = pixels = (scored.maps, scored.masks)
-    if scored.masks is not None and scored.valid is not None:
-        pixels = (scored.maps[scored.valid], scored.masks[scored.valid])
-    return {
+    """Computes `METRICS`; None for a metric that needs masks or a class that the data lack."""
+    image = scored.scores, scored.labels
+    figures = {
         "image_auroc": metrics.image_auroc(*image),
-        "pixel_auroc": metrics.pixel_auroc(*pixels),
-        "aupro": metrics.aupro(*pixel, valid=scored.valid),
         "image_f1": metrics.f1_max(*image)[0],
         "image_ap": metrics.average_precision(*image),
-        "pixel_ap": metrics.average_precision(*pixels),
     }
+    maps, masks, valid = scored.maps, scored.masks, scored.valid
+    if maps is not None and masks is not None:
+        pixels = (maps, masks) if valid is None else (maps[valid], masks[valid])
+        figures["pixel_auroc"] = metrics.pixel_auroc(*pixels)
+        figures["pixel_ap"] = metrics.average_precision(*pixels)
+        figures["aupro"] = metrics.aupro(maps, masks, valid=valid)
+    return {metric: figures.get(metric) for metric in METRICS}

@@ -1,4 +1,4 @@
-"""What held-out normal images look like to a trained detector: all that thresholds come from."""
+"""Scores of held-out normal images, the source of thresholds and p-values."""
 
 import dataclasses
 import pathlib
@@ -15,32 +15,32 @@ _FOLDS = 5
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Of n held-out normal images."""
+    """Scores of n held-out normal images."""
 
     scores: np.ndarray  # float32 [n]
-    tails: np.ndarray  # [n, Q], see `thresholds.tails`; of maps of the input's size
-    # int [n], equal for images of the same part; None: each image shows another part.
+    tails: np.ndarray  # [n, Q], quantiles of their anomaly maps, see `thresholds.tails`
+    # int [n], equal for images of the same part; None if each image shows another part.
     groups: np.ndarray | None = None
 
     @property
     def n_parts(self) -> int:
-        """The number of parts that the images show: what thresholds can be promised from."""
+        """Number of different parts in the images, the sample size of thresholds."""
         return len(self.scores) if self.groups is None else len(np.unique(self.groups))
 
     def image_threshold(self, rate: float) -> Threshold:
-        """See `thresholds.image_threshold`."""
+        """Returns the threshold of image scores for a false-alarm rate."""
         return thresholds.image_threshold(self.scores, rate, groups=self.groups)
 
     def pixel_threshold(self, rate: float, *, warn: bool = True) -> Threshold:
-        """See `thresholds.pixel_threshold`."""
+        """Returns the threshold of anomaly maps for a false-alarm rate of pixels."""
         return thresholds.pixel_threshold(self.tails, rate, groups=self.groups, warn=warn)
 
     def p_value(self, score: float) -> float:
-        """See `thresholds.p_values`."""
+        """Returns the p-value of an image score, see `thresholds.p_values`."""
         return float(thresholds.p_values(score, self.scores, self.groups))
 
     def save(self, file: pathlib.Path) -> None:
-        """Write what `load` reads."""
+        """Writes an .npz file for `load`."""
         arrays = {"scores": self.scores, "tails": self.tails}
         if self.groups is not None:
             arrays["groups"] = self.groups
@@ -48,37 +48,35 @@ class HeldOut:
 
     @classmethod
     def load(cls, file: pathlib.Path) -> "HeldOut":
-        """What `save` wrote."""
+        """Reads a file of `save`; raises InputError if it is damaged."""
         arrays = read_arrays(file)
         return cls(arrays["scores"], arrays["tails"], arrays.get("groups"))
 
 
-def look_at(
+def score_held_out(
     config,
     scorer,
     holdout: Features,
     valid: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> HeldOut:
-    """Score held-out images as if they were new ones.
+    """Scores held-out images as new images would be scored.
 
-    A detector that is calibrated by held-out images would find each of them a little more normal
-    than a new one, which had no say. So they are cross-fitted: those of each fifth are scored
-    under a calibration by the others; images of one group are in the same fifth. New images are
-    scored under that by all, so that what is promised of them holds up to a difference of the order
-    of 1 / n.
+    A scorer that is calibrated with held-out images gives them slightly lower scores than new
+    images. Such scorers are cross-fitted: each fifth of the images is scored with a calibration
+    from the other four, and images of one group are in the same fifth. New images are scored with
+    the calibration from all held-out images, so their false-alarm rate differs from the stated one
+    by an amount of order 1 / n.
 
     Args:
-      config: filled, that it was trained with.
-      scorer: see `detectors.registry`.
-      holdout: features of the images, [n, h, w, C] a scale.
-      valid: bool [n, H, W], False in padding; None without padding.
-      groups: int [n], see `HeldOut`.
+      config: the filled configuration of the training.
+      scorer: the trained scorer. With `recalibrated` it is cross-fitted.
+      holdout: features of the images, [n, h, w, C] per scale.
+      valid: bool [n, H, W], False in padded pixels, or None if there is no padding.
+      groups: int [n], equal for images of the same part, or None if each shows another part.
     """
     n, size = len(holdout[0]), config.batch_size
     part = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
-    is_calibrated = part.max() > 0 and hasattr(scorer, "recalibrated")
-    fold = part % (_FOLDS if is_calibrated else 1)
     scores, tails = np.empty(n, np.float32), np.empty((n, len(thresholds.EXCEEDANCES)))
 
     def score_rows(rows, score):
@@ -86,17 +84,19 @@ def look_at(
             scores[batch], maps = score(batch)
             tails[batch] = thresholds.tails(maps, None if valid is None else valid[batch])
 
-    if is_calibrated:
-        maps = in_batches(lambda rows: scorer.location_maps(*rows), (holdout, valid), size)
-        for i in np.unique(fold):
-            fair = scorer.recalibrated(tuple(m[fold != i] for m in maps))
-            score_rows(
-                np.flatnonzero(fold == i), lambda b, f=fair: f.score_maps(tuple(m[b] for m in maps))
-            )
-    else:
-        score_rows(np.arange(n), lambda b: scorer.score_features(*_rows(b, holdout, valid)))
+    def score_features(rows):
+        padding = None if valid is None else valid[rows]
+        return scorer.score_features(tuple(scale[rows] for scale in holdout), padding)
+
+    if part.max() == 0 or not hasattr(scorer, "recalibrated"):
+        score_rows(np.arange(n), score_features)
+        return HeldOut(scores, tails, groups)
+    maps = in_batches(lambda rows: scorer.location_maps(*rows), (holdout, valid), size)
+    fold = part % _FOLDS
+    for i in np.unique(fold):
+        fitted = scorer.recalibrated(tuple(m[fold != i] for m in maps))
+        score_rows(
+            np.flatnonzero(fold == i),
+            lambda rows, fitted=fitted: fitted.score_maps(tuple(m[rows] for m in maps)),
+        )
     return HeldOut(scores, tails, groups)
-
-
-def _rows(rows: np.ndarray, features: Features, valid: np.ndarray | None):
-    return tuple(m[rows] for m in features), None if valid is None else valid[rows]

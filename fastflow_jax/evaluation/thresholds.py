@@ -1,15 +1,13 @@
-"""Thresholds from normal images alone, with what they promise.
+"""Thresholds and p-values from the scores of n held-out normal images.
 
-Scores are of normal images that nothing was learnt from, n of them ("held out"), and of new ones.
-All that is said of new normal images supposes that they are drawn as those held out were
-(exchangeable): another camera, light or material is another thing. Images of the same part are not
-drawn independently of each other; give their groups.
+All statements on new normal images assume that new and held-out images are exchangeable. Another
+camera, light or material breaks this. Images of the same part are not independent: pass groups.
 
-- `p_values`: how often a normal image scores so high (conformal; Vovk, Gammerman & Shafer,
-  Algorithmic Learning in a Random World, 2005).
-- `image_threshold`, `pixel_threshold`: for a stated rate of false alarms, with the interval that
-  the true rate lies in.
-- `f1_optimal`: the threshold that suits some labelled images best, which promises nothing.
+- `p_values`: conformal p-values of image scores (Vovk, Gammerman & Shafer, Algorithmic Learning in
+  a Random World, 2005).
+- `image_threshold`, `pixel_threshold`: thresholds for a false-alarm rate, with a confidence
+  interval of the true rate.
+- `f1_optimal`: the best threshold for labelled images, without a statement on new images.
 """
 
 import dataclasses
@@ -22,37 +20,37 @@ from scipy import special
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.metrics import f1_max
 
-# Parts of a map's pixels whose lowest value is kept, from all of them to the highest alone.
+# Shares of a map's pixels whose lowest value `tails` stores, from all pixels to the highest alone.
 EXCEEDANCES = np.concatenate([np.logspace(0, -5, 101), [0.0]])
 
 
 @dataclasses.dataclass(frozen=True)
 class Threshold:
-    """What scores **above** it are called anomalous; and what is known of it."""
+    """Decision level: scores **above** `value` are anomalous."""
 
     value: float
-    kind: str = "given"  # "image" or "pixel": for a rate of false alarms; "f1"; or "given"
-    rate: float | None = None  # of false alarms that was asked for
-    interval: tuple[float, float] | None = None  # that the true rate lies in,
-    confidence: float | None = None  # with this probability
-    n: int = 0  # images that it comes from; of grouped ones, groups
-    supported: bool = True  # so many images can tell of such a rate
+    kind: str = "given"  # "image" or "pixel": from a false-alarm rate; "f1"; or "given"
+    rate: float | None = None  # requested false-alarm rate
+    interval: tuple[float, float] | None = None  # confidence interval of the true rate
+    confidence: float | None = None  # of the interval
+    n: int = 0  # number of images behind it; of groups, if images are grouped
+    supported: bool = True  # False if n is too small for the rate
 
 
 def p_values(scores: ArrayLike, held_out: ArrayLike, groups: ArrayLike | None = None) -> np.ndarray:
-    """(1 + #{held-out scores >= s}) / (n + 1) for each score s.
+    """Computes (1 + #{held-out scores >= s}) / (n + 1) for each score s.
 
-    Of a new normal image, P(p <= a) <= a for every a, whatever the distribution of scores.
+    For a new normal image, P(p <= a) <= a for every a, for any distribution of scores.
 
-    With groups the count is the sum over groups of the share of their images that score at least
-    s, and n the number of groups. The promise is then that of a new image of a new group, for
-    groups that are exchangeable, however alike their images are (Lee, Barber & Willett,
+    With groups, n is the number of groups, and the count is the sum over groups of the share of
+    their images with a score of at least s. The statement then holds for a new image of a new
+    group if groups are exchangeable, whatever the dependence in a group (Lee, Barber & Willett,
     Distribution-Free Inference with Hierarchical Data, 2023).
 
     Args:
       scores: any shape.
-      held_out: scores of normal images that nothing was learnt from, [n].
-      groups: [n], equal for images of the same part; None: each image is a group.
+      held_out: scores of held-out images [n].
+      groups: [n], equal for images of the same part, or None if each shows another part.
     """
     order = np.argsort(held_out, kind="stable")
     weights = _weights(groups, len(order))
@@ -69,35 +67,34 @@ def image_threshold(
     groups: ArrayLike | None = None,
     warn: bool = True,
 ) -> Threshold:
-    """The k-th lowest held-out score, k = ceil((n + 1)(1 - rate)), and a margin.
+    """Returns the k-th lowest held-out score, k = ceil((n + 1)(1 - rate)), plus a margin.
 
-    A score is above it where its p-value is `rate` or less, which happens to a new normal image
-    with a probability of at most `rate`, on average over the draws of held-out images. For one
-    draw, the probability is that of the n + 1 - k highest of n uniform numbers and one more:
-    Beta(n + 1 - k, k) where no scores tie, and stochastically less where some do. Where rate <
-    1 / (n + 1), the highest held-out score is taken, whose rate is higher; a warning says so.
+    A score is above it if its p-value is at most `rate`. The probability of this for a new normal
+    image, averaged over draws of the held-out images, is at most `rate`. For one draw it follows
+    Beta(n + 1 - k, k) without ties and is stochastically smaller with ties. If rate < 1 / (n + 1),
+    the highest held-out score is used and a warning states its higher rate.
 
-    The margin, 1e-4 of the scores' size and at most half the distance to the next score, keeps the
-    decision on that image independent of the batch in which it is scored.
+    The margin is 1e-4 of the magnitude of the scores, at most half the distance to the next score.
+    It keeps the decision on that image independent of the batch that it is scored in.
 
-    With groups, n and k count groups, each of whose images has an equal share in its group: see
-    `p_values`. The interval is then that of one image per group, which is the widest.
+    With groups, n and k count groups, and images share the weight of their group, see `p_values`.
+    The interval is that of one image per group, the widest.
 
     Args:
-      held_out: scores of normal images that nothing was learnt from, [n].
-      rate: of false alarms, a part of all normal images.
-      confidence: of the interval.
-      groups: [n], equal for images of the same part; None: each image is a group.
-      warn: False leaves what cannot be promised to `Threshold.supported`.
+      held_out: scores of held-out images [n].
+      rate: false-alarm rate, between 0 and 1.
+      confidence: of the interval, between 0 and 1.
+      groups: [n], equal for images of the same part, or None if each shows another part.
+      warn: False silences the warning; see `Threshold.supported`.
 
     Raises:
-      InputError: no held-out scores, or a rate or confidence that is not between 0 and 1.
+      InputError: no held-out scores, or a rate or confidence outside (0, 1).
     """
     scores = _checked(held_out, rate, confidence)
     weights = _weights(groups, len(scores))
     order = np.argsort(scores, kind="stable")
     scores, n = scores[order], _n_groups(weights)
-    # Rounded first: (n + 1)(1 - rate) may miss a whole number by rounding.
+    # Rounded, because (n + 1)(1 - rate) may miss a whole number by a rounding error.
     weight = np.round((n + 1) * (1 - rate), 9)
     k = max(1, int(np.ceil(weight)))
     supported = k <= n
@@ -105,27 +102,25 @@ def image_threshold(
     reached = np.round(weights[order].cumsum(), 9)
     place = min(int(np.searchsorted(reached, weight)), len(scores) - 1)
     alpha = (1 - confidence) / 2
-    interval = special.betaincinv(n + 1 - k, k, [alpha, 1 - alpha])
+    low, high = special.betaincinv(n + 1 - k, k, [alpha, 1 - alpha])
     if warn and not supported:
-        takes = int(np.ceil(np.round(1 / rate, 9))) - 1
-        what = "images" if groups is None else "groups"
+        needed = int(np.ceil(np.round(1 / rate, 9))) - 1
+        units = _units(groups)
         warnings.warn(
-            f"{n} held-out {what} cannot support a false-alarm rate of {rate:g}: it takes {takes}. "
-            "The highest held-out score is taken, whose "
-            f"rate is {1 / (n + 1):.3g} on average; hold out more {what}.",
+            f"{n} held-out {units} cannot support a false-alarm rate of {rate:g} ({needed} are "
+            "needed). The highest held-out score is the threshold, with a rate of "
+            f"{1 / (n + 1):.3g} on average. Hold out more {units} for a lower rate.",
             stacklevel=2,
         )
-    value = scores[place] + _margin(scores, place)
-    return Threshold(
-        float(value), "image", rate, tuple(map(float, interval)), confidence, n, supported
-    )
+    value = float(scores[place] + _margin(scores, place))
+    return Threshold(value, "image", rate, (float(low), float(high)), confidence, n, supported)
 
 
-_RELATIVE_MARGIN = 1e-4  # scores of one image in two batches differ by some 1e-6
+_RELATIVE_MARGIN = 1e-4  # scores of one image in two batches differ by about 1e-6
 
 
 def _margin(scores: np.ndarray, place: int) -> float:
-    """What a threshold at a place of sorted scores is raised by, see `image_threshold`."""
+    """Margin at an index of the sorted scores, see `image_threshold`."""
     higher = scores[np.searchsorted(scores, scores[place], side="right") :]
     size = max(abs(scores[place]), scores[-1] - scores[0])
     gap = higher[0] - scores[place] if len(higher) else np.inf
@@ -133,7 +128,7 @@ def _margin(scores: np.ndarray, place: int) -> float:
 
 
 def _weights(groups: ArrayLike | None, n: int) -> np.ndarray:
-    """1 / (number of images in its group) for each of n images, float64 [n]."""
+    """Returns 1 / (images in its group) for each of n images, float64 [n]."""
     if groups is None:
         return np.ones(n)
     _, group, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
@@ -144,12 +139,16 @@ def _n_groups(weights: np.ndarray) -> int:
     return round(weights.sum())
 
 
+def _units(groups: ArrayLike | None) -> str:
+    return "images" if groups is None else "groups"
+
+
 def tails(maps: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
-    """The values that `EXCEEDANCES` of each map's pixels reach, [n, Q], for `pixel_threshold`.
+    """Computes the value that each share in `EXCEEDANCES` of a map's pixels reaches, [n, Q].
 
     Args:
-      maps: [n, H, W].
-      valid: bool [n, H, W], False for pixels that do not count; None where all do.
+      maps: anomaly maps [n, H, W].
+      valid: bool [n, H, W], False in padded pixels, or None if there is no padding.
     """
     if valid is None:
         return np.quantile(maps.reshape(len(maps), -1), 1 - EXCEEDANCES, axis=1).T
@@ -157,7 +156,7 @@ def tails(maps: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
 
 
 def exceeded(held_out_tails: np.ndarray, value: float) -> np.ndarray:
-    """The part of each map's pixels that lies above a value, [n], from its `tails`."""
+    """Returns the share of each map's pixels above `value`, [n], from its `tails`."""
     return np.array([np.interp(value, t, EXCEEDANCES) for t in held_out_tails])
 
 
@@ -169,20 +168,20 @@ def pixel_threshold(
     groups: ArrayLike | None = None,
     warn: bool = True,
 ) -> Threshold:
-    """The value that a part `rate` of held-out pixels lies above, on average over the images.
+    """Returns the value that a share `rate` of held-out pixels exceeds, averaged over the images.
 
-    Pixels of one image resemble each other, so that the spread between images, not the number of
-    pixels, tells how well the rate is known: the interval is that of a binomial share of as many
-    independent pixels as would spread so (Korn & Graubard, Survey Methodology 24, 1998). It is an
-    approximation, better the more images there are; nothing is promised of a single image.
+    Pixels of one image are dependent, so the precision of the rate follows from the variation
+    between images. The interval is that of a binomial proportion with the number of independent
+    pixels that would vary as much (Korn & Graubard, Survey Methodology 24, 1998). It is approximate
+    and improves with the number of images. Single images may have a higher rate.
 
     Args:
-      held_out_tails: see `tails`.
-      rate: of false alarms, a part of all pixels of normal images.
-      confidence: of the interval.
-      groups: [n], as of `image_threshold`; images are replaced by the means of groups.
-      warn: as of `image_threshold`; here the images support a rate that they show with a
-        deviation no larger than itself.
+      held_out_tails: `tails` of held-out images [n, Q].
+      rate: false-alarm rate of pixels, between 0 and 1.
+      confidence: of the interval, between 0 and 1.
+      groups: [n], equal for images of the same part; their shares are averaged first.
+      warn: False silences the warning that the rate is not supported: that its standard deviation,
+        estimated from the images, is larger than the rate.
 
     Raises:
       InputError: as `image_threshold`.
@@ -199,18 +198,17 @@ def pixel_threshold(
     interval, independent = _binomial_interval(shares, confidence)
     supported = independent * rate >= 1
     if warn and not supported:
-        what = "images" if groups is None else "groups"
+        units = _units(groups)
         warnings.warn(
-            f"{n} held-out {what} cannot support a rate of {rate:g} of their pixels: they differ "
-            f"from each other as much as {independent:.0f} independent pixels would; hold out more "
-            f"{what}.",
+            f"{n} held-out {units} cannot support a rate of {rate:g} of their pixels: they vary as "
+            f"much as {independent:.0f} independent pixels. Hold out more {units}.",
             stacklevel=2,
         )
     return Threshold(float(high), "pixel", rate, interval, confidence, n, supported)
 
 
 def _by_group(values: np.ndarray, groups: ArrayLike | None) -> np.ndarray:
-    """The mean of each group's values."""
+    """Returns the mean value of each group."""
     if groups is None:
         return values
     _, group = np.unique(np.asarray(groups), return_inverse=True)
@@ -218,14 +216,13 @@ def _by_group(values: np.ndarray, groups: ArrayLike | None) -> np.ndarray:
 
 
 def _binomial_interval(shares: np.ndarray, confidence: float) -> tuple[tuple[float, float], float]:
-    """Of the mean of shares that differ between images; and the effective number of draws."""
+    """Returns the interval of the mean of `shares`, and the effective number of draws."""
     n, mean, alpha = len(shares), shares.mean(), (1 - confidence) / 2
     if n < 2:
         return (0.0, 1.0), 0.0
     variance = shares.var(ddof=1) / n
     draws = mean * (1 - mean) / variance if variance else float(n)
-    # Few images, wide interval.
-    draws *= (special.ndtri(alpha) / special.stdtrit(n - 1, alpha)) ** 2
+    draws *= (special.ndtri(alpha) / special.stdtrit(n - 1, alpha)) ** 2  # wider for few images
     hits = draws * mean
     low = special.betaincinv(hits, draws - hits + 1, alpha) if hits else 0.0
     high = special.betaincinv(hits + 1, draws - hits, 1 - alpha) if hits < draws else 1.0
@@ -233,30 +230,31 @@ def _binomial_interval(shares: np.ndarray, confidence: float) -> tuple[tuple[flo
 
 
 def f1_optimal(scores: ArrayLike, labels: ArrayLike) -> Threshold:
-    """The threshold of the highest F1 on labelled images: chosen on them, it flatters itself there.
+    """Returns the threshold with the highest F1 on labelled images, optimistic for those images.
 
-    It lies midway between two neighbouring scores, or below the lowest score by 1 % of the distance
-    from there to the median. The score of an image changes by about 1e-6 of its value from one
-    batch size to another, which changes no decision there.
+    It is midway between two neighbouring scores, or below the lowest score by 1 % of the distance
+    from there to the median. Scores of one image differ by about 1e-6 of their value between batch
+    sizes, which does not change decisions at such a threshold.
 
     Args:
-      scores: [B], or maps [B, H, W] with masks for labels.
-      labels: 1 or True for anomalous.
+      scores: image scores [B], or anomaly maps [B, H, W] with masks as labels.
+      labels: same shape, 1 or True for anomalous.
 
     Raises:
-      InputError: no image is labelled anomalous, or see `metrics.f1_max`.
+      InputError: no label is anomalous, or as `metrics.f1_max`.
     """
-    lowest = f1_max(scores, labels)[1]  # of the scores to be called anomalous
-    if not np.any(labels):
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    lowest = f1_max(scores, labels)[1]  # lowest anomalous score
+    if lowest is None or not labels.any():
         raise InputError(
             "There are no labelled anomalies. Label at least one, or choose the threshold by a "
             "false-alarm rate."
         )
-    return Threshold(_midway_below(lowest, np.asarray(scores)), "f1", n=len(labels))
+    return Threshold(_midway_below(lowest, scores), "f1", n=len(labels))
 
 
 def _midway_below(score: float, scores: np.ndarray) -> float:
-    """The middle between a score and the next lower one, rounded to float32 as anomaly maps are."""
+    """Returns the middle between a score and the next lower one, rounded to float32 as maps are."""
     lower = scores[scores < score]
     if lower.size:
         neighbour = float(lower.max())
@@ -269,10 +267,10 @@ def _midway_below(score: float, scores: np.ndarray) -> float:
 
 
 def _checked(held_out: ArrayLike, rate: float, confidence: float) -> np.ndarray:
-    for name, number in (("rate of false alarms", rate), ("confidence", confidence)):
+    for name, number in (("false-alarm rate", rate), ("confidence", confidence)):
         if not 0 < number < 1:
-            raise InputError(f"a {name} is between 0 and 1, not {number}")
+            raise InputError(f"The {name} is {number}. It must be between 0 and 1.")
     held_out = np.asarray(held_out, np.float64)
     if not len(held_out):
-        raise InputError("there are no held-out images: train with config.data.holdout above 0")
+        raise InputError("There are no held-out images. Train with config.data.holdout above 0.")
     return held_out

@@ -1,4 +1,4 @@
-"""Scoring a split and measuring it, with and without masks and padding."""
+"""Scores and metrics of a split, with and without masks and padding."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ LABELS = np.array([0, 1, 1, 0, 1], np.int32)
 
 
 def split(masks=None, valid=None):
-    """Batches of two whose "images" say which map is theirs."""
+    """Batches of two; the "images" are indices of maps."""
     rows = [np.arange(i, min(i + 2, N)) for i in range(0, N, 2)]
     return [
         Batch(
@@ -32,7 +32,7 @@ def score(maps):
     return lambda rows, valid=None: (maps[rows].max((1, 2)), maps[rows])
 
 
-def test_scores_and_maps_stand_in_the_order_of_the_source():
+def test_scores_and_maps_are_in_the_order_of_the_source():
     scored = score_split(score(MAPS), split(MASKS), N, progress="test")
     np.testing.assert_array_equal(scored.scores, MAPS.max((1, 2)))
     np.testing.assert_array_equal(scored.maps, MAPS)
@@ -51,7 +51,7 @@ def test_without_masks_no_maps_are_kept():
 
 
 @pytest.mark.parametrize("label", [0, 1])
-def test_images_of_one_class_have_no_image_figures(label):
+def test_images_of_one_class_have_no_image_metrics(label):
     batches = [b._replace(label=np.full_like(b.label, label)) for b in split(MASKS)]
     figures = measure(score_split(score(MAPS), batches, N, progress="test"))
     for metric, value in figures.items():
@@ -59,14 +59,14 @@ def test_images_of_one_class_have_no_image_figures(label):
 
 
 @pytest.mark.parametrize("defective", [False, True])
-def test_masks_of_one_class_have_no_pixel_figures(defective):
+def test_masks_of_one_class_have_no_pixel_metrics(defective):
     masks = np.full_like(MASKS, defective)
     figures = measure(score_split(score(MAPS), split(masks), N, progress="test"))
     for metric, value in figures.items():
         assert (value is None) == (not metric.startswith("image"))
 
 
-def test_padding_counts_for_nothing_in_any_pixel_figure():
+def test_pixel_metrics_ignore_padding():
     wide = [np.zeros((N, 10, 8), dtype) for dtype in (np.float32, bool, bool)]
     maps, masks, valid = wide
     maps[...] = 9 * RNG.normal(size=maps.shape)

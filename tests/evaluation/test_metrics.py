@@ -1,4 +1,4 @@
-"""The figures of merit, against worked values, scikit-learn and a slow direct AUPRO."""
+"""Metrics against worked values, scikit-learn and a direct implementation of AUPRO."""
 
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -10,7 +10,7 @@ from sklearn import metrics as sklearn_metrics
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation import metrics
 
-# Few distinct values, so that ties within and between the classes are the rule.
+# Few distinct values, so that ties within and between the classes are frequent.
 SCORES = st.one_of(
     st.integers(-3, 3).map(float), st.floats(-1e3, 1e3, width=32, allow_subnormal=False)
 )
@@ -26,7 +26,7 @@ def scores_and_labels(draw):
 
 @st.composite
 def maps_and_masks(draw):
-    """A few small anomaly maps with masks."""
+    """One to three small anomaly maps with masks."""
     shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)))
     return draw(hnp.arrays(np.float32, shape, elements=SCORES)), draw(hnp.arrays(bool, shape))
 
@@ -49,7 +49,7 @@ def regions(mask):
 
 
 def direct_aupro(maps, masks, fpr_limit):
-    """The definition, word for word: a curve point for every distinct threshold."""
+    """AUPRO by its definition: one curve point per distinct threshold."""
     rates, overlaps = [0.0], [0.0]
     found = [(i, region) for i, mask in enumerate(masks) for region in regions(mask)]
     for threshold in np.unique(maps)[::-1]:
@@ -58,7 +58,7 @@ def direct_aupro(maps, masks, fpr_limit):
         overlaps.append(np.mean([np.mean([hit[i][pixel] for pixel in r]) for i, r in found]))
     rates, overlaps = np.array(rates), np.array(overlaps)
     inside = rates <= fpr_limit
-    # Where the curve is vertical at the limit, the area does not depend on which end is taken.
+    # If the curve is vertical at the limit, both ends give the same area.
     x = np.append(rates[inside], fpr_limit)
     y = np.append(overlaps[inside], overlaps[inside][-1])
     if not inside.all():
@@ -83,7 +83,7 @@ def test_auroc_and_average_precision_equal_scikit_learn(drawn):
 
 @settings(deadline=None)
 @given(scores_and_labels())
-def test_f1_is_the_best_over_all_thresholds_and_its_threshold_the_lowest(drawn):
+def test_f1_max_is_the_best_f1_at_its_lowest_threshold(drawn):
     scores, labels = drawn
     if not labels.any():
         assert metrics.f1_max(scores, labels) == (None, scores.max())
@@ -125,13 +125,13 @@ def test_aupro_equals_its_definition(drawn, fpr_limit):
         ([], [], None, None),
     ],
 )
-def test_f1_worked_values(scores, labels, f1, threshold):
+def test_f1_max_equals_worked_values(scores, labels, f1, threshold):
     assert metrics.f1_max(scores, labels) == (pytest.approx(f1) if f1 else f1, threshold)
 
 
 @pytest.mark.parametrize("columns", [[3], [1, 3, 5]])
 def test_aupro_of_columns_in_a_ramp_is_half_its_limit(columns):
-    # Scores rise row by row, so every column is found in step with the normal pixels.
+    # Scores rise row by row, so overlap and false-positive rate rise together.
     maps = (np.arange(2800, dtype=np.float32) / 2800).reshape(1, 400, 7)
     masks = np.zeros((1, 400, 7), bool)
     masks[..., columns] = True
@@ -142,7 +142,7 @@ def test_aupro_of_columns_in_a_ramp_is_half_its_limit(columns):
     assert together == pytest.approx(1 / 6, abs=1e-3)
 
 
-def test_aupro_counts_regions_alike_whatever_their_size():
+def test_aupro_weights_regions_of_all_sizes_equally():
     # Regions of 1 to 5 pixels in rows 1, 3, 5, 7, 9; the score rises from row to row, so that the
     # overlap at thresholds 0, .2, .4, .6, .8, 1 is 1, .8, .6, .4, .2, 0.
     masks = np.zeros((1, 10, 5), bool)
@@ -174,7 +174,7 @@ def test_aupro_of_one_region_up_to_one_is_the_pixel_auroc():
     assert metrics.aupro(maps, masks, 1.0) == pytest.approx(metrics.pixel_auroc(maps, masks))
 
 
-def test_scores_that_saturate_tie_and_lose():
+def test_saturated_scores_tie_and_lower_the_auroc():
     m = np.array([30.0, 31.0, 40.0, 250.0], np.float32)  # mean squares of four locations
     labels = np.array([0, 0, 1, 1])
     assert metrics.image_auroc(m, labels) == 1.0
@@ -182,7 +182,7 @@ def test_scores_that_saturate_tie_and_lose():
     assert metrics.image_auroc(1 - np.exp(-m), labels) == 0.5
 
 
-def test_neighbouring_float32_scores_are_told_apart():
+def test_neighbouring_float32_scores_are_distinguished():
     one = np.float32(1)
     scores = np.array([one, np.nextafter(one, np.float32(2))], np.float32)
     assert metrics.image_auroc(scores, [0, 1]) == 1.0
@@ -195,7 +195,7 @@ def test_infinities_rank_at_the_ends():
     assert metrics.f1_max(scores, [0, 0, 1]) == (1.0, np.inf)
 
 
-def test_figures_do_not_depend_on_the_block(monkeypatch):
+def test_metrics_do_not_depend_on_the_block_size(monkeypatch):
     rng = np.random.default_rng(1)
     masks = rng.random((3, 12, 12)) < 0.2
     maps = rng.integers(0, 30, masks.shape).astype(np.float32) + 20 * masks
@@ -215,7 +215,7 @@ def test_figures_do_not_depend_on_the_block(monkeypatch):
     assert metrics.f1_max([1.0, 2.0, 2.0, 3.0], [1, 0, 0, 1]) == (pytest.approx(2 / 3), 1.0)
 
 
-def test_pixel_figures_are_none_without_masks():
+def test_pixel_metrics_are_none_without_masks():
     maps = np.zeros((2, 3, 3), np.float32)
     assert metrics.pixel_auroc(maps, None) is None
     assert metrics.average_precision(maps, None) is None
@@ -223,7 +223,7 @@ def test_pixel_figures_are_none_without_masks():
 
 
 @pytest.mark.parametrize("figure", [metrics.image_auroc, metrics.average_precision, metrics.f1_max])
-def test_bad_input_is_named(figure):
+def test_invalid_input_raises_an_error_that_names_it(figure):
     with pytest.raises(InputError, match=r"scores\[1\] is NaN \(1 of 3"):
         figure([0.0, np.nan, 1.0], [0, 1, 1])
     with pytest.raises(InputError, match=r"\(3,\) and labels \(2,\)"):
@@ -232,7 +232,7 @@ def test_bad_input_is_named(figure):
         figure([0.0, 1.0], [0, 255])
 
 
-def test_bad_maps_are_named():
+def test_invalid_maps_raise_an_error_that_names_them():
     maps = np.zeros((2, 3, 3), np.float32)
     masks = np.zeros((2, 3, 3), bool)
     with pytest.raises(InputError, match="fpr_limit is 0"):
@@ -245,7 +245,7 @@ def test_bad_maps_are_named():
             figure(maps, masks)
 
 
-def test_aupro_of_padded_maps_is_that_of_their_valid_part():
+def test_aupro_ignores_padding():
     rng = np.random.default_rng(3)
     maps = rng.normal(size=(4, 10, 12)).astype(np.float32)
     masks = rng.random((4, 10, 12)) > 0.8
@@ -258,7 +258,7 @@ def test_aupro_of_padded_maps_is_that_of_their_valid_part():
 
 @settings(max_examples=40, deadline=None)
 @given(maps_and_masks())
-def test_curves_of_pixels_equal_their_definition(drawn):
+def test_pixel_curves_equal_their_definition(drawn):
     maps, masks = drawn
     curves = metrics.pixel_curves(maps, masks)
     if masks.all() or not masks.any():
@@ -274,7 +274,7 @@ def test_curves_of_pixels_equal_their_definition(drawn):
         np.testing.assert_allclose(point, expected, atol=1e-9)
 
 
-def test_areas_under_the_curves_of_pixels_are_the_figures():
+def test_areas_under_the_pixel_curves_equal_auroc_and_aupro():
     rng = np.random.default_rng(0)
     masks = np.zeros((40, 64, 64), bool)
     for mask in masks[:20]:

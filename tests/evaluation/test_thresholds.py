@@ -1,4 +1,4 @@
-"""What thresholds and p-values promise holds, by the laws of order statistics and by simulation."""
+"""Guarantees of thresholds and p-values, by order statistics and by simulation."""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -10,7 +10,7 @@ from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation import metrics
 from fastflow_jax.evaluation import thresholds as T
 
-few_values = st.floats(-9, 9).map(lambda x: round(x, 1))  # so that some tie
+few_values = st.floats(-9, 9).map(lambda x: round(x, 1))  # with ties
 scores = st.lists(few_values, min_size=2, max_size=40).map(np.array)
 rates = st.integers(1, 99).map(lambda percent: percent / 100)
 
@@ -18,7 +18,7 @@ rates = st.integers(1, 99).map(lambda percent: percent / 100)
 @settings(deadline=None)
 @given(scores, rates)
 def test_p_values_of_exchangeable_scores_are_super_uniform(values, rate):
-    # Whichever of them is the new one, each with the same probability.
+    # Each score is the new one with the same probability.
     p = [float(T.p_values(x, np.delete(values, i))) for i, x in enumerate(values)]
     assert np.mean(np.array(p) <= rate) <= rate + 1e-9
 
@@ -51,7 +51,7 @@ def test_a_lower_rate_has_a_higher_threshold(held_out, one, other):
     assert low.interval <= high.interval
 
 
-def test_the_true_rate_lies_in_its_interval_as_often_as_stated():
+def test_the_interval_contains_the_true_rate_as_often_as_stated():
     rng = np.random.default_rng(0)
     found = [T.image_threshold(rng.uniform(size=60), 0.1, 0.9) for _ in range(1500)]
     true = np.array([1 - t.value for t in found])  # of uniform scores
@@ -61,17 +61,17 @@ def test_the_true_rate_lies_in_its_interval_as_often_as_stated():
     assert true.mean() == pytest.approx(6 / 61, abs=0.004)
 
 
-def test_too_few_images_for_a_rate_are_told():
+def test_too_few_images_for_a_rate_cause_a_warning():
     held_out = np.arange(19.0)
     T.image_threshold(held_out, 0.05)
-    with pytest.warns(UserWarning, match=r"19 held-out .* rate of 0\.04: it takes 24"):
+    with pytest.warns(UserWarning, match=r"19 held-out .* rate of 0\.04 \(24 are needed\)"):
         threshold = T.image_threshold(held_out, 0.04)
     assert threshold.value == pytest.approx(18, rel=1e-3)
     assert not threshold.supported
 
 
 def test_a_held_out_image_gets_the_same_decision_whatever_its_batch():
-    """Scores of one image in two programs differ by some 1e-6 of their size."""
+    """Scores of one image in two batches differ by about 1e-6 of their value."""
     held_out = np.random.default_rng(0).normal(50, 3, 60).astype(np.float32)
     for rate in (0.02, 0.1, 0.3):
         value = T.image_threshold(held_out, rate).value
@@ -79,7 +79,7 @@ def test_a_held_out_image_gets_the_same_decision_whatever_its_batch():
             np.testing.assert_array_equal(held_out > value, held_out * (1 + noise) > value)
 
 
-def test_scores_that_are_close_stay_on_their_sides():
+def test_the_margin_is_below_the_distance_of_close_scores():
     held_out = np.arange(9.0) * 1e-9 + 1
     value = T.image_threshold(held_out, 0.2).value
     assert (held_out > value).sum() == 1
@@ -97,7 +97,7 @@ def flat(values):
 @settings(deadline=None)
 @given(groups_of_scores, rates)
 def test_p_values_of_exchangeable_groups_are_super_uniform(values, rate):
-    """Whichever group is the new one, and whichever its image, each with the same probability."""
+    """Each group, and each of its images, is the new one with the same probability."""
     flagged = []
     for i, new in enumerate(values):
         held_out, groups = flat(values[:i] + values[i + 1 :])
@@ -115,7 +115,7 @@ def test_the_threshold_of_groups_agrees_with_their_p_values(values, rate, score)
     assert threshold.n == len(values)
 
 
-def test_groups_of_one_image_and_copies_of_images_change_nothing():
+def test_groups_of_copies_give_the_thresholds_of_single_images():
     rng = np.random.default_rng(0)
     held_out, tails = rng.normal(size=40), np.sort(rng.normal(size=(40, 102)), 1)[:, ::-1]
     alone = T.image_threshold(held_out, 0.1), T.pixel_threshold(tails, 0.05)
@@ -131,13 +131,13 @@ def test_groups_of_one_image_and_copies_of_images_change_nothing():
         np.testing.assert_allclose(p, T.p_values(held_out, held_out))
 
 
-def test_too_few_groups_for_a_rate_are_reported():
+def test_too_few_groups_for_a_rate_cause_a_warning():
     with pytest.warns(UserWarning, match="5 held-out groups cannot support"):
         T.image_threshold(np.arange(20.0), 0.1, groups=np.arange(20) // 4)
 
 
 def test_the_rate_of_groups_holds_where_that_of_images_does_not():
-    """Four parts are photographed eight times each; of new parts, one image each."""
+    """Four held-out parts have eight images each, new parts have one."""
     rng = np.random.default_rng(0)
     asked, found = 0.3, {"groups": [], "images": []}
     for _ in range(800):
@@ -151,7 +151,7 @@ def test_the_rate_of_groups_holds_where_that_of_images_does_not():
 
 
 @pytest.mark.parametrize("rate", [0, 1, -0.1, 5])
-def test_a_rate_is_between_0_and_1(rate):
+def test_a_rate_outside_0_to_1_raises_an_error(rate):
     with pytest.raises(InputError, match="between 0 and 1"):
         T.image_threshold([1, 2], rate)
     with pytest.raises(InputError, match="between 0 and 1"):
@@ -175,7 +175,7 @@ def test_the_pixel_threshold_leaves_the_rate_of_held_out_pixels_above_it(seed, r
     assert higher.value >= threshold.value
 
 
-def test_padding_counts_for_no_pixel_threshold():
+def test_tails_ignore_padding():
     maps = np.random.default_rng(0).normal(size=(2, 40, 30))
     valid = np.zeros(maps.shape, bool)
     valid[:, 5:35] = True
@@ -183,8 +183,8 @@ def test_padding_counts_for_no_pixel_threshold():
     np.testing.assert_allclose(T.tails(spoilt, valid), T.tails(maps[:, 5:35]))
 
 
-def test_the_interval_of_pixels_knows_that_images_differ():
-    """Normal pixels about a mean that differs from image to image: the rate is known exactly."""
+def test_the_interval_of_pixels_allows_for_variation_between_images():
+    """Pixels are normal around a mean per image, so the true rate is known exactly."""
     rng = np.random.default_rng(0)
     quantiles = stats.norm.ppf(np.clip(1 - T.EXCEEDANCES, 1e-9, 1 - 1e-9))
     inside, widths = [], []
@@ -198,7 +198,7 @@ def test_the_interval_of_pixels_knows_that_images_differ():
     assert np.mean(widths) < 0.05
 
 
-def test_too_few_images_for_a_pixel_rate_are_told():
+def test_too_few_images_for_a_pixel_rate_cause_a_warning():
     maps = np.random.default_rng(0).normal(size=(3, 20, 20))
     maps[2] += 3
     tails = T.tails(maps)
@@ -206,7 +206,7 @@ def test_too_few_images_for_a_pixel_rate_are_told():
         T.pixel_threshold(tails, 0.001)
 
 
-def test_the_f1_optimal_threshold_is_that_of_the_metric():
+def test_the_f1_optimal_threshold_reaches_the_best_f1():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 50)
     values = (rng.normal(size=50) + labels).astype(np.float32)
@@ -232,10 +232,10 @@ def after(x, towards=np.inf):
         ([4, 1, 4, 2, 4], [1, 0, 0, 0, 1], 3.0),  # ties between and within the classes
         ([-np.inf, 0, np.inf], [0, 1, 1], -np.inf),
         ([0, 0, np.inf], [0, 0, 1], 0.0),
-        ([1, 2, 9], [1, 0, 0], 0.99),  # no score is lower: 1 % of the distance to the median
+        ([1, 2, 9], [1, 0, 0], 0.99),  # no lower score: 1 % of the distance to the median
         ([7, 5], [1, 1], 4.99),
         ([2, 2, 2], [0, 1, 0], 2 - 2e-5),  # no distance
-        ([1, after(1)], [0, 1], 1.0),  # no float32 is in between
+        ([1, after(1)], [0, 1], 1.0),  # no float32 in between
         ([after(1), after(after(1))], [0, 1], after(1)),
     ],
 )
@@ -248,18 +248,20 @@ def test_the_f1_optimal_threshold_is_midway_to_the_next_lower_score(values, labe
 
 @settings(deadline=None)
 @given(st.data())
-def test_the_f1_optimal_threshold_tells_float32_scores_apart(data):
+def test_the_f1_optimal_threshold_separates_neighbouring_float32_scores(data):
     near = st.integers(0, 5).map(lambda steps: np.float32(1) + steps * np.finfo(np.float32).eps)
     values = np.array(data.draw(st.lists(near, min_size=1, max_size=12)), np.float32)
     labels = data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
     assume(any(labels))
     threshold = T.f1_optimal(values, labels).value
     wanted = values >= metrics.f1_max(values, labels)[1]
-    np.testing.assert_array_equal(values > threshold, wanted)  # as masks are made
-    assert [float(v) > threshold for v in values] == wanted.tolist()  # as images are called
+    np.testing.assert_array_equal(values > threshold, wanted)  # comparison of arrays, as for masks
+    assert [
+        float(v) > threshold for v in values
+    ] == wanted.tolist()  # comparison of floats, as for images
 
 
-def test_the_f1_optimal_threshold_of_maps_is_midway_too():
+def test_the_f1_optimal_threshold_of_maps_is_midway():
     maps = np.array([[[1, 2], [4, 8]], [[0, 1], [2, 2]]], np.float32)
     threshold = T.f1_optimal(maps, maps > 3)
     assert (threshold.value, threshold.n) == (3.0, 2)

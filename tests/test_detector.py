@@ -471,8 +471,8 @@ def test_an_image_replaced_under_its_name_is_another(tmp_path):
 
 
 def test_runs_of_main_are_loaded_part_by_part(tmp_path, monkeypatch):
-    looks, look_at = [], saved.look_at
-    monkeypatch.setattr(saved, "look_at", lambda *a: looks.append(a) or look_at(*a))
+    calls, score = [], saved.score_held_out
+    monkeypatch.setattr(saved, "score_held_out", lambda *a: calls.append(a) or score(*a))
     photos = tmp_path / "photos"
     photos.mkdir()
     for i, image in enumerate(photographs(8)):
@@ -483,7 +483,7 @@ def test_runs_of_main_are_loaded_part_by_part(tmp_path, monkeypatch):
     turned = {"data": {"tamper": {"rotate": 9.0}}}  # test images alone
     c.variants = {"one": {}, "sum": {"score": {"form": "top_k"}}, "turned": turned}
     experiment.run(fill(c), run)
-    assert len(looks) == 4  # of each seed, "one" and "sum"
+    assert len(calls) == 4  # "one" and "sum", two seeds each
     with pytest.raises(InputError, match="several trainings") as error:
         Detector.load(run)
     assert str(run / "sum" / "seed_1") in str(error.value)

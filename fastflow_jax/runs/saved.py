@@ -13,7 +13,7 @@ from fastflow_jax.backbones.weights import sha256
 from fastflow_jax.config import from_plain
 from fastflow_jax.data.profile import Profile
 from fastflow_jax.errors import InputError
-from fastflow_jax.evaluation.held_out import HeldOut, look_at
+from fastflow_jax.evaluation.held_out import HeldOut, score_held_out
 from fastflow_jax.evaluation.thresholds import Threshold
 from fastflow_jax.features.prepare import Prepared
 from fastflow_jax.files import expanded, make_folder, read_json, to_plain, write_json
@@ -61,7 +61,7 @@ def record(
     image = pixel = None
     if prepared.holdout is not None:
         if scored in (None, folder):
-            held_out = look_at(
+            held_out = score_held_out(
                 config, scorer, prepared.holdout, prepared.holdout_valid, prepared.holdout_groups
             )
         else:

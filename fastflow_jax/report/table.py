@@ -2,10 +2,10 @@
 
 import csv
 import io
+import json
+import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
-
-from fastflow_jax.report.published import published
 
 TITLES = {
     "image_auroc": "image AUROC",
@@ -15,27 +15,45 @@ TITLES = {
     "image_ap": "image AP",
     "pixel_ap": "pixel AP",
 }
-_BESIDE_OTHERS = ("image_auroc", "pixel_auroc", "aupro")  # figures that others published
+_NEXT_TO_PUBLISHED = ("image_auroc", "pixel_auroc", "aupro")  # metrics in a table with others
+
+
+class Published(NamedTuple):
+    """Published results of one system, a column of the table."""
+
+    system: str
+    metric: str  # "image_auroc" or "pixel_auroc"
+    source: str
+    mean: float
+    categories: int  # number of categories in the mean
+    figures: dict[str, float]  # by category
+
+
+def published(dataset: str, backbone: str) -> tuple[Published, ...]:
+    """Returns the published results for a data set and backbone, the paper's first."""
+    file = pathlib.Path(__file__).with_name("published.json")
+    columns = json.loads(file.read_text("utf-8")).get(dataset, {})
+    return tuple(Published(**each) for each in columns.get(backbone, columns.get("any", [])))
 
 
 class _Column(NamedTuple):
-    system: str  # whose figures; "" for the run's own
+    system: str  # "" for the results of the run
     title: str
-    cells: list[str]  # of the rows; the last is the mean's
+    cells: list[str]  # one per row
 
 
 class _Table(NamedTuple):
-    rows: list[str]  # categories and their mean, or variants
+    rows: list[str]  # categories and "mean", or variants
     columns: list[_Column]
-    notes: list[str]  # sources, and what is to be known of the data
+    notes: list[str]  # sources and remarks on the data
 
 
 def format_table(results: Mapping) -> str:
-    """Plain text, from what stands in `results.json`.
+    """Formats the content of `results.json` as plain text.
 
-    A row a category and their mean, with several seeds the mean's deviation over the seeds, and
-    beside them what others published on the same data and backbone; or a row a variant. Columns
-    that the data cannot give are left out.
+    The table has a row per category and their mean, with its standard deviation over several seeds,
+    or a row per variant. Published results for the same data and backbone have columns of their
+    own. Metrics that are None in all rows are omitted.
     """
     table = _table(results)
     heads = [("", ""), *((c.system, c.title) for c in table.columns)]
@@ -59,7 +77,7 @@ def format_table(results: Mapping) -> str:
 
 
 def table_cells(results: Mapping) -> tuple[list[str], list[list[str]], list[str]]:
-    """The same as heads, of which the first is empty, rows and notes."""
+    """Returns the heads (the first is empty), rows and notes of the table of `format_table`."""
     table = _table(results)
     heads = ["", *(f"{c.system} {c.title}".strip() for c in table.columns)]
     columns = [column.cells for column in table.columns]
@@ -67,7 +85,7 @@ def table_cells(results: Mapping) -> tuple[list[str], list[list[str]], list[str]
 
 
 def format_markdown(results: Mapping) -> str:
-    """The same as a Markdown table."""
+    """Formats the table as Markdown, with the notes below it."""
     heads, body, notes = table_cells(results)
     rows = [heads, ["---"] + ["---:"] * (len(heads) - 1), *body]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
@@ -75,7 +93,7 @@ def format_markdown(results: Mapping) -> str:
 
 
 def format_csv(results: Mapping) -> str:
-    """The same as comma-separated values; notes are in a last column, each row's the same."""
+    """Formats the table as comma-separated values, with all notes in the last column."""
     heads, body, notes = table_cells(results)
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -95,32 +113,27 @@ def _table(results: Mapping) -> _Table:
         others = published(protocol["dataset"], protocol["backbone"])
     metrics = [
         metric
-        for metric in (_BESIDE_OTHERS if others else TITLES)
+        for metric in (_NEXT_TO_PUBLISHED if others else TITLES)
         if any(figures[metric] is not None for figures, _ in rows.values())
     ]
-    notes = [] if metrics else ["No figures: there are no test images, or they are all of a kind."]
+    notes = [] if metrics else ["No metrics: there are no test images, or only of one class."]
     columns = [
         _Column("", TITLES[m], [_figure(row[m], std and std[m]) for row, std in rows.values()])
         for m in metrics
     ]
     for other in others:
-        means = other.mean if len(categories) == other.categories else None
-        cells = [*map(other.figures.get, categories), means]
+        mean = other.mean if len(categories) == other.categories else None
+        cells = [*map(other.figures.get, categories), mean]
         if any(cell is not None for cell in cells):
             title = other.metric.removesuffix("_auroc")
-            columns.append(_Column(other.system, title, [_published(cell) for cell in cells]))
+            columns.append(_Column(other.system, title, [_figure(c, digits=3) for c in cells]))
             notes.append(f"{other.system} ({title}): {other.source}.")
     data = protocol["data"].values()
     notes += [f"Data: {each['note']}." for each in data if "note" in each]
     return _Table(list(rows), columns, list(dict.fromkeys(notes)))
 
 
-def _figure(value: float | None, deviation: float | None) -> str:
+def _figure(value: float | None, deviation: float | None = None, digits: int = 4) -> str:
     if value is None:
         return "-"
-    return f"{value:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else "")
-
-
-def _published(value: float | None) -> str:
-    """With as many places as were published."""
-    return "-" if value is None else f"{value:.3f}"
+    return f"{value:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")

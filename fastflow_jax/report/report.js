@@ -16,7 +16,7 @@
     return element;
   };
 
-  // The gallery: an element for each picture, of which those near the window have content.
+  // Gallery: one list item per image; only items near the window have content.
   const gallery = $("gallery");
   const pictured = all.filter((i) => data.strips[i]);
   const items = new Map(pictured.map((i) => [i, make("li")]));
@@ -98,7 +98,7 @@
     $("fp").replaceChildren(...of(fp, fp + tn));
     $("tn").replaceChildren(...of(tn, fp + tn));
     $("recall").textContent = percent(tp, tp + fn);
-    const both = tp + fn > 0 && fp + tn > 0; // any scores reach the same where there is one class
+    const both = tp + fn > 0 && fp + tn > 0; // with one class, they do not depend on the scores
     $("precision").textContent = both ? percent(tp, tp + fp) : "–";
     $("alarms").textContent = percent(fp, fp + tn);
     $("f1").textContent = both ? ((2 * tp) / (2 * tp + fp + fn)).toFixed(3) : "–";
@@ -115,7 +115,7 @@
     return `Threshold ${text(threshold)}: ${tp} found, ${fn} missed, ${fp} false alarms, ${tn} passed.`;
   }
 
-  // Chips count what the gallery would show of the chosen kind of defect.
+  // Chips show the number of images per verdict, of the selected defect.
   function chips() {
     const defect = $("defect").value;
     const counts = { all: 0, tp: 0, fn: 0, fp: 0, tn: 0 };
@@ -168,7 +168,7 @@
   });
   $("reset").addEventListener("click", () => set(data.threshold));
 
-  // One image, larger.
+  // Dialog with one image.
   let opened;
   function open(i) {
     opened = i;

@@ -1,6 +1,5 @@
-"""Headless Chromium, told what to do over a pipe by its DevTools protocol."""
+"""Headless Chromium, controlled over a pipe with its DevTools protocol."""
 
-import base64
 import contextlib
 import itertools
 import json
@@ -14,7 +13,7 @@ BINARY = next(
 
 
 class Page:
-    """One page. `errors` has all exceptions, console errors and refused or failed requests."""
+    """One page. `errors` collects exceptions, console errors and failed requests."""
 
     def __init__(self, to, back):
         self._to, self._back = to, back
@@ -28,7 +27,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method, **parameters):
-        """What a method of the protocol returns."""
+        """Calls a method of the protocol and returns its result."""
         number = next(self._numbers)
         message = {"id": number, "method": method, "params": parameters} | self._session
         self._to.write(json.dumps(message).encode() + b"\0")
@@ -59,7 +58,7 @@ class Page:
         return message
 
     def size(self, width, height, *, dark=False, mobile=False):
-        """Of the window, and the colour scheme that its user prefers."""
+        """Sets the window size and the preferred colour scheme."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -71,7 +70,7 @@ class Page:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def open(self, file):
-        """Load a file and wait until it is there."""
+        """Opens a file and waits until it is loaded."""
         self._events.clear()
         self.call("Page.navigate", url=file.resolve().as_uri())
         while "Page.loadEventFired" not in self._events:
@@ -79,7 +78,7 @@ class Page:
         self.settle()
 
     def run(self, script):
-        """The value of an expression; of a promise, what it comes to."""
+        """Returns the value of an expression, awaited if it is a promise."""
         answer = self.call(
             "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
         )
@@ -88,21 +87,16 @@ class Page:
         return answer["result"].get("value")
 
     def settle(self):
-        """Wait for two frames, in which observers of what is seen are told."""
+        """Waits for two frames, so that intersection observers have run."""
         self.run(
             "new Promise(done => requestAnimationFrame(() => requestAnimationFrame("
             "() => setTimeout(done, 50))))"
         )
 
-    def screenshot(self, file, *, whole=False):
-        """A picture of the window, or of the whole page."""
-        answer = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
-        file.write_bytes(base64.b64decode(answer["data"]))
-
 
 @contextlib.contextmanager
 def page(profile):
-    """A page of a Chromium of its own, which keeps its files in the folder `profile`."""
+    """Starts a Chromium with its profile in a directory and yields a page of it."""
     theirs_in, ours_out = os.pipe()
     ours_in, theirs_out = os.pipe()
     flags = [
@@ -110,7 +104,7 @@ def page(profile):
         *("--no-first-run", "--disable-extensions", "--disable-background-networking"),
         *("--remote-debugging-pipe", f"--user-data-dir={profile}"),
     ]
-    # It reads from descriptor 3 and writes to 4.
+    # Chromium reads from descriptor 3 and writes to 4.
     shell = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
     process = subprocess.Popen(
         ["bash", "-c", shell, "bash", BINARY, *flags],

@@ -1,4 +1,4 @@
-"""Charts: round ticks, bars that add up, curves in their places."""
+"""Charts: ticks, histogram counts and positions of curves."""
 
 import re
 
@@ -13,7 +13,7 @@ from fastflow_jax.report.charts import Line, histogram, line_chart
 
 @settings(deadline=None)
 @given(st.floats(-100, 100), st.floats(1e-3, 1e5))
-def test_the_numbers_on_an_axis_are_round_and_within_its_range(low, extent):
+def test_ticks_are_distinct_and_within_the_range(low, extent):
     high = low + extent
     ticks = charts.ticks(low, high)
     assert 2 <= len(ticks) <= 6
@@ -23,19 +23,19 @@ def test_the_numbers_on_an_axis_are_round_and_within_its_range(low, extent):
         assert float(text) == pytest.approx(value, abs=1e-6 * extent)
 
 
-def test_bars_count_every_score_in_its_place():
+def test_histogram_bars_count_all_scores():
     rng = np.random.default_rng(0)
     normal, anomalous = rng.normal(0, 1, 300), rng.normal(3, 1, 100)
     svg = histogram(-2, 4, normal, anomalous)
     bars = re.findall(r"<title>(\d+) (\w+), (\S+) to (\S+)</title>", svg)
     for kind, scores in (("normal", normal), ("anomalous", anomalous)):
         mine = [(int(n), float(a), float(b)) for n, k, a, b in bars if k == kind]
-        assert sum(n for n, *_ in mine) == len(scores)  # those out of range too
+        assert sum(n for n, *_ in mine) == len(scores)  # includes scores out of range
         for n, a, b in mine[1:-1]:
             assert n == pytest.approx(((scores >= a) & (scores < b)).sum(), abs=2)  # 4 digits
 
 
-def test_a_curve_is_where_the_axes_say():
+def test_curves_are_drawn_to_the_scale_of_the_axes():
     svg = line_chart(
         [Line("a", "first", [0, 0.5, 1], [0, 1, 2])],
         title='"a" & <b>',

@@ -1,4 +1,4 @@
-"""Heat maps show the photograph, the heat where the map is high, and the outline of the defect."""
+"""Heat maps: panels, colours, outlines, colour bar and files."""
 
 import numpy as np
 import pytest
@@ -10,44 +10,44 @@ from fastflow_jax.report.heatmaps import draw_heatmap, draw_strip, save_picture,
 OUTLINE = (0, 255, 170)
 
 
-def photograph(height=260, width=300, seed=0):
-    """A colour photograph of noise between 40 and 215."""
+def noise_image(height=260, width=300, seed=0):
+    """Returns an RGB image of noise between 40 and 215."""
     rng = np.random.default_rng(seed)
     return rng.integers(40, 216, (height, width, 3), dtype=np.uint8)
 
 
 def panels(picture, image):
-    """The panels of an untitled picture whose image was not resized, each [H, W, 3]."""
+    """Returns the panels of an untitled picture, [H, W, 3] each; its image was not resized."""
     height, width = image.shape[:2]
     pixels = np.asarray(picture)[12 : 12 + height]
     starts = range(12, pixels.shape[1] - width, width + 10)
     return [pixels[:, x : x + width] for x in starts]
 
 
-def test_the_photograph_is_shown_as_it_is_and_a_cold_map_leaves_it_grey():
-    image = photograph()
-    shown, heat = panels(draw_heatmap(image, np.zeros((8, 8)), low=0, high=1), image)
+def test_the_image_is_unchanged_and_a_map_of_low_values_is_grey():
+    image = noise_image()
+    shown, coloured = panels(draw_heatmap(image, np.zeros((8, 8)), low=0, high=1), image)
     np.testing.assert_array_equal(shown, image)
     np.testing.assert_array_equal(
-        heat, np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
+        coloured, np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
     )
 
 
-def test_heat_lies_where_the_map_is_high_on_an_oblong_image():
+def test_colours_are_at_the_high_values_of_the_map_on_an_oblong_image():
     image = np.full((260, 400, 3), 90, np.uint8)
     anomaly_map = np.zeros((16, 16), np.float32)
     anomaly_map[12, 3] = 5
-    _, heat = panels(draw_heatmap(image, anomaly_map, low=0, high=5), image)
-    hot = np.argwhere(heat.sum(-1) == heat.sum(-1).max()).mean(0)
+    _, coloured = panels(draw_heatmap(image, anomaly_map, low=0, high=5), image)
+    hot = np.argwhere(coloured.sum(-1) == coloured.sum(-1).max()).mean(0)
     np.testing.assert_allclose(hot, [12.5 * 260 / 16, 3.5 * 400 / 16], atol=2)
-    assert (heat[:100, 200:] == 90).all()
+    assert (coloured[:100, 200:] == 90).all()
 
 
-def test_hotter_is_lighter_and_values_out_of_range_look_like_its_ends():
+def test_higher_values_are_lighter_and_values_out_of_range_are_clipped():
     image = np.zeros((256, 300, 3), np.uint8)
     ramp = np.broadcast_to(np.linspace(-1, 2, 300, dtype=np.float32), (256, 300))
-    _, heat = panels(draw_heatmap(image, ramp, low=0, high=1), image)
-    lightness = np.asarray(Image.fromarray(heat).convert("L"))[0].astype(int)
+    _, coloured = panels(draw_heatmap(image, ramp, low=0, high=1), image)
+    lightness = np.asarray(Image.fromarray(coloured).convert("L"))[0].astype(int)
     inside = lightness[105:195]
     assert (np.diff(inside) >= 0).all()
     assert inside[-1] > inside[0] + 150
@@ -55,8 +55,8 @@ def test_hotter_is_lighter_and_values_out_of_range_look_like_its_ends():
     assert (lightness[202:] == lightness[-1]).all()
 
 
-def test_the_outline_goes_around_the_defect_and_covers_none_of_it():
-    image = photograph()
+def test_the_outline_surrounds_the_defect_without_covering_it():
+    image = noise_image()
     mask = np.zeros(image.shape[:2], bool)
     mask[100:140, 200:260] = True
     picture = draw_heatmap(image, np.zeros((4, 4)), low=0, high=1, mask=mask)
@@ -72,7 +72,7 @@ def test_the_outline_goes_around_the_defect_and_covers_none_of_it():
 
 
 def test_one_defective_pixel_of_a_large_image_is_outlined():
-    image = photograph(1500, 2000)
+    image = noise_image(1500, 2000)
     mask = np.zeros(image.shape[:2], bool)
     mask[701, 1203] = True
     picture = draw_heatmap(image, np.zeros((4, 4)), low=0, high=1, mask=mask)
@@ -80,8 +80,8 @@ def test_one_defective_pixel_of_a_large_image_is_outlined():
     assert (np.asarray(picture) == OUTLINE).all(-1).any()
 
 
-def test_a_defect_over_the_whole_image_is_framed_and_none_is_not_outlined():
-    image = photograph()
+def test_a_defect_of_the_whole_image_is_framed_and_a_good_image_is_not():
+    image = noise_image()
     for defective in (True, False):
         mask = np.full(image.shape[:2], defective)
         picture = draw_heatmap(image, np.zeros((4, 4)), low=0, high=1, mask=mask)
@@ -93,8 +93,8 @@ def test_a_defect_over_the_whole_image_is_framed_and_none_is_not_outlined():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (32, 32), (20, 900), (900, 20), (3000, 100)])
-def test_any_size_of_image_and_a_constant_map_can_be_drawn(shape):
-    image = photograph(*shape)
+def test_all_image_sizes_and_constant_maps_are_drawn(shape):
+    image = noise_image(*shape)
     picture = draw_heatmap(
         image, np.full((3, 5), 7.0), low=7, high=7, mask=np.ones(shape, bool), title="x" * 200
     )
@@ -102,16 +102,16 @@ def test_any_size_of_image_and_a_constant_map_can_be_drawn(shape):
     assert picture.width >= 200 * 5  # the title fits
 
 
-def test_bad_ranges_and_nan_are_named():
-    image = photograph()
+def test_invalid_ranges_and_nan_raise_an_error():
+    image = noise_image()
     for low, high in ((1, 0), (0, np.inf), (np.nan, 1)):
         with pytest.raises(InputError, match="two finite numbers"):
             draw_heatmap(image, np.zeros((4, 4)), low=low, high=high)
-    with pytest.raises(InputError, match=r"crack/1\.png holds NaN"):
+    with pytest.raises(InputError, match=r"crack/1\.png contains NaN"):
         draw_heatmap(image, np.full((4, 4), np.nan), low=0, high=1, title="crack/1.png")
 
 
-def test_saving_replaces_the_whole_file_and_leaves_nothing_else(tmp_path, monkeypatch):
+def test_saving_replaces_the_whole_file_or_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "heatmaps" / "a.png"
     picture = Image.new("RGB", (20, 10), (1, 2, 3))
     save_picture(path, picture)
@@ -139,7 +139,7 @@ def test_pictures_of_several_sizes_stack_in_rows():
     assert [sheet.getpixel(at) for at in [(0, 0), (30, 24), (49, 29)]] == colours
 
 
-def test_a_strip_has_image_heat_mask_and_truth_of_one_size_in_their_places():
+def test_a_strip_has_image_map_predicted_mask_and_ground_truth():
     image = np.full((200, 400, 3), 90, np.uint8)
     anomaly_map = np.zeros((8, 16), np.float32)
     anomaly_map[4:, 8:] = 5
@@ -147,31 +147,31 @@ def test_a_strip_has_image_heat_mask_and_truth_of_one_size_in_their_places():
     mask[:, :100] = True
     strip = draw_strip(image, anomaly_map, low=0, high=5, threshold=2.5, mask=mask)
     assert strip.size == (4 * 160, 80)
-    photograph, heat, called, truth = np.split(np.asarray(strip).astype(int), 4, axis=1)
-    assert (photograph == 90).all()
-    assert heat[60, 120].sum() > heat[20, 40].sum() == 3 * 90
-    lower_right, rest = called[46:, 86:], (called[:34], called[:, :74])
+    shown, coloured, predicted, truth = np.split(np.asarray(strip).astype(int), 4, axis=1)
+    assert (shown == 90).all()
+    assert coloured[60, 120].sum() > coloured[20, 40].sum() == 3 * 90
+    lower_right, rest = predicted[46:, 86:], (predicted[:34], predicted[:, :74])
     assert len(np.unique(lower_right.reshape(-1, 3), axis=0)) == 1
-    assert all((part == called[0, 0]).all() for part in rest)
-    assert (lower_right[0, 0] != called[0, 0]).any()
+    assert all((part == predicted[0, 0]).all() for part in rest)
+    assert (lower_right[0, 0] != predicted[0, 0]).any()
     assert (truth[:, :40] == OUTLINE).all()
     assert not (truth[:, 40:] == OUTLINE).all(-1).any()
     without = draw_strip(image, anomaly_map, low=0, high=5, threshold=2.5)
     assert without.size == (3 * 160, 80)
     nothing = draw_strip(image, np.full((4, 4), 2.5), low=0, high=5, threshold=2.5)
-    assert (np.asarray(nothing)[:, 320:] == called[0, 0]).all()  # above it, not at it
+    assert (np.asarray(nothing)[:, 320:] == predicted[0, 0]).all()  # a value at the threshold
 
 
-def test_what_lies_above_the_threshold_is_outlined_and_the_bar_shows_where_it_is():
-    image = photograph(256, 256)
+def test_pixels_above_the_threshold_are_outlined_and_the_colour_bar_marks_it():
+    image = noise_image(256, 256)
     anomaly_map = np.zeros((256, 256), np.float32)
     anomaly_map[100:150, 60:120] = 3
     picture = draw_heatmap(image, anomaly_map, low=0, high=4, threshold=1.0)
-    shown, heat = panels(picture, image)[:2]
+    shown, coloured = panels(picture, image)[:2]
     np.testing.assert_array_equal(shown, image)
-    rows, columns = np.nonzero((heat == OUTLINE).all(-1))
+    rows, columns = np.nonzero((coloured == OUTLINE).all(-1))
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (98, 151, 58, 121)
-    assert not (heat[104:146, 64:116] == OUTLINE).all(-1).any()
+    assert not (coloured[104:146, 64:116] == OUTLINE).all(-1).any()
     bar = np.asarray(picture)[12 : 12 + 256, 12 + 2 * 266 :]
     (marked,) = np.nonzero((bar == OUTLINE).all(-1).any(1))
     assert marked.mean() == pytest.approx(255 * (1 - 1 / 4), abs=1)
@@ -180,8 +180,8 @@ def test_what_lies_above_the_threshold_is_outlined_and_the_bar_shows_where_it_is
 
 
 @pytest.mark.parametrize("threshold", [-5.0, 99.0])
-def test_a_threshold_outside_of_the_colours_stands_at_their_end(threshold):
-    image = photograph(256, 256)
+def test_a_threshold_out_of_range_is_marked_at_the_end_of_the_colour_bar(threshold):
+    image = noise_image(256, 256)
     picture = draw_heatmap(image, np.zeros((8, 8)), low=0, high=4, threshold=threshold)
     bar = np.asarray(picture)[12 : 12 + 256, 12 + 2 * 266 :]
     (marked,) = np.nonzero((bar == OUTLINE).all(-1).any(1))

@@ -1,4 +1,4 @@
-"""Reports: what stands in them, that they need nothing else, and that they work in a browser."""
+"""Reports: content, independence from other files, and behaviour in a browser."""
 
 import dataclasses
 import html.parser
@@ -28,7 +28,7 @@ VOID = {"meta", "link", "input", "img", "br"}
 
 
 def scored_images(n=40, seed=0, masks=True):
-    """A source of n images, the first third of which is good, and what a detector made of it."""
+    """Returns a source of n images, the first third good, their scores and anomaly maps."""
     rng = np.random.default_rng(seed)
     labels = (np.arange(n) >= n // 3).astype(np.int32)
     defects = tuple(("crack", HOSTILE[1])[i % 2] if bad else GOOD for i, bad in enumerate(labels))
@@ -43,7 +43,7 @@ def scored_images(n=40, seed=0, masks=True):
 
 
 def draw(folder, source, scored, maps, *, heatmaps, strips):
-    """The pictures of images that are as large as their maps."""
+    """Writes the pictures of images that have the size of their maps."""
     write_pictures(
         folder,
         source,
@@ -57,7 +57,7 @@ def draw(folder, source, scored, maps, *, heatmaps, strips):
 
 
 def write_part(folder, name="screw", seed=0, variant=None, strips=1000, **fields):
-    """A part of a run, as `runs.experiment.run` leaves it."""
+    """Writes one training of a run, as `runs.experiment.run` does."""
     source, scored, maps = scored_images(seed=seed, **fields)
     folder.mkdir(parents=True, exist_ok=True)
     draw(folder, source, scored, maps, heatmaps=0, strips=strips)
@@ -79,7 +79,7 @@ def write_part(folder, name="screw", seed=0, variant=None, strips=1000, **fields
 
 
 def write_run(workdir, parts, seeds=(0,), variants=None):
-    """What else there is in the folder of a run."""
+    """Writes the other files of a run directory; returns its report."""
     workdir.mkdir(parents=True, exist_ok=True)
     config = {"detector": "fastflow", "data": {"name": "folder"}, "backbone": "resnet18"}
     config |= {"image_size": [32, 48], "seeds": len(seeds), "flow": {"steps": 4}}
@@ -107,7 +107,7 @@ def write_run(workdir, parts, seeds=(0,), variants=None):
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
+def run_directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     write_run(folder, [write_part(folder)])
     return folder
@@ -115,7 +115,7 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """2,000 images, each with a picture, larger than those of smooth photographs."""
+    """A run with 2,000 images, each with a strip larger than those of smooth images."""
     folder = tmp_path_factory.mktemp("many")
     part = write_part(folder, n=2000, strips=1, masks=False)
     rng = np.random.default_rng(0)
@@ -123,7 +123,7 @@ def many(tmp_path_factory):
     coarse.resize((640, 160), Image.Resampling.BICUBIC).save(folder / "strips" / "0.webp")
     content = (folder / "strips" / "0.webp").read_bytes()
     scored = json.loads((folder / "scores.json").read_text())
-    scored["panels"] = ["image", "heat map", "mask", "truth"]
+    scored["panels"] = ["image", "heat map", "mask", "ground truth"]
     for i, image in enumerate(scored["images"]):
         (folder / "strips" / f"{i}.webp").write_bytes(content)
         image["size"] = [160, 160]
@@ -133,7 +133,7 @@ def many(tmp_path_factory):
 
 
 class Checked(html.parser.HTMLParser):
-    """Sees that elements are nested and closed; keeps their attributes and texts."""
+    """Checks that elements are nested and closed; stores their attributes and texts."""
 
     def __init__(self, page):
         super().__init__()
@@ -167,8 +167,8 @@ def counts(scores, labels, threshold):
     return [int(n.sum()) for n in (called & bad, ~called & bad, called & ~bad, ~called & ~bad)]
 
 
-def test_a_report_is_well_formed_and_loads_nothing(run_folder):
-    page = (run_folder / "report.html").read_text()
+def test_a_report_is_well_formed_and_loads_nothing(run_directory):
+    page = (run_directory / "report.html").read_text()
     checked = Checked(page)
     ids = [a["id"] for _, a in checked.elements if "id" in a]
     assert len(ids) == len(set(ids))
@@ -186,8 +186,8 @@ def test_a_report_is_well_formed_and_loads_nothing(run_folder):
     assert "http" not in style + "".join(checked.texts["script"])
 
 
-def test_names_of_files_and_of_defects_are_text_alone(run_folder):
-    page = (run_folder / "report.html").read_text()
+def test_file_and_defect_names_are_escaped(run_directory):
+    page = (run_directory / "report.html").read_text()
     assert "hacked" in page
     checked = Checked(page)
     assert [tag for tag, _ in checked.elements].count("script") == 2
@@ -197,8 +197,8 @@ def test_names_of_files_and_of_defects_are_text_alone(run_folder):
     assert set(HOSTILE) <= set(embedded(page)["names"])
 
 
-def test_it_holds_scores_figures_and_where_they_come_from(run_folder):
-    page = (run_folder / "report.html").read_text()
+def test_a_report_has_scores_metrics_and_provenance(run_directory):
+    page = (run_directory / "report.html").read_text()
     source, scored, _ = scored_images()
     data = embedded(page)
     assert data["scores"] == [float(s) for s in scored.scores]
@@ -211,13 +211,13 @@ def test_it_holds_scores_figures_and_where_they_come_from(run_folder):
         assert f"{figures[metric]:.3f}" in text
         assert f"{figures[metric]:.4f}" in text  # in the table
     assert "40 test images: 13 good, 27 anomalous" in text
-    for told in ("5793442", "resnet18", "nothing chosen on test data", "12.5", "F1-optimal"):
-        assert told in text
+    for detail in ("5793442", "resnet18", "nothing chosen on test data", "12.5", "F1-optimal"):
+        assert detail in text
 
 
-def test_the_slider_starts_at_the_best_f1_where_no_image_was_held_out(run_folder):
+def test_the_slider_starts_at_the_given_threshold_or_else_at_the_best_f1(run_directory):
     _, scored, _ = scored_images()
-    data = embedded((run_folder / "report.html").read_text())
+    data = embedded((run_directory / "report.html").read_text())
 
     def f1(threshold):
         tp, fn, fp, _ = counts(scored.scores, scored.labels, threshold)
@@ -225,18 +225,18 @@ def test_the_slider_starts_at_the_best_f1_where_no_image_was_held_out(run_folder
 
     assert f1(data["threshold"]) == pytest.approx(measure(scored)["image_f1"])
     results, config, part = (
-        json.loads((run_folder / f"{name}.json").read_text())
+        json.loads((run_directory / f"{name}.json").read_text())
         for name in ("results", "config", "part")
     )
     part["thresholds"]["image"] = {"value": 9.25, "rate": 0.05, "n": 40}
-    page = part_page(part, run_folder, config, results)
+    page = part_page(part, run_directory, config, results)
     assert embedded(page)["threshold"] == 9.25
     assert embedded(page)["low"] < 9.25 < embedded(page)["high"]
-    assert "9.25: 0.05 of normal images lie above it, by 40 that were held out." in page
+    assert "9.25: false-alarm rate 0.05, from 40 held-out images." in page
     assert "F1-optimal on the test labels" not in page
 
 
-def test_several_parts_have_a_report_each_and_one_that_links_to_them(tmp_path):
+def test_several_trainings_have_a_report_each_and_one_that_links_to_them(tmp_path):
     parts = [
         write_part(tmp_path / name / f"seed_{seed}", name, seed, n=9)
         for name in ("screw", "nut & bolt")
@@ -255,7 +255,7 @@ def test_several_parts_have_a_report_each_and_one_that_links_to_them(tmp_path):
     assert "± 0.010" in " ".join(top.texts["small"])
 
 
-def test_variants_are_told_apart_and_have_their_own_configuration(tmp_path):
+def test_variants_have_their_own_title_and_configuration(tmp_path):
     parts = [write_part(tmp_path / v, variant=v, n=9) for v in ("ours", "theirs")]
     figures = {"mean": parts[0]["figures"], "std": None}
     variants = {
@@ -267,7 +267,7 @@ def test_variants_are_told_apart_and_have_their_own_configuration(tmp_path):
     assert title == "PatchCore on folder screw, theirs"
 
 
-def test_without_test_images_there_is_a_report_on_the_training(tmp_path):
+def test_without_test_images_the_report_shows_the_training(tmp_path):
     part = write_part(tmp_path)
     (tmp_path / "scores.json").unlink()
     part["figures"] = dict.fromkeys(METRICS)
@@ -278,9 +278,9 @@ def test_without_test_images_there_is_a_report_on_the_training(tmp_path):
 
 
 @pytest.mark.parametrize("shift", [-1000.0, -3.0, 200.0])
-def test_the_scale_of_scores_moves_with_them(run_folder, tmp_path, shift):
+def test_the_range_of_the_slider_shifts_with_the_scores(run_directory, tmp_path, shift):
     rng = np.random.default_rng(0)
-    part = json.loads((run_folder / "part.json").read_text())
+    part = json.loads((run_directory / "part.json").read_text())
     (tmp_path / "part.json").write_text(json.dumps(part))
     scores = np.concatenate([rng.normal(size=30), rng.normal(3, 1, size=30), [40.0]])
 
@@ -298,8 +298,8 @@ def test_the_scale_of_scores_moves_with_them(run_folder, tmp_path, shift):
 
 @pytest.mark.parametrize("scores", [[1.0] * 4, [-np.inf, 0.0, 1.0, np.inf], [0, 1, 2, 1e30]])
 @pytest.mark.parametrize("labels", [[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 1]])
-def test_any_scores_and_labels_make_a_report(run_folder, tmp_path, scores, labels):
-    part = json.loads((run_folder / "part.json").read_text())
+def test_all_scores_and_labels_have_a_report(run_directory, tmp_path, scores, labels):
+    part = json.loads((run_directory / "part.json").read_text())
     images = [
         {"name": f"{i}.png", "defect": "a", "label": label, "score": score}
         for i, (label, score) in enumerate(zip(labels, scores, strict=True))
@@ -315,7 +315,7 @@ def test_any_scores_and_labels_make_a_report(run_folder, tmp_path, scores, label
     ("label", "start", "pixels"),
     [(0, "the highest score", "good test images"), (1, "below all scores", "test images")],
 )
-def test_images_of_one_class_have_no_f1_and_thresholds_that_say_so(tmp_path, label, start, pixels):
+def test_images_of_one_class_have_no_f1_and_other_thresholds(tmp_path, label, start, pixels):
     source, scored, maps = scored_images(n=9, masks=False)
     scored = scored._replace(labels=np.full(9, label, np.int32))
     part = write_part(tmp_path, n=9)
@@ -331,7 +331,7 @@ def test_images_of_one_class_have_no_f1_and_thresholds_that_say_so(tmp_path, lab
     assert (called == bool(label)).all()
 
 
-def test_pictures_are_at_most_as_many_as_asked_for(tmp_path):
+def test_the_number_of_strips_is_limited(tmp_path):
     part = write_part(tmp_path, strips=10)
     page = write_run(tmp_path, [part])
     data = embedded(page)
@@ -344,7 +344,7 @@ def test_pictures_are_at_most_as_many_as_asked_for(tmp_path):
     assert "10 of 40 images" in page
 
 
-def test_two_thousand_images_make_a_file_of_bounded_size(many, monkeypatch):
+def test_a_report_on_two_thousand_images_has_a_bounded_size(many, monkeypatch):
     size = (many / "report.html").stat().st_size
     strip = (many / "strips" / "0.webp").stat().st_size
     assert 2000 * strip * 4 / 3 < size < 2000 * (strip * 4 / 3 + 200) + 100_000
@@ -356,7 +356,7 @@ def test_two_thousand_images_make_a_file_of_bounded_size(many, monkeypatch):
     page = part_page(part, many, config, results)
     assert len(page) < 300 * strip * 4 / 3 + 2000 * 200 + 100_000
     kept = sum(strip is not None for strip in embedded(page)["strips"])
-    assert kept == 286  # each seventh
+    assert kept == 286  # every seventh
     assert "286 of 2,000 images" in page
 
 
@@ -366,7 +366,7 @@ def test_two_thousand_images_make_a_file_of_bounded_size(many, monkeypatch):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     if not chromium.BINARY:
-        pytest.skip("there is no Chromium to look at reports with")
+        pytest.skip("Chromium was not found")
     with chromium.page(tmp_path_factory.mktemp("profile")) as page:
         page.size(1280, 900)
         yield page
@@ -381,9 +381,9 @@ def read_counts(page):
     )
 
 
-def test_the_slider_changes_the_counts_to_the_right_numbers(run_folder, page):
-    page.open(run_folder / "report.html")
-    data = embedded((run_folder / "report.html").read_text())
+def test_the_slider_updates_counts_and_rates(run_directory, page):
+    page.open(run_directory / "report.html")
+    data = embedded((run_directory / "report.html").read_text())
     scores, labels = np.array(data["scores"]), np.array(data["labels"])
     assert read_counts(page) == counts(scores, labels, data["threshold"])
     for value in np.linspace(data["low"], data["high"], 7):
@@ -407,7 +407,7 @@ def test_the_slider_changes_the_counts_to_the_right_numbers(run_folder, page):
 
 
 @pytest.mark.parametrize("label", [0, 1])
-def test_the_slider_has_no_f1_and_precision_of_one_class(tmp_path, page, label):
+def test_images_of_one_class_have_no_f1_and_precision_in_the_browser(tmp_path, page, label):
     source, scored, maps = scored_images(n=9, masks=False)
     scored = scored._replace(labels=np.full(9, label, np.int32))
     part = write_part(tmp_path, n=9)
@@ -420,9 +420,9 @@ def test_the_slider_has_no_f1_and_precision_of_one_class(tmp_path, page, label):
     assert page.errors == []
 
 
-def test_keys_move_the_slider_and_a_typed_number_sets_it(run_folder, page):
-    page.open(run_folder / "report.html")
-    data = embedded((run_folder / "report.html").read_text())
+def test_keys_move_the_slider_and_a_typed_number_sets_it(run_directory, page):
+    page.open(run_directory / "report.html")
+    data = embedded((run_directory / "report.html").read_text())
     page.run("document.getElementById('slider').focus()")
     for kind in ("rawKeyDown", "keyUp"):
         page.call("Input.dispatchKeyEvent", type=kind, key="PageUp", windowsVirtualKeyCode=33)
@@ -439,17 +439,17 @@ def test_keys_move_the_slider_and_a_typed_number_sets_it(run_folder, page):
     assert f"{read_counts(page)[2]} false alarms" in spoken
     page.run("document.getElementById('number').select()")
     score = data["scores"][20]
-    page.call("Input.insertText", text=repr(score))  # which is not above itself
+    page.call("Input.insertText", text=repr(score))  # a score is not above itself
     assert read_counts(page) == counts(data["scores"], data["labels"], score)
     page.run("document.getElementById('reset').click()")
     assert read_counts(page) == counts(data["scores"], data["labels"], data["threshold"])
     assert page.errors == []
 
 
-def test_the_gallery_is_sorted_and_filtered(run_folder, page):
-    page.size(1280, 20_000)  # so that all cards are there
-    page.open(run_folder / "report.html")
-    data = embedded((run_folder / "report.html").read_text())
+def test_the_gallery_is_sorted_and_filtered(run_directory, page):
+    page.size(1280, 20_000)  # a window in which all cards have content
+    page.open(run_directory / "report.html")
+    data = embedded((run_directory / "report.html").read_text())
     scores, labels = np.array(data["scores"]), np.array(data["labels"])
     names, defects = np.array(data["names"]), np.array(data["defects"])
     called = scores > data["threshold"]
@@ -490,7 +490,7 @@ def test_the_gallery_is_sorted_and_filtered(run_folder, page):
     assert page.errors == []
 
 
-def test_of_two_thousand_images_those_that_are_seen_are_in_the_page(many, page):
+def test_only_images_near_the_window_are_in_the_page(many, page):
     page.requests.clear()
     page.open(many / "report.html")
     assert page.run(f"{SHOWN}.length") == 2000
@@ -514,9 +514,9 @@ def test_of_two_thousand_images_those_that_are_seen_are_in_the_page(many, page):
 
 
 @pytest.mark.parametrize("width", [320, 390, 1280])
-def test_it_fits_the_width_of_a_telephone(run_folder, page, width):
+def test_the_page_fits_narrow_windows(run_directory, page, width):
     page.size(width, 800, mobile=width < 1000)
-    page.open(run_folder / "report.html")
+    page.open(run_directory / "report.html")
     assert page.run("document.documentElement.scrollWidth") <= width
     page.run("document.getElementById('gallery').scrollIntoView({behavior: 'instant'})")
     page.settle()
@@ -526,7 +526,7 @@ def test_it_fits_the_width_of_a_telephone(run_folder, page, width):
     page.size(1280, 900)
 
 
-def test_a_run_inside_another_keeps_its_report(tmp_path):
+def test_a_run_directory_inside_another_keeps_its_report(tmp_path):
     outer, inner = tmp_path / "run", tmp_path / "run" / "inner"
     page = write_run(inner, [write_part(inner, "brass nut", n=9)])
     write_run(outer, [write_part(outer, "screw", n=9)])
@@ -540,11 +540,11 @@ def test_a_run_inside_another_keeps_its_report(tmp_path):
     assert len(files_in(inner, "part.json")) == 2
 
 
-def test_a_heat_map_with_too_long_a_name_is_told_and_the_rest_is_drawn(tmp_path, capsys):
+def test_a_heat_map_with_too_long_a_name_is_skipped_with_a_warning(tmp_path, caplog):
     source, scored, maps = scored_images(6)
     names = (f"{'x' * 250}.png", *source.names[1:])
     source = dataclasses.replace(source, names=names)
     draw(tmp_path, source, scored, maps, heatmaps=6, strips=6)
-    assert "xxx.png cannot be written" in capsys.readouterr().out
+    assert "xxx.png cannot be written" in caplog.text
     assert len(list((tmp_path / "heatmaps").rglob("*.png"))) == 5
     assert len(json.loads((tmp_path / "scores.json").read_text())["images"]) == 6

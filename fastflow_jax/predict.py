@@ -1,4 +1,4 @@
-"""Scores image files with a run's detector: one line per image, heat maps, raw maps."""
+"""Scores of image files with the detector of a run: lines, heat maps and anomaly maps."""
 
 import contextlib
 import csv
@@ -11,7 +11,8 @@ import pathlib
 import sys
 import warnings
 from collections import Counter
-from typing import IO
+from collections.abc import Callable, Iterator
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -33,29 +34,35 @@ from fastflow_jax.files import (
 from fastflow_jax.report.heatmaps import OF_THE_NAME, draw_heatmap, save_picture
 
 RAW = ("npy", "png16")
+_SETTINGS, _JSONL, _CSV = "predictions.json", "predictions.jsonl", "predictions.csv"
+# File names may contain any bytes, which are written unchanged.
+_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
 
 
 @dataclasses.dataclass
 class Line:
-    """What is told of one image; None where there is nothing to tell."""
+    """Result for one image, a line of the output; None for fields without a value."""
 
     path: str
     score: float | None = None  # higher is more anomalous
-    p_value: float | None = None  # how often a normal image scores so high
+    p_value: float | None = None  # probability of such a score for a normal image
     is_anomalous: bool | None = None  # the score is above the threshold
     threshold: float | None = None
-    log_likelihood: float | None = None  # of what the flows see, in nats per dimension
-    anomalous_part: float | None = None  # of its pixels, by the pixel threshold
+    log_likelihood: float | None = None  # of the features, in nats per dimension
+    anomalous_part: float | None = None  # share of pixels above the pixel threshold
     pixel_threshold: float | None = None
     height: int | None = None
     width: int | None = None
-    heatmap: str | None = None  # files, by their path in the output directory
-    raw_map: str | None = None
-    raw_zero: float | None = None  # of a PNG: the value that 0 stands for,
-    raw_full: float | None = None  # and 65535
+    heatmap: str | None = None  # path of the heat map in the output directory
+    raw_map: str | None = None  # path of the anomaly map in the output directory
+    raw_zero: float | None = None  # value of 0 in a map as PNG
+    raw_full: float | None = None  # value of 65535 in a map as PNG
     error: str | None = None
-    bytes: int | None = None  # size of the image's file
-    modified_ns: int | None = None  # when it was last written to, since 1970
+    bytes: int | None = None  # size of the image file
+    modified_ns: int | None = None  # modification time of the image file in ns since 1970
+
+
+_FIELDS = [field.name for field in dataclasses.fields(Line)]
 
 
 def predict(
@@ -69,93 +76,52 @@ def predict(
     heatmaps: bool = True,
     raw: str | None = None,
 ) -> int:
-    """Score images with the detector of a run, and write the results.
+    """Scores images with the detector of a run and writes the results.
 
-    An interrupted call continues: lines of the same files, detector and options are kept.
+    After an interruption, the same call keeps the results of unchanged files and continues.
 
     Args:
-      workdir: see `Detector.load`.
-      images: a file, a directory, of which all images in it and below are scored, or a glob
-        pattern.
-      output: gets `predictions.csv` and `predictions.jsonl`, one line per image or page, in the
-        order in which they are scored, `predictions.json` with the options, and, by the names of
-        the images, `heatmaps/` and `maps/`.
-      weights: see `Detector.load`.
-      rate: false-alarm rate, see `Detector.with_threshold`; None: the detector's own threshold.
-      tile: see `Detector.predict`.
+      workdir: directory for `Detector.load`.
+      images: a file, a directory (with its sub-directories) or a glob pattern.
+      output: directory for `predictions.csv` and `predictions.jsonl` with a line per image or page,
+        `predictions.json` with the options, `heatmaps/` and `maps/`.
+      weights: weight file of the backbone, see `Detector.load`.
+      rate: false-alarm rate, see `Detector.with_threshold`; None for the detector's threshold.
+      tile: split large images into tiles, see `Detector.predict`.
       heatmaps: draw heat maps.
-      raw: one of `RAW`: anomaly maps, of the size of their image, as float32 or, from its lowest
-        value to its highest, in 16 bits; None: no maps.
+      raw: write anomaly maps in the size of their image, "npy" as float32 or "png16" in 16 bits
+        from their minimum to their maximum; None for no maps.
 
     Returns:
-      The exit status: 0 if all images are normal, 1 if some are anomalous, 3 if some could not be
-      read or their heat maps not be written, 4 if the detector has no threshold, so that nothing is
-      decided.
+      Exit status: 0 if all images are normal, 1 if some are anomalous, 3 if some images could not
+      be read or some heat maps or maps not be written, 4 if the detector has no threshold.
 
     Raises:
-      InputError: nothing could be done.
+      InputError: there are no images or no detector, or an argument is invalid.
     """
     output = expanded(output)
     found = find_images(images)
     detector = _with_rate(Detector.load(workdir, weights=weights), rate)
     make_folder(output)
-    _report_others(found.others)
+    if others := found.others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        _say(f"not images, not scored: {', '.join(path.name for path in others[:3])}{more}")
+    description = (expanded(workdir) / "detector.json").read_bytes()
     settings = {
-        "detector": _fingerprint(detector),
+        "detector": hashlib.sha256(description).hexdigest(),
         "options": {"rate": rate, "tile": tile, "heatmaps": heatmaps, "raw": raw},
     }
     kept = _lines_to_keep(output, settings, found.names)
-    done = {line.path for line in kept}
-    if done:
-        _say(f"{len(done)} images were scored before by the same command: continuing")
-    todo = [path for path in found.names if path not in done]
-    before = {path: _size_and_time(path) for path in todo}
-    counts = Counter(_outcome(line) for line in kept)
-    bar = tqdm(
-        total=len(found.names),
-        initial=len(done),
-        desc="predict",
-        unit="img",
-        dynamic_ncols=True,
-        smoothing=0,
-    )
-    with _Output(output, settings, kept) as lines, bar:
-
-        def write(line: Line) -> None:
-            counts[_outcome(line)] += 1
-            lines.write(line)
-            bar.total += line.path not in found.names and not line.path.endswith("#1")  # a page
-            bar.update()
-
-        def report(path: str, error: InputError) -> None:
-            _say(f"skipped: {error}")
-            write(Line(path, error=str(error)))
-
-        for prediction in detector.stream(todo, tile=tile, on_error=report):
-            path = found.path(prediction.name)
-            line = _line(detector, prediction, before[path])
-            name = found.relative(prediction.name)
-            try:
-                if heatmaps:
-                    _write_heatmap(output, name, detector, prediction, line)
-                if raw:
-                    _write_raw(output, raw, name, prediction.anomaly_map, line)
-            except (OSError, InputError) as error:
-                if isinstance(error, OSError) and error.errno not in OF_THE_NAME:
-                    raise
-                line.error = f"{prediction.name}: its heat map or map cannot be written: {error}"
-            if _size_and_time(path) != before[path]:
-                line.error = f"{prediction.name}: the file changed while it was scored"
-            if line.error is not None:
-                _say(line.error)
-            write(line)
-    return _summarise(counts, found.others, output, detector.image_threshold is not None)
+    if kept:
+        _say(f"{len(kept)} images were already scored with the same options. Continuing.")
+    counts = _score(detector, found, output, settings, kept)
+    return _summarise(counts, len(others), output, detector.image_threshold is not None)
 
 
 def _with_rate(detector: Detector, rate: float | None) -> Detector:
     if rate is None:
         if detector.image_threshold is None:
-            _say("warning: no images were held out in training: there are scores, and no decisions")
+            _say("warning: no images were held out in training, so there is no threshold")
         return detector
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -165,71 +131,100 @@ def _with_rate(detector: Detector, rate: float | None) -> Detector:
     return detector
 
 
-def _report_others(others: list[pathlib.Path]) -> None:
-    if others:
-        shown = ", ".join(path.name for path in others[:3])
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        _say(f"not images, and not scored: {shown}{more}")
+def _score(
+    detector: Detector, found: "Found", output: pathlib.Path, settings: dict, kept: list[Line]
+) -> Counter:
+    """Scores the files without a kept line and writes their results; counts all outcomes."""
+    done = {line.path for line in kept}
+    todo = [path for path in found.names if path not in done]
+    before = {path: _size_and_time(path) for path in todo}
+    counts = Counter(map(_outcome, kept))
+    bar = tqdm(
+        total=len(found.names),
+        initial=len(done),
+        desc="predict",
+        unit="img",
+        dynamic_ncols=True,
+        smoothing=0,
+    )
+    with _writer(output, settings, kept) as write_line, bar:
+
+        def write(line: Line) -> None:
+            if line.error is not None:
+                _say(line.error)
+            counts[_outcome(line)] += 1
+            write_line(line)
+            # Each page after the first is one more image than expected.
+            bar.total += line.path not in found.names and not line.path.endswith("#1")
+            bar.update()
+
+        def report(path: str, error: InputError) -> None:
+            write(Line(path, error=str(error)))
+
+        for prediction in detector.stream(todo, tile=settings["options"]["tile"], on_error=report):
+            path = found.path(prediction.name)
+            line = _line(detector, prediction, before[path])
+            _write_maps(
+                output,
+                found.relative(prediction.name),
+                detector,
+                prediction,
+                line,
+                settings["options"],
+            )
+            if _size_and_time(path) != before[path]:
+                line.error = f"{prediction.name}: the file changed while it was scored"
+            write(line)
+    return counts
 
 
 def _outcome(line: Line) -> str:
-    """What a line counts as."""
+    """Returns the category in which `_summarise` counts a line."""
     if line.score is None:
         return "unreadable"
-    if line.error is not None:
-        return "anomalous, unwritten" if line.is_anomalous else "normal, unwritten"
-    return "anomalous" if line.is_anomalous else "normal"
+    outcome = "anomalous" if line.is_anomalous else "normal"
+    return outcome if line.error is None else f"{outcome}, unwritten"
 
 
-def _summarise(counts: Counter, others: list, output: pathlib.Path, decides: bool) -> int:
-    """Print what was found; returns the exit status."""
+def _summarise(counts: Counter, n_others: int, output: pathlib.Path, decides: bool) -> int:
+    """Prints the number of images per outcome; returns the exit status."""
     unreadable = counts["unreadable"]
     scored = counts.total() - unreadable
     anomalous = counts["anomalous"] + counts["anomalous, unwritten"]
-    found = (
-        f"{anomalous} of {scored} images are" if decides else f"none of {scored} images is called"
-    )
-    skipped = f", {len(others)} other files" if others else ""
-    with contextlib.suppress(BrokenPipeError):  # nobody reads it; the status says the same
-        print(f"{found} anomalous, {unreadable} unreadable{skipped}: {output}", flush=True)
+    found = f"{anomalous} of {scored} images are anomalous"
+    if not decides:
+        found = f"{scored} images were scored without a decision (no threshold)"
+    skipped = f", {n_others} other files" if n_others else ""
+    with contextlib.suppress(BrokenPipeError):  # a closed pipe must not change the status
+        print(f"{found}, {unreadable} unreadable{skipped}: {output}", flush=True)
     if unreadable or counts["anomalous, unwritten"] or counts["normal, unwritten"]:
         return 3
     return int(anomalous > 0) if decides else 4
 
 
-class _Output:
-    """The files of lines, written as they come; use it as a context manager."""
+@contextlib.contextmanager
+def _writer(
+    output: pathlib.Path, settings: dict, kept: list[Line]
+) -> Iterator[Callable[[Line], None]]:
+    """Starts the output files with the kept lines; yields a function that appends a line."""
+    write_json(output / _SETTINGS, settings)
+    # Replaced, so that earlier files exist until the new ones contain the kept lines.
+    with replacing(output / _JSONL, "w", **_TEXT) as lines:
+        for line in kept:
+            _write_json_line(lines, line)
+    with replacing(output / _CSV, "w", **_TEXT) as table:
+        csv.DictWriter(table, _FIELDS).writeheader()
+        for line in kept:
+            _write_row(table, line)
+    with (output / _JSONL).open("a", **_TEXT) as lines, (output / _CSV).open("a", **_TEXT) as table:
 
-    def __init__(self, output: pathlib.Path, settings: dict, kept: list[Line]):
-        write_json(output / _SETTINGS, settings)
-        # The files of before stay until those with the lines that are kept are whole.
-        with replacing(output / _JSONL, "w", **_TEXT) as jsonl:
-            for line in kept:
-                _write_json_line(jsonl, line)
-        with replacing(output / _CSV, "w", **_TEXT) as table:
-            csv.DictWriter(table, _FIELDS).writeheader()
-            for line in kept:
-                _write_row(table, line)
-        self._jsonl, self._csv = ((output / name).open("a", **_TEXT) for name in (_JSONL, _CSV))
+        def write(line: Line) -> None:
+            _write_row(table, line)
+            _write_json_line(lines, line)
+            table.flush()
+            lines.flush()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        self._jsonl.close()
-        self._csv.close()
-
-    def write(self, line: Line) -> None:
-        _write_row(self._csv, line)
-        _write_json_line(self._jsonl, line)
-        self._csv.flush()
-        self._jsonl.flush()
-
-
-_SETTINGS, _JSONL, _CSV = "predictions.json", "predictions.jsonl", "predictions.csv"
-_FIELDS = [field.name for field in dataclasses.fields(Line)]
-# A file's name may be no text: its bytes are written as they are.
-_TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+        yield write
 
 
 def _write_json_line(file: IO[str], line: Line) -> None:
@@ -242,15 +237,10 @@ def _write_row(file: IO[str], line: Line) -> None:
     csv.DictWriter(file, _FIELDS).writerow(plain)
 
 
-def _fingerprint(detector: Detector) -> str:
-    """Hash of the description of a detector, with its thresholds."""
-    return hashlib.sha256((detector.folder / "detector.json").read_bytes()).hexdigest()
-
-
 def _lines_to_keep(output: pathlib.Path, settings: dict, names: dict[str, str]) -> list[Line]:
-    """The lines that an interrupted call with the same settings wrote of the same files.
+    """Returns the lines of an interrupted call with the same settings whose files are unchanged.
 
-    Lines with errors are left out, and so are those of pages, whose file is scored again.
+    Lines with errors and lines of pages are not kept: their files are scored again.
     """
     if not (output / _SETTINGS).exists() or read_json(output / _SETTINGS) != settings:
         return []
@@ -276,12 +266,14 @@ def _size_and_time(path: str) -> tuple[int, int] | tuple[None, None]:
 def draw_prediction(
     detector: Detector, prediction: Prediction, name: str | None = None
 ) -> Image.Image:
-    """Heat map of an image in a file, with its score and decision; all have the same colours.
+    """Draws the heat map of an image file, with its score and decision as title.
+
+    All images of a detector with held-out images have the same colour range.
 
     Args:
-      detector: that looked at it.
-      prediction: what it made of it.
-      name: that the picture is titled with; None: the file's.
+      detector: that made the prediction.
+      prediction: of an image file.
+      name: of the image in the title; None for the name of the file.
     """
     low, high = _colours(detector) or (prediction.anomaly_map.min(), prediction.anomaly_map.max())
     title = f"{name or pathlib.Path(prediction.name).name}  score {prediction.score:.3f}"
@@ -299,27 +291,36 @@ def draw_prediction(
     )
 
 
+def _colours(detector: Detector) -> tuple[float, float] | None:
+    """Returns the colour range from held-out maps: m to m + 2 (q - m), see `write_pictures`."""
+    if detector.held_out is None:
+        return None
+    typical = detector.held_out.tails.mean(0)  # falls with the share of pixels
+    low, high = (float(np.interp(-part, -thresholds.EXCEEDANCES, typical)) for part in (0.5, 0.001))
+    return low, high + (high - low)
+
+
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The files that `--input` means."""
+    """Files that match `--input`."""
 
-    names: dict[str, str]  # path -> path below the directory that all are in, sorted
-    others: list[pathlib.Path]  # that are no images, see `data.formats.is_image`
+    names: dict[str, str]  # path -> path relative to the common directory, sorted
+    others: list[pathlib.Path]  # files that are not images, see `data.formats.is_image`
 
     def path(self, name: str) -> str:
-        """The file of a prediction, which may be of one of its pages."""
+        """Returns the file of a prediction; predictions of pages are named `file#page`."""
         return name if name in self.names else name.rpartition("#")[0]
 
     def relative(self, name: str) -> str:
-        """The name of a prediction below that directory; of a page, with its number."""
+        """Returns the name of a prediction relative to the common directory, with its page."""
         path = self.path(name)
         return self.names[path] + name.removeprefix(path)
 
 
 def find_images(pattern: str) -> Found:
-    """The files that a file name, a directory or a glob pattern means.
+    """Finds the files of a file name, a directory or a glob pattern.
 
-    Results of earlier predictions and run directories are left out unless they are named.
+    Earlier predictions and run directories are left out unless they are named.
 
     Raises:
       InputError: there are no images.
@@ -329,8 +330,7 @@ def find_images(pattern: str) -> Found:
     if whole.is_file() or (whole.is_symlink() and not whole.exists()):
         images = [whole]
     else:
-        matches = [whole] if whole.is_dir() else _matches(whole)
-        for path in matches:
+        for path in [whole] if whole.is_dir() else _matches(whole):
             if path.is_dir():
                 below = layout.find_images(path)
                 images += below.images
@@ -339,8 +339,8 @@ def find_images(pattern: str) -> Found:
                 (images if formats.is_image(path) else others).append(path)
     if not images:
         raise InputError(
-            f"--input={pattern} is no file, and no directory or pattern with images. Give one of "
-            "these, a pattern in quotes."
+            f"--input={pattern} is not a file, and not a directory or pattern with images. Pass one "
+            "of these, a pattern in quotes."
         )
     root = whole if whole.is_dir() else os.path.commonpath([path.parent for path in images])
     names = {str(path): path.relative_to(root).as_posix() for path in images}
@@ -348,7 +348,7 @@ def find_images(pattern: str) -> Found:
 
 
 def _matches(pattern: pathlib.Path) -> list[pathlib.Path]:
-    """The sorted matches of a glob pattern; brackets in a folder that exists are no pattern."""
+    """Returns the sorted matches of a glob pattern; existing folders are taken literally."""
     root = next(parent for parent in pattern.parents if os.path.exists(parent))
     escaped = os.path.join(glob.escape(str(root)), pattern.relative_to(root))
     found = map(pathlib.Path, sorted(glob.glob(escaped, recursive=True)))
@@ -359,45 +359,53 @@ def _say(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
-def _line(detector: Detector, prediction: Prediction, file: tuple[int, int]) -> Line:
-    mask, height_width = prediction.mask, prediction.anomaly_map.shape
+def _line(
+    detector: Detector, prediction: Prediction, file: tuple[int, int] | tuple[None, None]
+) -> Line:
+    mask = prediction.mask
+    height, width = prediction.anomaly_map.shape
     return Line(
-        prediction.name,
-        prediction.score,
-        prediction.p_value,
-        prediction.is_anomalous,
-        detector.image_threshold and detector.image_threshold.value,
-        prediction.log_likelihood,
-        None if mask is None else float(mask.mean()),
-        detector.pixel_threshold and detector.pixel_threshold.value,
-        *height_width,
+        path=prediction.name,
+        score=prediction.score,
+        p_value=prediction.p_value,
+        is_anomalous=prediction.is_anomalous,
+        threshold=detector.image_threshold and detector.image_threshold.value,
+        log_likelihood=prediction.log_likelihood,
+        anomalous_part=None if mask is None else float(mask.mean()),
+        pixel_threshold=detector.pixel_threshold and detector.pixel_threshold.value,
+        height=height,
+        width=width,
         bytes=file[0],
         modified_ns=file[1],
     )
 
 
-def _colours(detector: Detector) -> tuple[float, float] | None:
-    """From the typical pixel of normal images to twice as far as they reach, but for outliers."""
-    if detector.held_out is None:
-        return None
-    typical = detector.held_out.tails.mean(0)  # falls with what is exceeded
-    low, high = (float(np.interp(-part, -thresholds.EXCEEDANCES, typical)) for part in (0.5, 0.001))
-    return low, high + (high - low)
-
-
-def _write_heatmap(
-    output: pathlib.Path, name: str, detector: Detector, prediction: Prediction, line: Line
+def _write_maps(
+    output: pathlib.Path,
+    name: str,
+    detector: Detector,
+    prediction: Prediction,
+    line: Line,
+    options: dict,
 ) -> None:
-    """Write a heat map, and then to the line where it is."""
-    file = f"heatmaps/{name}.png"
-    save_picture(output / file, draw_prediction(detector, prediction, name))
-    line.heatmap = file
+    """Writes the heat map and the map of an image, and their paths, or the error, to its line."""
+    try:
+        if options["heatmaps"]:
+            file = f"heatmaps/{name}.png"
+            save_picture(output / file, draw_prediction(detector, prediction, name))
+            line.heatmap = file
+        if options["raw"]:
+            _write_raw(output, options["raw"], name, prediction.anomaly_map, line)
+    except (OSError, InputError) as error:
+        if isinstance(error, OSError) and error.errno not in OF_THE_NAME:
+            raise
+        line.error = f"{prediction.name}: its heat map or map cannot be written: {error}"
 
 
 def _write_raw(
     output: pathlib.Path, raw: str, name: str, anomaly_map: np.ndarray, line: Line
 ) -> None:
-    """Write a map, and then to the line where it is and what its numbers mean."""
+    """Writes an anomaly map, and its path and scale to the line."""
     file = f"maps/{name}.{raw.removesuffix('16')}"
     (output / file).parent.mkdir(parents=True, exist_ok=True)
     if raw == "npy":

@@ -24,20 +24,8 @@ OF_THE_NAME = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, er
 
 # Nine points of matplotlib's "inferno" (CC0). Its lightness rises evenly, so that the order of
 # values is visible in grey print and to colour-blind readers.
-_COLOURS = np.array(
-    [
-        (0, 0, 4),
-        (31, 12, 72),
-        (85, 15, 109),
-        (136, 34, 106),
-        (186, 54, 85),
-        (227, 89, 51),
-        (249, 140, 10),
-        (249, 201, 50),
-        (252, 255, 164),
-    ],
-    np.float32,
-)
+_INFERNO = "000004 1f0c48 550f6d 88226a ba3655 e35933 f98c0a f9c932 fcffa4"
+_COLOURS = np.frombuffer(bytes.fromhex(_INFERNO), np.uint8).reshape(-1, 3).astype(np.float32)
 _OPACITY = 0.85  # of the highest value
 _OUTLINE = (0, 255, 170)
 _PREDICTED, _NOTHING = (255, 196, 61), (28, 28, 33)  # in strips: predicted mask and its background

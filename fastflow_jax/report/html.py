@@ -216,30 +216,28 @@ def _charts(
     return [chart for chart in charts if chart is not None]
 
 
+def _chart(name: str, lines: list[Line], description: str, **axes) -> dict | None:
+    """Returns a chart for the template, with the first line on top; None without lines."""
+    if not lines:
+        return None
+    title = f"{description}: {'; '.join(line.name for line in lines)}"
+    return {"title": name, "lines": lines, "svg": line_chart(lines[::-1], title=title, **axes)}
+
+
 def _roc(figures: Mapping, pixels: Mapping | None, decision: Mapping | None) -> dict | None:
     lines, point = [], None
     if decision is not None and 0 < decision["labels"].mean() < 1:
-        point = "point"
         from sklearn.metrics import roc_curve  # slow to import
 
         x, y, _ = roc_curve(decision["labels"], decision["scores"])
         lines.append(Line(f"images, AUROC {figures['image_auroc']:.3f}", "first", x, y))
+        point = "point"
     if pixels:
         x, y = ([0, *pixels[k], 1] for k in ("false_positive_rate", "true_positive_rate"))
         lines.append(Line(f"pixels, AUROC {figures['pixel_auroc']:.3f}", "second", x, y))
-    if not lines:
-        return None
-    chart = line_chart(
-        lines[::-1],
-        title="ROC curves: " + "; ".join(line.name for line in lines),
-        x_label="false-positive rate",
-        y_label="true-positive rate",
-        x_range=(0, 1),
-        y_range=(0, 1),
-        diagonal=True,
-        point=point,
-    )
-    return {"title": "ROC", "lines": lines, "svg": chart}
+    labels = {"x_label": "false-positive rate", "y_label": "true-positive rate"}
+    ranges = {"x_range": (0, 1), "y_range": (0, 1)}
+    return _chart("ROC", lines, "ROC curves", **labels, **ranges, diagonal=True, point=point)
 
 
 def _pro(figures: Mapping, pixels: Mapping | None) -> dict | None:
@@ -249,37 +247,23 @@ def _pro(figures: Mapping, pixels: Mapping | None) -> dict | None:
     end = float(np.interp(_FPR_LIMIT, x, y))
     shown = [(a, b) for a, b in zip(x, y, strict=True) if a < _FPR_LIMIT] + [(_FPR_LIMIT, end)]
     line = Line(f"regions, AUPRO {figures['aupro']:.3f}", "second", *zip(*shown, strict=True))
-    chart = line_chart(
-        [line],
-        title=f"Region overlap over the false-positive rate of pixels: {line.name}",
-        x_label="false-positive rate of pixels",
-        y_label="region overlap",
-        x_range=(0, _FPR_LIMIT),
-        y_range=(0, 1),
-    )
-    return {"title": "PRO", "lines": [line], "svg": chart}
+    title = "Region overlap over the false-positive rate of pixels"
+    labels = {"x_label": "false-positive rate of pixels", "y_label": "region overlap"}
+    return _chart("PRO", [line], title, **labels, x_range=(0, _FPR_LIMIT), y_range=(0, 1))
 
 
 def _losses(training: pathlib.Path) -> dict | None:
-    epochs = read_lines(training / "metrics.jsonl")
-    lines = []
+    epochs, lines = read_lines(training / "metrics.jsonl"), []
     for key, name, style in (("loss", "training", "first"), ("holdout_loss", "held out", "second")):
         rows = [(e["step"], e[key]) for e in epochs if np.isfinite(e.get(key, np.nan))]
         if len(rows) > 1:
             lines.append(Line(f"{name}, last {rows[-1][1]:.4g}", style, *zip(*rows, strict=True)))
-    if not lines:
-        return None
     values = [y for line in lines for y in line.y]
-    room = 0.05 * (max(values) - min(values)) or 1
-    chart = line_chart(
-        lines,
-        title="Loss over training steps: " + "; ".join(line.name for line in lines),
-        x_label="step",
-        y_label="loss",
-        x_range=(0, max(line.x[-1] for line in lines)),
-        y_range=(min(values) - room, max(values) + room),
-    )
-    return {"title": "Training", "lines": lines, "svg": chart}
+    low, high = min(values, default=0), max(values, default=0)
+    room = 0.05 * (high - low) or 1
+    axes = {"x_label": "step", "y_label": "loss", "y_range": (low - room, high + room)}
+    last = max((line.x[-1] for line in lines), default=1)
+    return _chart("Training", lines, "Loss over training steps", **axes, x_range=(0, last))
 
 
 def _gallery(scored: Mapping, folder: pathlib.Path, decision: Mapping) -> dict:
@@ -288,11 +272,10 @@ def _gallery(scored: Mapping, folder: pathlib.Path, decision: Mapping) -> dict:
     files = {i: folder / "strips" / f"{i}.webp" for i in np.argsort(-decision["scores"]).tolist()}
     files = {i: file for i, file in files.items() if "size" in images[i] and file.exists()}
     every = -(-sum(file.stat().st_size for file in files.values()) // _MOST_BYTES)
-    strips: list[str | None] = [None] * len(images)
+    strips: list[str | None] = [None for _ in images]
     for i, file in list(files.items())[:: max(1, every)]:
         strips[i] = base64.b64encode(file.read_bytes()).decode()
     defects = [image["defect"] for image in images]
-    panels = scored.get("panels", [])
     return {
         "data": {
             **{key: decision[key] for key in ("threshold", "low", "high", "digits")},
@@ -302,13 +285,11 @@ def _gallery(scored: Mapping, folder: pathlib.Path, decision: Mapping) -> dict:
             "defects": defects,
             "sizes": [image.get("size") for image in images],
             "strips": strips,
-            "panels": panels,
+            "panels": scored.get("panels", []),
         },
         "defects": {d: defects.count(d) for d in sorted(set(defects))},
         "shown": sum(strip is not None for strip in strips),
-        "of": len(images),
         "mib": sum(len(strip or "") for strip in strips) / 2**20,
-        "panels": panels,
         "mask_threshold": scored.get("mask_threshold"),
         "mask_threshold_is": scored.get("mask_threshold_is"),
     }

@@ -36,18 +36,6 @@ def published(dataset: str, backbone: str) -> tuple[Published, ...]:
     return tuple(Published(**each) for each in columns.get(backbone, columns.get("any", [])))
 
 
-class _Column(NamedTuple):
-    system: str  # "" for the results of the run
-    title: str
-    cells: list[str]  # one per row
-
-
-class _Table(NamedTuple):
-    rows: list[str]  # categories and "mean", or variants
-    columns: list[_Column]
-    notes: list[str]  # sources and remarks on the data
-
-
 def format_table(results: Mapping) -> str:
     """Formats the content of `results.json` as plain text.
 
@@ -55,33 +43,25 @@ def format_table(results: Mapping) -> str:
     or a row per variant. Published results for the same data and backbone have columns of their
     own. Metrics that are None in all rows are omitted.
     """
-    table = _table(results)
-    heads = [("", ""), *((c.system, c.title) for c in table.columns)]
-    columns = [table.rows, *(c.cells for c in table.columns)]
-    widths = [max(map(len, (*h, *cells))) for h, cells in zip(heads, columns, strict=True)]
-
-    def line(cells):
-        first, *rest = (
-            cell.rjust(w) if i else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "  ".join([first, *rest]).rstrip()
-
-    head = [line(row) for row in zip(*heads, strict=True) if any(row)]
-    body = [line(row) for row in zip(*columns, strict=True)]
+    heads, rows, notes = _table(results)
+    cells = [*zip(*heads, strict=True), *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for first, *others in cells:
+        aligned = [first.ljust(widths[0])]
+        aligned += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(aligned).rstrip())
     rule = "-" * (sum(widths) + 2 * len(widths) - 2)
-    if "mean" in table.rows:
-        body.insert(-1, rule)
-    notes = ["", *table.notes] if table.notes else []
-    return "\n".join([*head, rule, *body, *notes])
+    if rows[-1][0] == "mean":
+        lines.insert(-1, rule)
+    head = [line for line in lines[:2] if line]
+    return "\n".join([*head, rule, *lines[2:], *([""] if notes else []), *notes])
 
 
 def table_cells(results: Mapping) -> tuple[list[str], list[list[str]], list[str]]:
     """Returns the heads (the first is empty), rows and notes of the table of `format_table`."""
-    table = _table(results)
-    heads = ["", *(f"{c.system} {c.title}".strip() for c in table.columns)]
-    columns = [column.cells for column in table.columns]
-    return heads, [list(row) for row in zip(table.rows, *columns, strict=True)], table.notes
+    heads, rows, notes = _table(results)
+    return [f"{system} {title}".strip() for system, title in heads], rows, notes
 
 
 def format_markdown(results: Mapping) -> str:
@@ -102,7 +82,8 @@ def format_csv(results: Mapping) -> str:
     return file.getvalue()
 
 
-def _table(results: Mapping) -> _Table:
+def _table(results: Mapping) -> tuple[list[tuple[str, str]], list[list[str]], list[str]]:
+    """Returns heads (system, "" for the run's own results, and title), rows of cells, and notes."""
     protocol, categories = results["protocol"], results["categories"]
     if results["variants"]:
         rows = {name: (each["mean"], each["std"]) for name, each in results["variants"].items()}
@@ -111,26 +92,24 @@ def _table(results: Mapping) -> _Table:
         rows = {name: (figures, None) for name, figures in categories.items()}
         rows["mean"] = (results["mean"], results["std"])
         others = published(protocol["dataset"], protocol["backbone"])
-    metrics = [
-        metric
-        for metric in (_NEXT_TO_PUBLISHED if others else TITLES)
-        if any(figures[metric] is not None for figures, _ in rows.values())
-    ]
-    notes = [] if metrics else ["No metrics: there are no test images, or only of one class."]
-    columns = [
-        _Column("", TITLES[m], [_figure(row[m], std and std[m]) for row, std in rows.values()])
-        for m in metrics
-    ]
+    heads, columns, notes = [("", "")], [list(rows)], []
+    for metric in _NEXT_TO_PUBLISHED if others else TITLES:
+        if any(figures[metric] is not None for figures, _ in rows.values()):
+            heads.append(("", TITLES[metric]))
+            columns.append(
+                [_figure(row[metric], std and std[metric]) for row, std in rows.values()]
+            )
+    if len(heads) == 1:
+        notes.append("No metrics: there are no test images, or only of one class.")
     for other in others:
         mean = other.mean if len(categories) == other.categories else None
         cells = [*map(other.figures.get, categories), mean]
         if any(cell is not None for cell in cells):
-            title = other.metric.removesuffix("_auroc")
-            columns.append(_Column(other.system, title, [_figure(c, digits=3) for c in cells]))
-            notes.append(f"{other.system} ({title}): {other.source}.")
-    data = protocol["data"].values()
-    notes += [f"Data: {each['note']}." for each in data if "note" in each]
-    return _Table(list(rows), columns, list(dict.fromkeys(notes)))
+            heads.append((other.system, other.metric.removesuffix("_auroc")))
+            columns.append([_figure(cell, digits=3) for cell in cells])
+            notes.append(f"{other.system} ({heads[-1][1]}): {other.source}.")
+    notes += [f"Data: {each['note']}." for each in protocol["data"].values() if "note" in each]
+    return heads, list(map(list, zip(*columns, strict=True))), list(dict.fromkeys(notes))
 
 
 def _figure(value: float | None, deviation: float | None = None, digits: int = 4) -> str:

@@ -5,14 +5,15 @@ import csv
 import dataclasses
 import glob
 import hashlib
+import io
 import json
 import os
 import pathlib
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -60,9 +61,6 @@ class Line:
     error: str | None = None
     bytes: int | None = None  # size of the image file
     modified_ns: int | None = None  # modification time of the image file in ns since 1970
-
-
-_FIELDS = [field.name for field in dataclasses.fields(Line)]
 
 
 def predict(
@@ -134,25 +132,20 @@ def _with_rate(detector: Detector, rate: float | None) -> Detector:
 def _score(
     detector: Detector, found: "Found", output: pathlib.Path, settings: dict, kept: list[Line]
 ) -> Counter:
-    """Scores the files without a kept line and writes their results; counts all outcomes."""
+    """Scores the files without a kept line, writes their results, and counts all outcomes."""
+    options = settings["options"]
     done = {line.path for line in kept}
     todo = [path for path in found.names if path not in done]
     before = {path: _size_and_time(path) for path in todo}
-    counts = Counter(map(_outcome, kept))
-    bar = tqdm(
-        total=len(found.names),
-        initial=len(done),
-        desc="predict",
-        unit="img",
-        dynamic_ncols=True,
-        smoothing=0,
-    )
+    counts = Counter(outcome for line in kept for outcome in _outcomes(line))
+    style = {"desc": "predict", "unit": "img", "dynamic_ncols": True, "smoothing": 0}
+    bar = tqdm(total=len(found.names), initial=len(done), **style)
     with _writer(output, settings, kept) as write_line, bar:
 
         def write(line: Line) -> None:
             if line.error is not None:
-                _say(line.error)
-            counts[_outcome(line)] += 1
+                _say("skipped: " * (line.score is None) + line.error)
+            counts.update(_outcomes(line))
             write_line(line)
             # Each page after the first is one more image than expected.
             bar.total += line.path not in found.names and not line.path.endswith("#1")
@@ -161,45 +154,45 @@ def _score(
         def report(path: str, error: InputError) -> None:
             write(Line(path, error=str(error)))
 
-        for prediction in detector.stream(todo, tile=settings["options"]["tile"], on_error=report):
-            path = found.path(prediction.name)
+        for prediction in detector.stream(todo, tile=options["tile"], on_error=report):
+            path, name = found.path(prediction.name), found.relative(prediction.name)
             line = _line(detector, prediction, before[path])
-            _write_maps(
-                output,
-                found.relative(prediction.name),
-                detector,
-                prediction,
-                line,
-                settings["options"],
-            )
+            try:
+                if options["heatmaps"]:
+                    picture = draw_prediction(detector, prediction, name)
+                    save_picture(output / f"heatmaps/{name}.png", picture)
+                    line.heatmap = f"heatmaps/{name}.png"
+                if options["raw"]:
+                    _write_raw(output, options["raw"], name, prediction.anomaly_map, line)
+            except (OSError, InputError) as error:
+                if isinstance(error, OSError) and error.errno not in OF_THE_NAME:
+                    raise
+                line.error = f"{prediction.name}: its heat map or map cannot be written: {error}"
             if _size_and_time(path) != before[path]:
                 line.error = f"{prediction.name}: the file changed while it was scored"
             write(line)
     return counts
 
 
-def _outcome(line: Line) -> str:
-    """Returns the category in which `_summarise` counts a line."""
+def _outcomes(line: Line) -> list[str]:
+    """Returns the outcomes that `_summarise` counts: a decision, an error, or both."""
     if line.score is None:
-        return "unreadable"
-    outcome = "anomalous" if line.is_anomalous else "normal"
-    return outcome if line.error is None else f"{outcome}, unwritten"
+        return ["unreadable"]
+    return ["anomalous" if line.is_anomalous else "normal"] + ["unwritten"] * bool(line.error)
 
 
 def _summarise(counts: Counter, n_others: int, output: pathlib.Path, decides: bool) -> int:
     """Prints the number of images per outcome; returns the exit status."""
-    unreadable = counts["unreadable"]
-    scored = counts.total() - unreadable
-    anomalous = counts["anomalous"] + counts["anomalous, unwritten"]
-    found = f"{anomalous} of {scored} images are anomalous"
+    scored = counts["anomalous"] + counts["normal"]
+    summary = f"{counts['anomalous']} of {scored} images are anomalous"
     if not decides:
-        found = f"{scored} images were scored without a decision (no threshold)"
-    skipped = f", {n_others} other files" if n_others else ""
+        summary = f"{scored} images were scored without a decision (no threshold)"
+    others = f", {n_others} other files" if n_others else ""
     with contextlib.suppress(BrokenPipeError):  # a closed pipe must not change the status
-        print(f"{found}, {unreadable} unreadable{skipped}: {output}", flush=True)
-    if unreadable or counts["anomalous, unwritten"] or counts["normal, unwritten"]:
+        print(f"{summary}, {counts['unreadable']} unreadable{others}: {output}", flush=True)
+    if counts["unreadable"] or counts["unwritten"]:
         return 3
-    return int(anomalous > 0) if decides else 4
+    return int(counts["anomalous"] > 0) if decides else 4
 
 
 @contextlib.contextmanager
@@ -208,33 +201,37 @@ def _writer(
 ) -> Iterator[Callable[[Line], None]]:
     """Starts the output files with the kept lines; yields a function that appends a line."""
     write_json(output / _SETTINGS, settings)
-    # Replaced, so that earlier files exist until the new ones contain the kept lines.
-    with replacing(output / _JSONL, "w", **_TEXT) as lines:
-        for line in kept:
-            _write_json_line(lines, line)
-    with replacing(output / _CSV, "w", **_TEXT) as table:
-        csv.DictWriter(table, _FIELDS).writeheader()
-        for line in kept:
-            _write_row(table, line)
-    with (output / _JSONL).open("a", **_TEXT) as lines, (output / _CSV).open("a", **_TEXT) as table:
+    heads = {_CSV: _csv_row([field.name for field in dataclasses.fields(Line)]), _JSONL: ""}
+    texts = {_CSV: _csv_line, _JSONL: _json_line}
+    for name, text in texts.items():
+        # The file of an earlier call exists until the new one contains the kept lines.
+        with replacing(output / name, "w", **_TEXT) as file:
+            file.write(heads[name] + "".join(map(text, kept)))
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context((output / name).open("a", **_TEXT)) for name in texts]
 
         def write(line: Line) -> None:
-            _write_row(table, line)
-            _write_json_line(lines, line)
-            table.flush()
-            lines.flush()
+            for file, text in zip(opened, texts.values(), strict=True):
+                file.write(text(line))
+                file.flush()
 
         yield write
 
 
-def _write_json_line(file: IO[str], line: Line) -> None:
-    file.write(json.dumps(dataclasses.asdict(line)) + "\n")
+def _json_line(line: Line) -> str:
+    return json.dumps(dataclasses.asdict(line)) + "\n"
 
 
-def _write_row(file: IO[str], line: Line) -> None:
+def _csv_line(line: Line) -> str:
     words = {True: "true", False: "false", None: None}
     plain = dataclasses.asdict(line) | {"is_anomalous": words[line.is_anomalous]}
-    csv.DictWriter(file, _FIELDS).writerow(plain)
+    return _csv_row(plain.values())
+
+
+def _csv_row(cells: Iterable) -> str:
+    file = io.StringIO(newline="")
+    csv.writer(file).writerow(cells)
+    return file.getvalue()
 
 
 def _lines_to_keep(output: pathlib.Path, settings: dict, names: dict[str, str]) -> list[Line]:
@@ -244,7 +241,8 @@ def _lines_to_keep(output: pathlib.Path, settings: dict, names: dict[str, str]) 
     """
     if not (output / _SETTINGS).exists() or read_json(output / _SETTINGS) != settings:
         return []
-    lines = [Line(**plain) for plain in read_lines(output / _JSONL) if [*plain] == _FIELDS]
+    fields = [field.name for field in dataclasses.fields(Line)]
+    lines = [Line(**plain) for plain in read_lines(output / _JSONL) if [*plain] == fields]
     return [
         line
         for line in {line.path: line for line in lines}.values()
@@ -339,8 +337,8 @@ def find_images(pattern: str) -> Found:
                 (images if formats.is_image(path) else others).append(path)
     if not images:
         raise InputError(
-            f"--input={pattern} is not a file, and not a directory or pattern with images. Pass one "
-            "of these, a pattern in quotes."
+            f"--input={pattern} is not a file, and not a directory or pattern with images. Pass "
+            "one of these, a pattern in quotes."
         )
     root = whole if whole.is_dir() else os.path.commonpath([path.parent for path in images])
     names = {str(path): path.relative_to(root).as_posix() for path in images}
@@ -378,28 +376,6 @@ def _line(
         bytes=file[0],
         modified_ns=file[1],
     )
-
-
-def _write_maps(
-    output: pathlib.Path,
-    name: str,
-    detector: Detector,
-    prediction: Prediction,
-    line: Line,
-    options: dict,
-) -> None:
-    """Writes the heat map and the map of an image, and their paths, or the error, to its line."""
-    try:
-        if options["heatmaps"]:
-            file = f"heatmaps/{name}.png"
-            save_picture(output / file, draw_prediction(detector, prediction, name))
-            line.heatmap = file
-        if options["raw"]:
-            _write_raw(output, options["raw"], name, prediction.anomaly_map, line)
-    except (OSError, InputError) as error:
-        if isinstance(error, OSError) and error.errno not in OF_THE_NAME:
-            raise
-        line.error = f"{prediction.name}: its heat map or map cannot be written: {error}"
 
 
 def _write_raw(

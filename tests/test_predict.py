@@ -1,4 +1,4 @@
-"""The command line on files: lines, pictures, raw maps, exit codes, and what cannot be read."""
+"""Prediction of files: lines, heat maps, anomaly maps, exit statuses and unreadable files."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ def photograph(seed):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder of seconds."""
+    """A run directory with a small detector."""
     c = default()
     c.backbone, c.image_size = "pixels", (16,)
     c.flow.steps, c.flow.hidden_ratio = 1, 2.0
@@ -40,7 +40,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two normal images, one of them in a folder, an anomalous one, and what is no image."""
+    """Two normal images, one in a sub-directory, an anomalous one, and a text file."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     Image.fromarray(photograph(100)).save(folder / "a.png")
@@ -48,7 +48,7 @@ def photos(tmp_path):
     bad = photograph(102)
     bad[6:14, 10:20] = (250, 20, 20)
     Image.fromarray(bad).save(folder / "bad.jpg", quality=95)
-    (folder / "notes.txt").write_text("no image")
+    (folder / "notes.txt").write_text("not an image")
     return folder
 
 
@@ -60,7 +60,7 @@ def lines_of(output):
     return {pathlib.Path(line["path"]).name: line for line in lines}, rows
 
 
-def test_a_folder_gives_a_line_and_a_picture_an_image(run, photos, tmp_path):
+def test_a_directory_gives_a_line_and_a_heat_map_per_image(run, photos, tmp_path):
     output = tmp_path / "out"
     assert predict(run, str(photos), output) == 1
     lines, rows = lines_of(output)
@@ -76,20 +76,20 @@ def test_a_folder_gives_a_line_and_a_picture_an_image(run, photos, tmp_path):
     assert pictures == [f"heatmaps/{n}.png" for n in ("a.png", "bad.jpg", "more/a.png")]
     assert bad["heatmap"] == "heatmaps/bad.jpg.png"
     with Image.open(output / bad["heatmap"]) as picture:
-        assert picture.width > 512  # the photograph and its heat
-    # Results among the images are not taken for images.
+        assert picture.width > 512  # two panels
+    # Heat maps next to the images are not scored.
     assert predict(run, str(photos), photos / "out", heatmaps=True) == 1
     assert predict(run, str(photos), photos / "out", heatmaps=True) == 1
     assert len(lines_of(photos / "out")[1]) == 3
 
 
-def test_results_may_lie_in_a_home(run, photos, tmp_path, monkeypatch):
+def test_the_output_directory_may_begin_with_a_tilde(run, photos, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     predict(run, str(photos), "~/out", heatmaps=False)
     assert (tmp_path / "out" / "predictions.csv").exists()
 
 
-def test_a_broken_image_is_told_and_the_rest_is_done(run, photos, tmp_path, capsys):
+def test_a_broken_image_is_reported_and_the_others_are_scored(run, photos, tmp_path, capsys):
     (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:100])
     assert predict(run, str(photos), tmp_path / "out", heatmaps=False) == 3
     lines, rows = lines_of(tmp_path / "out")
@@ -98,13 +98,13 @@ def test_a_broken_image_is_told_and_the_rest_is_done(run, photos, tmp_path, caps
     assert lines["broken.png"]["score"] is None
     assert lines["bad.jpg"]["is_anomalous"] is True
     assert not list((tmp_path / "out").rglob("*.png"))
-    said = capsys.readouterr()
-    assert "skipped" in said.err
-    assert "1 of 3 images are anomalous, 1 unreadable, 1 other files" in said.out
-    assert "not images, and not scored: notes.txt" in said.err
+    captured = capsys.readouterr()
+    assert "skipped" in captured.err
+    assert "1 of 3 images are anomalous, 1 unreadable, 1 other files" in captured.out
+    assert "not images, not scored: notes.txt" in captured.err
 
 
-def test_raw_maps_hold_the_map(run, photos, tmp_path):
+def test_raw_maps_equal_the_anomaly_map(run, photos, tmp_path):
     expected = Detector.load(run).predict(photos / "bad.jpg").anomaly_map
     output = tmp_path / "npy"
     predict(run, str(photos / "bad.jpg"), output, raw="npy", heatmaps=False)
@@ -119,7 +119,7 @@ def test_raw_maps_hold_the_map(run, photos, tmp_path):
     np.testing.assert_allclose(values, expected, atol=np.ptp(expected) / 65535)
 
 
-def test_another_rate_and_tiles(run, photos, tmp_path):
+def test_rate_and_tile_are_passed_to_the_detector(run, photos, tmp_path):
     predict(run, str(photos), tmp_path / "out", rate=0.5, tile=True, heatmaps=False)
     lines, _ = lines_of(tmp_path / "out")
     held_out = np.sort(Detector.load(run).held_out.scores)
@@ -128,7 +128,7 @@ def test_another_rate_and_tiles(run, photos, tmp_path):
     assert lines["bad.jpg"]["score"] != pytest.approx(whole)
 
 
-def test_brackets_in_a_folder_of_a_pattern_are_no_pattern(tmp_path, monkeypatch):
+def test_brackets_in_an_existing_directory_are_taken_literally(tmp_path, monkeypatch):
     folder = tmp_path / "part [2]"
     folder.mkdir()
     for name in ("a.png", "b.png", "c.png"):
@@ -139,7 +139,7 @@ def test_brackets_in_a_folder_of_a_pattern_are_no_pattern(tmp_path, monkeypatch)
         assert list(found.values()) == ["a.png", "b.png", "c.png"]
 
 
-def test_files_folders_and_patterns_are_found(photos, tmp_path):
+def test_files_directories_and_patterns_are_found(photos, tmp_path):
     every = {str(photos / n): n for n in ("a.png", "bad.jpg", "more/a.png")}
     assert find_images(str(photos)).names == every
     assert find_images(str(photos / "a.png")).names == {str(photos / "a.png"): "a.png"}
@@ -149,11 +149,13 @@ def test_files_folders_and_patterns_are_found(photos, tmp_path):
     assert list(find_images(str(photos / "m*")).names.values()) == ["a.png"]
     (tmp_path / "empty").mkdir()
     for pattern in ("nosuch.png", photos / "*.tif", photos / "*.txt", tmp_path / "empty"):
-        with pytest.raises(InputError, match="no file, and no directory or pattern with images"):
+        with pytest.raises(
+            InputError, match="not a file, and not a directory or pattern with images"
+        ):
             find_images(str(pattern))
 
 
-def test_links_are_followed_to_their_end(photos, tmp_path):
+def test_links_are_followed_once(photos, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     Image.fromarray(photograph(1)).save(elsewhere / "b.png")
@@ -163,7 +165,7 @@ def test_links_are_followed_to_their_end(photos, tmp_path):
     assert sorted(found) == ["a.png", "bad.jpg", "line/b.png", "more/a.png"]
 
 
-def test_a_name_that_is_no_text_is_written_as_it_is(run, photos, tmp_path):
+def test_a_name_that_is_not_utf8_is_written_unchanged(run, photos, tmp_path):
     name = os.fsdecode(b"schraube_\xe4.png")
     (photos / "a.png").rename(photos / name)
     assert predict(run, str(photos), tmp_path / "out") == 1
@@ -171,7 +173,7 @@ def test_a_name_that_is_no_text_is_written_as_it_is(run, photos, tmp_path):
     assert (tmp_path / "out" / "heatmaps" / f"{name}.png").is_file()
 
 
-def test_a_picture_that_cannot_be_written_stops_nothing(run, photos, tmp_path, capsys):
+def test_a_heat_map_that_cannot_be_written_gives_status_3(run, photos, tmp_path, capsys):
     (photos / "a.png").rename(photos / f"{'x' * 250}.png")
     (photos / "bad.jpg.png").mkdir()
     Image.fromarray(photograph(3)).save(photos / "bad.jpg.png" / "c.png")
@@ -186,9 +188,7 @@ def test_a_picture_that_cannot_be_written_stops_nothing(run, photos, tmp_path, c
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_an_image_that_vanishes_after_it_was_scored_stops_nothing(
-    run, photos, tmp_path, monkeypatch
-):
+def test_an_image_deleted_after_scoring_gives_status_3(run, photos, tmp_path, monkeypatch):
     def gone(path):
         raise InputError(f"{path} cannot be read: No such file or directory.")
 
@@ -199,24 +199,22 @@ def test_an_image_that_vanishes_after_it_was_scored_stops_nothing(
     assert all("cannot be read" in line["error"] for line in lines.values())
 
 
-def test_pictures_beside_the_images_are_no_images(run, photos):
+def test_heat_maps_next_to_the_images_are_not_scored(run, photos):
     assert predict(run, str(photos), photos) == 1
     assert predict(run, str(photos), photos) == 1
     assert len(lines_of(photos)[1]) == 3
 
 
-def test_without_held_out_images_nothing_is_decided(run, photos, tmp_path, capsys):
+def test_without_held_out_images_there_is_no_decision(run, photos, tmp_path, capsys):
     c = Detector.load(run).config.copy_and_resolve_references()
     c.data.holdout = 0.0
     Detector.fit([photograph(i) for i in range(4)], config=c, workdir=tmp_path / "run")
     assert predict(tmp_path / "run", str(photos), tmp_path / "out", heatmaps=False) == 4
-    assert "none of 3 images is called anomalous" in capsys.readouterr().out
+    assert "3 images were scored without a decision" in capsys.readouterr().out
     assert {row["is_anomalous"] for row in lines_of(tmp_path / "out")[1]} == {""}
 
 
-def test_a_failure_does_not_pass_for_a_decision(
-    run, photos, tmp_path, started, capsys, monkeypatch
-):
+def test_an_unexpected_error_gives_status_2(run, photos, tmp_path, started, capsys, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("no such thing")
 
@@ -227,7 +225,7 @@ def test_a_failure_does_not_pass_for_a_decision(
     assert "no such thing" in capsys.readouterr().err
 
 
-def test_the_exit_status_says_what_was_found(run, photos, tmp_path, environment):
+def test_the_exit_status_of_the_command(run, photos, tmp_path, environment):
     def call(pictures):
         arguments = [f"--workdir={run}", f"--output={tmp_path}/out", "--noheatmaps"]
         return subprocess.run(
@@ -244,7 +242,7 @@ def test_the_exit_status_says_what_was_found(run, photos, tmp_path, environment)
 
     process = call(photos / "more")
     assert process.returncode == 0, process.stderr
-    (photos / "broken.png").write_bytes(b"no image")
+    (photos / "broken.png").write_bytes(b"not an image")
     process = call(photos)
     assert process.returncode == 3
     assert "broken.png" in process.stderr
@@ -259,15 +257,15 @@ def test_the_exit_status_says_what_was_found(run, photos, tmp_path, environment)
     ],
 )
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
-def test_bad_flags_end_in_one_message(arguments, message, started, capsys, monkeypatch):
+def test_invalid_flags_give_one_message(arguments, message, started, capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     assert started(["--mode=predict", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 
 
-def test_what_cannot_be_done_is_said(run, photos, tmp_path):
-    with pytest.raises(InputError, match=r"nosuch/\*\.png is no file, and no directory"):
+def test_invalid_arguments_raise_an_error(run, photos, tmp_path):
+    with pytest.raises(InputError, match=r"nosuch/\*\.png is not a file, and not a directory"):
         predict(run, "nosuch/*.png", tmp_path / "out")
     with pytest.raises(InputError, match="nosuch is no folder"):
         predict(tmp_path / "nosuch", str(photos), tmp_path / "out")
@@ -278,10 +276,10 @@ def test_what_cannot_be_done_is_said(run, photos, tmp_path):
 
 
 @pytest.fixture
-def judged(run, tmp_path, capsys):
-    """Scores a directory; returns the exit status, the lines by relative path, and what it said."""
+def score_directory(run, tmp_path, capsys):
+    """Scores a directory; returns exit status, lines by relative path, and captured output."""
 
-    def judge(directory, **options):
+    def score(directory, **options):
         status = predict(run, str(directory), tmp_path / "out", **{"heatmaps": False} | options)
         lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
         by_name = {
@@ -289,25 +287,25 @@ def judged(run, tmp_path, capsys):
         }
         return status, by_name, capsys.readouterr()
 
-    return judge
+    return score
 
 
-def test_no_image_is_skipped_without_being_named(photos, judged):
+def test_every_skipped_file_is_named(photos, score_directory):
     bad = (photos / "bad.jpg").read_bytes()
     (photos / "bad.jpg").unlink()
     for name in ("frame_3", "b.jpg_large", "c.img"):
         (photos / name).write_bytes(bad)
     (photos / "notes").write_text("a part of another lot")
     (photos / "list.csv").write_text("a,b")
-    status, lines, said = judged(photos)
+    status, lines, captured = score_directory(photos)
     assert status == 1
     assert sorted(lines) == ["a.png", "b.jpg_large", "c.img", "frame_3", "more/a.png"]
-    assert "3 of 5 images are anomalous, 0 unreadable, 3 other files" in said.out
-    assert "not images, and not scored: list.csv, notes, notes.txt" in said.err
+    assert "3 of 5 images are anomalous, 0 unreadable, 3 other files" in captured.out
+    assert "not images, not scored: list.csv, notes, notes.txt" in captured.err
     (photos / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     (photos / "DSC_2.NEF").write_bytes(b"II*\0 of a camera")
     (photos / "link.png").symlink_to("/not/mounted.png")
-    status, lines, said = judged(photos)
+    status, lines, captured = score_directory(photos)
     assert status == 3
     for name, remedy in (
         ("IMG_1.HEIC", "HEI[CF]|broken"),
@@ -315,10 +313,10 @@ def test_no_image_is_skipped_without_being_named(photos, judged):
         ("link.png", "link to a missing file"),
     ):
         assert re.search(remedy, lines[name]["error"])
-        assert name in said.err
+        assert name in captured.err
 
 
-def test_every_image_of_a_directory_is_judged_from_python(run, photos, caplog):
+def test_all_images_of_a_directory_are_scored_from_python(run, photos, caplog):
     caplog.set_level("INFO", logger="fastflow_jax")
     detector = Detector.load(run)
     (photos / "frame_3").write_bytes((photos / "bad.jpg").read_bytes())
@@ -329,7 +327,7 @@ def test_every_image_of_a_directory_is_judged_from_python(run, photos, caplog):
         detector.predict(photos)
 
 
-def test_service_directories_and_results_are_no_images(run, photos, judged):
+def test_service_directories_and_results_are_not_scored(run, photos, score_directory):
     for name in ("@eaDir/a.png", "#recycle", "$RECYCLE.BIN", "lost+found", "__MACOSX", "@EADIR"):
         (photos / name).mkdir(parents=True)
         Image.fromarray(photograph(1)).save(photos / name / "thumbnail.jpg")
@@ -341,33 +339,33 @@ def test_service_directories_and_results_are_no_images(run, photos, judged):
     Image.fromarray(photograph(1)).save(photos / "a_run/heatmaps/a.png")
     (photos / "heatmaps").mkdir()
     Image.fromarray(photograph(1)).save(photos / "heatmaps/mine.png")
-    _, lines, _ = judged(photos)
+    _, lines, _ = score_directory(photos)
     assert sorted(lines) == ["a.png", "bad.jpg", "heatmaps/mine.png", "more/a.png"]
     assert sorted(find_images(str(photos / "**")).names.values()) == sorted(lines)
-    _, lines, _ = judged(photos / "earlier/heatmaps")
+    _, lines, _ = score_directory(photos / "earlier/heatmaps")
     assert list(lines) == ["a.png.png"]
 
 
-def test_every_page_has_a_line_and_a_heat_map(photos, judged, tmp_path):
+def test_every_page_has_a_line_and_a_heat_map(photos, score_directory, tmp_path):
     good, bad = (Image.open(photos / name).convert("RGB") for name in ("a.png", "bad.jpg"))
     for name in ("a.png", "bad.jpg", "more/a.png"):
         (photos / name).unlink()
     good.save(photos / "stack.tif", save_all=True, append_images=[bad, good])
-    status, lines, said = judged(photos, heatmaps=True)
+    status, lines, captured = score_directory(photos, heatmaps=True)
     assert status == 1
     assert [(name, line["is_anomalous"]) for name, line in lines.items()] == [
         ("stack.tif#1", False),
         ("stack.tif#2", True),
         ("stack.tif#3", False),
     ]
-    assert "1 of 3 images are anomalous" in said.out
+    assert "1 of 3 images are anomalous" in captured.out
     assert lines["stack.tif#2"]["heatmap"] == "heatmaps/stack.tif#2.png"
-    # The bright square of the second page is in its picture, and in no other.
+    # The bright square of the second page is in its heat map alone.
     pictures = [Image.open(tmp_path / "out" / line["heatmap"]) for line in lines.values()]
     left = [np.asarray(picture.convert("RGB"), int)[:, :256] for picture in pictures]
     reds = [int((image[..., 0] - image[..., 1]).max()) for image in left]
     assert reds[1] > 150 > max(reds[0], reds[2])
-    again, lines, _ = judged(photos, heatmaps=True)
+    again, lines, _ = score_directory(photos, heatmaps=True)
     assert (again, len(lines)) == (1, 3)
 
 
@@ -390,20 +388,20 @@ def test_an_interrupted_prediction_continues(run, photos, tmp_path, monkeypatch)
     before, _ = lines_of(tmp_path / "out")
     (photos / "00.png").write_bytes((photos / "01.png").read_bytes())
     assert predict(*arguments, heatmaps=False) == 1
-    assert [len(names) for names in read] == [43, 24]  # 20 of before, less the one written to
+    assert [len(names) for names in read] == [43, 24]  # 20 kept, less the changed one
     lines, rows = lines_of(tmp_path / "out")
     assert len(rows) == 43
     kept = [name for name in before if name != "00.png"]
     assert all(lines[name] == before[name] for name in kept)
     assert lines["00.png"]["score"] != before["00.png"]["score"]
-    # Finished, it only reports; other options begin anew.
+    # A finished call only reports; other options start again.
     assert predict(*arguments, heatmaps=False) == 1
     assert read[2] == []
     assert predict(*arguments, heatmaps=False, rate=0.5) == 1
     assert len(read[3]) == 43
 
 
-def test_another_format_than_in_training_is_reported_once(tmp_path, caplog):
+def test_a_format_that_differs_from_training_is_reported_once(tmp_path, caplog):
     c = default()
     c.backbone, c.image_size, c.data.holdout, c.batch_size = "pixels", (16,), 0.5, 8
     c.flow.steps, c.flow.hidden_ratio, c.train.epochs = 1, 2.0, 1
@@ -420,7 +418,7 @@ def test_another_format_than_in_training_is_reported_once(tmp_path, caplog):
     assert re.search(r"0\.jpg differs .*: it is JPEG of quality 75, they are PNG\.", message)
 
 
-def test_an_image_that_changes_while_it_is_scored_is_no_judged_image(run, photos, judged):
+def test_an_image_that_changes_while_it_is_scored_gives_an_error(run, photos, score_directory):
     stream = Detector.stream
 
     def changing(self, names, **options):
@@ -431,8 +429,8 @@ def test_an_image_that_changes_while_it_is_scored_is_no_judged_image(run, photos
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Detector, "stream", changing)
-        status, lines, said = judged(photos)
+        status, lines, captured = score_directory(photos)
     assert status == 3
     assert "the file changed while it was scored" in lines["bad.jpg"]["error"]
-    assert "changed" in said.err
-    assert judged(photos)[0] == 0  # scored anew
+    assert "changed" in captured.err
+    assert score_directory(photos)[0] == 0  # scored again

@@ -1,7 +1,7 @@
 """Scores of the test images of a detector, and their metrics."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -38,23 +38,17 @@ def score_split(score: Score, batches: Iterable[Batch], n: int, *, progress: str
       n: number of images, for the progress bar.
       progress: label of the progress bar.
     """
-    scores, maps, labels, masks, valids = [], [], [], [], []
+    parts = []
     with tqdm(total=n, desc=progress, unit="img", leave=False, dynamic_ncols=True) as bar:
         for batch in batches:
             padding = () if batch.valid is None else (batch.valid,)
-            image_scores, anomaly_maps = score(batch.image, *padding)
-            scores.append(image_scores)
-            labels.append(batch.label)
-            masks.append(batch.mask)
-            valids.append(batch.valid)
-            maps.append(None if batch.mask is None else anomaly_maps)
+            scores, maps = score(batch.image, *padding)
+            maps = None if batch.mask is None else maps
+            parts.append((scores, batch.label, maps, batch.mask, batch.valid))
             bar.update(len(batch.label))
-
-    def joined(parts: list) -> np.ndarray | None:
-        return None if parts[0] is None else np.concatenate(parts)
-
-    images = np.concatenate(scores), np.concatenate(labels)
-    return Scored(*images, joined(maps), joined(masks), joined(valids))
+    fields = zip(*parts, strict=True)
+    joined: list[Any] = [None if f[0] is None else np.concatenate(f) for f in fields]
+    return Scored(*joined)
 
 
 def measure(scored: Scored) -> dict[str, float | None]:

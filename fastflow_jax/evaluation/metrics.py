@@ -12,7 +12,8 @@ defective samples. A defective sample with score s contributes
 Sorting each class once and a binary search per defective sample give all counts. Thresholds are
 not binned, and ties are exact. Beside sorted copies, memory is needed for one block of samples.
 
-Higher scores are more anomalous. NaN raises an error; infinities are allowed.
+Higher scores are more anomalous; infinities are allowed. All functions raise InputError for NaN,
+labels or masks other than 0 and 1, and shapes that differ.
 """
 
 from collections.abc import Iterator
@@ -25,21 +26,18 @@ from scipy import ndimage
 from fastflow_jax.errors import InputError
 
 _BLOCK = 1 << 20  # defective samples per block
+_POINTS = 200  # of pixel curves, for each class of pixels
 
 
 def image_auroc(scores: ArrayLike, labels: ArrayLike) -> float | None:
     """Area under the ROC curve of image scores.
 
+    It is the probability that a defective image has a higher score than a normal one, where equal
+    scores count half.
+
     Args:
-      scores: [B], higher is more anomalous.
-      labels: [B], 1 or True for defective images.
-
-    Returns:
-      The probability that a defective image has a higher score than a normal one, where equal
-      scores count half; None if there is only one class.
-
-    Raises:
-      InputError: NaN, labels other than 0 and 1, or different shapes.
+      scores: [B].
+      labels: [B], 1 or True for defective images. Labels of one class give None.
     """
     return _auroc(*_split(scores, labels))
 
@@ -49,13 +47,7 @@ def pixel_auroc(maps: ArrayLike, masks: ArrayLike | None) -> float | None:
 
     Args:
       maps: anomaly maps [B, H, W].
-      masks: [B, H, W], True in defects, or None if there are no masks.
-
-    Returns:
-      The area; None without masks or with only one class of pixels.
-
-    Raises:
-      InputError: as `image_auroc`.
+      masks: [B, H, W], True in defects. None, or masks of one class, give None.
     """
     return None if masks is None else _auroc(*_split(maps, masks))
 
@@ -67,30 +59,21 @@ def average_precision(scores: ArrayLike, labels: ArrayLike | None) -> float | No
 
     Args:
       scores: image scores [B] or anomaly maps [B, H, W].
-      labels: same shape, 1 or True for defective, or None if there are no masks.
-
-    Returns:
-      The average precision; None without labels or with only one class.
-
-    Raises:
-      InputError: as `image_auroc`.
+      labels: same shape, 1 or True for defective. None, or labels of one class, give None.
     """
     if labels is None:
         return None
     positives, negatives = _split(scores, labels)
     if not len(positives) or not len(negatives):
         return None
-    total = sum(
-        (true / (true + false)).sum() for _, true, false, _ in _counts(positives, negatives)
-    )
-    return float(total / len(positives))
+    counts = _counts(positives, negatives)
+    return float(sum((tp / (tp + fp)).sum() for _, tp, fp, _ in counts) / len(positives))
 
 
 def auroc_standard_error(auroc: float, n_good: int, n_defective: int) -> float:
     """Standard error of an AUROC (Hanley & McNeil, Radiology 143, 1982).
 
-    To give a perfect AUROC an error above 0, values above 1 - 0.5 / (samples of the smaller class)
-    are replaced by it.
+    The AUROC is limited to 1 - 0.5 / (samples of the smaller class), so the error is above 0.
 
     Args:
       auroc: from 0 to 1.
@@ -118,9 +101,6 @@ def f1_max(scores: ArrayLike, labels: ArrayLike) -> tuple[float | None, float | 
       (F1, threshold). With only one class, F1 is None, because all scores reach the same value; the
       threshold is the lowest score of defective samples or the highest score of normal samples.
       Without samples, (None, None).
-
-    Raises:
-      InputError: as `image_auroc`.
     """
     positives, negatives = _split(scores, labels)
     if not len(positives):
@@ -155,15 +135,12 @@ def aupro(
     Args:
       maps: anomaly maps [B, H, W].
       masks: [B, H, W], True in defects, or None if there are no masks.
-      fpr_limit: above 0 and at most 1.
+      fpr_limit: above 0 and at most 1, else InputError is raised.
       valid: bool [B, H, W], False in padded pixels, none of which is defective, or None if there
         is no padding.
 
     Returns:
       The normalised area, at most 1; None without masks or with only one class of pixels.
-
-    Raises:
-      InputError: as `image_auroc`, or `fpr_limit` is out of range.
     """
     if not 0 < fpr_limit <= 1:
         raise InputError(f"fpr_limit is {fpr_limit}. It must be above 0 and at most 1.")
@@ -207,7 +184,6 @@ def pixel_curves(
     masks: ArrayLike | None,
     *,
     valid: np.ndarray | None = None,
-    points: int = 200,
 ) -> PixelCurves | None:
     """Points of the curves behind `pixel_auroc` and `aupro`, for plots.
 
@@ -218,13 +194,9 @@ def pixel_curves(
       maps: anomaly maps [B, H, W].
       masks: [B, H, W], True in defects, or None if there are no masks.
       valid: bool [B, H, W], False in padded pixels, or None if there is no padding.
-      points: half the maximum number of thresholds.
 
     Returns:
       The curves; None without masks or with only one class of pixels.
-
-    Raises:
-      InputError: as `image_auroc`.
     """
     if masks is None:
         return None
@@ -232,7 +204,7 @@ def pixel_curves(
     counted = np.broadcast_to(True, maps.shape) if valid is None else valid
     every = max(1, maps.size // _BLOCK)  # a sample of pixels is enough to choose thresholds
     some = maps.reshape(-1)[::every][counted.reshape(-1)[::every]]
-    ranks = 1 - np.linspace(0, 1, points) ** 3
+    ranks = 1 - np.linspace(0, 1, _POINTS) ** 3
     defective = maps[masks]
     if not len(defective) or not len(some) or counted.sum() == len(defective):
         return None
@@ -311,9 +283,8 @@ def _counts(
 def _auroc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
     if not len(positives) or not len(negatives):
         return None
-    not_below = sum(
-        int((false + above).sum()) for _, _, false, above in _counts(positives, negatives)
-    )
+    counts = _counts(positives, negatives)
+    not_below = sum(int((false + above).sum()) for _, _, false, above in counts)
     pairs = 2 * len(positives) * len(negatives)
     return (pairs - not_below) / pairs
 

@@ -53,10 +53,10 @@ def p_values(scores: ArrayLike, held_out: ArrayLike, groups: ArrayLike | None = 
       groups: [n], equal for images of the same part, or None if each shows another part.
     """
     order = np.argsort(held_out, kind="stable")
-    weights = _weights(groups, len(order))
+    weights, n = _weights(groups, len(order))
     above = np.append(np.cumsum(weights[order][::-1])[::-1], 0.0)  # weight from each rank on
     first = np.searchsorted(np.asarray(held_out)[order], np.asarray(scores), side="left")
-    return (1 + above[first]) / (_n_groups(weights) + 1)
+    return (1 + above[first]) / (n + 1)
 
 
 def image_threshold(
@@ -91,9 +91,9 @@ def image_threshold(
       InputError: no held-out scores, or a rate or confidence outside (0, 1).
     """
     scores = _checked(held_out, rate, confidence)
-    weights = _weights(groups, len(scores))
+    weights, n = _weights(groups, len(scores))
     order = np.argsort(scores, kind="stable")
-    scores, n = scores[order], _n_groups(weights)
+    scores = scores[order]
     # Rounded, because (n + 1)(1 - rate) may miss a whole number by a rounding error.
     weight = np.round((n + 1) * (1 - rate), 9)
     k = max(1, int(np.ceil(weight)))
@@ -127,16 +127,12 @@ def _margin(scores: np.ndarray, place: int) -> float:
     return min(_RELATIVE_MARGIN * size, gap / 2)
 
 
-def _weights(groups: ArrayLike | None, n: int) -> np.ndarray:
-    """Returns 1 / (images in its group) for each of n images, float64 [n]."""
+def _weights(groups: ArrayLike | None, n: int) -> tuple[np.ndarray, int]:
+    """Returns 1 / (images in its group) for each of n images, and the number of groups."""
     if groups is None:
-        return np.ones(n)
+        return np.ones(n), n
     _, group, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
-    return 1 / sizes[group]
-
-
-def _n_groups(weights: np.ndarray) -> int:
-    return round(weights.sum())
+    return 1 / sizes[group], len(sizes)
 
 
 def _units(groups: ArrayLike | None) -> str:
@@ -153,11 +149,6 @@ def tails(maps: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
     if valid is None:
         return np.quantile(maps.reshape(len(maps), -1), 1 - EXCEEDANCES, axis=1).T
     return np.array([np.quantile(m[v], 1 - EXCEEDANCES) for m, v in zip(maps, valid, strict=True)])
-
-
-def exceeded(held_out_tails: np.ndarray, value: float) -> np.ndarray:
-    """Returns the share of each map's pixels above `value`, [n], from its `tails`."""
-    return np.array([np.interp(value, t, EXCEEDANCES) for t in held_out_tails])
 
 
 def pixel_threshold(
@@ -188,12 +179,16 @@ def pixel_threshold(
     """
     held_out_tails = np.asarray(held_out_tails, np.float64)
     _checked(held_out_tails[:, 0] if held_out_tails.size else [], rate, confidence)
+
+    def shares_above(value: float) -> np.ndarray:  # of the pixels of each image or group
+        return _by_group([np.interp(value, t, EXCEEDANCES) for t in held_out_tails], groups)
+
     low, high = held_out_tails.min(), held_out_tails.max()
     for _ in range(60):
         middle = (low + high) / 2
-        above = _by_group(exceeded(held_out_tails, middle), groups).mean() > rate
-        low, high = (middle, high) if above else (low, middle)
-    shares = _by_group(exceeded(held_out_tails, high), groups)
+        is_above = shares_above(middle).mean() > rate
+        low, high = (middle, high) if is_above else (low, middle)
+    shares = shares_above(high)
     n = len(shares)
     interval, independent = _binomial_interval(shares, confidence)
     supported = independent * rate >= 1
@@ -207,12 +202,12 @@ def pixel_threshold(
     return Threshold(float(high), "pixel", rate, interval, confidence, n, supported)
 
 
-def _by_group(values: np.ndarray, groups: ArrayLike | None) -> np.ndarray:
+def _by_group(values: ArrayLike, groups: ArrayLike | None) -> np.ndarray:
     """Returns the mean value of each group."""
     if groups is None:
-        return values
-    _, group = np.unique(np.asarray(groups), return_inverse=True)
-    return np.bincount(group, values) / np.bincount(group)
+        return np.asarray(values)
+    _, group, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    return np.bincount(group, np.asarray(values)) / sizes
 
 
 def _binomial_interval(shares: np.ndarray, confidence: float) -> tuple[tuple[float, float], float]:

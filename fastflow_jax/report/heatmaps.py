@@ -31,6 +31,7 @@ _OUTLINE = (0, 255, 170)
 _PREDICTED, _NOTHING = (255, 196, 61), (28, 28, 33)  # in strips: predicted mask and its background
 _INK, _FAINT, _PAPER = (32, 32, 36), (112, 112, 120), (255, 255, 255)
 _SIDES = (256, 512)  # minimum and maximum of a panel's longer side in pixels
+_STRIP_SIDE = 160  # longer side of a panel of a strip in pixels
 _MARGIN, _GAP, _BAR = 12, 10, 14
 _TITLE, _CAPTION = 15, 13  # font sizes
 
@@ -88,7 +89,6 @@ def draw_strip(
     high: float,
     threshold: float,
     mask: np.ndarray | None = None,
-    side: int = 160,
 ) -> Image.Image:
     """Draws small panels without gaps: image, anomaly map, predicted mask and ground truth.
 
@@ -99,9 +99,8 @@ def draw_strip(
       high: as in `draw_heatmap`.
       threshold: pixels with a higher anomaly map are in the predicted mask.
       mask: bool [H', W'], the ground truth, or None for three panels.
-      side: longer side of a panel in pixels.
     """
-    scale = side / max(image.shape[:2])
+    scale = _STRIP_SIDE / max(image.shape[:2])
     height, width = (max(1, round(length * scale)) for length in image.shape[:2])
     shown = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
     panels = [

@@ -46,7 +46,7 @@ class Line:
 
     path: str
     score: float | None = None  # higher is more anomalous
-    p_value: float | None = None  # probability of such a score for a normal image
+    p_value: float | None = None  # probability of a score at least this high for a normal image
     is_anomalous: bool | None = None  # the score is above the threshold
     threshold: float | None = None
     log_likelihood: float | None = None  # of the features, in nats per dimension
@@ -155,7 +155,7 @@ def _score(
             write(Line(path, error=str(error)))
 
         for prediction in detector.stream(todo, tile=options["tile"], on_error=report):
-            path, name = found.path(prediction.name), found.relative(prediction.name)
+            path, name = found.locate(prediction.name)
             line = _line(detector, prediction, before[path])
             try:
                 if options["heatmaps"]:
@@ -305,14 +305,10 @@ class Found:
     names: dict[str, str]  # path -> path relative to the common directory, sorted
     others: list[pathlib.Path]  # files that are not images, see `data.formats.is_image`
 
-    def path(self, name: str) -> str:
-        """Returns the file of a prediction; predictions of pages are named `file#page`."""
-        return name if name in self.names else name.rpartition("#")[0]
-
-    def relative(self, name: str) -> str:
-        """Returns the name of a prediction relative to the common directory, with its page."""
-        path = self.path(name)
-        return self.names[path] + name.removeprefix(path)
+    def locate(self, name: str) -> tuple[str, str]:
+        """Returns the file of a prediction `file` or `file#page`, and its relative name."""
+        path = name if name in self.names else name.rpartition("#")[0]
+        return path, self.names[path] + name.removeprefix(path)
 
 
 def find_images(pattern: str) -> Found:

@@ -41,16 +41,13 @@ class HeldOut:
 
     def save(self, file: pathlib.Path) -> None:
         """Writes an .npz file for `load`."""
-        arrays = {"scores": self.scores, "tails": self.tails}
-        if self.groups is not None:
-            arrays["groups"] = self.groups
-        write_arrays(file, arrays)
+        fields = vars(self).items()
+        write_arrays(file, {name: array for name, array in fields if array is not None})
 
     @classmethod
     def load(cls, file: pathlib.Path) -> "HeldOut":
         """Reads a file of `save`; raises InputError if it is damaged."""
-        arrays = read_arrays(file)
-        return cls(arrays["scores"], arrays["tails"], arrays.get("groups"))
+        return cls(**read_arrays(file))
 
 
 def score_held_out(

@@ -46,8 +46,9 @@ class HeldOut:
 
     @classmethod
     def load(cls, file: pathlib.Path) -> "HeldOut":
-        """Reads a file of `save`; raises InputError if it is damaged."""
-        return cls(**read_arrays(file))
+        """Reads a file of `save`, also of older versions; raises InputError if it is damaged."""
+        arrays = read_arrays(file)
+        return cls(arrays["scores"], arrays["tails"], arrays.get("groups"))
 
 
 def score_held_out(

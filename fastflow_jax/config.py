@@ -14,7 +14,7 @@ from fastflow_jax.detectors.fastflow.model import NORMS
 from fastflow_jax.detectors.registry import KINDS as DETECTORS
 from fastflow_jax.detectors.registry import kind
 from fastflow_jax.errors import InputError
-from fastflow_jax.features.cache import HOMES
+from fastflow_jax.features.cache import CACHE_LOCATIONS
 from fastflow_jax.features.extract import DTYPES
 from fastflow_jax.files import expanded, to_plain
 from fastflow_jax.flows.chain import is_double
@@ -121,7 +121,9 @@ def default() -> ConfigDict:
     c.train.weight_decay = 0.0  # L2 inside the optimiser, as torch's Adam has it
     c.train.clip = 1.0  # bound of the gradient's global norm; 0: none
     c.train.seeds_at_once = placeholder(int)  # in one program; unset: all on GPU or TPU
-    c.train.cache = "auto"  # where features are kept, by their size: see `features.cache.HOMES`
+    c.train.cache = (
+        "auto"  # location of cached features, see `features.cache.CACHE_LOCATIONS`
+    )
 
     # From likelihood to map to score
     c.map = ConfigDict()
@@ -318,7 +320,7 @@ def _fill(config: ConfigDict) -> ConfigDict:
     _one_of("flow.dtype", c.flow.dtype, ("float32", "bfloat16"))
     _one_of("train.loss", c.train.loss, ("per_dimension", "sum"))
     _one_of("train.optimizer", c.train.optimizer, ("adam", "sgd"))
-    _one_of("train.cache", c.train.cache, HOMES)
+    _one_of("train.cache", c.train.cache, CACHE_LOCATIONS)
     _one_of("feature_dtype", c.feature_dtype, DTYPES)
     _one_of("train.schedule", c.train.schedule, ("cosine", "constant"))
     _one_of("map.form", c.map.form, ("log", "probability"))

@@ -1,13 +1,13 @@
-"""The one place that knows devices and processes.
+"""Devices, processes and available memory.
 
-Training and scoring are written as pure functions of a global batch. Here they are compiled for
-all devices, as `jax.pmap` over the batch ("pmap", the default) or as `jax.jit` over a mesh ("jit").
-The state is replicated and the batch is split. What the devices do not divide is padded: in
-training the rows of padding carry weight zero, in scoring they are cut off again.
+Training and scoring are pure functions of a global batch. This module compiles them for all
+devices, with `jax.pmap` over the batch ("pmap", the default) or `jax.jit` over a mesh ("jit"). The
+state is replicated and the batch is split. A batch size that the number of devices does not divide
+is padded: padding rows have weight zero in training and are dropped in scoring.
 
-Several processes, on one host or many, run the same program in step. Each holds the whole state and
-all cached features, reads and scores its share of the images, and trains on its columns of each
-batch; what they compute is exchanged bit for bit. The first one alone writes files and speaks.
+Several processes, on one or more hosts, run the same program in lockstep. Each has the whole state
+and all cached features, reads and scores its share of the images, and trains on its columns of each
+batch. Results are exchanged bit for bit. Only the first process writes files and prints.
 """
 
 import functools
@@ -30,67 +30,69 @@ from fastflow_jax.errors import InputError
 AXIS = "batch"
 KINDS = ("pmap", "jit")
 
-
-_process: int | None = None  # that uses JAX
+_process: int | None = None  # id of the process that uses JAX
 
 
 def check_not_forked() -> None:
-    """Raises InputError in a process that was forked from one in which a detector was used.
+    """Raises InputError in a process forked from one that has used a detector.
 
-    The threads of JAX do not live on in it, so that it would wait for them for ever.
+    A forked process has none of JAX's threads, and would wait for them forever.
     """
     global _process
     if _process not in (None, os.getpid()):
         raise InputError(
-            "This process was forked from one that had used JAX, which cannot work in it. Start "
-            "processes by multiprocessing's spawn or forkserver, or load the detector only in "
-            "the forked ones."
+            "This process was forked from one that had used JAX, so JAX cannot work in it. Start "
+            "processes with multiprocessing's spawn or forkserver, or load the detector only in "
+            "the forked processes."
         )
     _process = os.getpid()
 
 
 def total(tree: Any, axis_name: str | None) -> Any:
-    """Sum over the devices of a named axis; the tree itself where there is none."""
+    """Sum over the devices of a named axis; the tree itself if `axis_name` is None."""
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
 def start(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
-    """Join the processes that share a run, before JAX is asked for anything else.
+    """Joins the processes that share a run. Must be called before any other use of JAX.
+
+    On TPU pods, Slurm and MPI, JAX finds all three arguments itself if they are None.
 
     Args:
-      coordinator: host:port of process 0; None, as the other two, where the cluster tells (TPU
-        pods, Slurm, MPI).
-      processes: how many there are.
-      process: which of them this one is, from 0 on.
+      coordinator: HOST:PORT of process 0.
+      processes: number of processes.
+      process: index of this process, from 0.
 
     Raises:
-      InputError: something is missing that the cluster does not tell, or nobody can listen at the
-        coordinator's address.
+      InputError: an argument is missing that JAX cannot find, or process 0 cannot listen at the
+        coordinator's port.
     """
     if coordinator is not None:
         _check_address(coordinator, serves=process == 0)
-    # Its handler would take SIGTERM from a run that saves on it, see `loop.signals_set_a_flag`.
+    # The service's SIGTERM handler would replace that of the training loop, which saves the state.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             *(coordinator, processes, process),
-            heartbeat_timeout_seconds=30,  # so long the others wait for one that is dead
+            heartbeat_timeout_seconds=30,  # until a process without heartbeats counts as dead
             shutdown_timeout_seconds=60,
         )
     except ValueError as error:
         raise InputError(
-            f"cannot join the processes of this run ({error}): give each --coordinator=HOST:PORT, "
-            "--processes=N and its --process, from 0 on"
+            f"This process cannot join the others of the run ({error}). Pass each process "
+            "--coordinator=HOST:PORT, --processes=N and its index as --process, from 0."
         ) from error
 
 
 def _check_address(coordinator: str, serves: bool) -> None:
-    """JAX ends without a message where process 0 cannot listen at the address."""
+    """Raises InputError for an address at which JAX would end the process without a message."""
     _, _, port = coordinator.rpartition(":")
     if not re.fullmatch(r"\S+:\d{1,5}", coordinator) or not 0 < int(port) < 2**16:
-        raise InputError(f"--coordinator={coordinator} is not HOST:PORT, such as 10.0.0.1:1234")
+        raise InputError(
+            f"--coordinator={coordinator} is not HOST:PORT. Pass, for example, 10.0.0.1:1234."
+        )
     if not serves:
         return
     try:
@@ -99,27 +101,27 @@ def _check_address(coordinator: str, serves: bool) -> None:
     except OSError as error:
         raise InputError(
             f"--coordinator={coordinator}: process 0 cannot listen at that port "
-            f"({error.strerror}): give another one"
+            f"({error.strerror}). Pass another port."
         ) from error
 
 
 def on_cpu() -> bool:
-    """Whether programs run on the CPU, not on a GPU or TPU."""
+    """Whether the default backend is the CPU."""
     return jax.default_backend() == "cpu"
 
 
 def n_devices() -> int:
-    """The number of devices of all processes."""
+    """Number of devices of all processes."""
     return jax.device_count()
 
 
 def n_own_devices() -> int:
-    """The number of devices of this process."""
+    """Number of devices of this process."""
     return jax.local_device_count()
 
 
 def n_processes() -> int:
-    """The number of processes that share the run."""
+    """Number of processes that share the run."""
     return jax.process_count()
 
 
@@ -127,36 +129,69 @@ def device_description() -> str:
     """Number and kind of the devices, such as "1 x cpu".
 
     Raises:
-      Exception: of JAX or of a driver, if there is no device.
+      Exception: JAX or a driver found no device.
     """
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
-def free_memory() -> int:
-    """Free memory in bytes of the fullest device of this process; 0 if it is not known."""
+def available_device_memory() -> int:
+    """Available memory in bytes of the fullest device of this process; 0 if it is unknown."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     return min(s["bytes_limit"] - s["bytes_in_use"] if s else 0 for s in stats)
 
 
+def available_host_memory() -> int:
+    """Available host memory in bytes, as reported by the OS or the limit of a container."""
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        available = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # macOS reports the total only
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    limits = [m for m in map(_container_memory, _CGROUPS) if m is not None]
+    return min(available, *limits)
+
+
+_CGROUP_ROOT = pathlib.Path("/sys/fs/cgroup")
+# For cgroup versions 2 and 1: the file of the limit, the file of the statistics, and the statistic
+# of memory that cannot be reclaimed.
+_CGROUPS = (
+    ("memory.max", "memory.stat", "anon"),
+    ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss"),
+)
+
+
+def _container_memory(cgroup: tuple[str, str, str]) -> int | None:
+    """Bytes that are left below the limit of a container; None without a limit."""
+    limit_file, statistics_file, name = cgroup
+    try:
+        limit = int((_CGROUP_ROOT / limit_file).read_text())
+        statistics = (_CGROUP_ROOT / statistics_file).read_text()
+    except (OSError, ValueError):
+        return None
+    used = re.search(rf"^{name} (\d+)$", statistics, re.M)
+    return max(0, limit - int(used[1])) if used else None
+
+
 def on_default_device(tree: Any) -> Any:
-    """The arrays of a tree, on the default device of this process."""
+    """The arrays of a tree on the default device of this process."""
     return jax.device_put(tree)
 
 
 def is_main() -> bool:
-    """Of several processes the first one writes and speaks."""
+    """Whether this is the first process, the only one that writes files and prints."""
     return jax.process_index() == 0
 
 
 def is_lost(error: BaseException | None) -> bool:
-    """Whether this error, of several processes, may mean that one of the others has ended."""
+    """Whether an error may mean that another process of the run has ended."""
     return isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
 
 
 def on_main(function: Callable[[], Any]) -> Any:
-    """What `function` returns in the first process, the only one that calls it, for all of them.
+    """Calls a function in the first process and returns its result in all processes.
 
-    It is a plain value, as JSON has them. All wait for it, and an InputError is raised in all.
+    Args:
+      function: returns a value that JSON can represent. An InputError is raised in all processes.
     """
     if jax.process_count() == 1:
         return function()
@@ -168,7 +203,7 @@ def on_main(function: Callable[[], Any]) -> Any:
         except InputError as raised:
             error = raised
             message = json.dumps({"error": str(raised)}).encode()
-    size = int(_from_main(np.int32(len(message))))
+    size = int(_from_main(np.array(len(message), np.int32)))
     buffer = np.zeros(size, np.uint8)
     buffer[: len(message)] = np.frombuffer(message, np.uint8)
     answer = json.loads(_from_main(buffer).tobytes())
@@ -178,17 +213,17 @@ def on_main(function: Callable[[], Any]) -> Any:
 
 
 def any_process(flag: int | bool) -> int:
-    """The largest flag that a process has, 0 or more: the same in all of them."""
+    """Maximum of `flag`, 0 or more, over all processes."""
     if jax.process_count() == 1:
         return flag
     return int(multihost_utils.process_allgather(np.int32(flag)).max())
 
 
 def own_folder(folder: pathlib.Path) -> pathlib.Path:
-    """Where this process keeps what is only its own: the folder itself if it is alone.
+    """Directory for files that this process does not share: `folder` itself for a single process.
 
-    Of several, each has an empty one inside: what an interrupted run left to one of them, the
-    others may lack.
+    Each of several processes gets an empty sub-directory, as files left by an interrupted run may
+    exist for some processes only.
     """
     if jax.process_count() == 1:
         return folder
@@ -198,7 +233,7 @@ def own_folder(folder: pathlib.Path) -> pathlib.Path:
 
 
 def columns(batches: np.ndarray) -> np.ndarray:
-    """The columns of global batches [steps, B] that this process trains on."""
+    """Columns of the global batches [steps, B] that this process trains on."""
     local = batches.shape[1] // jax.process_count()
     return batches[:, jax.process_index() * local :][:, :local]
 
@@ -206,16 +241,16 @@ def columns(batches: np.ndarray) -> np.ndarray:
 def shared_out(
     read: Callable[[np.ndarray, int], Iterable], rows: np.ndarray, size: int
 ) -> Iterator[Any]:
-    """What `read(rows, size)` yields, of which each process reads its share only.
+    """Yields the batches of `read(rows, size)`, of which each process reads only its share.
 
     Args:
-      read: rows [M] and a batch size -> for each batch, of which the last may be short, a tree of
-        arrays with a row an image.
-      rows: of all processes.
-      size: of their batches.
+      read: function of rows [M] and a batch size. Yields a tree of arrays [b, ...] for each batch,
+        with one row per image; the last batch may be shorter.
+      rows: int [N], rows of all processes.
+      size: batch size of all processes together.
     """
     if jax.process_count() == 1:
-        return read(rows, size)
+        return iter(read(rows, size))
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     mine = np.concatenate([rows[:0], *(batch[_share(len(batch))] for batch in batches)])
     parts = read(mine, len(_share(size)))
@@ -223,17 +258,17 @@ def shared_out(
 
 
 def _share(n: int) -> np.ndarray:
-    """Which of n rows this process has: each as many, with the last row again to make up for it."""
+    """Rows, of n, that this process has. All have equally many: the last row may be repeated."""
     size = -(-n // jax.process_count())
     return np.minimum(jax.process_index() * size + np.arange(size), n - 1)
 
 
 def _exchange(tree: Any, n: int) -> Any:
-    """Arrays of all n rows, from those of the `_share` of each process."""
+    """Arrays [n, ...], joined from the `_share` of each process."""
 
     def whole(leaf):
         leaf = np.ascontiguousarray(leaf)
-        content = leaf.reshape(len(leaf), -1).view(np.uint8)  # JAX would round 64 bits to 32
+        content = leaf.reshape(len(leaf), -1).view(np.uint8)  # JAX would round float64 to float32
         content = multihost_utils.process_allgather(content, tiled=True)
         return content.view(leaf.dtype).reshape(-1, *leaf.shape[1:])[:n]
 
@@ -245,7 +280,7 @@ def _from_main(array: np.ndarray) -> np.ndarray:
 
 
 def to_all(tree: Any) -> Any:
-    """A state that each process holds, as one that they hold together: to save it."""
+    """Turns a state that each process holds into one global state, for saving."""
     if jax.process_count() == 1:
         return tree
     return multihost_utils.host_local_array_to_global_array(tree, _mesh(), PartitionSpec())
@@ -259,41 +294,41 @@ def to_own(tree: Any) -> Any:
 
 
 def of_all() -> jax.sharding.Sharding:
-    """Where the leaves of `to_all` lie: on every device; with one process, on its first."""
+    """Sharding of the leaves of `to_all`: all devices, or the first one of a single process."""
     if jax.process_count() == 1:
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return NamedSharding(_mesh(), PartitionSpec())
 
 
 def step(function: Callable, kind: str) -> Callable:
-    """Compile `function(state, batch, weight, axis_name=...) -> state`.
+    """Compiles `function(state, batch, weight, axis_name=...) -> state`.
 
     Args:
-      function: pure; sums what it reduces over the batch with `total(..., axis_name)`.
+      function: pure function; reduces over the batch with `total(..., axis_name)`.
       kind: "pmap" or "jit".
 
     Returns:
-      `(state, batch, weight) -> state`; `weight` and the leaves of `batch` have one leading size,
-      which the number of devices divides.
+      `(state, batch, weight) -> state`. `weight` and the leaves of `batch` have the same leading
+      size, a multiple of the number of devices.
     """
     return _compile(function, kind, shared=1, axis=0, reduces=True)
 
 
 def epoch(function: Callable, kind: str) -> Callable:
-    """Compile `function(state, cache, index, weight, axis_name=...) -> state`.
+    """Compiles `function(state, cache, index, weight, axis_name=...) -> state`.
 
-    As `step`, for arguments `index` and `weight` of [steps, B] each, split along B; every device
-    holds the whole `cache`.
+    Like `step`, for `index` and `weight` of shape [steps, B], which are split along B. Every device
+    has the whole `cache`.
     """
     return _compile(function, kind, shared=2, axis=1, reduces=True)
 
 
 def epochs(function: Callable, kind: str, n: int) -> Callable:
-    """Compile `function(states, cache, index, weight, axis_name=...) -> states` for n runs.
+    """Compiles `function(states, cache, index, weight, axis_name=...) -> states` for n runs.
 
-    As `epoch`, but all but the cache have an axis of n in front, a run each. Where the devices are
-    those of one process and their number divides n, each takes its share of the runs and nothing is
-    exchanged. Else each has all runs, and they share the batches as in `epoch`.
+    Like `epoch`, but all arguments except the cache have a leading axis of n runs. If there is one
+    process and its number of devices divides n, each device trains its share of the runs, without
+    communication. Otherwise each device has all runs, and they split the batches as in `epoch`.
     """
     if n % jax.device_count() or jax.process_count() > 1:
         return _compile(function, kind, shared=2, axis=2, reduces=True)
@@ -315,12 +350,12 @@ def epochs(function: Callable, kind: str, n: int) -> Callable:
 
 
 def per_example(function: Callable, kind: str, batch_size: int) -> Callable:
-    """Compile `function(state, batch) -> outputs`, one output an example.
+    """Compiles `function(state, batch) -> outputs`, with one output per example.
 
     Returns:
-      `(state, batch) -> outputs` as numpy arrays with the leading size of `batch`. Shorter batches
-      are padded to `batch_size`, so that every call runs the same program. Of several processes
-      that all have the batch, each computes its share.
+      `(state, batch) -> outputs`; outputs are numpy arrays with the leading size of `batch`.
+      Shorter batches are padded to `batch_size`, so that every call runs the same program. Several
+      processes must all pass the whole batch; each computes its share.
     """
     run = per_own_example(function, kind, batch_size)
 
@@ -335,7 +370,7 @@ def per_example(function: Callable, kind: str, batch_size: int) -> Callable:
 
 
 def per_own_example(function: Callable, kind: str, batch_size: int) -> Callable:
-    """As `per_example`, for the share of the batch that this process has read."""
+    """Like `per_example`, for a batch that only this process has: its share of a global batch."""
     run = _compile(function, kind, shared=1, axis=0, reduces=False)
     devices = jax.local_device_count()
     size = -(-batch_size // jax.process_count())
@@ -353,67 +388,77 @@ def per_own_example(function: Callable, kind: str, batch_size: int) -> Callable:
 
 
 def split(tree: Any) -> Any:
-    """Arrays spread over this process's devices along their first axis; their number divides it.
+    """Splits arrays over this process's devices along the first axis, for use with `jax.jit`.
 
-    What `jax.jit` makes of them, it makes on all devices.
+    The size of the first axis must be a multiple of the number of devices.
     """
     return jax.device_put(tree, NamedSharding(_mesh(local=True), PartitionSpec(AXIS)))
 
 
 def on_devices(tree: Any) -> Any:
-    """Arrays of which each of this process's devices has the whole."""
+    """Copies arrays to each of this process's devices."""
     return _put(tree, NamedSharding(_mesh(local=True), PartitionSpec()))
 
 
-def _put(tree: Any, place: NamedSharding) -> Any:
-    """`jax.device_put`, but for what lies there: even that would take it milliseconds a step."""
+def _put(tree: Any, sharding: NamedSharding) -> Any:
+    """`jax.device_put`, without its milliseconds per step for arrays that are there already."""
 
     def put(leaf):
-        return leaf if getattr(leaf, "sharding", None) == place else jax.device_put(leaf, place)
+        is_there = getattr(leaf, "sharding", None) == sharding
+        return leaf if is_there else jax.device_put(leaf, sharding)
 
     return jax.tree.map(put, tree)
 
 
 def _mesh(local: bool = False) -> Mesh:
-    """All devices in a row, process after process, or those of this process."""
+    """One-dimensional mesh of all devices, ordered by process, or of this process's devices."""
     devices = jax.local_devices() if local else jax.devices()
     devices = sorted(devices, key=lambda device: device.process_index)
     return Mesh(np.array(devices), (AXIS,), (AxisType.Auto,))
 
 
-def _compile(function, kind, *, shared, axis, reduces):
-    """`function(*shared, *split)` on devices: the first arguments whole, the others split.
+def _compile(function: Callable, kind: str, *, shared: int, axis: int, reduces: bool) -> Callable:
+    """Compiles `function(*replicated, *split)` for several devices.
 
-    `axis` is the one that the batch lies on; `reduces` says that the result is the same on all
-    devices, and that these are the devices of all processes, each of which gives its part of the
-    batch. Else the result is split along the batch, and the devices are those of this process.
+    Args:
+      function: pure function. With `reduces` it takes the keyword `axis_name` as well.
+      kind: "pmap" or "jit".
+      shared: number of leading arguments that are replicated; the others are split.
+      axis: axis of the batch in the arguments that are split.
+      reduces: True if the result is the same on all devices; these are then the devices of all
+        processes, each of which passes its part of the batch. Otherwise the result is split along
+        the batch, and the devices are those of this process.
     """
     if kind not in KINDS:
-        raise InputError(f"parallel is one of {', '.join(KINDS)}, not '{kind}'")
-    if kind == "jit":
-        mesh = _mesh(local=not reduces)
-        whole = PartitionSpec()
-        split = PartitionSpec(*[None] * axis, AXIS)
-        result = whole if reduces else split
+        raise InputError(f"config.parallel is '{kind}'. It must be one of {', '.join(KINDS)}.")
+    compiler = _compile_jit if kind == "jit" else _compile_pmap
+    return compiler(function, shared, axis, reduces)
 
-        def call(*arguments):
-            return function(*arguments, **({"axis_name": None} if reduces else {}))
 
-        def run(*arguments):
-            specs = [whole] * shared + [split] * (len(arguments) - shared)
-            if not reduces or jax.process_count() == 1:
-                places = [NamedSharding(mesh, spec) for spec in specs]
-                return compiled(*map(_put, arguments, places))
-            put = functools.partial(
-                multihost_utils.host_local_array_to_global_array, global_mesh=mesh
-            )
-            arguments = [put(a, pspecs=spec) for a, spec in zip(arguments, specs, strict=True)]
-            out = compiled(*arguments)
-            return multihost_utils.global_array_to_host_local_array(out, mesh, result)
+def _compile_jit(function: Callable, shared: int, axis: int, reduces: bool) -> Callable:
+    mesh = _mesh(local=not reduces)
+    whole = PartitionSpec()
+    split = PartitionSpec(*[None] * axis, AXIS)
+    result = whole if reduces else split
 
-        compiled = jax.jit(call, out_shardings=NamedSharding(mesh, result))
-        return run
+    def call(*arguments):
+        return function(*arguments, **({"axis_name": None} if reduces else {}))
 
+    compiled = jax.jit(call, out_shardings=NamedSharding(mesh, result))
+
+    def run(*arguments):
+        specs = [whole] * shared + [split] * (len(arguments) - shared)
+        if not reduces or jax.process_count() == 1:
+            shardings = [NamedSharding(mesh, spec) for spec in specs]
+            return compiled(*map(_put, arguments, shardings))
+        put = functools.partial(multihost_utils.host_local_array_to_global_array, global_mesh=mesh)
+        arguments = [put(a, pspecs=spec) for a, spec in zip(arguments, specs, strict=True)]
+        return multihost_utils.global_array_to_host_local_array(compiled(*arguments), mesh, result)
+
+    return run
+
+
+def _compile_pmap(function: Callable, shared: int, axis: int, reduces: bool) -> Callable:
     devices = jax.devices() if reduces else jax.local_devices()
     local_count = jax.local_device_count()
 
@@ -430,13 +475,12 @@ def _compile(function, kind, *, shared, axis, reduces):
     )
 
     def run(*arguments):
-        # To pmap a state that lies elsewhere is another program, traced and compiled anew.
+        # pmap would trace and compile another program for a state with another sharding.
         whole = on_devices(arguments[:shared])
-        # Where the first argument has no leaf at all, pmap (jax 0.10) splits the wrong ones: the 0.
+        # The 0 is needed: if the first argument has no leaf, pmap (jax 0.10) splits the wrong one.
         out = mapped((whole, 0), jax.tree.map(divide, arguments[shared:]))
         if reduces:
             return out
-        # Joined on the host, where they are wanted.
         return jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[2:]), out)
 
     return run

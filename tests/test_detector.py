@@ -675,11 +675,11 @@ def shots(n, times, seed=0):
     return image.clip(0, 255).astype(np.uint8)
 
 
-def test_several_shots_of_a_part_are_held_out_together(tmp_path, capsys):
+def test_several_shots_of_a_part_are_held_out_together(tmp_path, caplog):
     images, new = shots(30, 4), shots(300, 1, seed=1)
     config = tiny(**{"train.epochs": 1, "data.holdout": 0.3})
     Detector.fit(images, config=config)
-    assert "many images are much closer to another one" in capsys.readouterr().out
+    assert "many images are much closer to another one" in caplog.text
     grouped = Detector.fit(images, config=config, groups=np.arange(30).repeat(4))
     assert grouped.held_out.n_parts == 9
     assert len(grouped.held_out.scores) == 36

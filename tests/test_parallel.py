@@ -253,3 +253,23 @@ def test_a_step_is_compiled_once_wherever_its_state_lies(kind):
     step(jnp.zeros(()), np.ones(4, np.float32), np.ones(4, np.float32))
     assert len(traces) == 1
     assert float(state) == 12.0
+
+
+def test_available_host_memory_is_plausible():
+    assert 2**20 < parallel.available_host_memory() < 2**50
+
+
+@pytest.mark.parametrize(
+    ("limit", "statistics", "name"),
+    [
+        ("memory.max", "memory.stat", "anon"),
+        ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss"),
+    ],
+)
+def test_the_memory_limit_of_a_container_counts(tmp_path, monkeypatch, limit, statistics, name):
+    monkeypatch.setattr(parallel, "_CGROUP_ROOT", tmp_path)
+    before = parallel.available_host_memory()
+    (tmp_path / limit).parent.mkdir(exist_ok=True)
+    (tmp_path / limit).write_text("3000000\n")
+    (tmp_path / statistics).write_text(f"file 5000000\n{name} 1000000\n")
+    assert parallel.available_host_memory() == 2_000_000 < before

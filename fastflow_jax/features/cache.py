@@ -1,22 +1,22 @@
-"""Where the features of many images are kept: in memory, or in files that are read as needed.
+"""Cache of the features of many images, in memory or on disk.
 
-On disk, the features of each scale lie in a file of their own, row after row, and a record beside
-them tells what they are features of and which blocks of images are done, each with its checksums.
-A block counts only where both agree, so that files of an interrupted run, of another run, or
-damaged ones are never taken for whole: what is missing is computed, and nothing else.
+On disk, each scale has a file of raw rows. A record next to them names the fingerprint of the
+features and the checksums of each complete block of images. A block is reused only if fingerprint
+and checksums agree, so that files of an interrupted run, of another run or with errors are never
+taken for valid: only the missing blocks are computed.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import math
-import os
 import pathlib
-import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import IO
 
 import jax
 import numpy as np
@@ -25,109 +25,17 @@ from tqdm import tqdm
 from fastflow_jax import parallel
 from fastflow_jax.errors import InputError
 
-# "auto" is the first of the next three that has room. "device" is memory too, and in training the
-# devices hold a copy, so that an epoch is one program; where the host is the device (CPU), nothing
-# differs. "none": computed again each time.
-HOMES = ("auto", "device", "memory", "disk", "none")
+# "auto" uses the first of the next three that has room. "device" is "memory", with a copy on the
+# devices during training, so that an epoch is one program; on CPU the two are the same. "none"
+# computes the features again each time.
+CACHE_LOCATIONS = ("auto", "device", "memory", "disk", "none")
 
-
-def keep(
-    compute: Callable[[np.ndarray], Iterable[tuple[np.ndarray, ...]]],
-    of: dict,
-    names: Sequence[str],
-    maps: Sequence[jax.ShapeDtypeStruct],
-    *,
-    block: int,
-    home: str,
-    folder: pathlib.Path,
-    title: str,
-) -> tuple[np.ndarray, ...]:
-    """The features of all images, [N, h, w, C] a scale, each computed once.
-
-    Where they are kept is printed.
-
-    Args:
-      compute: rows [M] -> the features of these images, `block` at a time.
-      of: what they are features of, in plain values: with other values, what lies on disk is
-        computed anew.
-      names: of the N images, likewise.
-      maps: shape [b, h, w, C] and type of each scale.
-      block: images that are computed together, and on disk checked together.
-      home: see `HOMES`.
-      folder: for features on disk, and nothing else; an earlier run may have left some there.
-      title: what the images are called.
-
-    Raises:
-      InputError: no room on disk.
-    """
-    n, size = len(names), n_bytes(len(names), maps)
-    on_disk = home == "disk" or (home == "auto" and size > free_memory() / 2)
-    on_disk = parallel.any_process(on_disk)
-    place = f"on disk, {folder}" if on_disk else "in memory"
-    tqdm.write(f"{title} of {n:,} images, {_readable(size)} in {maps[0].dtype}, kept {place}")
-    bar = tqdm(total=n, desc=title, unit="img", leave=False, dynamic_ncols=True)
-    with bar:
-        if on_disk:
-            return _on_disk(compute, of, names, maps, block, folder, bar)
-        arrays = tuple(np.empty((n, *m.shape[1:]), m.dtype) for m in maps)
-        first = 0  # the bar does not count where bars are switched off
-        for features in compute(np.arange(n)):
-            rows = slice(first, first + len(features[0]))
-            for array, m in zip(arrays, features, strict=True):
-                array[rows] = m
-            first = rows.stop
-            bar.update(len(features[0]))
-        return arrays
-
-
-def n_bytes(n: int, maps: Sequence[jax.ShapeDtypeStruct]) -> int:
-    """What the features of n images take."""
-    return n * sum(math.prod(m.shape[1:]) * m.dtype.itemsize for m in maps)
-
-
-def goes_on_device(size: int, home: str) -> bool:
-    """Whether the devices are to hold so many bytes of features while they train.
-
-    With "auto", where that leaves half of the free memory for the training itself.
-    """
-    if parallel.on_cpu() or home not in ("auto", "device"):
-        return False
-    return home == "device" or size <= parallel.free_memory() / 2
-
-
-def free_memory() -> int:
-    """Available host memory in bytes, as reported by the OS or the limit of a container."""
-    try:
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # macOS, which tells of all memory only
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return min(free, *map(_free_in_container, _CGROUPS))
-
-
-_CGROUP_ROOT = pathlib.Path("/sys/fs/cgroup")
-# Of a container: the file of its limit, the file of its statistics and what these call memory that
-# cannot be reclaimed, in versions 2 and 1 of the kernel's interface.
-_CGROUPS = (
-    ("memory.max", "memory.stat", "anon"),
-    ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss"),
-)
-
-
-def _free_in_container(cgroup: tuple[str, str, str]) -> float:
-    """Bytes below the limit of a container; infinite without one."""
-    limit, statistics, name = cgroup
-    try:
-        limit = int((_CGROUP_ROOT / limit).read_text())
-        used = re.search(rf"^{name} (\d+)$", (_CGROUP_ROOT / statistics).read_text(), re.M)
-        return max(0, limit - int(used[1]))
-    except (OSError, ValueError, TypeError):
-        return float("inf")
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Some rows of an array that may lie on disk: they are read when they are asked for."""
+    """Rows of an array that may be on disk; they are read when indexed."""
 
     array: np.ndarray
     rows: np.ndarray  # int [M]
@@ -150,80 +58,160 @@ class Rows:
         return np.asarray(self[:], dtype)
 
 
-def _on_disk(compute, of, names, maps, block, folder, bar) -> tuple[np.ndarray, ...]:
-    """See `keep`."""
-    n = len(names)
-    digest = hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
-    kinds = [[list(m.shape[1:]), str(m.dtype)] for m in maps]
-    head = json.dumps({"of": of, "images": n, "names": digest, "maps": kinds, "block": block})
-    record = folder / "record.jsonl"
-    sums = _read_record(record, head)
-    if sums is None:  # another file in its place, as the old one may still be in use
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        record.write_text(head)
-        sums = {}
-    paths = [folder / f"scale_{i}.raw" for i in range(len(maps))]
-    a_block = [block * n_bytes(1, [m]) for m in maps]
-    with contextlib.ExitStack() as stack:
-        for path in paths:
-            path.touch()
-        files = [stack.enter_context(path.open("r+b")) for path in paths]
+def load_or_compute(
+    compute: Callable[[np.ndarray], Iterable[tuple[np.ndarray, ...]]],
+    fingerprint: dict,
+    names: Sequence[str],
+    maps: Sequence[jax.ShapeDtypeStruct],
+    *,
+    block: int,
+    location: str,
+    folder: pathlib.Path,
+    title: str,
+) -> tuple[np.ndarray, ...]:
+    """Features of N images, [N, h, w, C] per scale, each computed once.
 
-        def checksums(b):
-            for file, length in zip(files, a_block, strict=True):
-                file.seek(b * length)
-                yield zlib.crc32(file.read(length))
+    Logs where they are cached.
 
-        done = {b: kept for b, kept in sums.items() if kept == list(checksums(b))}
-        rows = np.arange(n)
-        rows = rows[~np.isin(rows // block, list(done))]
-        bar.update(n - len(rows))
-        _check_room(n_bytes(len(rows), maps), folder)
-        lines = stack.enter_context(record.open("a"))
-        for features in compute(rows) if len(rows) else ():
-            b, kept = int(rows[0]) // block, []
-            for file, m, length in zip(files, features, a_block, strict=True):
-                data = m.tobytes()
-                kept.append(zlib.crc32(data))
-                file.seek(b * length)
-                file.write(data)
-                file.flush()
-            # On a line of its own, even where the last one was cut off.
-            lines.write("\n" + json.dumps({"block": b, "crc32": kept}))
-            lines.flush()
-            rows = rows[len(features[0]) :]
-            bar.update(len(features[0]))
-    return tuple(
-        np.memmap(path, m.dtype, "r", shape=(n, *m.shape[1:]))
-        for path, m in zip(paths, maps, strict=True)
+    Args:
+      compute: function of rows [M] that yields the features of these images, `block` at a time.
+      fingerprint: every setting that the features depend on, as JSON values. Features on disk with
+        another fingerprint are computed again.
+      names: name of each image; part of the fingerprint.
+      maps: shape [b, h, w, C] and dtype of each scale.
+      block: number of images that are computed together, and on disk checked together.
+      location: one of `CACHE_LOCATIONS`.
+      folder: directory for features on disk and nothing else. It may hold features of an earlier
+        run.
+      title: names the images in messages and progress bars.
+
+    Raises:
+      InputError: the disk is too full.
+    """
+    n, size = len(names), n_bytes(len(names), maps)
+    on_disk = location == "disk" or (
+        location == "auto" and size > parallel.available_host_memory() / 2
     )
+    on_disk = parallel.any_process(on_disk)
+    place = f"on disk, {folder}" if on_disk else "in memory"
+    _log.info(f"{title} of {n:,} images, {_readable(size)} in {maps[0].dtype}, are cached {place}.")
+    bar = tqdm(total=n, desc=title, unit="img", leave=False, dynamic_ncols=True)
+    with bar:
+        if on_disk:
+            return _DiskCache(fingerprint, names, maps, block, folder).fill(compute, bar)
+        arrays = tuple(np.empty((n, *m.shape[1:]), m.dtype) for m in maps)
+        first = 0  # a disabled bar does not count
+        for features in compute(np.arange(n)):
+            rows = slice(first, first + len(features[0]))
+            for array, m in zip(arrays, features, strict=True):
+                array[rows] = m
+            first = rows.stop
+            bar.update(len(features[0]))
+        return arrays
 
 
-def _read_record(file: pathlib.Path, head: str) -> dict[int, list[int]] | None:
-    """The checksums of each block that is done; None where the record is of something else."""
-    try:
-        first, *lines = file.read_text().splitlines()
-    except (OSError, ValueError):  # none, or an empty or damaged one
-        return None
-    if first != head:
-        return None
-    sums = {}
-    for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # cut off in the middle
-            block = json.loads(line)
-            sums[block["block"]] = block["crc32"]
-    return sums
+def n_bytes(n: int, maps: Sequence[jax.ShapeDtypeStruct | np.ndarray | Rows]) -> int:
+    """Size in bytes of the features of n images."""
+    return n * sum(math.prod(m.shape[1:]) * m.dtype.itemsize for m in maps)
 
 
-def _check_room(size: int, folder: pathlib.Path) -> None:
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise InputError(
-            f"the features take {_readable(size)} and there is room for {_readable(free)} in "
-            f"{folder}: make room, choose another --workdir, or have them computed again in every "
-            "epoch with --config.train.cache=none"
+def fits_on_device(size: int, location: str) -> bool:
+    """Whether the devices hold `size` bytes of features during training.
+
+    With "auto", they do if that leaves half of their available memory for the training itself.
+    """
+    if parallel.on_cpu() or location not in ("auto", "device"):
+        return False
+    return location == "device" or size <= parallel.available_device_memory() / 2
+
+
+class _DiskCache:
+    """Features on disk: a file of raw rows per scale, and a record of the complete blocks.
+
+    The record's first line is a header with the fingerprint; each other line has the checksums of
+    one block.
+    """
+
+    def __init__(self, fingerprint, names, maps, block, folder):
+        self.n, self.maps, self.block, self.folder = len(names), maps, block, folder
+        digest = hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
+        shapes = [[list(m.shape[1:]), str(m.dtype)] for m in maps]
+        header = {"fingerprint": fingerprint, "images": self.n, "names": digest}
+        self.header = json.dumps(header | {"maps": shapes, "block": block})
+        self.record = folder / "record.jsonl"
+        self.paths = [folder / f"scale_{i}.raw" for i in range(len(maps))]
+        self.block_bytes = [block * n_bytes(1, [m]) for m in maps]
+
+    def fill(self, compute: Callable, bar: tqdm) -> tuple[np.ndarray, ...]:
+        """Computes the missing blocks; returns the arrays, which are read as they are indexed."""
+        checksums = self._read_record()
+        if checksums is None:  # new files: another process may still read the old ones
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.record.write_text(self.header)
+            checksums = {}
+        with contextlib.ExitStack() as stack:
+            for path in self.paths:
+                path.touch()
+            files = [stack.enter_context(path.open("r+b")) for path in self.paths]
+            done = [b for b, sums in checksums.items() if sums == self._checksums(files, b)]
+            rows = np.arange(self.n)
+            rows = rows[~np.isin(rows // self.block, done)]
+            bar.update(self.n - len(rows))
+            self._check_room(len(rows))
+            lines = stack.enter_context(self.record.open("a"))
+            for features in compute(rows) if len(rows) else ():
+                self._write_block(int(rows[0]) // self.block, features, files, lines)
+                rows = rows[len(features[0]) :]
+                bar.update(len(features[0]))
+        return tuple(
+            np.memmap(path, m.dtype, "r", shape=(self.n, *m.shape[1:]))
+            for path, m in zip(self.paths, self.maps, strict=True)
         )
+
+    def _read_record(self) -> dict[int, list[int]] | None:
+        """Checksums of each complete block; None if the record has another header."""
+        try:
+            header, *lines = self.record.read_text().splitlines()
+        except (OSError, ValueError):  # missing, empty or damaged
+            return None
+        if header != self.header:
+            return None
+        checksums = {}
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # cut off
+                content = json.loads(line)
+                checksums[content["block"]] = content["crc32"]
+        return checksums
+
+    def _checksums(self, files: Sequence[IO[bytes]], block: int) -> list[int]:
+        sums = []
+        for file, length in zip(files, self.block_bytes, strict=True):
+            file.seek(block * length)
+            sums.append(zlib.crc32(file.read(length)))
+        return sums
+
+    def _write_block(self, block: int, features, files: Sequence[IO[bytes]], lines: IO) -> None:
+        sums = []
+        for file, m, length in zip(files, features, self.block_bytes, strict=True):
+            data = m.tobytes()
+            sums.append(zlib.crc32(data))
+            file.seek(block * length)
+            file.write(data)
+            file.flush()
+        # The line break comes first, as the last line may have been cut off.
+        lines.write("\n" + json.dumps({"block": block, "crc32": sums}))
+        lines.flush()
+
+    def _check_room(self, n: int) -> None:
+        """Raises InputError if the disk has no room for the features of n images."""
+        size, free = n_bytes(n, self.maps), shutil.disk_usage(self.folder).free
+        if size > free:
+            raise InputError(
+                f"The features take {_readable(size)}, but {self.folder} has room for "
+                f"{_readable(free)}. Make room there, pass another --workdir, or pass "
+                "--config.train.cache=none to compute the features again in every epoch."
+            )
 
 
 def _readable(size: int) -> str:

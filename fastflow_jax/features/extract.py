@@ -1,4 +1,4 @@
-"""Features of the frozen backbone, computed once for each image."""
+"""Features of images: the compressed feature maps of the frozen backbone."""
 
 import dataclasses
 import functools
@@ -16,27 +16,27 @@ from fastflow_jax.backbones import Backbone
 from fastflow_jax.data.pipeline import Batch
 from fastflow_jax.errors import InputError
 
-# One [N, h, w, C] a scale, of any of `DTYPES`: cast to float32 before reckoning with them. Kept
-# ones are arrays in memory or on disk, or `features.cache.Rows` of these.
+# [N, h, w, C] per scale, in one of `DTYPES`; cast to float32 before computing with them. Cached
+# features are arrays in memory or on disk, or `features.cache.Rows` of such arrays.
 Features = tuple[np.ndarray, ...]
 DTYPES = ("float16", "bfloat16", "float32")
 
 
-def compress(maps: jax.Array, power: float) -> jax.Array:
-    """X -> x |x|^(power - 1) for each feature vector of [B, h, w, C]: its length to the power.
+def compress(maps: Any, power: float) -> jax.Array:
+    """Raises the length of each feature vector x of [B, h, w, C] to a power: x |x|^(power - 1).
 
-    The direction of a deep feature says what is there, its length how strongly; contrast and
-    exposure move lengths far and directions little. A power below 1 keeps both, invertibly, in
-    proportions that a likelihood can use. Zero would leave directions alone, 1 changes nothing.
+    Contrast and exposure change the lengths of deep features much more than their directions. A
+    power below 1 reduces the variation of the lengths, and is invertible. With 0, only directions
+    would be left; 1 changes nothing.
     """
     if power == 1:
         return maps
     return maps * (jnp.linalg.norm(maps, axis=-1, keepdims=True) + 1e-6) ** (power - 1)
 
 
-@functools.lru_cache(maxsize=4)  # JAX traces the same function once
+@functools.lru_cache(maxsize=4)  # JAX compiles the same function object once
 def maps_of(module: nn.Module, length_power: float, dtype: str) -> Callable:
-    """`(variables, images [B, H, W, 3])` -> what the flows see of the images, purely."""
+    """Returns the pure function `(variables, images [B, H, W, 3]) -> features [B, h, w, C]`."""
 
     def run(variables, images):
         maps = module.apply(variables, images)
@@ -48,75 +48,88 @@ def maps_of(module: nn.Module, length_power: float, dtype: str) -> Callable:
 def extractor(
     backbone: Backbone, length_power: float, kind: str, batch_size: int, dtype: str
 ) -> Callable[[np.ndarray], Features]:
-    """Images [b, H, W, 3] -> `maps_of` them, on all devices of this process.
+    """Returns the function images [b, H, W, 3] -> features [b, h, w, C] per scale.
 
-    b is up to this process's share of `batch_size`.
+    It runs on all devices of this process, and raises InputError if the features are out of the
+    range of `dtype`. All features are computed by it, cached or not, so that they are rounded in
+    the same way for training, calibration and scoring.
 
-    All features come from here, whether they are kept or not, so that a type of few bits rounds
-    those that are trained on, calibrated with and scored alike.
-
-    Raises (the function that is returned):
-      InputError: the type cannot hold the features.
+    Args:
+      backbone: frozen backbone.
+      length_power: see `compress`.
+      kind: one of `parallel.KINDS`.
+      batch_size: largest number of images, over all processes.
+      dtype: one of `DTYPES`.
     """
     run = _compiled(backbone.module, length_power, dtype, kind, batch_size)
     variables = parallel.on_devices(backbone.variables)
 
     def extract(images):
         maps = run(variables, images)
-        if dtype == "float16":  # the others reach as far as float32
+        if dtype == "float16":  # the others have the range of float32
             _check_range(maps)
         return maps
 
     return extract
 
 
-@functools.lru_cache(maxsize=4)  # one program for all passes over images, whatever the weights
-def _compiled(module, length_power, dtype, kind, batch_size) -> Callable:
+@functools.lru_cache(maxsize=4)  # one program for all weights
+def _compiled(
+    module: nn.Module, length_power: float, dtype: str, kind: str, batch_size: int
+) -> Callable:
     return parallel.per_own_example(maps_of(module, length_power, dtype), kind, batch_size)
 
 
 def _check_range(maps: Features) -> None:
-    """Refuse features that overflowed, and such as are all below what keeps its precision."""
+    """Raises InputError if features overflow, or if all of a scale are subnormal."""
     for m in maps:
-        largest = np.abs(m).max()
-        if np.isinf(largest) or 0 < largest < np.finfo(m.dtype).tiny:
-            limits = np.finfo(m.dtype)
+        limits, largest = np.finfo(m.dtype), np.abs(m).max()
+        if np.isinf(largest) or 0 < largest < limits.tiny:
             raise InputError(
-                f"features of this backbone are out of the range of {m.dtype}, {limits.tiny:.0e} "
-                f"to {limits.max:.0e}: choose --config.feature_dtype=bfloat16 or float32"
+                f"Features of this backbone are out of the range of {m.dtype}, {limits.tiny:.0e} "
+                f"to {limits.max:.0e}. Pass --config.feature_dtype=bfloat16 or float32."
             )
 
 
-# Added to the variance of each direction before whitening, in units of their mean.
+# Added to the variance of each direction before whitening, as a fraction of their mean.
 _SHRINKAGE = 0.5
-# Lowest deviation of a channel, in units of their median. In 32 images of each of three sets no
-# channel of EfficientNet-Lite0's default maps was below .6.
+# Minimum standard deviation of a channel, as a fraction of their median. In 32 images of each of
+# three data sets, no channel of EfficientNet-Lite0's default maps was below 0.6.
 _FLOOR = 0.05
 
-Part = tuple[Features, np.ndarray | None]  # of some images, and their `Batch.valid`
+Part = tuple[Features, np.ndarray | None]  # features of some images, and their `Batch.valid`
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFeatures:
-    """The features of the training images, computed once or again in every epoch."""
+    """Features of the training images, computed once or in every epoch.
+
+    Attributes:
+      n: number of training images.
+      shapes: (h, w, C) of each scale.
+      stream: function of an epoch and rows [steps, b] that yields the features of the rows' images
+        step by step. b is at most this process's share of the batch size.
+      parts: function that yields the features of all images in order, each once.
+      cached: features of all images; None if they are computed in every epoch.
+      valid: bool [N, H, W], False in padded pixels; None if there is no padding.
+      on_device: whether the devices hold all cached features during training.
+    """
 
     n: int
-    shapes: tuple[tuple[int, ...], ...]  # (h, w, C) of each scale
-    # (epoch, rows [steps, b]) -> the features of each row's images, step by step; b up to this
-    # process's share of the batch
+    shapes: tuple[tuple[int, ...], ...]
     stream: Callable[[int, np.ndarray], Iterator[Features]]
-    parts: Callable[[], Iterable[Part]]  # of all images, once and in order
-    cached: Features | None  # all of them, where they do not change from epoch to epoch
-    valid: np.ndarray | None = None  # bool [N, H, W], false in padding; None without padding
-    on_device: bool = False  # in training the devices are to hold all that are cached
+    parts: Callable[[], Iterable[Part]]
+    cached: Features | None
+    valid: np.ndarray | None = None
+    on_device: bool = False
     _statistics: dict = dataclasses.field(default_factory=dict, init=False)
 
     def in_batches(self, size: int, chosen: np.ndarray | None = None) -> Iterator[Part]:
-        """`parts()` in batches of `size`, the last of what is left; or only what is chosen of them.
+        """Yields `parts()` in batches of `size` images; the last batch may be smaller.
 
         Args:
-          size: images a batch.
-          chosen: bool [N]; None for all.
+          size: images per batch.
+          chosen: bool [N], True for the images to yield; None for all.
         """
         chosen = np.ones(self.n, bool) if chosen is None else chosen
         waiting, first = [], 0
@@ -131,44 +144,46 @@ class TrainingFeatures:
         yield from waiting
 
     def statistics(self, norm: str) -> dict:
-        """See `channel_statistics`; computed once."""
+        """`channel_statistics` of the training images, computed once."""
         if norm not in self._statistics:
             self._statistics[norm] = channel_statistics(self.parts(), norm)
         return self._statistics[norm]
 
 
 def in_batches(function: Callable, arrays: Any, size: int) -> Any:
-    """`function(arrays)` of a tree of arrays, up to `size` of their rows at a time, joined."""
-    rows = [slice(i, i + size) for i in range(0, len(jax.tree.leaves(arrays)[0]), size)]
-    return _joined(*(function(_rows(arrays, r)) for r in rows))
+    """Applies a function to a tree of arrays, at most `size` rows at a time; joins the results."""
+    return _joined(*map(function, _batches(arrays, size)))
+
+
+def _batches(arrays: Any, size: int) -> Iterator[Any]:
+    """Yields trees of at most `size` rows of each array."""
+    n = len(jax.tree.leaves(arrays)[0])
+    return (_rows(arrays, slice(i, i + size)) for i in range(0, n, size))
 
 
 def _rows(arrays: Any, rows: slice | np.ndarray) -> Any:
-    """Of each array of a tree."""
+    """Rows of each array of a tree."""
     return jax.tree.map(operator.itemgetter(rows), arrays)
 
 
 def _joined(*parts: Any) -> Any:
-    """Trees of arrays, the rows of one after those of the other."""
+    """Trees of arrays, concatenated along the first axis."""
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def cached_features(
     maps: Features, valid: np.ndarray | None = None, on_device: bool = False
 ) -> TrainingFeatures:
-    """Training features that are kept; for `valid` and `on_device` see `TrainingFeatures`."""
+    """Training features from cached ones; for the arguments see `TrainingFeatures`."""
 
     def stream(epoch, index):
-        return (tuple(m[rows] for m in maps) for rows in index)
+        return (_rows(maps, rows) for rows in index)
 
     def parts():
-        for i in range(0, n, 32):
-            part = slice(i, i + 32)
-            yield tuple(m[part] for m in maps), None if valid is None else valid[part]
+        return _batches((maps, valid), 32)
 
-    n = len(maps[0])
     shapes = tuple(m.shape[1:] for m in maps)
-    return TrainingFeatures(n, shapes, stream, parts, maps, valid, on_device)
+    return TrainingFeatures(len(maps[0]), shapes, stream, parts, maps, valid, on_device)
 
 
 def recomputed_features(
@@ -178,14 +193,14 @@ def recomputed_features(
     batch_size: int,
     valid: np.ndarray | None = None,
 ) -> TrainingFeatures:
-    """Training features that come from the images again in every epoch.
+    """Training features that are computed from the images in every epoch.
 
     Args:
       n: number of training images.
-      batches_of: (epoch, rows [M], batch size) -> batches of those images, as they are to be seen
-        in that epoch.
+      batches_of: function of an epoch, rows [M] and a batch size that yields batches of those
+        images, augmented for that epoch.
       extract: see `extractor`.
-      batch_size: that `extract` is made for.
+      batch_size: batch size of `extract`.
       valid: see `TrainingFeatures`.
     """
 
@@ -204,67 +219,69 @@ def recomputed_features(
     return TrainingFeatures(n, shapes, stream, parts, None, valid)
 
 
-def inside(valid: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Which locations of a map lie in the image, not in padding: bool [b, h, w].
+def inside(valid: jax.Array | np.ndarray, size: tuple[int, int]) -> jax.Array:
+    """Locations of a feature map that are in the image: bool [b, h, w], False in padding.
 
-    A location counts as padding where more than half of it is, by what of its image lies most
-    inside.
+    A location is in the image if its valid share is more than half of the largest valid share of
+    any location of the image.
 
     Args:
-      valid: bool [b, H, W], false in padding.
-      size: (h, w) of the map.
+      valid: bool [b, H, W], False in padded pixels.
+      size: (h, w) of the feature map.
     """
     share = jax.image.resize(jnp.asarray(valid, jnp.float32), (len(valid), *size), "linear")
     return share > 0.5 * share.max((1, 2), keepdims=True)
 
 
 def without_padding(scores: jax.Array, seen: jax.Array) -> jax.Array:
-    """Location scores [B, h, w] in which padding has the mean of the rest of its image.
+    """Replaces the scores of padding by the mean of the other scores of the image.
 
-    So it adds nothing to a score, and nothing of it reaches the map around it.
+    Padding then neither changes the mean score of an image nor the anomaly map next to it.
 
     Args:
-      scores: of all locations.
-      seen: bool [B, h, w], see `inside`.
+      scores: [B, h, w], one per location.
+      seen: bool [B, h, w], False in padding, see `inside`.
     """
     return jnp.where(seen, scores, scores.mean((1, 2), where=seen, keepdims=True))
 
 
 def channel_statistics(parts: Iterable[Part], norm: str) -> dict:
-    """What `model.FeatureNorm` has to know of the training set, in one pass.
+    """Statistics of the training features that `model.FeatureNorm` needs, in one pass.
 
     Args:
-      parts: features of some images each, with what of them is no padding.
-      norm: "whiten" or "standardise"; the norms of single images need nothing.
+      parts: features of some images each, and their padding masks.
+      norm: "whiten" or "standardise"; the result is empty for other norms.
 
     Returns:
-      The collection "statistics" of `model.FastFlow`, float32: the mean of each channel, and its
-      deviation (at least a twentieth of the median) or the symmetric matrix that whitens (ZCA),
-      half way: half of the mean variance is added to each direction's. Otherwise directions in
-      which channels hardly vary would be amplified to noise.
+      The collection "statistics" of `model.FastFlow`, float32. Per scale: "mean" [C], and either
+      "std" [C], which is at least 1/20 of its median over the channels, or "whitening" [C, C], the
+      symmetric (ZCA) whitening matrix. Before whitening, half of the mean variance is added to the
+      variance of each direction, as noise would be amplified in directions of low variance.
+
+    Raises:
+      InputError: features are not finite.
     """
     if norm not in ("whiten", "standardise"):
         return {}
-    moments = None
+    moments: list[_Moments] = []
     for maps, valid in parts:
         moments = moments or [_Moments(m[0].mean((0, 1), dtype=np.float64)) for m in maps]
         for moment, m in zip(moments, maps, strict=True):
-            seen = ... if valid is None else np.asarray(inside(valid, m.shape[1:3]))
-            moment.add(m[seen])
+            moment.add(m if valid is None else m[np.asarray(inside(valid, m.shape[1:3]))])
     statistics = {}
     for i, moment in enumerate(moments):
         mean, covariance = moment.result()
         if not np.isfinite(covariance).all():
             raise InputError(
-                "features of the training images are no finite numbers: are the backbone's weights "
-                "damaged, or of another model?"
+                "Features of the training images are not finite numbers. Check that the weights of "
+                "the backbone are undamaged and belong to its architecture."
             )
         std = _floored(np.sqrt(np.diag(covariance)))
         if norm == "standardise":
             scale = {"std": std}
         else:
             values, vectors = np.linalg.eigh(covariance / np.outer(std, std))
-            # All channels may be constant, as on a map of one place of one image.
+            # The mean is 0 if all channels are constant.
             root = vectors / np.sqrt(values.clip(0) + _SHRINKAGE * (values.mean() or 1.0))
             scale = {"whitening": (root @ vectors.T) / std[:, None]}
         statistics[f"norm_{i}"] = {k: np.float32(v) for k, v in {"mean": mean, **scale}.items()}
@@ -272,28 +289,30 @@ def channel_statistics(parts: Iterable[Part], norm: str) -> dict:
 
 
 def _floored(std: np.ndarray) -> np.ndarray:
-    """Deviations, float [C], that can be divided by.
+    """Standard deviations [C] with a minimum; all 1 if all channels are constant.
 
-    A channel that hardly ever fires in training would otherwise explode where it does fire. If no
-    channel changes, all deviations are 1.
+    Without a minimum, a channel that is almost constant in training would explode in images where
+    it is not.
     """
     varying = std[std > 0]
     return np.maximum(std, _FLOOR * np.median(varying)) if len(varying) else np.ones_like(std)
 
 
 class _Moments:
-    """Mean and covariance of vectors in float64, of sums about a guess at the mean."""
+    """Mean and covariance of vectors, accumulated in float64 relative to a guess of the mean."""
 
     def __init__(self, guess: np.ndarray):
-        self.guess, self.n, self.sum, self.outer = guess, 0, 0.0, 0.0
+        self.guess, self.n = guess, 0
+        self.sum, self.outer = np.zeros(len(guess)), np.zeros((len(guess), len(guess)))
 
     def add(self, maps: np.ndarray) -> None:
-        """All vectors of an array [..., C]."""
+        """Adds all vectors of an array [..., C]."""
         x = maps.reshape(-1, maps.shape[-1]) - self.guess
         self.n += len(x)
         self.sum += x.sum(0)
         self.outer += x.T @ x
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean [C] and covariance [C, C]."""
         mean = self.sum / self.n
         return self.guess + mean, self.outer / self.n - np.outer(mean, mean)

@@ -1,11 +1,12 @@
-"""Data, backbone and features: made once, and shared by all runs that need the same."""
+"""Data, backbone and features of a run, shared by the runs that need the same ones."""
 
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,46 +33,62 @@ from fastflow_jax.features.extract import (
 )
 from fastflow_jax.files import to_plain
 
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """What a run starts from."""
+class _Training:
+    """Features of the training and the held-out images of a run."""
 
-    dataset: data.Dataset
-    backbone: Backbone
     contents: list[str]  # see `Split.contents`
     train: TrainingFeatures
     holdout: Features | None
     holdout_valid: np.ndarray | None  # bool [N, H, W], see `Batch.valid`
     holdout_groups: np.ndarray | None  # int [N], see `HeldOut.groups`
-    # The test images, or those of given indices, in batches with features in the place of `image`.
-    # These are computed when they are first asked for, and then kept as those of the training
-    # images are; or computed again each time.
+    profile: Profile | None  # of the training images
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared(_Training):
+    """Data, backbone and features that a run starts from.
+
+    Attributes:
+      test: function of optional indices that yields all test images, or those at the indices, in
+        batches with features in the place of `image`. The features are computed at the first call,
+        and cached if those of the training images are.
+    """
+
+    dataset: data.Dataset
+    backbone: Backbone
     test: Callable[..., Iterable[Batch]]
-    profile: Profile | None  # of the images to train on
 
 
 def split_holdout(
     n: int, part: float, groups: Sequence[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to train on and indices held out: one, drawn, of each stretch of the file order.
+    """Splits images into those to train on and those to hold out.
 
-    Stretches follow what drifts from the first file to the last; the draw follows what comes in
-    turns, like several cameras, of which every so many-th file would be always the same. A fixed
-    choice, the same for all seeds. At least one image is left on either side.
+    The file order is divided into stretches of equal length, and one image of each is held out at
+    random. The stretches cover drifts from the first file to the last. The random choice covers
+    periodic orders, such as files of several cameras in turn. The split is the same for all seeds.
+    Both sides have at least one image, unless `part` is 0 or `n` below 2.
 
     Args:
       n: number of images.
-      part: of them that is held out; 0: none.
-      groups: a label per image. Images with equal labels are on the same side, and `part` is one of
-        the groups, in the order of their first images.
+      part: fraction of images to hold out; 0 holds out none.
+      groups: label of each image. Images with equal labels are on the same side. `part` is then a
+        fraction of the groups, which are ordered by their first images.
+
+    Returns:
+      Indices to train on and indices held out, int [N] and [M].
 
     Raises:
       InputError: there is only one group.
     """
     if groups is not None:
         _, first, group = np.unique(groups, return_index=True, return_inverse=True)
-        rank = np.argsort(np.argsort(first))[group]  # of each image's group, by its first image
+        rank = np.argsort(np.argsort(first))[group]  # position of each image's group
         if part > 0 and len(first) < 2:
             raise InputError(
                 "All training images belong to one group, so none can be held out. Check "
@@ -90,19 +107,19 @@ def split_holdout(
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Which normal images are trained on, and which are held out for calibration and thresholds."""
+    """Normal images to train on, and those held out for calibration and thresholds."""
 
-    source: data.Source  # to train on: those at `train`
-    train: np.ndarray  # int [N]
-    held_out_source: data.Source  # the same, or images given for calibration: those at `held_out`
-    held_out: np.ndarray  # int [M]
+    source: data.Source  # of the images to train on
+    train: np.ndarray  # int [N], rows of `source`
+    held_out_source: data.Source  # `source`, or the images given for calibration
+    held_out: np.ndarray  # int [M], rows of `held_out_source`
     held_out_groups: np.ndarray | None  # int [M], see `HeldOut.groups`
 
     @property
     def contents(self) -> list[str]:
-        """Names and sizes of the images to train on and of those given for calibration.
+        """`data.Source.contents` of the images to train on and of those given for calibration.
 
-        Without training images that are held out, see `data.Source.contents`.
+        Held-out training images are not included.
         """
         contents = [self.source.contents[i] for i in self.train]
         if self.held_out_source is not self.source:
@@ -111,40 +128,37 @@ class Split:
 
 
 def split(config, dataset: data.Dataset) -> Split:
-    """Images given for calibration are held out, or a part of the training images.
+    """Splits normal images; all images given for calibration, if any, are held out.
 
     Raises:
       InputError: see `split_holdout` and `data.groups.labels_of`.
     """
-
-    def labels(source: data.Source):
-        return source.groups or labels_of(source.names, config.data.groups)
-
     source, held_out_source = dataset.train, dataset.calibration or dataset.train
-    groups = labels(held_out_source)
+    groups = held_out_source.groups or labels_of(held_out_source.names, config.data.groups)
     if dataset.calibration is not None:
         train, held_out = np.arange(len(source)), np.arange(len(held_out_source))
     else:
         train, held_out = split_holdout(len(source), config.data.holdout, groups)
+    labels = None
     if groups is not None:
-        groups = np.unique(np.asarray(groups)[held_out], return_inverse=True)[1]
-    return Split(source, train, held_out_source, held_out, groups)
+        labels = np.unique(np.asarray(groups)[held_out], return_inverse=True)[1]
+    return Split(source, train, held_out_source, held_out, labels)
 
 
 def is_augmented(config) -> bool:
-    """Training images change from epoch to epoch."""
+    """Whether training images change from epoch to epoch."""
     return any(config.augment.values())
 
 
-def seen_by(config, seed: int) -> str:
-    """All that the features of an image hang on, but the image: runs with equal keys share them.
+def feature_fingerprint(config, seed: int) -> str:
+    """Every setting that affects the features of an image. Runs with equal ones share features.
 
-    Each seed of the control has an untrained backbone of its own.
+    The seed counts only for random weights, of which each seed has its own.
     """
     plain = to_plain(config)
     fields = ("backbone", "layers", "weights", "image_size", "length_power", "feature_dtype")
-    key = [plain[f] for f in fields]
-    return json.dumps([*key, config.data.resize, seed if config.weights == "random" else None])
+    values = [plain[f] for f in fields]
+    return json.dumps([*values, config.data.resize, seed if config.weights == "random" else None])
 
 
 def preparer(
@@ -152,68 +166,186 @@ def preparer(
     folder: pathlib.Path,
     open_category: Callable[[str | None], data.Dataset] | None = None,
 ) -> Callable[[Any, str | None, int], Prepared]:
-    """`(configuration, category, seed) -> Prepared`, for all runs on the data of `config`.
+    """Returns the function `(configuration, category, seed) -> Prepared` for runs on the same data.
 
-    Of each kind of thing the last one made is kept, and serves the calls that follow as long as
-    they need the same. Features of images that categories share are computed once for all of them,
-    see `data.Source.part_of`. Those that have no room in memory are kept in the folder, from which
-    an interrupted run takes up what it had, see `cache.keep`; the caller removes it in the end.
+    It keeps the last data set, backbone, training features and test features for the following
+    calls that need the same ones. Features of images that categories share are computed once for
+    all categories, see `data.Source.part_of`.
 
-    The data are those that `open_category` gives, by default what `config.data` names.
+    Args:
+      config: names the data set.
+      folder: directory for features that do not fit in memory; those of an interrupted run are
+        reused, see `cache.load_or_compute`. The caller removes it.
+      open_category: function from a category to its data set; None to open `config.data`.
     """
-    folder = parallel.own_folder(folder)
-    dataset, checked = _keep_last(open_category or data.opener(config.data)), set()
-    backbone = _keep_last(_open_backbone)
-    train_pool, test_pool = _keep_last(_kept), _keep_last(_kept)
-    train, test = _keep_last(_train), _keep_last(_test)
+    return _Preparer(folder, open_category or data.opener(config.data))
 
-    def prepare(config, category: str | None, seed: int) -> Prepared:
-        # The data before the weights: it is what lacks most often.
-        # One process alone prepares what others may share with it.
-        parallel.on_main(lambda: dataset(category, category) and None)
-        images = dataset(category, category)
-        if images.test and category not in checked:
-            checked.add(category)
-            found = parallel.on_main(
-                lambda: checks.tested_on_training_images(images.train, images.test)
+
+class KeepLast(Generic[T]):
+    """Cache of one value: the one made for the last key."""
+
+    def __init__(self):
+        self._values: dict[Hashable, T] = {}
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The last value if it has this key; otherwise the value that `make` returns."""
+        if key not in self._values:
+            self._values.clear()  # before the next one is made, as both may not fit in memory
+            self._values[key] = make()
+        return self._values[key]
+
+
+class _Preparer:
+    """See `preparer`."""
+
+    def __init__(self, folder: pathlib.Path, open_category: Callable[[str | None], data.Dataset]):
+        self._folder, self._open_category = parallel.own_folder(folder), open_category
+        self._checked: set[str | None] = set()  # categories
+        self._datasets: KeepLast[data.Dataset] = KeepLast()
+        self._backbones: KeepLast[Backbone] = KeepLast()
+        self._training: KeepLast[_Training] = KeepLast()
+        self._test: KeepLast[Callable[..., Iterable[Batch]]] = KeepLast()
+        # Features of all images that categories share.
+        self._shared_train: KeepLast[Features] = KeepLast()
+        self._shared_test: KeepLast[Features] = KeepLast()
+
+    def __call__(self, config, category: str | None, seed: int) -> Prepared:
+        # The data come before the backbone, as they are missing more often.
+        dataset = self._dataset(config, category)
+        settings, tamper = feature_fingerprint(config, seed), _key(config.data.tamper)
+        backbone = self._backbones.get(settings, lambda: _open_backbone(config, seed))
+        of_data = [config.data[field] for field in ("name", "root", "dir")]
+        fingerprint = {"settings": settings, "weights": backbone.weights, "data": of_data}
+        cached = _FeatureCache(
+            config, backbone, fingerprint, self._folder, dataset.name, category, self._shared_train
+        )
+        cached_test = dataclasses.replace(
+            cached, fingerprint=fingerprint | {"tamper": tamper}, shared=self._shared_test
+        )
+        key = (settings, category, config.train.cache, config.batch_size)
+        # Test images come first: broken files are found before training features are computed.
+        test = self._test.get(
+            (*key, tamper, config.data.mask_resize),
+            lambda: _test_batches(cached_test, dataset.test),
+        )
+        augment = (_key(config.augment), seed if is_augmented(config) else None)
+        training = self._training.get(
+            (*key, config.data.holdout, config.data.groups, *augment),
+            lambda: _prepare_training(cached, dataset, seed),
+        )
+        return Prepared(dataset=dataset, backbone=backbone, test=test, **vars(training))
+
+    def _dataset(self, config, category: str | None) -> data.Dataset:
+        """The data set of a category, checked once, with its test images tampered as configured."""
+
+        def get():
+            return self._datasets.get(category, lambda: self._open_category(category))
+
+        parallel.on_main(lambda: get() and None)  # it may prepare files for the other processes
+        dataset = get()
+        if not dataset.test:
+            return dataset
+        train, test = dataset.train, dataset.test
+        if category not in self._checked:
+            self._checked.add(category)
+            found = parallel.on_main(lambda: checks.tested_on_training_images(train, test))
+            _warn(dataset.name, found)
+        return dataclasses.replace(dataset, test=tampered(test, config.data.tamper))
+
+
+def _open_backbone(config, seed: int) -> Backbone:
+    return create_backbone(config.backbone, weights=config.weights, layers=config.layers, seed=seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _FeatureCache:
+    """Computes and caches the features of images for one backbone and configuration."""
+
+    config: Any
+    backbone: Backbone
+    fingerprint: dict  # see `cache.load_or_compute`; without the category
+    folder: pathlib.Path  # for features on disk
+    dataset: str
+    category: str | None
+    shared: KeepLast[Features] | None  # of all images that categories share; None to share none
+
+    @property
+    def title(self) -> str:
+        """First words of messages and progress bars."""
+        return self.category or self.dataset
+
+    @property
+    def is_padded(self) -> bool:
+        return self.config.data.resize == "pad"
+
+    def compute(self, source: data.Source, rows: np.ndarray, kind: str) -> Features:
+        """Features of the images at `rows`, int [N]: [N, h, w, C] per scale.
+
+        `kind` is "train", "holdout" or "test"; it names the features in messages and on disk.
+        """
+        # Padding masks are not shared, so features of padded images are not either.
+        if self.shared is not None and source.part_of is not None and not self.is_padded:
+            whole, places = source.part_of
+            places = np.arange(len(whole))[places][rows]
+            of_all = dataclasses.replace(self, category=None, shared=None)
+            pool = "test" if kind == "test" else "train"
+            maps_of_all = self.shared.get(
+                json.dumps(self.fingerprint),
+                lambda: of_all.compute(whole, np.arange(len(whole)), pool),
             )
-            _note(images.name, found)
-        if images.test:
-            images = dataclasses.replace(images, test=tampered(images.test, config.data.tamper))
-        seen, tamper = seen_by(config, seed), _key(config.data.tamper)
-        net = backbone(seen, config, seed)
-        # All that the features of an image hang on, and that its name does not tell.
-        of = {"seen": seen, "weights": net.weights, "data": [config.data[f] for f in _OF_DATA]}
-        of_test = of | {"tamper": tamper}
+            return cast(Features, tuple(cache.Rows(maps, places) for maps in maps_of_all))
+        config, backbone = self.config, self.backbone
+        maps = maps_of(backbone.module, config.length_power, config.feature_dtype)
+        image = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
+        what = {"train": "features", "holdout": "held-out features", "test": "test features"}[kind]
 
-        def all_for_training(source):
-            title = f"{images.name}: features"
-            return train_pool(seen, config, net, source, None, of, folder / "train", title)
+        def compute(places):
+            for batch in feature_batches(config, backbone, source, rows[places]):
+                yield cast(Features, batch.image)
 
-        def all_for_test(source):
-            title, key = f"{images.name}: test features", (seen, tamper)
-            return test_pool(key, config, net, source, None, of_test, folder / "test", title)
+        return cache.load_or_compute(
+            compute,
+            self.fingerprint | {"category": self.category},
+            [source.versions[i] for i in rows],
+            jax.eval_shape(maps, backbone.variables, image),
+            block=config.batch_size,
+            location=config.train.cache,
+            folder=self.folder / kind,
+            title=f"{self.title}: {what}",
+        )
 
-        title, own = category or images.name, {"category": category}
-        key = (seen, category, config.train.cache, config.batch_size)
-        tested_on = (*key, tamper, config.data.mask_resize)
-        arguments = (of_test | own, folder, images.test, all_for_test, title)
-        tested = test(tested_on, config, net, *arguments)
-        drawn = seed if is_augmented(config) else None
-        held_out = (config.data.holdout, config.data.groups)
-        trained_on = (*key, *held_out, _key(config.augment), drawn)
-        arguments = (of | own, folder, images, seed, all_for_training, title)
-        learnt = train(trained_on, config, net, *arguments)
-        *learnt, profile = learnt
-        return Prepared(images, net, *learnt, tested, profile)
+    def masks_and_padding(
+        self, source: data.Source, rows: np.ndarray
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Masks and padding masks of the images at `rows`, bool [N, H, W], or None without any."""
 
-    return prepare
+        def read(rows, size):
+            for batch in image_batches(self.config, self.backbone, source, rows, size):
+                yield batch.mask, batch.valid
+
+        size = self.config.batch_size
+        parts = tqdm(
+            parallel.shared_out(read, rows, size),
+            total=-(-len(rows) // size),
+            desc=f"{self.title}: images",
+            unit="batch",
+            leave=False,
+            dynamic_ncols=True,
+        )
+        masks, valid = (
+            None if part[0] is None else np.concatenate(part) for part in zip(*parts, strict=True)
+        )
+        return masks, valid
+
+    def padding(self, source: data.Source, rows: np.ndarray) -> np.ndarray | None:
+        """Padding masks, bool [N, H, W]; None without padding."""
+        return self.masks_and_padding(source, rows)[1] if self.is_padded else None
 
 
 def image_batches(
     config, backbone: Backbone, source: data.Source, indices=None, batch_size: int | None = None
 ) -> Iterator[Batch]:
-    """Images as the backbone takes them, all or those of `indices`."""
+    """Batches of input images of a backbone: all of `source`, or those at `indices`."""
     return batches(
         source,
         image_size=config.image_size,
@@ -229,7 +361,7 @@ def image_batches(
 def extractor_of(
     config, backbone: Backbone, size: int | None = None
 ) -> Callable[[np.ndarray], Features]:
-    """`extract.extractor` for a configuration; of up to `size` images, if not its own number."""
+    """`extract.extractor` of a configuration, for batches of `size`; default `batch_size`."""
     c = config
     size = size or c.batch_size
     return extractor(backbone, c.length_power, c.parallel, size, c.feature_dtype)
@@ -249,192 +381,114 @@ def feature_batches(
     return parallel.shared_out(read, rows, config.batch_size)
 
 
-def _keep_last(function: Callable) -> Callable:
-    """`(key, *arguments) -> function(*arguments)`, kept until another key is asked for."""
-    kept = {}
-
-    def call(key, *arguments):
-        if key not in kept:
-            kept.clear()  # before the next is made: two might not fit into memory
-            kept[key] = function(*arguments)
-        return kept[key]
-
-    return call
-
-
-_OF_DATA = ("name", "root", "dir")  # which data set it is, but for the category
-
-
 def _key(section: ConfigDict) -> str:
     return json.dumps(to_plain(section))
 
 
-def _open_backbone(config, seed: int) -> Backbone:
-    return create_backbone(config.backbone, weights=config.weights, layers=config.layers, seed=seed)
-
-
-def _kept(
-    config,
-    backbone: Backbone,
-    source: data.Source,
-    rows: np.ndarray | None,
-    of: dict,
-    folder: pathlib.Path,
-    title: str,
-) -> Features:
-    """The features of the images at `rows`, or of all."""
-    rows = np.arange(len(source)) if rows is None else rows
-
-    def compute(places):
-        for batch in feature_batches(config, backbone, source, rows[places]):
-            yield batch.image
-
-    maps = maps_of(backbone.module, config.length_power, config.feature_dtype)
-    image = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
-    return cache.keep(
-        compute,
-        of,
-        [source.versions[i] for i in rows],
-        jax.eval_shape(maps, backbone.variables, image),
-        block=config.batch_size,
-        home=config.train.cache,
-        folder=folder,
-        title=title,
-    )
-
-
-def _is_kept(config) -> bool:
+def _is_cached(config) -> bool:
     return config.train.cache != "none"
 
 
-def _is_shared(config, source: data.Source) -> bool:
-    """Features are computed for all that the source is a part of; padding is not kept with them."""
-    return source.part_of is not None and config.data.resize != "pad"
+def _warn(title: str, message: str | None) -> None:
+    """Logs the result of a check of the data, if there is one."""
+    if message is not None:
+        _log.warning(f"{title}: {message}")
 
 
-def _part(source: data.Source, pooled: Callable, rows=slice(None)) -> Features:
-    """Features of those images of a part, from those of the whole."""
-    whole, places = source.part_of
-    places = np.arange(len(whole))[places][rows]
-    return tuple(cache.Rows(maps, places) for maps in pooled(whole))
-
-
-def _train(config, backbone, of, folder, dataset, seed, pooled, title):
-    """`Prepared.contents`, `train`, `holdout`, `holdout_valid`, `holdout_groups`, `profile`."""
-    parts = split(config, dataset)
-    source, train = parts.source, parts.train
-    contents, profile = parts.contents, profile_of(source, train)
-    _note(title, checks.dark_images(source))
-    is_cached = _is_kept(config) and not is_augmented(config)
-
-    def features(source, rows, place, what):
-        if is_cached and _is_shared(config, source):
-            return _part(source, pooled, rows)
-        return _kept(config, backbone, source, rows, of, folder / place, f"{title}: {what}")
-
-    def valid_of(source, rows):
-        if config.data.resize != "pad":
-            return None
-
-        def read(rows, size):
-            return (b.valid for b in image_batches(config, backbone, source, rows, size))
-
-        return np.concatenate(list(parallel.shared_out(read, rows, config.batch_size)))
-
-    held_out = (None, None, None)
+def _prepare_training(cached: _FeatureCache, dataset: data.Dataset, seed: int) -> _Training:
+    """Computes the features of the training and the held-out images."""
+    config, parts = cached.config, split(cached.config, dataset)
+    profile = profile_of(parts.source, parts.train)
+    _warn(cached.title, checks.dark_images(parts.source))
+    is_cached = _is_cached(config) and not is_augmented(config)
+    if not is_cached:  # only held-out features are cached: do not compute those of all categories
+        cached = dataclasses.replace(cached, shared=None)
+    holdout = holdout_valid = holdout_groups = None
     if len(parts.held_out):
-        where = parts.held_out_source, parts.held_out
-        holdout = features(*where, "holdout", "held-out features")
-        held_out = (holdout, valid_of(*where), parts.held_out_groups)
+        holdout = cached.compute(parts.held_out_source, parts.held_out, "holdout")
+        holdout_valid = cached.padding(parts.held_out_source, parts.held_out)
+        holdout_groups = parts.held_out_groups
     if is_cached:
-        maps = features(source, train, "train", "features")
-        if len(parts.held_out):
-            _warn_of_siblings(maps, parts, held_out[0], title)
-        size = cache.n_bytes(len(train), maps)
-        fits = cache.goes_on_device(size, config.train.cache)
-        on_device = not parallel.any_process(not fits)
-        if not parallel.on_cpu():
-            how = "held by the device" if on_device else "sent to the device step by step"
-            tqdm.write(f"{title}: in training, features are {how}")
-        training = cached_features(maps, valid_of(source, train), on_device)
-        return contents, training, *held_out, profile
+        train = _cached_training(cached, parts, holdout)
+    else:
+        train = _recomputed_training(cached, parts, seed)
+    return _Training(parts.contents, train, holdout, holdout_valid, holdout_groups, profile)
 
-    def stream(epoch, rows, size):
-        seen = augmented(source, config.augment, seed, epoch) if is_augmented(config) else source
-        return image_batches(config, backbone, seen, train[rows], size)
+
+def _cached_training(
+    cached: _FeatureCache, parts: Split, holdout: Features | None
+) -> TrainingFeatures:
+    maps = cached.compute(parts.source, parts.train, "train")
+    if holdout is not None:
+        _warn_of_siblings(maps, parts, holdout, cached.title)
+    size = cache.n_bytes(len(parts.train), maps)
+    fits = cache.fits_on_device(size, cached.config.train.cache)
+    on_device = not parallel.any_process(not fits)
+    if not parallel.on_cpu():
+        how = "held on the device" if on_device else "sent to the device step by step"
+        _log.info(f"{cached.title}: during training, features are {how}.")
+    return cached_features(maps, cached.padding(parts.source, parts.train), on_device)
+
+
+def _recomputed_training(cached: _FeatureCache, parts: Split, seed: int) -> TrainingFeatures:
+    config, backbone, source = cached.config, cached.backbone, parts.source
+
+    def batches_of(epoch, rows, size):
+        images = augmented(source, config.augment, seed, epoch) if is_augmented(config) else source
+        return image_batches(config, backbone, images, parts.train[rows], size)
 
     size = config.train.batch_size
     extract = extractor_of(config, backbone, size)
-    training = recomputed_features(len(train), stream, extract, size, valid_of(source, train))
-    return contents, training, *held_out, profile
+    valid = cached.padding(source, parts.train)
+    return recomputed_features(len(parts.train), batches_of, extract, size, valid)
 
 
 def _warn_of_siblings(maps: Features, parts: Split, holdout: Features, title: str) -> None:
-    """Warns if held-out images seem to show parts that are trained on, see `siblings.find`."""
+    """Warns if held-out images seem to show the same parts as training images."""
     same_source = parts.held_out_source is parts.source and parts.held_out_groups is None
     found = siblings.find(maps, holdout, same_source=same_source)
     if found is None:
         return
     held_out = parts.held_out_source.names[parts.held_out[found.held_out]]
     trained_on = parts.source.names[parts.train[found.trained_on]]
-    tqdm.write(
-        f"{title}: warning: {found.kind}, such as {held_out} and {trained_on}. If several images "
-        "show the same part, stated false-alarm rates do not hold for new parts. Say which belong "
-        "together with --config.data.groups (folder, a .csv file or a regular expression), or put "
-        "images of other parts into calibration/good."
+    _log.warning(
+        f"{title}: {found.kind}, such as {held_out} and {trained_on}. If several images show the "
+        "same part, stated false-alarm rates do not hold for new parts. Pass "
+        "--config.data.groups (folder, a .csv file or a regular expression) to name the images "
+        "that belong together, or put images of other parts into calibration/good."
     )
 
 
-def _note(title: str, message: str | None) -> None:
-    """Prints what a check of the data found, if anything."""
-    if message is not None:
-        tqdm.write(f"{title}: {message}")
-
-
-def _test(config, backbone, of, folder, source, pooled, title) -> Callable[..., Iterable[Batch]]:
+def _test_batches(
+    cached: _FeatureCache, source: data.Source | None
+) -> Callable[..., Iterable[Batch]]:
     """See `Prepared.test`."""
     if source is None:
         return lambda indices=None: ()
-    if not _is_kept(config):
-        return lambda indices=None: feature_batches(config, backbone, source, indices)
-    size = config.batch_size
+    config, every = cached.config, np.arange(len(source))
+    if not _is_cached(config):
+        return lambda indices=None: feature_batches(config, cached.backbone, source, indices)
     masks = valid = None
     has_masks = source.part_of is None and source[0].mask is not None
-    if has_masks or config.data.resize == "pad":
-        # Masks and padding are read at once: so a broken image, or a mask that does not fit, is
-        # known before hours of training. Features would make it wait.
-        def read(rows, size):
-            for batch in image_batches(config, backbone, source, rows, size):
-                yield batch.mask, batch.valid
-
-        parts = tqdm(
-            parallel.shared_out(read, np.arange(len(source)), size),
-            total=-(-len(source) // size),
-            desc=f"{title}: test images",
-            unit="batch",
-            leave=False,
-            dynamic_ncols=True,
-        )
-        masks, valid = (
-            None if part[0] is None else np.concatenate(part) for part in zip(*parts, strict=True)
-        )
-        if has_masks:
-            _note(title, checks.blank_masks(masks, source))
-            _note(title, checks.inverted_masks(masks, source))
-            _note(title, checks.cut_masks(source))
+    if has_masks or cached.is_padded:
+        # Masks and padding are read at once, so that broken images and masks of a wrong size are
+        # found before hours of training. The features are computed after it.
+        masks, valid = cached.masks_and_padding(source, every)
+        if has_masks and masks is not None:
+            _warn(cached.title, checks.blank_masks(masks, source))
+            _warn(cached.title, checks.inverted_masks(masks, source))
+            _warn(cached.title, checks.cut_masks(source))
 
     @functools.cache
-    def features():
-        if _is_shared(config, source):
-            return _part(source, pooled)
-        what = f"{title}: test features"
-        return _kept(config, backbone, source, None, of, folder / "test", what)
+    def features() -> Features:
+        return cached.compute(source, every, "test")
 
     def batches_of(indices=None):
-        rows = np.arange(len(source)) if indices is None else np.asarray(indices)
-        for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+        rows = every if indices is None else np.asarray(indices)
+        for i in range(0, len(rows), config.batch_size):
+            part = rows[i : i + config.batch_size]
             mask, padding = (None if a is None else a[part] for a in (masks, valid))
-            maps = tuple(m[part] for m in features())
+            maps = cast(Any, tuple(m[part] for m in features()))
             yield Batch(maps, mask, source.labels[part], part, padding)
 
     return batches_of

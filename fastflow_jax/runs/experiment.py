@@ -23,7 +23,7 @@ from fastflow_jax.config import variants, without
 from fastflow_jax.data.transforms import placement
 from fastflow_jax.detectors.registry import kind
 from fastflow_jax.evaluation.evaluate import METRICS, Scored, measure, score_split
-from fastflow_jax.features.prepare import Prepared, preparer, seen_by
+from fastflow_jax.features.prepare import Prepared, feature_fingerprint, preparer
 from fastflow_jax.files import expanded, read_json, read_lines, to_plain, write_json, write_text
 from fastflow_jax.report.html import write_reports
 from fastflow_jax.report.pictures import write_pictures
@@ -164,14 +164,14 @@ def _plan(config, workdir: pathlib.Path) -> list[_Part]:
             for after in (_AFTER_TRAINING, _AFTER_SCORING)
         )
         plan.append(_Part(changed, variant, category, seed, folder, training, scored, pictures))
-    features = [seen_by(part.config, part.seed) for part in plan]
+    features = [feature_fingerprint(part.config, part.seed) for part in plan]
     order = sorted(range(len(plan)), key=lambda i: features.index(features[i]))
     return [plan[i] for i in order]
 
 
 def _but_for_the_seed(part: _Part) -> tuple:
     """What parts have in common whose trainings differ in their seed alone."""
-    return part.category, part.variant, seen_by(part.config, part.seed)
+    return part.category, part.variant, feature_fingerprint(part.config, part.seed)
 
 
 def _run_part(part: _Part, beside: list[_Part], prepare: Callable[..., Prepared]) -> dict:

@@ -1,5 +1,6 @@
-"""Kept features: the same in every home, and on disk never more than what is whole."""
+"""Cached features: equal in every location, and on disk only complete blocks are reused."""
 
+import logging
 import os
 import shutil
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
+from fastflow_jax import parallel
 from fastflow_jax.errors import InputError
 from fastflow_jax.features import cache
 from fastflow_jax.features.extract import DTYPES
@@ -27,7 +29,7 @@ def whole(dtype="float16"):
 
 
 class Backbone:
-    """Stands for one; counts the images that it sees, and dies when it has seen enough."""
+    """Stand-in that records its images, and fails after `dies_after` of them."""
 
     def __init__(self, dtype="float16", dies_after=N):
         self.dtype, self.dies_after, self.seen = dtype, dies_after, []
@@ -41,91 +43,91 @@ class Backbone:
             yield tuple(m[part] for m in whole(self.dtype))
 
 
-def keep(folder, backbone=None, *, home="disk", of="brick", names=NAMES, dtype="float16"):
-    return cache.keep(
+def load(folder, backbone=None, *, location="disk", of="brick", names=NAMES, dtype="float16"):
+    return cache.load_or_compute(
         backbone or Backbone(dtype),
-        {"of": of},
+        {"data": of},
         names,
         maps_of(dtype),
         block=BLOCK,
-        home=home,
+        location=location,
         folder=folder / "features",
         title="brick: features",
     )
 
 
-def assert_whole(kept, dtype="float16"):
-    for m, expected in zip(kept, whole(dtype), strict=True):
+def assert_whole(features, dtype="float16"):
+    for m, expected in zip(features, whole(dtype), strict=True):
         assert m.dtype == expected.dtype
         np.testing.assert_array_equal(m, expected)
 
 
-@pytest.mark.parametrize("home", ["memory", "disk"])
-def test_features_do_not_hang_on_the_bar(tmp_path, monkeypatch, home):
-    class Disabled(tqdm):  # as TQDM_DISABLE=1 has them, which then do not count
+@pytest.mark.parametrize("location", ["memory", "disk"])
+def test_features_are_complete_without_a_progress_bar(tmp_path, monkeypatch, location):
+    class Disabled(tqdm):  # as with TQDM_DISABLE=1: it does not count
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs | {"disable": True})
 
     monkeypatch.setattr(cache, "tqdm", Disabled)
-    assert_whole(keep(tmp_path, home=home))
+    assert_whole(load(tmp_path, location=location))
 
 
 @pytest.fixture
 def interrupted(tmp_path):
-    """A folder in which a run has died after two of three blocks."""
+    """A directory in which a run has failed after two of three blocks."""
     with pytest.raises(RuntimeError, match="killed"):
-        keep(tmp_path, Backbone(dies_after=8))
+        load(tmp_path, Backbone(dies_after=8))
     return tmp_path
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("home", ["auto", "device", "memory", "disk"])
-def test_every_home_keeps_the_very_features(tmp_path, home, dtype):
-    kept = keep(tmp_path, home=home, dtype=dtype)
-    assert_whole(kept, dtype)
-    assert (tmp_path / "features").exists() == (home == "disk")
-    assert all(isinstance(m, np.memmap) == (home == "disk") for m in kept)
+@pytest.mark.parametrize("location", ["auto", "device", "memory", "disk"])
+def test_features_are_equal_in_every_location(tmp_path, location, dtype):
+    features = load(tmp_path, location=location, dtype=dtype)
+    assert_whole(features, dtype)
+    assert (tmp_path / "features").exists() == (location == "disk")
+    assert all(isinstance(m, np.memmap) == (location == "disk") for m in features)
 
 
-def test_an_interrupted_computation_goes_on(interrupted):
+def test_an_interrupted_computation_is_resumed(interrupted):
     backbone = Backbone()
-    assert_whole(keep(interrupted, backbone))
+    assert_whole(load(interrupted, backbone))
     assert backbone.seen == [8, 9, 10]
     backbone = Backbone()
-    assert_whole(keep(interrupted, backbone))
+    assert_whole(load(interrupted, backbone))
     assert backbone.seen == []
 
 
-def test_a_record_that_was_cut_off_loses_its_last_block_only(interrupted):
+def test_a_truncated_record_loses_only_its_last_block(interrupted):
     record = interrupted / "features" / "record.jsonl"
     record.write_text(record.read_text()[:-5])
     backbone = Backbone()
-    assert_whole(keep(interrupted, backbone))
+    assert_whole(load(interrupted, backbone))
     assert backbone.seen == [4, 5, 6, 7, 8, 9, 10]
     backbone = Backbone()
-    keep(interrupted, backbone)
+    load(interrupted, backbone)
     assert backbone.seen == []
 
 
-def test_data_that_never_reached_the_disk_is_computed_again(interrupted):
+def test_blocks_with_missing_bytes_are_computed_again(interrupted):
     file = interrupted / "features" / "scale_1.raw"
     file.write_bytes(file.read_bytes()[:-1])
     backbone = Backbone()
-    assert_whole(keep(interrupted, backbone))
+    assert_whole(load(interrupted, backbone))
     assert backbone.seen == [4, 5, 6, 7, 8, 9, 10]
 
 
 @pytest.mark.parametrize(
     ("image", "again"), [(0, [0, 1, 2, 3]), (5, [4, 5, 6, 7]), (10, [8, 9, 10])]
 )
-def test_one_wrong_bit_is_found(tmp_path, image, again):
-    keep(tmp_path)
+def test_a_block_with_a_wrong_bit_is_computed_again(tmp_path, image, again):
+    load(tmp_path)
     file = tmp_path / "features" / "scale_0.raw"
     data = bytearray(file.read_bytes())
     data[image * len(data) // N + 7] ^= 1
     file.write_bytes(data)
     backbone = Backbone()
-    assert_whole(keep(tmp_path, backbone))
+    assert_whole(load(tmp_path, backbone))
     assert backbone.seen == again
 
 
@@ -138,23 +140,23 @@ def test_one_wrong_bit_is_found(tmp_path, image, again):
         {"dtype": "bfloat16"},  # of the same size
     ],
 )
-def test_features_of_something_else_are_not_taken(tmp_path, other):
-    before = keep(tmp_path)
+def test_features_with_another_fingerprint_are_computed_again(tmp_path, other):
+    before = load(tmp_path)
     backbone = Backbone(other.get("dtype", "float16"))
-    keep(tmp_path, backbone, **other)
+    load(tmp_path, backbone, **other)
     assert len(backbone.seen) == N
-    assert_whole(before)  # whoever still has them does not see them change
+    assert_whole(before)  # arrays in use do not change
 
 
-def test_what_is_no_record_is_not_taken(interrupted):
+def test_a_damaged_record_is_ignored(interrupted):
     (interrupted / "features" / "record.jsonl").write_bytes(b"\xff\x00{")
     backbone = Backbone()
-    assert_whole(keep(interrupted, backbone))
+    assert_whole(load(interrupted, backbone))
     assert len(backbone.seen) == N
 
 
-def test_features_are_read_as_they_are_needed(tmp_path):
-    part = cache.Rows(keep(tmp_path)[0], np.array([7, 2, 9]))
+def test_rows_select_images_of_an_array(tmp_path):
+    part = cache.Rows(load(tmp_path)[0], np.array([7, 2, 9]))
     expected = whole()[0][[7, 2, 9]]
     assert (len(part), part.shape, part.dtype) == (3, expected.shape, expected.dtype)
     np.testing.assert_array_equal(part[1:], expected[1:])
@@ -162,37 +164,17 @@ def test_features_are_read_as_they_are_needed(tmp_path):
     np.testing.assert_array_equal(part, expected)
 
 
-@pytest.mark.parametrize(("free", "place"), [(10**9, "in memory"), (1000, "on disk")])
-def test_the_home_follows_from_the_size_and_is_told(tmp_path, monkeypatch, capsys, free, place):
-    monkeypatch.setattr(cache, "free_memory", lambda: free)
-    assert_whole(keep(tmp_path, home="auto"))
-    assert f"brick: features of 11 images, 0.0 MiB in float16, kept {place}" in (
-        capsys.readouterr().out
-    )
+@pytest.mark.parametrize(("available", "place"), [(10**9, "in memory"), (1000, "on disk")])
+def test_auto_caches_in_memory_if_there_is_room(tmp_path, monkeypatch, caplog, available, place):
+    caplog.set_level(logging.INFO, logger="fastflow_jax")
+    monkeypatch.setattr(parallel, "available_host_memory", lambda: available)
+    assert_whole(load(tmp_path, location="auto"))
+    (message,) = caplog.messages
+    assert f"brick: features of 11 images, 0.0 MiB in float16, are cached {place}" in message
 
 
-def test_the_size_is_that_of_the_arrays():
+def test_n_bytes_is_the_size_of_the_arrays():
     assert cache.n_bytes(N, maps_of()) == sum(m.nbytes for m in whole())
-
-
-def test_free_memory_is_some():
-    assert 2**20 < cache.free_memory() < 2**50
-
-
-@pytest.mark.parametrize(
-    ("limit", "statistics", "name"),
-    [
-        ("memory.max", "memory.stat", "anon"),
-        ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss"),
-    ],
-)
-def test_the_limit_of_a_container_counts(tmp_path, monkeypatch, limit, statistics, name):
-    monkeypatch.setattr(cache, "_CGROUP_ROOT", tmp_path)
-    before = cache.free_memory()
-    (tmp_path / limit).parent.mkdir(exist_ok=True)
-    (tmp_path / limit).write_text("3000000\n")
-    (tmp_path / statistics).write_text(f"file 5000000\n{name} 1000000\n")
-    assert cache.free_memory() == 2_000_000 < before
 
 
 class Device:
@@ -204,7 +186,7 @@ class Device:
 
 
 @pytest.mark.parametrize(
-    ("size", "home", "expected"),
+    ("size", "location", "expected"),
     [
         (300, "auto", True),
         (301, "auto", False),
@@ -213,31 +195,31 @@ class Device:
         (300, "disk", False),
     ],
 )
-def test_devices_hold_what_leaves_room_on_each(monkeypatch, size, home, expected):
-    assert not cache.goes_on_device(size, home)  # a CPU has no memory of its own
+def test_devices_hold_features_that_leave_half_their_memory(monkeypatch, size, location, expected):
+    assert not cache.fits_on_device(size, location)  # a CPU has no memory of its own
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [Device(1000, 400), Device(2000, 100)])
-    assert cache.goes_on_device(size, home) == expected
+    assert cache.fits_on_device(size, location) == expected
 
 
-def test_a_disk_without_room_is_named_before_anything_is_computed(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_before_anything_is_computed(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 0))
     backbone = Backbone()
-    with pytest.raises(InputError, match=r"room for 0\.0 MiB in .*features: make room, choose"):
-        keep(tmp_path, backbone)
+    with pytest.raises(InputError, match=r"features has room for 0\.0 MiB\. Make room"):
+        load(tmp_path, backbone)
     assert backbone.seen == []
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_disk_that_fills_up_says_so_and_the_rest_stands(tmp_path):
-    keep(tmp_path)
+def test_complete_blocks_survive_a_disk_that_fills_up(tmp_path):
+    load(tmp_path)
     file = tmp_path / "features" / "scale_1.raw"
     aside = file.rename(tmp_path / "aside")
     file.symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device"):
-        keep(tmp_path)
+        load(tmp_path)
     file.unlink()
     aside.rename(file)
     backbone = Backbone()
-    assert_whole(keep(tmp_path, backbone))
+    assert_whole(load(tmp_path, backbone))
     assert backbone.seen == []

@@ -1,4 +1,4 @@
-"""Features of a backbone: what their type rounds, and what it cannot hold."""
+"""Features of a backbone: rounding, range and statistics."""
 
 import types
 
@@ -17,7 +17,7 @@ class Multiply(nn.Module):
 
 
 def features_of(images, dtype, factor=1.0, power=1.0):
-    """What a backbone that multiplies gives."""
+    """Features of a backbone that multiplies by `factor`."""
     variables = {"params": {"factor": jnp.float32(factor)}}
     backbone = types.SimpleNamespace(module=Multiply(), variables=variables)
     return extractor(backbone, power, "pmap", 4, dtype)(images)[0]
@@ -29,36 +29,36 @@ def images():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_features_are_rounded_to_the_nearest_of_their_type(images, dtype):
+def test_features_are_rounded_to_the_nearest_value_of_their_dtype(images, dtype):
     features = features_of(images, dtype)
     assert features.dtype == jnp.dtype(dtype)
     np.testing.assert_array_equal(features, images.astype(jnp.dtype(dtype)))
 
 
 @pytest.mark.parametrize("factor", [1e5, 1e-6])
-def test_features_that_float16_cannot_hold_are_refused(images, factor):
-    with pytest.raises(InputError, match=r"range of float16, 6e-05 to 7e\+04: choose --config"):
+def test_features_out_of_the_range_of_float16_are_an_error(images, factor):
+    with pytest.raises(InputError, match=r"range of float16, 6e-05 to 7e\+04\. Pass --config"):
         features_of(images, "float16", factor)
     for dtype in ("bfloat16", "float32"):
         np.testing.assert_allclose(
             features_of(images, dtype, factor).astype(np.float32), factor * images, rtol=4e-3
         )
-    # With their lengths compressed they are well within.
+    # Features with compressed lengths are in the range.
     assert np.isfinite(features_of(images, "float16", factor, 0.25)).all()
 
 
-def test_black_images_are_no_underflow():
+def test_zero_features_are_no_underflow():
     assert not features_of(np.zeros((1, 4, 4, 3), np.float32), "float16").any()
 
 
-def test_features_that_never_vary_are_whitened_to_zero():
+def test_constant_features_are_whitened_to_zero():
     maps = np.full((5, 2, 2, 3), 7.0, np.float32)
     (norm,) = channel_statistics([((maps,), None)], "whiten").values()
     np.testing.assert_allclose((maps - norm["mean"]) @ norm["whitening"], 0, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["whiten", "standardise"])
-def test_a_channel_that_hardly_ever_fires_does_not_explode_where_it_does(norm):
+def test_an_almost_constant_channel_does_not_explode_in_a_new_image(norm):
     """One location of 16,384 has .05 in a channel that is 0 elsewhere; a new one has 1."""
     rng = np.random.default_rng(0)
     maps = rng.normal(scale=0.3, size=(64, 16, 16, 128)).astype(np.float32)
@@ -75,14 +75,14 @@ def test_a_channel_that_hardly_ever_fires_does_not_explode_where_it_does(norm):
     assert usual < energy < 100  # above 10,000 without a floor of the deviation
 
 
-def test_features_that_are_no_numbers_are_refused():
+def test_features_that_are_not_finite_are_an_error():
     maps = np.full((5, 2, 2, 3), np.nan, np.float32)
-    with pytest.raises(InputError, match="no finite numbers"):
+    with pytest.raises(InputError, match="not finite numbers"):
         channel_statistics([((maps,), None)], "whiten")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_statistics_are_those_of_the_rounded_features_in_float64(dtype):
+def test_statistics_are_computed_from_rounded_features_in_float64(dtype):
     rng = np.random.default_rng(0)
     features = (100 + rng.normal(size=(50, 4, 4, 3))).astype(jnp.dtype(dtype))
     statistics = cached_features((features,)).statistics("standardise")["norm_0"]

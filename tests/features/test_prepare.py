@@ -1,4 +1,4 @@
-"""What runs share is made once: features of images, whatever parts of a set they belong to."""
+"""Features are computed once for all runs that share them."""
 
 import io
 import json
@@ -14,15 +14,15 @@ from fastflow_jax.data.tfds import cifar10
 from fastflow_jax.errors import InputError
 from fastflow_jax.features import prepare
 from fastflow_jax.features.extract import extractor
-from fastflow_jax.features.prepare import image_batches, preparer, seen_by
+from fastflow_jax.features.prepare import feature_fingerprint, image_batches, preparer
 from fastflow_jax.runs import experiment
 
 PER_CLASS = {"train": 4, "test": 2}
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """CIFAR-10 as folders of image files, in miniature."""
+def images(tmp_path_factory):
+    """A small CIFAR-10, as directories of image files."""
     root, rng = tmp_path_factory.mktemp("cifar10"), np.random.default_rng(0)
     for split, n in PER_CLASS.items():
         for name in cifar10.CATEGORIES:
@@ -40,10 +40,10 @@ def miniature(monkeypatch):
 
 
 @pytest.fixture
-def tiny(pictures):
+def tiny(images):
     def make(**fields):
         c = default()
-        c.data.name, c.data.root = "cifar10", str(pictures)
+        c.data.name, c.data.root = "cifar10", str(images)
         c.weights, c.image_size, c.layers = "random", (32,), ("blocks.2",)
         c.flow.steps, c.flow.kernels, c.flow.hidden_ratio = 1, (3,), 0.5
         c.train.epochs, c.train.batch_size = 1, 8
@@ -58,7 +58,7 @@ def tiny(pictures):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """How many images the backbone has seen."""
+    """Number of images in each call of the extractor."""
     counted = []
 
     def counting(*arguments):
@@ -74,7 +74,7 @@ def seen(monkeypatch):
     return counted
 
 
-def test_classes_share_the_features_of_their_images(tiny, seen, tmp_path):
+def test_categories_share_the_features_of_their_images(tiny, seen, tmp_path):
     config = tiny()
     get = preparer(config, tmp_path)
     for name in ("bird", "ship"):
@@ -100,7 +100,7 @@ def test_classes_share_the_features_of_their_images(tiny, seen, tmp_path):
     assert sum(seen) == 40 + 20
 
 
-def test_all_seeds_and_classes_of_a_run_see_each_image_once(tiny, seen, tmp_path):
+def test_a_run_computes_features_once_per_image_and_backbone(tiny, seen, tmp_path):
     results = experiment.run(
         tiny(**{"data.category": "bird,cat", "seeds": 2, "heatmaps": 3}), tmp_path / "run"
     )
@@ -110,8 +110,8 @@ def test_all_seeds_and_classes_of_a_run_see_each_image_once(tiny, seen, tmp_path
     assert [list(rows) for rows in results["seeds"].values()] == [["bird", "cat"]] * 2
 
 
-@pytest.mark.parametrize("resize", ["square", "pad"])  # kept for all classes, or for each
-def test_a_run_that_dies_over_its_features_goes_on_from_those_it_has(
+@pytest.mark.parametrize("resize", ["square", "pad"])  # features of all categories, or of one
+def test_a_run_that_is_killed_while_computing_features_reuses_complete_ones(
     tiny, seen, tmp_path, monkeypatch, resize
 ):
     fields = {"data.category": "bird", "data.resize": resize, "batch_size": 2}
@@ -137,7 +137,7 @@ def test_a_run_that_dies_over_its_features_goes_on_from_those_it_has(
     assert not (tmp_path / "two" / "features").exists()
 
 
-def test_variants_of_a_tampered_test_take_turns_once_for_all_classes(tiny, seen, tmp_path):
+def test_tampered_test_images_are_computed_once_for_all_categories(tiny, seen, tmp_path):
     config = tiny(**{"data.category": "bird,cat"})
     with config.unlocked():
         config.variants = ConfigDict({"plain": {}, "turned": {"data": {"tamper": {"rotate": 9.0}}}})
@@ -148,7 +148,7 @@ def test_variants_of_a_tampered_test_take_turns_once_for_all_classes(tiny, seen,
 
 
 @pytest.mark.parametrize("size", [(32,), (32, 48)])
-def test_padding_is_known_of_images_that_categories_share(tiny, size, tmp_path):
+def test_padding_masks_are_read_for_images_that_categories_share(tiny, size, tmp_path):
     config = tiny(image_size=size, **{"data.resize": "pad"})
     prepared = preparer(config, tmp_path)(config, "bird", 0)
     for valid in (prepared.holdout_valid, next(iter(prepared.test())).valid):
@@ -156,7 +156,7 @@ def test_padding_is_known_of_images_that_categories_share(tiny, size, tmp_path):
         assert valid.mean() == pytest.approx(32 / config.image_size[1])
 
 
-def test_what_is_not_to_be_kept_is_computed_again(tiny, seen, tmp_path):
+def test_without_a_cache_features_are_computed_again(tiny, seen, tmp_path):
     config = tiny(**{"train.cache": "none"})
     prepared = preparer(config, tmp_path)(config, "bird", 0)
     assert prepared.train.cached is None
@@ -166,8 +166,8 @@ def test_what_is_not_to_be_kept_is_computed_again(tiny, seen, tmp_path):
     assert sum(seen) == 2 * 20
 
 
-def test_features_of_test_images_do_not_keep_training_waiting(tiny, seen, tmp_path):
-    config = tiny(**{"data.resize": "pad"})  # of one class, with masks of what is padding
+def test_features_of_test_images_are_computed_after_training(tiny, seen, tmp_path):
+    config = tiny(**{"data.resize": "pad"})  # one category, with padding masks
     prepared = preparer(config, tmp_path)(config, "bird", 0)
     assert sum(seen) == PER_CLASS["train"]
     for _ in range(2):
@@ -175,7 +175,7 @@ def test_features_of_test_images_do_not_keep_training_waiting(tiny, seen, tmp_pa
     assert sum(seen) == PER_CLASS["train"] + 20
 
 
-def test_a_broken_test_image_is_told_of_before_any_feature(seen, tmp_path):
+def test_a_broken_test_image_is_an_error_before_any_feature_is_computed(seen, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 40, 40, 3), np.uint8)
     files = ["train/good/0.png", "train/good/1.png", "test/good/0.png", "test/scratch/1.png"]
     for name, image in zip([*files, "ground_truth/scratch/1_mask.png"], pixels, strict=True):
@@ -193,7 +193,7 @@ def test_a_broken_test_image_is_told_of_before_any_feature(seen, tmp_path):
 
 
 @pytest.mark.parametrize("cache", ["auto", "none"])
-def test_some_test_images_are_had_in_any_order(tiny, tmp_path, cache):
+def test_test_images_can_be_selected_in_any_order(tiny, tmp_path, cache):
     config = tiny(**{"train.cache": cache, "data.resize": "pad", "image_size": (32, 48)})
     prepared = preparer(config, tmp_path)(config, "bird", 0)
     (some,), whole = prepared.test([17, 3]), list(prepared.test())
@@ -205,7 +205,7 @@ def test_some_test_images_are_had_in_any_order(tiny, tmp_path, cache):
         np.testing.assert_allclose(some.image[0][row], batch.image[0][i % 8], rtol=1e-3, atol=1e-3)
 
 
-def test_maps_without_masks_are_not_kept_but_drawn(tiny, tmp_path):
+def test_heat_maps_are_drawn_without_masks(tiny, tmp_path):
     cifar10_run = tiny(**{"data.category": "frog", "heatmaps": 3})
     experiment.run(cifar10_run, tmp_path / "run")
     assert len(list((tmp_path / "run/heatmaps").glob("*/*.png"))) == 3
@@ -213,7 +213,7 @@ def test_maps_without_masks_are_not_kept_but_drawn(tiny, tmp_path):
     assert "re-encoded" in note["note"]
 
 
-def test_the_key_of_features_names_what_they_hang_on(tiny):
+def test_the_fingerprint_depends_on_the_settings_of_features(tiny):
     one = tiny()
     changes = {
         "image_size": (48,),
@@ -223,15 +223,15 @@ def test_the_key_of_features_names_what_they_hang_on(tiny):
         "data.resize": "pad",
     }
     for field, value in changes.items():
-        assert seen_by(tiny(**{field: value}), 0) != seen_by(one, 0)
-    assert seen_by(one, 0) != seen_by(one, 1)
+        assert feature_fingerprint(tiny(**{field: value}), 0) != feature_fingerprint(one, 0)
+    assert feature_fingerprint(one, 0) != feature_fingerprint(one, 1)
     trained = tiny(weights="tf_efficientnet_lite0.in1k")
-    assert seen_by(trained, 0) == seen_by(trained, 1)
+    assert feature_fingerprint(trained, 0) == feature_fingerprint(trained, 1)
     for field, value in {"flow.steps": 2, "score.form": "top_k", "seed": 3}.items():
-        assert seen_by(tiny(**{field: value}), 0) == seen_by(one, 0)
+        assert feature_fingerprint(tiny(**{field: value}), 0) == feature_fingerprint(one, 0)
 
 
-def test_only_the_last_is_kept_and_goes_before_the_next_comes():
+def test_keep_last_frees_a_value_before_it_makes_the_next():
     made = []
 
     def make(n):
@@ -240,13 +240,13 @@ def test_only_the_last_is_kept_and_goes_before_the_next_comes():
         made.append(weakref.ref(array))
         return array
 
-    get = prepare._keep_last(make)
-    assert get("a", 1) is get("a", 1)
-    get("b", 2)
+    last = prepare.KeepLast()
+    assert last.get("a", lambda: make(1)) is last.get("a", lambda: make(1))
+    last.get("b", lambda: make(2))
     assert len(made) == 2
 
 
-def test_masks_of_defects_that_mark_nothing_are_told(tmp_path, capsys):
+def test_blank_masks_of_defective_images_are_reported(tmp_path, caplog):
     root = tmp_path / "screws"
     names = ("train/good/0", "train/good/1", "test/good/0", "test/crack/0", "test/crack/1")
     for i, name in enumerate(names):
@@ -260,12 +260,12 @@ def test_masks_of_defects_that_mark_nothing_are_told(tmp_path, capsys):
     c = default()
     c.data.root, c.backbone, c.image_size = str(root), "pixels", (16,)
     preparer(fill(c), tmp_path / "features")(fill(c), None, 0)
-    told = capsys.readouterr().out
-    assert "at 16x16 the masks of 1 defective images mark nothing" in told
-    assert "crack/0.png" in told
+    (message,) = (m for m in caplog.messages if "mark nothing" in m)
+    assert "at 16x16 the masks of 1 defective images" in message
+    assert "crack/0.png" in message
 
 
-def test_masks_with_a_halo_are_reported_once(tmp_path, capsys):
+def test_masks_with_a_halo_are_reported_once(tmp_path, caplog):
     root = tmp_path / "screws"
     names = ("train/good/0", "train/good/1", "test/good/0", "test/crack/0", "test/crack/1")
     for i, name in enumerate(names):
@@ -284,15 +284,15 @@ def test_masks_with_a_halo_are_reported_once(tmp_path, capsys):
     (batch,) = prepared.test()
     marked = (mask > 0).sum()
     assert batch.mask.sum((1, 2)).tolist() == [marked, marked, 0]
-    reported = [line for line in capsys.readouterr().out.splitlines() if "grey levels" in line]
+    reported = [line for line in caplog.messages if "grey levels" in line]
     assert len(reported) == 1
     assert "2 masks" in reported[0]
     assert "crack/0_mask.png" in reported[0]
 
 
-# Of as many pixels, files that are not compressed take as many bytes.
+# Uncompressed files with as many pixels have as many bytes: only their times differ.
 @pytest.mark.parametrize(("kind", "side"), [("png", 40), ("bmp", 20)])
-def test_features_on_disk_are_those_of_the_images_that_lie_there_now(tmp_path, kind, side):
+def test_features_on_disk_are_computed_again_for_changed_files(tmp_path, kind, side):
     for i in range(4):
         Image.new("RGB", (20, 20), (90, 90, 90 + i)).save(tmp_path / f"{i}.{kind}")
     c = default()
@@ -309,7 +309,7 @@ def test_features_on_disk_are_those_of_the_images_that_lie_there_now(tmp_path, k
     assert brightness() > dark + 0.5
 
 
-def test_images_whose_files_have_more_bits_than_the_camera_are_told(tmp_path, capsys):
+def test_dark_images_of_a_camera_with_fewer_bits_than_its_files_are_reported(tmp_path, caplog):
     root = tmp_path / "screws"
     root.mkdir()
     for i, value in enumerate((4095, 2000)):
@@ -317,7 +317,8 @@ def test_images_whose_files_have_more_bits_than_the_camera_are_told(tmp_path, ca
     c = default()
     c.data.root, c.backbone, c.image_size = str(root), "pixels", (16,)
     preparer(fill(c), tmp_path / "features")(fill(c), None, 0)
-    assert "no value above 15 of 255" in capsys.readouterr().out
+    assert "no value above 15 of 255" in caplog.text
+    caplog.clear()
     Image.fromarray(np.full((32, 32), 65535, np.uint16)).save(root / "0.png")
     preparer(fill(c), tmp_path / "features")(fill(c), None, 0)
-    assert "of 255" not in capsys.readouterr().out
+    assert "of 255" not in caplog.text

@@ -1,4 +1,4 @@
-"""Held-out images that show the same part as training images are noticed, others are not."""
+"""Held-out images that show the same part as training images are found, others are not."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ RNG = np.random.default_rng(0)
 
 
 def maps_of(vectors):
-    """Features of one scale whose means are these, [N, C] -> [N, 3, 3, C]."""
+    """Features [N, 3, 3, C] of one scale whose means are `vectors`, [N, C]."""
     noise = RNG.normal(size=(len(vectors), 3, 3, vectors.shape[1]))
     return ((vectors[:, None, None] + noise - noise.mean((1, 2), keepdims=True)).astype("f4"),)
 
@@ -30,18 +30,18 @@ def test_images_of_different_parts_are_independent(n):
 
 
 @pytest.mark.parametrize("n", [10, 60])
-def test_several_shots_of_each_part_are_noticed(n):
+def test_several_images_per_part_are_found(n):
     found = siblings.find(*split(parts(n, shots=4, spread=0.1)), same_source=True)
     assert "much closer" in found.kind
 
 
-def test_a_video_is_noticed():
-    """Each image resembles many others: the tenth nearest is as near as the nearest."""
+def test_a_video_is_found():
+    """Each image resembles many others, so the tenth nearest is about as near as the nearest."""
     path = np.cumsum(RNG.normal(size=(400, 12)), 0)
     assert siblings.find(*split(path), same_source=True) is not None
 
 
-def test_copies_are_noticed_however_few_images_there_are():
+def test_copies_are_found_among_few_images():
     vectors = parts(9)
     train = maps_of(vectors)
     found = siblings.find(train, tuple(m[[4]] for m in train), same_source=True)
@@ -56,7 +56,7 @@ def test_siblings_among_training_images_alone_are_allowed():
     assert siblings.find(maps_of(train), maps_of(mixed), same_source=False) is not None
 
 
-def test_constant_images_are_no_error():
+def test_constant_images_have_no_siblings():
     same = maps_of(np.ones((30, 4)))
     same = tuple(np.ones_like(m) for m in same)
     assert siblings.find(same, tuple(m[:3] for m in same), same_source=True) is None

@@ -134,7 +134,7 @@ def test_scoring_pads_and_cuts(kind):
 
 
 def test_parallel_names_a_wrong_kind():
-    with pytest.raises(InputError, match="parallel is one of pmap, jit, not 'pjit'"):
+    with pytest.raises(InputError, match="parallel is 'pjit'. It must be one of pmap, jit"):
         parallel.step(lambda *a, axis_name: a[0], "pjit")
 
 

@@ -4,7 +4,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-# Resolved on first use, so that `import fastflow_jax.flows` loads jax and flax only.
+# Imported on first use, so that `import fastflow_jax.flows` loads jax and flax only.
 _PUBLIC = {
     "Detector": "fastflow_jax.detector",
     "InputError": "fastflow_jax.errors",

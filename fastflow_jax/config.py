@@ -121,9 +121,7 @@ def default() -> ConfigDict:
     c.train.weight_decay = 0.0  # L2 inside the optimiser, as torch's Adam has it
     c.train.clip = 1.0  # bound of the gradient's global norm; 0: none
     c.train.seeds_at_once = placeholder(int)  # in one program; unset: all on GPU or TPU
-    c.train.cache = (
-        "auto"  # location of cached features, see `features.cache.CACHE_LOCATIONS`
-    )
+    c.train.cache = "auto"  # location of cached features, see `features.cache.CACHE_LOCATIONS`
 
     # From likelihood to map to score
     c.map = ConfigDict()

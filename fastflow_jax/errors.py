@@ -1,8 +1,8 @@
-"""What a user can put right: one exception, one clear message."""
+"""The error for problems that a user can fix."""
 
 
 class InputError(ValueError):
-    """Bad input from the user; the message names the thing and the remedy.
+    """Invalid input from the user. The message names the problem and its remedy.
 
     `main.py` prints the message without a traceback and exits with status 2.
     """

@@ -1,6 +1,6 @@
-"""Paths, locks, and files that are whole or absent.
+"""Paths, locks, and files that are written completely or not at all.
 
-Of several processes the first one alone reads JSON and writes, see `parallel.on_main`.
+Only the first process writes files, and reads JSON for all others, see `parallel.on_main`.
 """
 
 import contextlib
@@ -8,33 +8,34 @@ import errno
 import fcntl
 import functools
 import json
+import logging
 import os
-import pathlib
 import re
-import sys
+import stat
 import urllib.parse
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from fastflow_jax import parallel
 from fastflow_jax.errors import InputError
 
+_log = logging.getLogger(__name__)
+
 
 def expanded(path: str | os.PathLike) -> Path:
-    """The local path that a user means.
+    """Expands `~` and `file://` in a path that a user gave.
 
-    A path that begins with ~ is in a home directory, unless there is such a file. A URL is refused,
-    except for `file:///...`, which becomes the path that it names.
+    `~` is kept if a file of that name exists.
 
     Raises:
-      InputError: the path is a URL, or there is neither such a file nor such a home directory.
+      InputError: the path is empty, cannot be read, is another URL, or begins with the home
+        directory of an unknown user.
     """
     if not os.fspath(path):
         raise InputError("An empty path was given. Name a file or a directory.")
@@ -42,14 +43,18 @@ def expanded(path: str | os.PathLike) -> Path:
     try:
         return path if path.exists() else path.expanduser()
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}. Check its permissions."
+        ) from error
     except RuntimeError as error:
-        raise InputError(f"{path} does not exist, nor does a home folder of that name.") from error
+        raise InputError(
+            f"{path} does not exist, and there is no user of that name. Pass an existing path."
+        ) from error
 
 
 def _without_scheme(path: str | os.PathLike) -> Path:
     text = os.fspath(path)
-    # pathlib makes gs:/bucket of gs://bucket.
+    # pathlib turns gs://bucket into gs:/bucket.
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(/?)", text)
     if not match or (not match[2] and (isinstance(path, str) or Path(path).exists())):
         return Path(path)
@@ -63,60 +68,60 @@ def _without_scheme(path: str | os.PathLike) -> Path:
 
 
 def is_utf8(path: Path) -> bool:
-    """Whether a path is UTF-8, as most libraries expect; in a file system it may be any bytes."""
+    """Whether a path is valid UTF-8, which most libraries expect and file systems do not need."""
     try:
         str(path).encode()
-    except UnicodeEncodeError:  # Python has such bytes as surrogates
+    except UnicodeEncodeError:  # Python represents other bytes as surrogates
         return False
     return True
 
 
 _REMEDIES = {
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room",
-    errno.EACCES: "give leave to write there",
-    errno.EROFS: "give leave to write there",
+    errno.ENOSPC: "Make room there",
+    errno.EDQUOT: "Make room there",
+    errno.EACCES: "Allow writing there",
+    errno.EROFS: "Allow writing there",
 }
 
 
 def remedy(error: BaseException | None) -> str | None:
-    """What helps where a disk is full or not to be written to; None for another error."""
-    return _REMEDIES.get(error.errno) if isinstance(error, OSError) else None
+    """Remedy for an error of a disk that is full or not writable; None for other errors."""
+    return _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, with those that it lies in, unless it is there.
+    """Creates a directory and its parents if they do not exist.
 
     Raises:
-      InputError: there can be none of that name.
-      OSError: the disk is full, or not to be written to.
+      InputError: the path cannot be a directory.
+      OSError: the disk is full or not writable, see `remedy`.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise InputError(f"{path} cannot be a folder: a file is in the way") from error
     except OSError as error:
         if remedy(error):
             raise
-        raise InputError(f"{path} cannot be a folder: {error.strerror}") from error
+        is_file = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a file of that name exists" if is_file else error.strerror
+        raise InputError(f"{path} cannot be a directory: {reason}. Pass another path.") from error
 
 
 @contextlib.contextmanager
-def lock(file: pathlib.Path, on_wait: Callable[[], None]) -> Iterator[bool]:
-    """Holds an exclusive lock on a file, which is created, until the context ends.
+def lock(file: Path, on_wait: Callable[[], None]) -> Iterator[bool]:
+    """Creates a file and holds an exclusive lock on it until the context ends.
 
-    A file system without locks (NFS with `nolock`, Lustre without `flock`, some FUSE mounts) is
-    used without one, with one warning on stderr.
+    File systems without locks (NFS with `nolock`, Lustre without `flock`, some FUSE mounts) are
+    used without one, with one warning.
 
     Args:
-      file: in the directory to be locked.
-      on_wait: called if another process has the lock. It raises, or the lock is waited for.
+      file: file in the directory to lock.
+      on_wait: called if another process has the lock. Unless it raises, the lock is waited for.
 
     Yields:
       Whether the lock is held.
 
     Raises:
-      OSError: the file cannot be written, or the disk is full.
+      OSError: the file cannot be written.
     """
     with file.open("w") as opened:
 
@@ -126,7 +131,7 @@ def lock(file: pathlib.Path, on_wait: Callable[[], None]) -> Iterator[bool]:
             except OSError as error:
                 if error.errno in (errno.EWOULDBLOCK, errno.ENOSPC, errno.EDQUOT):
                     raise
-                _warn(file.parent, error.strerror)
+                _warn_without_lock(file.parent, error.strerror)
                 return False
             return True
 
@@ -138,27 +143,25 @@ def lock(file: pathlib.Path, on_wait: Callable[[], None]) -> Iterator[bool]:
         yield is_held
 
 
-@functools.cache
-def _warn(folder: pathlib.Path, reason: str) -> None:
-    tqdm.write(
-        f"warning: {folder} cannot be locked ({reason}). Do not let two processes use it at the "
-        "same time.",
-        file=sys.stderr,
+@functools.cache  # once per directory
+def _warn_without_lock(folder: Path, reason: str) -> None:
+    _log.warning(
+        f"{folder} cannot be locked ({reason}). Do not let two processes use it at the same time."
     )
 
 
-def files_in(workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
-    """The files of a name in a run folder and below, sorted, without those of runs inside it."""
+def files_in(workdir: Path, name: str) -> list[Path]:
+    """Sorted files with a name in a run directory, without those of other runs inside it."""
 
-    def is_of_another(file: pathlib.Path) -> bool:
+    def is_of_another(file: Path) -> bool:
         folders = file.relative_to(workdir).parents
         return any((workdir / folder / "config.json").exists() for folder in folders[:-1])
 
     return sorted(file for file in workdir.rglob(name) if not is_of_another(file))
 
 
-def read_json(file: pathlib.Path) -> dict | list | None:
-    """What `write_json` wrote; None where there is no such file.
+def read_json(file: Path) -> dict | list | None:
+    """Content of a JSON file, read by the first process for all; None if there is no file.
 
     Raises:
       InputError: the file is damaged.
@@ -166,21 +169,22 @@ def read_json(file: pathlib.Path) -> dict | list | None:
     return parallel.on_main(lambda: parse_json(file) if file.exists() else None)
 
 
-def parse_json(file: pathlib.Path) -> dict | list:
-    """What `write_json` wrote, in this process; for errors see `read_json`."""
+def parse_json(file: Path) -> dict | list:
+    """Content of a JSON file, read by this process.
+
+    Raises:
+      InputError: the file is damaged.
+    """
     try:
         return json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise InputError(
-            f"{file} is damaged ({error}): bring it back, or train in a new folder"
+            f"{file} is damaged ({error}). Restore it, or train in a new directory."
         ) from error
 
 
-def read_lines(file: pathlib.Path) -> list[dict]:
-    """The lines of JSON in a file that grew by one at a time; none where there is no such file.
-
-    A line that was cut off is passed over.
-    """
+def read_lines(file: Path) -> list[dict]:
+    """Content of a file of JSON lines, without truncated lines; empty if there is no file."""
     lines = []
     for line in file.read_text("utf-8").splitlines() if file.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -188,22 +192,22 @@ def read_lines(file: pathlib.Path) -> list[dict]:
     return lines
 
 
-def write_json(file: pathlib.Path, content: dict | list) -> None:
-    """Write a whole file or none."""
+def write_json(file: Path, content: dict | list) -> None:
+    """Writes a JSON file, see `write_text`."""
     write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 @contextlib.contextmanager
-def replacing(file: pathlib.Path, mode: str, **how) -> Iterator[IO]:
-    """A new file, open to write to, that takes the place of `file` when the context ends.
+def replacing(file: Path, mode: str, **how) -> Iterator[IO]:
+    """Opens a new file for writing, which replaces `file` when the context ends.
 
-    Both its content and its name are on the disk then, so that neither a killed process nor a power
-    failure leaves half a file.
+    Content and name are synchronised to the disk, so that neither a killed process nor a power
+    failure leaves an incomplete file.
 
     Args:
-      file: may exist.
+      file: target, which may exist.
       mode: "w" or "wb".
-      how: see `open`.
+      how: other arguments of `open`.
     """
     temporary = file.with_suffix(".tmp")
     with temporary.open(mode, **how) as opened:
@@ -211,7 +215,7 @@ def replacing(file: pathlib.Path, mode: str, **how) -> Iterator[IO]:
         opened.flush()
         os.fsync(opened.fileno())
     temporary.replace(file)
-    with contextlib.suppress(OSError):  # some file systems cannot
+    with contextlib.suppress(OSError):  # some file systems cannot synchronise directories
         directory = os.open(file.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -219,22 +223,23 @@ def replacing(file: pathlib.Path, mode: str, **how) -> Iterator[IO]:
             os.close(directory)
 
 
-def write_text(file: pathlib.Path, content: str) -> None:
-    """Write a whole file or none; bytes of file names that are not UTF-8 are escaped."""
+def write_text(file: Path, content: str) -> None:
+    """Writes a text file atomically, in the first process. Escapes what is not valid UTF-8."""
     if parallel.is_main():
         with replacing(file, "w", encoding="utf-8", errors="backslashreplace") as opened:
             opened.write(content)
 
 
-def write_arrays(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write a whole .npz file or none."""
+def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a .npz file atomically, in the first process."""
     if parallel.is_main():
         with replacing(file, "wb") as opened:
-            np.savez(opened, **{name: np.asarray(array) for name, array in arrays.items()})
+            content: Any = {name: np.asarray(array) for name, array in arrays.items()}
+            np.savez(opened, **content)
 
 
-def read_arrays(file: pathlib.Path) -> dict[str, np.ndarray]:
-    """What `write_arrays` wrote.
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """Arrays of a .npz file.
 
     Raises:
       InputError: the file is damaged.
@@ -243,9 +248,32 @@ def read_arrays(file: pathlib.Path) -> dict[str, np.ndarray]:
         with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
             return dict(arrays)
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise InputError(f"{file} is damaged ({error}): train again in a new folder") from error
+        raise InputError(
+            f"{file} is damaged ({error}). Restore it, or train in a new directory."
+        ) from error
+
+
+def delete_oldest(folder: Path, max_bytes: int) -> None:
+    """Deletes the least recently used files of a directory until the rest fits in `max_bytes`.
+
+    Sub-directories are left alone, and so are files that cannot be deleted.
+    """
+    files = []
+    for path in folder.glob("*"):
+        with contextlib.suppress(OSError):  # another process may have deleted it
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode):
+                used = max(status.st_atime, status.st_mtime)
+                files.append((used, status.st_size, path))
+    excess = sum(size for _, size, _ in files) - max_bytes
+    for _, size, path in sorted(files):
+        if excess <= 0:
+            break
+        with contextlib.suppress(OSError):
+            path.unlink()
+            excess -= size
 
 
 def to_plain(config: ConfigDict) -> dict:
-    """The configuration as JSON has it: tuples become lists."""
+    """The configuration as JSON values; tuples become lists."""
     return json.loads(config.to_json_best_effort())

@@ -1,11 +1,20 @@
-"""python -m fastflow_jax.main --config=configs/demo.py [--config.seed=1 ...] [--workdir=DIR].
+"""Trains, evaluates, describes and applies anomaly detectors.
 
-python -m fastflow_jax.main --mode=predict --workdir=DIR --input=photos/new --output=out
+Train:
+  python -m fastflow_jax.main --config=configs/demo.py [--config.seed=1 ...] [--workdir=DIR]
+Predict:
+  python -m fastflow_jax.main --mode=predict --workdir=DIR --input=photos/new --output=out
+
+Results are printed to stdout; messages and progress bars go to stderr. Compiled programs are cached
+in fastflow_jax/ of the user's cache directory ($XDG_CACHE_HOME or ~/.cache). At each start, the
+least recently used ones are deleted until at most 1 GiB is left. To cache them in another
+directory, without a bound, set JAX_COMPILATION_CACHE_DIR.
 """
 
 import contextlib
+import io
 import itertools
-import logging as std_logging
+import logging
 import os
 import pathlib
 import runpy
@@ -17,79 +26,97 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="Experiment, as configs/demo.py or configs/demo.py:poly", lock_config=True
+    "config",
+    help_string="Read the configuration from this file, with an argument after a colon if it takes "
+    "one, such as configs/demo.py or configs/demo.py:poly.",
+    lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Run folder; unset: runs/<config>-<argument>-<backbone>"
+    "workdir",
+    None,
+    "Store the run in this directory, by default runs/<config>-<argument>-<backbone>.",
+)
+_QUIET = flags.DEFINE_bool(
+    "quiet", False, "Show only warnings and errors on stderr, and no progress bars."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Several processes share the run, as a TPU pod, Slurm or MPI starts them"
+    "distributed", False, "Share the run among the processes that a TPU pod, Slurm or MPI started."
 )
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "The same where nothing tells of them: HOST:PORT of the first,"
+    "coordinator",
+    None,
+    "Share the run among processes started by hand; process 0 is at this HOST:PORT.",
 )
-_PROCESSES = flags.DEFINE_integer("processes", None, "how many there are,")
-_PROCESS = flags.DEFINE_integer("process", None, "and which of them this is, from 0 on")
+_PROCESSES = flags.DEFINE_integer(
+    "processes", None, "With --coordinator, share the run among this number of processes."
+)
+_PROCESS = flags.DEFINE_integer(
+    "process", None, "With --coordinator, give this process this index, from 0."
+)
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
     ["train", "describe", "predict"],
-    "What to do. predict: look at --input with what lies in --workdir, and write to --output; it "
-    "exits with 0 if all images are normal, 1 if some are anomalous, 2 if it failed, 3 if some "
-    "images could not be read, 4 if there is no threshold to decide by",
+    "Train and evaluate --config, describe its model without data and weights, or predict --input "
+    "with the detector in --workdir, which exits with 0 if all images are normal, 1 if some are "
+    "anomalous, 2 if it failed, 3 if some images cannot be read, and 4 if there is no threshold.",
 )
-_INPUT = flags.DEFINE_string("input", None, "predict: a file, a folder or a glob pattern")
-_OUTPUT = flags.DEFINE_string("output", None, "predict: the folder that gets the results")
+_INPUT = flags.DEFINE_string(
+    "input", None, "With --mode=predict, read images from this file, directory or glob pattern."
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "With --mode=predict, write results to this directory."
+)
 _WEIGHTS = flags.DEFINE_string(
-    "weights", None, "predict: weight file of the backbone, if it has moved since the training"
+    "weights",
+    None,
+    "With --mode=predict, read the weights of the backbone from this file, if it has moved.",
 )
 _RATE = flags.DEFINE_float(
-    "false_alarm_rate", None, "predict: part of normal images that may be called anomalous"
+    "false_alarm_rate",
+    None,
+    "With --mode=predict, allow this share of normal images, from 0 to 1, to be called anomalous.",
 )
-_TILE = flags.DEFINE_bool("tile", False, "predict: cut images larger than the input into tiles")
-_HEATMAPS = flags.DEFINE_bool("heatmaps", True, "predict: draw heat maps")
-_RAW = flags.DEFINE_enum("raw", None, ["npy", "png16"], "predict: write anomaly maps too")
+_TILE = flags.DEFINE_bool(
+    "tile", False, "With --mode=predict, cut images larger than the input into tiles."
+)
+_HEATMAPS = flags.DEFINE_bool("heatmaps", True, "With --mode=predict, draw heat maps.")
+_RAW = flags.DEFINE_enum(
+    "raw", None, ["npy", "png16"], "With --mode=predict, write anomaly maps in this format as well."
+)
+
+_MAX_CACHE_BYTES = 2**30  # of compiled programs
 
 
 def main(argv: list[str]) -> int:
-    """Read the flags, call one function; returns the exit status."""
+    """Runs the mode that the flags select; returns the exit status."""
     # Imported here, so that --help answers at once.
-    import jax
     import PIL.Image
 
     from fastflow_jax import parallel
     from fastflow_jax.config import fill
-    from fastflow_jax.errors import InputError
     from fastflow_jax.files import expanded
     from fastflow_jax.runs import describe, experiment
 
-    # What it warns of is refused, with the same figures: see `data.transforms`.
+    # `data.transforms` raises an error at the size at which Pillow warns.
     warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
-    # Orbax tells of every file and, before it raises, of every failure with its stacks.
-    logging.set_verbosity(logging.FATAL)
-    _log_to_stderr()
+    # Orbax logs every file, and every failure with its traceback before it raises.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    _set_up_stderr()
     distributed = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if _DISTRIBUTED.value or any(flag is not None for flag in distributed):
         parallel.start(*distributed)
-    if len(argv) > 1:
-        raise InputError(f"unknown argument {argv[1]!r}: flags begin with two dashes")
-    for flag in (_WORKDIR, _INPUT, _OUTPUT):
-        if flag.value == "":
-            raise InputError(f"--{flag.name} is empty: give a folder, or leave it out")
-    is_predicting = _MODE.value == "predict"
-    if _WEIGHTS.value is not None and not is_predicting:
-        raise InputError("--weights is for --mode=predict. Pass --config.weights=FILE instead.")
-    if _CONFIG.value is None and not is_predicting:
-        raise InputError("name an experiment, such as --config=configs/demo.py")
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (cache := _cache_directory()):
-        jax.config.update("jax_compilation_cache_dir", str(cache / "fastflow_jax"))
+    _check_flags(argv)
+    _cache_programs()
     _check_device()
-    if is_predicting:
+    if _MODE.value == "predict":
         return _predict()
+    assert _CONFIG.value is not None  # see `_check_flags`
     config = fill(_CONFIG.value)
     if _MODE.value == "describe":
         print(describe.describe(config))
@@ -102,24 +129,80 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _check_flags(argv: list[str]) -> None:
+    """Raises InputError for flags that are missing or do not fit the mode."""
+    from fastflow_jax.errors import InputError
+
+    if len(argv) > 1:
+        raise InputError(f"The argument {argv[1]!r} is unknown. Flags begin with two dashes.")
+    for flag in (_WORKDIR, _INPUT, _OUTPUT):
+        if flag.value == "":
+            raise InputError(f"--{flag.name} is empty. Pass a path, or leave the flag out.")
+    if _MODE.value != "predict":
+        if _WEIGHTS.value is not None:
+            raise InputError("--weights is for --mode=predict. Pass --config.weights=FILE instead.")
+        if _CONFIG.value is None:
+            raise InputError("--config is missing. Pass, for example, --config=configs/demo.py.")
+    elif _CONFIG.value is not None:
+        raise InputError(
+            "--mode=predict reads the configuration of the run. Leave --config out, and pass a "
+            "weight file that has moved as --weights=FILE."
+        )
+
+
+def _set_up_stderr() -> None:
+    """Shows messages of this package on stderr, between progress bars, unless --quiet is set."""
+    from tqdm import tqdm
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+            tqdm.write(level + record.getMessage(), file=sys.stderr)
+
+    logger = logging.getLogger("fastflow_jax")
+    logger.setLevel(logging.WARNING if _QUIET.value else logging.INFO)
+    logger.handlers, logger.propagate = [Handler()], False
+    if _QUIET.value or os.environ.get("TQDM_DISABLE"):
+        # tqdm reads the variable when it is imported, and prefers the argument `disable` to it.
+        init = tqdm.__init__
+
+        def disabled(self, *args, **kwargs) -> None:
+            init(self, *args, **kwargs | {"disable": True})
+
+        tqdm.__init__ = disabled
+
+
+def _cache_programs() -> None:
+    """Makes JAX cache compiled programs; see the docstring of this module."""
+    import jax
+
+    from fastflow_jax.files import delete_oldest
+
+    directory = _cache_directory()
+    if directory is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        delete_oldest(directory / "fastflow_jax", _MAX_CACHE_BYTES)
+        jax.config.update("jax_compilation_cache_dir", str(directory / "fastflow_jax"))
+
+
 def _cache_directory() -> pathlib.Path | None:
-    """The user's cache directory, so that programs are compiled once; None if there is none."""
+    """The user's cache directory; None for a user without a home directory."""
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if cache.is_absolute():  # other values count as unset, says the XDG specification
+    if cache.is_absolute():  # the XDG specification ignores relative paths
         return cache
     try:
         return pathlib.Path("~/.cache").expanduser()
-    except RuntimeError:  # a user without a home directory
+    except RuntimeError:
         return None
 
 
 def _check_device() -> None:
+    """Raises InputError if JAX finds no device."""
     from fastflow_jax import parallel
     from fastflow_jax.errors import InputError
 
     try:
         parallel.device_description()
-    except Exception as error:  # of JAX or of the driver of the device
+    except Exception as error:  # of JAX or of a driver
         platforms = os.environ.get("JAX_PLATFORMS", "")
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -128,35 +211,18 @@ def _check_device() -> None:
         ) from error
 
 
-def _log_to_stderr() -> None:
-    """Shows warnings of this package, between progress bars; those of other packages are not."""
-    from tqdm import tqdm
-
-    class Handler(std_logging.Handler):
-        def emit(self, record: std_logging.LogRecord) -> None:
-            tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
-
-    logger = std_logging.getLogger("fastflow_jax")
-    logger.setLevel(std_logging.WARNING)
-    logger.handlers, logger.propagate = [Handler()], False
-
-
 def _predict() -> int:
+    """Predicts images, see `predict.predict`; returns the exit status."""
     from fastflow_jax.errors import InputError
     from fastflow_jax.predict import predict
 
-    if _CONFIG.value is not None:
-        raise InputError(
-            "--mode=predict reads the configuration of the run. Leave --config out, and pass a "
-            "weight file that has moved as --weights=FILE."
-        )
+    paths: list[str] = []
     for flag in (_WORKDIR, _INPUT, _OUTPUT):
         if flag.value is None:
-            raise InputError(f"--mode=predict needs --{flag.name}: see --help")
+            raise InputError(f"--mode=predict needs --{flag.name}. See --help.")
+        paths.append(flag.value)
     return predict(
-        _WORKDIR.value,
-        _INPUT.value,
-        _OUTPUT.value,
+        *paths,
         weights=_WEIGHTS.value,
         rate=_RATE.value,
         tile=_TILE.value,
@@ -167,7 +233,7 @@ def _predict() -> int:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Of several processes one prints and draws bars; errors leave this context first."""
+    """Discards stdout and stderr, for all processes but the first one."""
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
@@ -177,7 +243,7 @@ def _silence() -> Iterator[None]:
 
 
 def _run(argv: list[str]) -> int:
-    """`main`; what a user can put right ends in one message and a status, not in a traceback."""
+    """Runs `main`; errors that a user can fix end in one message and a status."""
     from fastflow_jax import parallel
     from fastflow_jax.errors import InputError
     from fastflow_jax.files import remedy
@@ -188,31 +254,32 @@ def _run(argv: list[str]) -> int:
     except InputError as error:
         _fail(str(error), 2)
     except Interrupted as stop:
-        _fail(f"{stop}; the same command goes on from there", stop.exit_code)
+        _fail(f"{stop}. The same command continues from there.", stop.exit_code)
     except KeyboardInterrupt as stop:
-        where = {"predict": "with the images that are left"}
-        rest = where.get(_MODE.value, "from the last checkpoint, if any")
-        message = f"interrupted; the same command continues {rest}"
-        _fail(message, _status(stop), at_once=True)  # a thread of JAX may still be at work
+        rest = "from the last checkpoint, if any"
+        if _MODE.value == "predict":
+            rest = "with the remaining images"
+        message = f"interrupted. The same command continues {rest}."
+        _fail(message, _status(stop), at_once=True)  # without waiting for threads of JAX
     except Exception as error:
         if remedy(error):
-            where = _OUTPUT if _MODE.value == "predict" else _WORKDIR
-            _fail(f"{error}: {remedy(error)}, or choose another --{where.name}", 2)
-        if _MODE.value == "predict":  # else Python's status would say that some are anomalous
+            flag = _OUTPUT if _MODE.value == "predict" else _WORKDIR
+            _fail(f"{error}. {remedy(error)}, or pass another --{flag.name}.", 2)
+        if _MODE.value == "predict":  # Python's status 1 would mean that images are anomalous
             traceback.print_exc()
             return 2
         if not parallel.is_lost(error):
             raise
         reason = str(error).splitlines()[0]
         message = (
-            f"another process of this run has ended, or a device has failed ({reason}); start all "
-            "again, and they go on from the last checkpoint"
+            f"another process of this run has ended, or a device has failed ({reason}). Start all "
+            "processes again; they continue from the last checkpoint."
         )
-        _fail(message, 1, at_once=True)  # JAX would wait for the other one
+        _fail(message, 1, at_once=True)  # without waiting for the other process
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Parse the flags; a misspelt field of the configuration is named with its neighbours."""
+    """Parses the flags; for a misspelt field of the configuration, suggests similar ones."""
     from fastflow_jax.config import misspelt
     from fastflow_jax.errors import InputError
 
@@ -221,8 +288,8 @@ def _parse(argv: list[str]) -> list[str]:
     file, _, argument = given[-1].partition(":") if given else ("", "", "")
     if given and not pathlib.Path(file).is_file():
         _fail(
-            f"there is no configuration {file} in {os.getcwd()}: name a file such as "
-            "configs/demo.py of the checkout",
+            f"the configuration {file} was not found in {os.getcwd()}. Pass a file such as "
+            "--config=configs/demo.py of the repository.",
             2,
         )
     try:
@@ -233,7 +300,7 @@ def _parse(argv: list[str]) -> list[str]:
             message = "--config.weights needs --config. For --mode=predict, pass --weights=FILE."
         _fail(message, 2)
     except (flags.Error, InputError) as error:
-        # What a configuration file raises comes with a traceback before it.
+        # An error in a configuration file comes with its traceback.
         _fail(str(error).rpartition(f"{InputError.__name__}: ")[2].strip(), 2)
     except (AttributeError, KeyError):
         config = runpy.run_path(file)["get_config"](*([argument] if argument else []))
@@ -246,10 +313,10 @@ def _parse(argv: list[str]) -> list[str]:
 def handle_signals() -> None:
     """Makes SIGINT and SIGTERM raise KeyboardInterrupt(signal number) in the main thread.
 
-    Python ignores an exception in a finalizer or in a callback of the garbage collector, and JAX
-    has such callbacks. SIGALRM raises it again then, a moment later.
+    Python ignores exceptions in finalizers and in callbacks of the garbage collector, which JAX
+    uses. In these cases SIGALRM raises the exception again a moment later.
     """
-    number = 0  # of the last signal
+    number = 0  # the last signal
 
     def interrupt(signum: int, frame: types.FrameType | None) -> None:
         nonlocal number
@@ -272,30 +339,31 @@ def handle_signals() -> None:
 
 
 def _status(stop: KeyboardInterrupt) -> int:
-    """The exit status of a process that this has ended."""
+    """The exit status of an interrupted process."""
     return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
 def _fail(message: str, code: int, *, at_once: bool = False) -> NoReturn:
-    """End with a message and a status; `at_once` does not wait for threads or other processes."""
+    """Ends with a message and a status; `at_once` does not wait for threads or processes."""
     print(f"error: {message}", file=sys.stderr)
     if at_once:
-        with contextlib.suppress(OSError):  # nobody may read it
+        with contextlib.suppress(OSError):  # its reader may have ended
             sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 
 
 if __name__ == "__main__":
-    # A stream that is closed is None. The name of a file may be no text.
+    # Closed streams are None. File names may not be valid text.
     sys.stdout, sys.stderr = (
-        stream or open(os.devnull, "w")  # noqa: SIM115  as long as the process
+        stream or open(os.devnull, "w")  # noqa: SIM115  open until the process ends
         for stream in (sys.stdout, sys.stderr)
     )
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     handle_signals()
     try:
         app.run(_run, flags_parser=_parse)
-    except KeyboardInterrupt as stop:  # while modules are imported, before `_run` can tell
+    except KeyboardInterrupt as stop:  # during imports, before `_run` can handle it
         _fail("interrupted", _status(stop))

@@ -1,4 +1,4 @@
-"""Four host devices for everybody, and no waiting for absl to parse flags."""
+"""Fixtures of all tests: four host devices, a shared compilation cache, and the command line."""
 
 import contextlib
 import logging
@@ -6,9 +6,9 @@ import os
 import sys
 from importlib.metadata import version
 
-# Before jax starts: the multi-device tests need several devices in one process, and programs that
-# run once on a few numbers take longer to compile well than to run. The older emitters of code
-# compile in a third of the time; versions of jaxlib after 0.10 do not know the flag.
+# These flags must be set before jax is imported. Tests with several devices need them in one
+# process. Compilation takes most of the time of tests, so it is not optimised. The older emitters
+# compile in a third of the time; jaxlib versions after 0.10 do not have the flag.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         *os.environ.get("XLA_FLAGS", "").split(),
@@ -27,9 +27,9 @@ from absl.testing import flagsaver
 
 @pytest.fixture(scope="session", autouse=True)
 def _compile_once(tmp_path_factory):
-    """Programs that several tests compile are compiled once in a session, whatever the worker."""
+    """Compiles each program once per session, for all workers."""
     folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # its folder lies in the session's
+    if "PYTEST_XDIST_WORKER" in os.environ:  # its directory is in that of the session
         folder = folder.parent
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -38,7 +38,7 @@ def _compile_once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """Of processes with one device each; what several of them run is compiled once."""
+    """Environment of processes with one device each, which share a compilation cache."""
     return os.environ | {
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
@@ -48,16 +48,16 @@ def environment(tmp_path_factory):
 
 @pytest.fixture
 def started(monkeypatch):
-    """The exit status of `python -m fastflow_jax.main` with these words, without a process."""
-    import fastflow_jax.runs.experiment  # noqa: F401  Its dependencies define flags, once.
+    """Runs `python -m fastflow_jax.main` with arguments in this process; returns its status."""
+    import fastflow_jax.runs.experiment  # noqa: F401  It defines flags, which must happen once.
     from fastflow_jax import main
 
-    # Where programs are compiled to is settled for all tests.
+    # Keep the compilation cache of the session.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
 
     def start(words):
         with monkeypatch.context() as patch, flagsaver.flagsaver():
-            patch.setattr(sys, "argv", [main.__file__, *words])  # config_flags looks there
+            patch.setattr(sys, "argv", [main.__file__, *words])  # config_flags reads it
             try:
                 return main._run(main._parse(sys.argv))
             except SystemExit as end:
@@ -65,13 +65,14 @@ def started(monkeypatch):
             finally:  # for tests that read the log
                 logger = logging.getLogger("fastflow_jax")
                 logger.handlers, logger.propagate = [], True
+                logger.setLevel(logging.NOTSET)
 
     return start
 
 
 @pytest.fixture
 def killed_in_the_third_part(monkeypatch):
-    """A context in which a run finishes two of its parts and dies in the third."""
+    """A context in which a run finishes two of its parts and is killed in the third."""
     from fastflow_jax.runs import experiment
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Names that begin with ~, URLs, what cannot be looked at, and files that are whole or absent."""
+"""Paths that begin with ~, URLs, unreadable paths, and atomic writes."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,9 @@ from fastflow_jax.errors import InputError
 from fastflow_jax.files import expanded, make_folder
 
 
-def test_a_file_of_that_name_comes_before_a_home(tmp_path, monkeypatch):
+def test_a_file_whose_name_begins_with_a_tilde_is_preferred_to_a_home_directory(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
     assert expanded("~/a.png") == Path("/home/somebody/a.png")
@@ -20,7 +22,7 @@ def test_a_file_of_that_name_comes_before_a_home(tmp_path, monkeypatch):
     assert expanded("~b.png") == Path("~b.png")
 
 
-def test_a_home_of_nobody_is_told():
+def test_a_home_directory_of_an_unknown_user_is_an_error():
     with pytest.raises(InputError, match=r"~nobody\.of\.that\.name/a\.png does not exist"):
         expanded("~nobody.of.that.name/a.png")
 
@@ -33,7 +35,7 @@ def test_a_home_of_nobody_is_told():
         Path("gs://bucket/run"),
     ],
 )
-def test_a_url_is_refused(url, tmp_path, monkeypatch):
+def test_a_url_is_an_error(url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"is a URL, not a local path\. Mount the bucket .*copy"):
         expanded(url)
@@ -50,22 +52,22 @@ def test_a_url_is_refused(url, tmp_path, monkeypatch):
         ("file:///~/run", "/~/run"),
     ],
 )
-def test_a_file_url_is_the_path_that_it_names(url, path):
+def test_a_file_url_becomes_a_path(url, path):
     assert expanded(url) == Path(path)
 
 
 @pytest.mark.parametrize("path", ["a:b/c", "c://x", "a b://c", "run/gs://b", "elpv:/mono"])
-def test_what_only_resembles_a_url_is_a_path(path):
+def test_a_path_that_resembles_a_url_is_kept(path):
     assert expanded(path) == Path(path)
 
 
-def test_a_local_folder_with_a_colon_is_a_path(tmp_path, monkeypatch):
+def test_a_local_directory_with_a_colon_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("data:", "run").mkdir(parents=True)
     assert expanded(Path("data:/run")) == Path("data:/run")
 
 
-def test_what_may_not_be_looked_at_is_told(monkeypatch):
+def test_an_unreadable_path_is_an_error(monkeypatch):
     def denied(self):
         raise PermissionError(13, "Permission denied")
 
@@ -74,18 +76,18 @@ def test_what_may_not_be_looked_at_is_told(monkeypatch):
         expanded("a.png")
 
 
-def test_what_can_be_no_folder_is_told(tmp_path):
+def test_a_path_that_cannot_be_a_directory_is_an_error(tmp_path):
     make_folder(tmp_path / "a" / "b")
-    make_folder(tmp_path / "a" / "b")  # it is there
+    make_folder(tmp_path / "a" / "b")
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError, match="cannot be a folder: a file is in the way"):
+        with pytest.raises(InputError, match="cannot be a directory: a file of that name exists"):
             make_folder(path)
-    with pytest.raises(InputError, match=r"cannot be a folder: .*name too long"):
+    with pytest.raises(InputError, match=r"cannot be a directory: .*name too long"):
         make_folder(tmp_path / ("x" * 300))
 
 
-def test_a_full_disk_is_another_matter(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_its_own_error(tmp_path, monkeypatch):
     def full(self, **how):
         raise OSError(28, "No space left on device")
 
@@ -95,8 +97,8 @@ def test_a_full_disk_is_another_matter(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("write", ["text", "json", "arrays"])
-def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch, write):
-    """A power failure must not leave a name without its content."""
+def test_a_file_is_synchronised_before_it_replaces_another(tmp_path, monkeypatch, write):
+    """A power failure must not leave an incomplete file."""
     file, synced = tmp_path / "results.json", []
     file.write_text("old")
     sync = os.fsync
@@ -116,3 +118,29 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch, 
     assert size == file.stat().st_size
     assert len(directory) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_the_least_recently_used_files_are_deleted_first(tmp_path):
+    for name, modified, used in (("old", 1, 1), ("used", 2, 9), ("new", 8, 8)):
+        (tmp_path / name).write_bytes(bytes(100))
+        os.utime(tmp_path / name, (used, modified))
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    files.delete_oldest(tmp_path, 300)
+    assert len(list(tmp_path.iterdir())) == 5
+    files.delete_oldest(tmp_path, 200)
+    assert {path.name for path in tmp_path.iterdir()} == {"used", "new", "directory", "broken"}
+    files.delete_oldest(tmp_path, 199)
+    assert {path.name for path in tmp_path.iterdir()} == {"used", "directory", "broken"}
+
+
+def test_files_that_cannot_be_deleted_are_left(tmp_path, monkeypatch):
+    def denied(self):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a").write_bytes(bytes(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", denied)
+        files.delete_oldest(tmp_path, 0)
+    files.delete_oldest(tmp_path / "nowhere", 0)
+    assert (tmp_path / "a").exists()

@@ -1,9 +1,11 @@
-"""The command line: exit codes, messages, and processes that are killed."""
+"""Command line: exit statuses, messages, and processes that are killed."""
 
+import importlib
 import io
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -78,28 +81,30 @@ def undisturbed(environment, tmp_path_factory):
     return folder
 
 
-def test_a_killed_run_goes_on_bit_for_bit(undisturbed, environment, tmp_path):
+def test_a_killed_run_continues_bit_for_bit(undisturbed, environment, tmp_path):
     arguments = [*TINY, f"--workdir={tmp_path}/run"]
     process = start(arguments, environment)
     wait_for_epochs(tmp_path / "run", 2, process)
     process.send_signal(signal.SIGKILL)
     finish(process)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as lines:
-        lines.write('{"epoch": 3, "lo')  # as a full disk leaves it
+        lines.write('{"epoch": 3, "lo')  # as on a full disk
     code, _, err = finish(start(arguments, environment))
     assert code == 0, err
     assert numbers(tmp_path / "run") == numbers(undisturbed)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_saves_says_so_and_goes_on(undisturbed, environment, tmp_path, number):
+def test_an_interrupted_run_saves_its_state_and_continues(
+    undisturbed, environment, tmp_path, number
+):
     arguments = [*TINY, f"--workdir={tmp_path}/run"]
     process = start(arguments, environment)
     wait_for_epochs(tmp_path / "run", 1, process)
     process.send_signal(number)
     code, _, err = finish(process)
     assert code == 128 + number, err
-    assert "the same command goes on from there" in err
+    assert "The same command continues from there." in err
     assert "Traceback" not in err
     code, _, err = finish(start(arguments, environment))
     assert code == 0, err
@@ -107,7 +112,7 @@ def test_a_stopped_run_saves_says_so_and_goes_on(undisturbed, environment, tmp_p
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_stopped_before_it_trains_says_so(environment, tmp_path, number):
+def test_a_run_interrupted_before_training_ends_in_one_message(environment, tmp_path, number):
     pytest.importorskip("skimage", reason="the textures come with scikit-image")
     process = start([*TINY, f"--workdir={tmp_path}/run"], environment)
     wait_for((tmp_path / "run" / "config.json").exists, process)
@@ -115,7 +120,7 @@ def test_a_run_stopped_before_it_trains_says_so(environment, tmp_path, number):
     code, _, err = finish(process)
     assert code == 128 + number, err
     assert "interrupted" in err
-    assert "the same command continues" in err
+    assert "The same command continues" in err
     assert "Traceback" not in err
 
 
@@ -140,7 +145,7 @@ Finalized()
 
 
 @pytest.mark.parametrize("place", IGNORED_IN)
-def test_ctrl_c_is_sent_again_where_python_ignores_exceptions(environment, place):
+def test_ctrl_c_works_where_python_ignores_exceptions(environment, place):
     preamble = "import gc, signal, time\nfrom fastflow_jax.main import handle_signals\n"
     program = f"{preamble}handle_signals()\n{IGNORED_IN[place]}\ntime.sleep(120)"
     command = [sys.executable, "-c", program]
@@ -149,7 +154,7 @@ def test_ctrl_c_is_sent_again_where_python_ignores_exceptions(environment, place
     assert "Exception ignored" not in done.stderr
 
 
-def test_a_run_goes_on_with_another_number_of_devices(undisturbed, environment, tmp_path):
+def test_a_run_continues_with_another_number_of_devices(undisturbed, environment, tmp_path):
     arguments = [*TINY, f"--workdir={tmp_path}/run"]
     flags = f"{environment['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     four = environment | {"XLA_FLAGS": flags}
@@ -167,7 +172,7 @@ def test_a_run_goes_on_with_another_number_of_devices(undisturbed, environment, 
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
-def test_the_same_command_again_finds_the_finished_run(undisturbed, started, capsys, monkeypatch):
+def test_a_finished_run_is_not_repeated(undisturbed, started, capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     assert started([*TINY, f"--workdir={undisturbed}"]) == 0
     assert "holds this run, finished" in capsys.readouterr().out
@@ -206,7 +211,7 @@ def test_bad_input_ends_in_one_message(arguments, message, started, tmp_path, ca
     "flag", ["workdir", "input", "output", "config.data.root", "config.weights"]
 )
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
-def test_no_flag_takes_a_url(flag, started, tmp_path, capsys, monkeypatch):
+def test_a_url_is_an_error_in_every_flag(flag, started, tmp_path, capsys, monkeypatch):
     flags = {"workdir": f"{tmp_path}/run"}
     if flag in ("input", "output"):
         flags |= {"mode": "predict", "input": f"{tmp_path}", "output": f"{tmp_path}/out"}
@@ -220,7 +225,7 @@ def test_no_flag_takes_a_url(flag, started, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
-def test_a_run_folder_may_lie_in_a_home(started, tmp_path, monkeypatch):
+def test_the_run_directory_may_be_in_the_home_directory(started, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("HOME", str(tmp_path))
     folders = []
@@ -236,7 +241,7 @@ def assert_one_message(err, message):
     assert len(err.strip().splitlines()) <= 3, err
 
 
-def test_a_process_with_bad_input_ends_in_one_message(environment):
+def test_bad_input_ends_a_process_with_one_message(environment):
     arguments = ["--config=configs/folder.py", "--config.train.epoch=1"]
     code, _, err = finish(start(arguments, environment))
     assert code == 2
@@ -253,13 +258,13 @@ def test_names_that_are_not_utf8_are_printed_and_written(environment, tmp_path):
         image = image[::-1] + np.uint8(1)
     mask = root / "images/ground_truth/dent/k_\udce4_mask.png"
     mask.parent.mkdir(parents=True)
-    mask.write_bytes(png_of(np.zeros((32, 32), np.uint8)))  # is told, by its name
+    mask.write_bytes(png_of(np.zeros((32, 32), np.uint8)))  # its name is reported
     arguments = ["--config=configs/folder.py", f"--config.data.root={root}/images"]
     arguments += ["--config.backbone=pixels", "--config.train.epochs=1", "--config.heatmaps=2"]
     strict = environment | {"PYTHONIOENCODING": "utf-8:strict"}
     code, out, err = finish(start([*arguments, f"--workdir={root}/run"], strict))
     assert code == 0, err
-    assert r"dent/k_\udce4.png" in out
+    assert r"dent/k_\udce4.png" in err
     assert rf"Run folder: {tmp_path}/b\udce4r [1]/run" in out
     assert r"dent/k_\udce4.png" in (root / "run/report.html").read_text("utf-8")
     names = [
@@ -315,9 +320,7 @@ def photo(undisturbed, tmp_path_factory):
     return path
 
 
-def test_a_user_without_a_home_and_with_a_relative_cache_predicts(
-    undisturbed, environment, photo, tmp_path
-):
+def test_predict_needs_no_home_or_cache_directory(undisturbed, environment, photo, tmp_path):
     unset = ("JAX_COMPILATION_CACHE_DIR", "HOME")
     plain = {k: v for k, v in environment.items() if k not in unset}
     process = _predicted(plain | {"XDG_CACHE_HOME": ""}, undisturbed, photo, tmp_path / "out")
@@ -325,7 +328,7 @@ def test_a_user_without_a_home_and_with_a_relative_cache_predicts(
     assert not list((REPOSITORY / "fastflow_jax").glob("*-cache"))
 
 
-def test_a_missing_device_is_one_message(undisturbed, environment, photo, tmp_path):
+def test_a_missing_device_ends_in_one_message(undisturbed, environment, photo, tmp_path):
     environment = environment | {"JAX_PLATFORMS": "cuda"}
     process = _predicted(environment, undisturbed, photo, tmp_path / "out")
     assert process.returncode == 2
@@ -333,7 +336,7 @@ def test_a_missing_device_is_one_message(undisturbed, environment, photo, tmp_pa
     assert "Traceback" not in process.stderr
 
 
-def test_nobody_has_to_read_what_predict_prints(undisturbed, environment, photo, tmp_path):
+def test_predict_works_if_its_output_is_not_read(undisturbed, environment, photo, tmp_path):
     read, write = os.pipe()
     os.close(read)
     how = {"capture_output": False, "stdout": write, "stderr": subprocess.PIPE}
@@ -341,3 +344,44 @@ def test_nobody_has_to_read_what_predict_prints(undisturbed, environment, photo,
     os.close(write)
     assert process.returncode in (0, 1), process.stderr
     assert "BrokenPipe" not in process.stderr
+
+
+def test_each_flag_has_a_sentence_of_help():
+    main = importlib.import_module("fastflow_jax.main")
+    ours = flags.FLAGS.flags_by_module_dict()[main.__name__]
+    assert {"config", "workdir", "mode", "quiet"} <= {flag.name for flag in ours}
+    for flag in ours:
+        text = flag.help.rpartition(">: ")[2]  # after the choices
+        assert re.fullmatch(r"[A-Z][^.]* [^.]*(\.py[^.]*)*\.", text), flag.name
+
+
+def test_compiled_programs_are_deleted_beyond_the_bound(environment, tmp_path):
+    folder = tmp_path / "fastflow_jax"
+    folder.mkdir()
+    for name, time_used in (("old", 1), ("new", 2)):
+        with (folder / name).open("wb") as file:
+            file.truncate(2**29 + 1)  # takes no space
+        os.utime(folder / name, (time_used, time_used))
+    plain = {k: v for k, v in environment.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    arguments = ["--mode=describe", "--config=configs/folder.py"]
+    code, _, err = finish(start(arguments, plain | {"XDG_CACHE_HOME": str(tmp_path)}))
+    assert code == 0, err
+    assert not (folder / "old").exists()
+    assert (folder / "new").exists()
+
+
+def test_a_quiet_run_writes_nothing_to_stderr(undisturbed, environment, tmp_path):
+    code, out, err = finish(start([*TINY, "--quiet", f"--workdir={tmp_path}/run"], environment))
+    assert (code, err) == (0, "")
+    assert "image AUROC" in out
+
+
+def test_tqdm_disable_leaves_only_messages(undisturbed, environment, tmp_path):
+    disabled = environment | {"TQDM_DISABLE": "1"}
+    arguments = [*TINY, "--config.seeds=2", f"--workdir={tmp_path}/run"]
+    code, out, err = finish(start(arguments, disabled))
+    assert code == 0, err
+    assert "image AUROC" in out
+    assert "are cached in memory." in err
+    assert "\r" not in err
+    assert "it/s" not in err

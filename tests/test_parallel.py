@@ -1,4 +1,4 @@
-"""Several processes on one machine: they agree with one, and one of them may die."""
+"""Several processes on one machine: equal results, and the end of one of them."""
 
 import json
 import pathlib
@@ -41,7 +41,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """Images that neither two processes nor batches of four divide."""
+    """Numbers of images that are multiples of neither two processes nor batches of four."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for kind, n in {"train/good": 8, "test/good": 4, "test/scratch": 3}.items():
@@ -92,7 +92,7 @@ def run(arguments, environment, folder):
 
 
 def assert_same_run(one, two):
-    """Results and curves, as far as sums in another order allow."""
+    """Asserts equal results and curves, up to the rounding of sums in another order."""
     for name in ("results.json", "part.json"):
         results = [json.loads((folder / name).read_text()) for folder in (one, two)]
     figures = [result["figures"] for result in results]
@@ -101,7 +101,7 @@ def assert_same_run(one, two):
     arrays = [np.load(next(folder.glob("calibration_*.npz"))) for folder in (one, two)]
     for name in arrays[0]:
         both = [each[name] for each in arrays]
-        # A bank holds single latents, of the order of 1 and in float16; the rest are means.
+        # A bank has single float16 latents of order 1; the other arrays are means.
         atol = 1e-3 if name.startswith("bank") else 1e-5
         np.testing.assert_allclose(*both, rtol=1e-4, atol=atol, err_msg=name)
     pictures = [{p.name for p in (folder / "heatmaps").rglob("*.png")} for folder in (one, two)]
@@ -126,12 +126,12 @@ def alone(command, environment, tmp_path_factory):
 
 
 @pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:abc", ":80", "a:0", "a:99999"])
-def test_an_address_that_is_none_is_told(address):
+def test_an_invalid_address_is_an_error(address):
     with pytest.raises(InputError, match="is not HOST:PORT"):
         parallel.start(address, 2, 0)
 
 
-def test_a_port_in_use_is_told():
+def test_a_port_in_use_is_an_error():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(InputError, match=f"{port}: process 0 cannot listen"):
@@ -139,7 +139,7 @@ def test_a_port_in_use_is_told():
 
 
 @pytest.mark.parametrize(("kind", "name"), [("pmap", "run"), ("jit", "run [2]")])
-def test_two_processes_train_to_what_one_does(kind, name, alone, command, environment, tmp_path):
+def test_two_processes_give_the_results_of_one(kind, name, alone, command, environment, tmp_path):
     arguments = [*command, f"--config.parallel={kind}", f"--workdir={tmp_path}/{name}"]
     first, second = finish(*start_two(arguments, environment))
     assert first[0] == 0, first[2]
@@ -169,7 +169,7 @@ def test_two_processes_train_two_seeds_at_once(command, environment, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_one_goes_on_where_two_stopped(number, alone, command, environment, tmp_path):
+def test_one_process_continues_a_run_that_two_began(number, alone, command, environment, tmp_path):
     arguments = [*command, f"--workdir={tmp_path}/run"]
     processes = start_two([*arguments, "--config.evaluate_every=1"], environment)
     saved = tmp_path / "run" / "checkpoints"
@@ -183,7 +183,7 @@ def test_one_goes_on_where_two_stopped(number, alone, command, environment, tmp_
     assert not (tmp_path / "run" / "results.json").exists()
     if number == signal.SIGTERM:
         assert [code for code, *_ in ends] == [128 + number] * 2, ends
-        assert all("the same command goes on from there" in err for *_, err in ends)
+        assert all("The same command continues from there." in err for *_, err in ends)
     else:
         assert ends[0][0] not in (0, -signal.SIGKILL), ends
         assert "another process" in ends[0][2] or "another task died" in ends[0][2]
@@ -192,7 +192,7 @@ def test_one_goes_on_where_two_stopped(number, alone, command, environment, tmp_
 
 
 def in_each_of(processes, function):
-    """What `function` returns in each process, as far as it asks which one it is."""
+    """Yields the result of `function` in each simulated process."""
     with mock.patch.object(jax, "process_count", return_value=processes):
         for i in range(processes):
             with mock.patch.object(jax, "process_index", return_value=i):
@@ -201,7 +201,7 @@ def in_each_of(processes, function):
 
 @settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 8), st.integers(2, 5))
-def test_every_image_is_read_by_one_process_and_padding_is_last(n, size, processes):
+def test_each_image_is_read_by_one_process_and_padding_comes_last(n, size, processes):
     rows = np.random.default_rng(n).permutation(n)
     sizes = []
 
@@ -221,7 +221,7 @@ def test_every_image_is_read_by_one_process_and_padding_is_last(n, size, process
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes_train_on_all_columns_of_a_batch(processes):
+def test_processes_share_the_columns_of_a_batch(processes):
     index = np.arange(24).reshape(2, 12)
     own = list(in_each_of(processes, lambda: parallel.columns(index)))
     np.testing.assert_array_equal(np.concatenate(own, 1), index)
@@ -230,7 +230,7 @@ def test_processes_train_on_all_columns_of_a_batch(processes):
 @pytest.mark.parametrize("kind", parallel.KINDS)
 @pytest.mark.parametrize("n", [3, 4, 9])  # fewer than devices, and more than the batch size
 @pytest.mark.parametrize("state", [None, 2.0])
-def test_each_example_is_seen_with_its_own_of_every_kind(kind, n, state):
+def test_per_example_keeps_the_arrays_of_a_batch_aligned(kind, n, state):
     a, b = np.arange(n * 6.0).reshape(n, 2, 3), np.arange(n) + 1.0
     run = parallel.per_example(
         lambda state, batch: batch[0][0].sum(1) * batch[0][1][:, None], kind, 4
@@ -239,7 +239,7 @@ def test_each_example_is_seen_with_its_own_of_every_kind(kind, n, state):
 
 
 @pytest.mark.parametrize("kind", parallel.KINDS)
-def test_a_step_is_compiled_once_wherever_its_state_lies(kind):
+def test_a_step_is_compiled_once_for_all_shardings_of_its_state(kind):
     traces = []
 
     def add(state, batch, weight, axis_name):
@@ -247,7 +247,7 @@ def test_a_step_is_compiled_once_wherever_its_state_lies(kind):
         return state + parallel.total((weight * batch).sum(), axis_name)
 
     step = parallel.step(add, kind)
-    state = jnp.zeros(())  # as a fresh one; those that follow lie where the step has put them
+    state = jnp.zeros(())  # on one device; later states are where the step puts them
     for _ in range(3):
         state = step(state, np.ones(4, np.float32), np.ones(4, np.float32))
     step(jnp.zeros(()), np.ones(4, np.float32), np.ones(4, np.float32))

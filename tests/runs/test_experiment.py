@@ -349,7 +349,7 @@ def test_a_damaged_file_of_the_run_folder_is_named(tmp_path, name):
     (tmp_path / "run" / "brick").mkdir(parents=True)
     (tmp_path / "run" / ".lock").touch()
     (tmp_path / "run" / name).write_text('{"cut')
-    with pytest.raises(InputError, match=rf"{name} is damaged .*new folder"):
+    with pytest.raises(InputError, match=rf"{name} is damaged .*new directory"):
         experiment.run(tiny(), tmp_path / "run")
 
 

@@ -178,21 +178,15 @@ def _cache_programs() -> None:
 
     from fastflow_jax.files import delete_oldest
 
-    directory = _cache_directory()
-    if directory is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    directory = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not directory.is_absolute():  # the XDG specification ignores relative paths
+        try:
+            directory = pathlib.Path("~/.cache").expanduser()
+        except RuntimeError:  # a user without a home directory
+            return
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         delete_oldest(directory / "fastflow_jax", _MAX_CACHE_BYTES)
         jax.config.update("jax_compilation_cache_dir", str(directory / "fastflow_jax"))
-
-
-def _cache_directory() -> pathlib.Path | None:
-    """The user's cache directory; None for a user without a home directory."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if cache.is_absolute():  # the XDG specification ignores relative paths
-        return cache
-    try:
-        return pathlib.Path("~/.cache").expanduser()
-    except RuntimeError:
-        return None
 
 
 def _check_device() -> None:

@@ -203,10 +203,10 @@ def on_main(function: Callable[[], Any]) -> Any:
         except InputError as raised:
             error = raised
             message = json.dumps({"error": str(raised)}).encode()
-    size = int(_from_main(np.array(len(message), np.int32)))
+    size = int(multihost_utils.broadcast_one_to_all(np.array(len(message), np.int32)))
     buffer = np.zeros(size, np.uint8)
     buffer[: len(message)] = np.frombuffer(message, np.uint8)
-    answer = json.loads(_from_main(buffer).tobytes())
+    answer = json.loads(multihost_utils.broadcast_one_to_all(buffer).tobytes())
     if "error" in answer:
         raise error or InputError(answer["error"])
     return answer["value"]
@@ -273,10 +273,6 @@ def _exchange(tree: Any, n: int) -> Any:
         return content.view(leaf.dtype).reshape(-1, *leaf.shape[1:])[:n]
 
     return tree if jax.process_count() == 1 else jax.tree.map(whole, tree)
-
-
-def _from_main(array: np.ndarray) -> np.ndarray:
-    return multihost_utils.broadcast_one_to_all(array)
 
 
 def to_all(tree: Any) -> Any:

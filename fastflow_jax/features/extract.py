@@ -233,16 +233,16 @@ def inside(valid: jax.Array | np.ndarray, size: tuple[int, int]) -> jax.Array:
     return share > 0.5 * share.max((1, 2), keepdims=True)
 
 
-def without_padding(scores: jax.Array, seen: jax.Array) -> jax.Array:
+def without_padding(scores: jax.Array, is_inside: jax.Array) -> jax.Array:
     """Replaces the scores of padding by the mean of the other scores of the image.
 
     Padding then neither changes the mean score of an image nor the anomaly map next to it.
 
     Args:
       scores: [B, h, w], one per location.
-      seen: bool [B, h, w], False in padding, see `inside`.
+      is_inside: bool [B, h, w], False in padding, see `inside`.
     """
-    return jnp.where(seen, scores, scores.mean((1, 2), where=seen, keepdims=True))
+    return jnp.where(is_inside, scores, scores.mean((1, 2), where=is_inside, keepdims=True))
 
 
 def channel_statistics(parts: Iterable[Part], norm: str) -> dict:

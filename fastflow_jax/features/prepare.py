@@ -69,10 +69,9 @@ def split_holdout(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits images into those to train on and those to hold out.
 
-    The file order is divided into stretches of equal length, and one image of each is held out at
-    random. The stretches cover drifts from the first file to the last. The random choice covers
-    periodic orders, such as files of several cameras in turn. The split is the same for all seeds.
-    Both sides have at least one image, unless `part` is 0 or `n` below 2.
+    The file order is divided into equal stretches, because images may drift from the first file to
+    the last. One image of each is held out at random, because cameras may take turns. The split is
+    the same for all seeds, and holds out at least one image unless `part` is 0 or `n` below 2.
 
     Args:
       n: number of images.
@@ -95,8 +94,7 @@ def split_holdout(
                 "data.groups, put images of other parts into calibration/good, or pass "
                 "--config.data.holdout=0."
             )
-        held_groups = split_holdout(len(first), part)[1]
-        held = np.isin(rank, held_groups)
+        held = np.isin(rank, split_holdout(len(first), part)[1])
         return np.flatnonzero(~held), np.flatnonzero(held)
     if part == 0 or n < 2:
         return np.arange(n), np.arange(0)
@@ -385,10 +383,6 @@ def _key(section: ConfigDict) -> str:
     return json.dumps(to_plain(section))
 
 
-def _is_cached(config) -> bool:
-    return config.train.cache != "none"
-
-
 def _warn(title: str, message: str | None) -> None:
     """Logs the result of a check of the data, if there is one."""
     if message is not None:
@@ -400,7 +394,7 @@ def _prepare_training(cached: _FeatureCache, dataset: data.Dataset, seed: int) -
     config, parts = cached.config, split(cached.config, dataset)
     profile = profile_of(parts.source, parts.train)
     _warn(cached.title, checks.dark_images(parts.source))
-    is_cached = _is_cached(config) and not is_augmented(config)
+    is_cached = config.train.cache != "none" and not is_augmented(config)
     if not is_cached:  # only held-out features are cached: do not compute those of all categories
         cached = dataclasses.replace(cached, shared=None)
     holdout = holdout_valid = holdout_groups = None
@@ -466,7 +460,7 @@ def _test_batches(
     if source is None:
         return lambda indices=None: ()
     config, every = cached.config, np.arange(len(source))
-    if not _is_cached(config):
+    if config.train.cache == "none":
         return lambda indices=None: feature_batches(config, cached.backbone, source, indices)
     masks = valid = None
     has_masks = source.part_of is None and source[0].mask is not None

@@ -246,40 +246,40 @@ def test_keep_last_frees_a_value_before_it_makes_the_next():
     assert len(made) == 2
 
 
-def test_blank_masks_of_defective_images_are_reported(tmp_path, caplog):
+@pytest.fixture
+def screws(tmp_path):
+    """A directory of 32x32 images, two of them defective and without masks."""
     root = tmp_path / "screws"
     names = ("train/good/0", "train/good/1", "test/good/0", "test/crack/0", "test/crack/1")
     for i, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (90, 90, 90 + i)).save(root / f"{name}.png")
     (root / "ground_truth/crack").mkdir(parents=True)
+    return root
+
+
+def test_blank_masks_of_defective_images_are_reported(screws, tmp_path, caplog):
     for i in range(2):
         mask = np.zeros((32, 32), np.uint8)
         mask[:8, :8] = 255 * i
-        Image.fromarray(mask).save(root / f"ground_truth/crack/{i}_mask.png")
+        Image.fromarray(mask).save(screws / f"ground_truth/crack/{i}_mask.png")
     c = default()
-    c.data.root, c.backbone, c.image_size = str(root), "pixels", (16,)
+    c.data.root, c.backbone, c.image_size = str(screws), "pixels", (16,)
     preparer(fill(c), tmp_path / "features")(fill(c), None, 0)
     (message,) = (m for m in caplog.messages if "mark nothing" in m)
     assert "at 16x16 the masks of 1 defective images" in message
     assert "crack/0.png" in message
 
 
-def test_masks_with_a_halo_are_reported_once(tmp_path, caplog):
-    root = tmp_path / "screws"
-    names = ("train/good/0", "train/good/1", "test/good/0", "test/crack/0", "test/crack/1")
-    for i, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32), (90, 90, 90 + i)).save(root / f"{name}.png")
-    (root / "ground_truth/crack").mkdir(parents=True)
+def test_masks_with_a_halo_are_reported_once(screws, tmp_path, caplog):
     mask = np.zeros((32, 32), np.uint8)
     mask[5:19, 6:25] = 255
     for name in ("0", "1"):
         jpeg = io.BytesIO()
         Image.fromarray(mask).save(jpeg, "JPEG")
-        Image.open(jpeg).save(root / f"ground_truth/crack/{name}_mask.png")
+        Image.open(jpeg).save(screws / f"ground_truth/crack/{name}_mask.png")
     c = default()
-    c.data.root, c.backbone, c.image_size = str(root), "pixels", (32,)
+    c.data.root, c.backbone, c.image_size = str(screws), "pixels", (32,)
     prepared = preparer(fill(c), tmp_path / "features")(fill(c), None, 0)
     (batch,) = prepared.test()
     marked = (mask > 0).sum()

@@ -148,7 +148,7 @@ def available_host_memory() -> int:
     except (OSError, StopIteration):  # macOS reports the total only
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     limits = [m for m in map(_container_memory, _CGROUPS) if m is not None]
-    return min(available, *limits)
+    return min([available, *limits])
 
 
 _CGROUP_ROOT = pathlib.Path("/sys/fs/cgroup")

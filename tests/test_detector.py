@@ -610,7 +610,7 @@ def test_what_a_detector_lacks_is_named(tmp_path):
 def test_where_a_detector_cannot_be_saved_is_told(tmp_path):
     detector = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run")
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="a file is in the way"):
+    with pytest.raises(InputError, match="a file of that name exists"):
         detector.save(tmp_path / "file" / "below")
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(InputError, match=r"run, .* no longer exists\. Bring it back"):

@@ -271,7 +271,7 @@ def test_invalid_arguments_raise_an_error(run, photos, tmp_path):
         predict(tmp_path / "nosuch", str(photos), tmp_path / "out")
     with pytest.raises(InputError, match="between 0 and 1"):
         predict(run, str(photos), tmp_path / "out", rate=2.0)
-    with pytest.raises(InputError, match="a file is in the way"):
+    with pytest.raises(InputError, match="a file of that name exists"):
         predict(run, str(photos), photos / "a.png")
 
 

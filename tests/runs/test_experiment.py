@@ -386,7 +386,7 @@ def test_epochs_outlive_a_line_that_was_cut_off(tmp_path):
 def test_a_file_in_the_way_of_the_run_folder_is_named(tmp_path):
     (tmp_path / "run").write_text("")
     for workdir in (tmp_path / "run", tmp_path / "run" / "below"):
-        with pytest.raises(InputError, match="a file is in the way"):
+        with pytest.raises(InputError, match="a file of that name exists"):
             experiment.run(tiny(), workdir)
 
 

@@ -157,7 +157,8 @@ def _set_up_stderr() -> None:
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
-            tqdm.write(level + record.getMessage(), file=sys.stderr)
+            with contextlib.suppress(OSError):  # the reader of stderr may have ended
+                tqdm.write(level + record.getMessage(), file=sys.stderr)
 
     logger = logging.getLogger("fastflow_jax")
     logger.setLevel(logging.WARNING if _QUIET.value else logging.INFO)

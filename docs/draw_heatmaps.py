@@ -1,4 +1,4 @@
-"""Draws heatmaps.png, the picture at the top of the README, from the heat maps of a run.
+"""Draws heatmaps.png, the figure of the README, from the heat maps of a run.
 
 python -m fastflow_jax.main --config=configs/synthetic.py:brick,gravel --config.heatmaps=200 \
     --workdir=runs/synthetic
@@ -17,7 +17,7 @@ SHOWN = ("brick/crack/066", "gravel/crack/060", "brick/stain/034", "gravel/patch
 
 
 def main(run: pathlib.Path) -> None:
-    """Stack the pictures two by two."""
+    """Arranges four heat maps in two columns."""
     pictures = [
         Image.open(run / f"{category}/heatmaps/{kind}/{name}.png")
         for category, kind, name in (shown.split("/") for shown in SHOWN)

@@ -1,4 +1,4 @@
-"""Draws two_moons.png, the picture of flows.md, with what that page's code learns.
+"""Draws two_moons.png, the figure of flows.md, by running the code of that page.
 
 python docs/draw_two_moons.py
 """
@@ -12,11 +12,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 PAGE = pathlib.Path(__file__).with_name("flows.md")
-SIDE = 2.2  # of the plane shown, from its middle
+SIDE = 2.2  # half the side of the plotted square
 
 
 def main() -> None:
-    """Points, density and samples side by side."""
+    """Plots points, density and samples side by side."""
     names = {}
     for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)[:2]:
         exec(code, names)

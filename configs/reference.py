@@ -5,9 +5,9 @@
     python -m fastflow_jax.main --config=configs/reference.py \
         --config.backbone=deit_base_distilled_patch16_384     # or cait_m48_448
 
-The couplings' old clamp of 2, the summed loss, Adam at 1e-3 with L2 decay for 500 epochs, a map of
-probabilities without the log-determinant, averaged over the scales, and its maximum for a score.
-Every image trains the flow: nothing is held out. What depends on the backbone:
+The reference's coupling clamp of 2, summed loss, Adam at 1e-3 with L2 decay for 500 epochs, a map
+of probabilities without the log-determinant, averaged over the scales, and its maximum as the image
+score. All training images are used; nothing is held out. These depend on the backbone:
 
     backbone                         input  features          norm  steps  kernels  ratio  trainable
     resnet18                           256  layer1 to layer3  layer     8  3          1    5,574,912
@@ -15,17 +15,20 @@ Every image trains the flow: nothing is held out. What depends on the backbone:
     deit_base_distilled_patch16_384    384  block 7           none     20  3 and 1  .16    7,074,500
     cait_m48_448                       448  block 40          none     20  3 and 1  .16    7,074,500
 
-Blocks are counted from 0, and their tokens go through the transformer's own last norm; the layer
-norm of the others is of each image, with a trainable scale and offset for every place and channel.
-With `--config.flow.hidden_ratio=0.33334` the transformers' flows have 128 hidden channels and
-14,794,240 trainable numbers, about as many as the paper tells of.
+Blocks are counted from 0, and their tokens pass through the transformer's own last norm. The layer
+norm is per image, with a trainable scale and offset for every location and channel. With
+`--config.flow.hidden_ratio=0.33334` the transformers' flows have 128 hidden channels and 14,794,240
+trainable numbers, about as many as in the paper.
+
+Needs: MVTec AD, downloaded manually (docs/data.md); weights, `pip install -e '.[hub]'`.
+Time and figures: not measured. The form is tested for parity with anomalib and FrEIA.
 """
 
 from fastflow_jax.config import default
 
 
 def get_config(category: str | None = None):
-    """The published form on MVTec AD: one category, several, or all."""
+    """Returns the published form on MVTec AD: one category, several with commas, or all."""
     c = default()
     c.data.name = "mvtec_ad"
     c.data.category = category

@@ -1,16 +1,20 @@
-"""FastFlow on photographs of materials with painted defects: quick, and needs no data set.
+"""FastFlow on images of materials with synthetic defects.
 
     python -m fastflow_jax.main --config=configs/synthetic.py             # brick
     python -m fastflow_jax.main --config=configs/synthetic.py:gravel
 
-The photographs are scikit-image's (CC0); the defects are painted, so that their masks are exact.
+The images are scikit-image's (CC0). The defects are painted on them, so the masks are exact.
+
+Needs: `pip install -e '.[demo]'`; no data set.
+Time: one to two minutes on two CPU cores.
+Figures: image / pixel AUROC .999 / .983 (brick), .917 / .933 (gravel), .808 / .891 (grass).
 """
 
 from fastflow_jax.config import default
 
 
 def get_config(material: str = "brick"):
-    """Configuration for one material: brick, grass or gravel."""
+    """Returns the configuration for one material: brick, grass or gravel."""
     c = default()
     c.data.name = "synthetic"
     c.data.category = material

@@ -294,7 +294,9 @@ def test_the_ablation_of_the_recipe_undoes_one_choice_at_a_time():
 
 
 def test_an_unknown_ablation_is_named():
-    with pytest.raises(InputError, match=r"no ablation 'kernel'\. Choose from kernels, augmentation"):
+    with pytest.raises(
+        InputError, match=r"no ablation 'kernel'\. Choose from kernels, augmentation"
+    ):
         load("ablations", "kernel/elpv")
 
 

@@ -190,7 +190,10 @@ def test_a_finished_run_is_not_repeated(undisturbed, started, capsys, monkeypatc
         (["--config=configs/folder.py", "--bogus=1"], "bogus"),
         (["--config", "configs/folder.py", "--config.train.epoch=1"], "did you mean train.epochs"),
         (["--config=configs/demo.py", "--config.checkpoint_every=0"], "checkpoint_every is from 1"),
-        (["--config=configs/ablations.py:kernel/elpv"], "no ablation 'kernel'. Choose from kernels"),
+        (
+            ["--config=configs/ablations.py:kernel/elpv"],
+            "no ablation 'kernel'. Choose from kernels",
+        ),
         (
             ["--config=configs/ablations.py:steps", "--config.variants.steps_2.flow.step=3"],
             "did you mean variants.steps_2.flow.steps",

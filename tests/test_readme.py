@@ -24,6 +24,7 @@ from fastflow_jax.data import Source
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 
 
@@ -58,7 +59,7 @@ def test_examples_run(page, tmp_path, monkeypatch):
     run_examples(page)
 
 
-@pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [README, CONTRIBUTING, *DOCS], ids=lambda page: page.stem)
 def test_every_linked_file_exists(page):
     for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
         assert (page.parent / link).exists(), link

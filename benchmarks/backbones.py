@@ -1,4 +1,4 @@
-"""How fast do the backbones run here beside timm in torch, on the same weights and images?
+"""Speed of our backbones compared with timm's in torch, on the same weights and images.
 
     pip install -e '.[bench]' && pip install torch==2.13.0
     pip install --no-deps timm==1.0.31 torchvision==0.28.0
@@ -7,13 +7,12 @@
     python benchmarks/backbones.py --out backbones.json
     python benchmarks/backbones.py --backbones cait_m48_448 --batches 1 --repeats 3
 
-Both sides compute the feature maps that FastFlow takes, and nothing after them, from the same
-random weights (speed does not depend on them), and are checked to agree. They take turns, so that
-whatever else the machine does hits both. timm runs in inference mode and in the memory format,
-plain or channels last, that is faster for it. On a GPU both run in float32 and in bfloat16, and
-every run is waited for.
+Both sides compute the feature maps of FastFlow and nothing after them, from the same random
+weights, and are checked to agree. They take turns, so that other load affects both. timm runs in
+inference mode and in its faster memory format, plain or channels last. On a GPU both run in float32
+and bfloat16, and every run is synchronised.
 
-Each line `ratio <name> <number>` is timm's median seconds over ours: above 1, we are faster.
+Each line `ratio <name> <number>` is timm's median seconds over ours: above 1, ours is faster.
 """
 
 import argparse
@@ -48,7 +47,7 @@ QUICK = ("resnet18", "tf_efficientnet_lite0", "deit_tiny_distilled_patch16_224",
 
 
 class Peer(torch.nn.Module):
-    """timm's model up to the last of the layers; images [B, 3, H, W] -> maps [B, C, h, w]."""
+    """timm's model up to the last layer; images [B, 3, H, W] -> maps [B, C, h, w]."""
 
     def __init__(self, name: str, layers: tuple[str, ...]):
         super().__init__()
@@ -60,7 +59,7 @@ class Peer(torch.nn.Module):
         self.indices = [modules.index(layer) for layer in layers]
 
     def forward(self, images):
-        """The maps, tokens through the model's norm."""
+        """Returns the maps; tokens of transformers pass through the model's norm."""
         maps = self.model.forward_intermediates(
             images, indices=self.indices, norm=True, stop_early=True, intermediates_only=True
         )
@@ -75,7 +74,7 @@ def seconds_of(run: Callable[[], None]) -> float:
 
 
 def compare(name: str, batch: int, dtype: str, repeats: int, device: str) -> dict:
-    """Median seconds of both sides for one batch, in turns, after both are warm."""
+    """Median seconds of both sides for one batch, measured in turns after warm-up."""
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, f"{name}.safetensors")
         torch.manual_seed(0)
@@ -125,7 +124,7 @@ def compare(name: str, batch: int, dtype: str, repeats: int, device: str) -> dic
         two = two.permute(0, 2, 3, 1).float().cpu().numpy()
         error = max(error, float(np.abs(np.asarray(one) - two).max() / np.abs(two).max()))
     if error > (1e-3 if dtype == "float32" else 0.1):
-        sys.exit(f"{name}: the two sides differ by {error:.1e} of the largest feature")
+        sys.exit(f"{name}: feature maps differ from timm's by {error:.1e} of the largest feature")
 
     run_ours(), run_theirs()
     times = [(seconds_of(run_ours), seconds_of(run_theirs)) for _ in range(repeats)]
@@ -145,15 +144,17 @@ def compare(name: str, batch: int, dtype: str, repeats: int, device: str) -> dic
 
 
 def main() -> None:
-    """Compare all, print a line each and the ratios, write them where asked."""
+    """Compares all, prints a line each and the ratios, and writes the file if requested."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--backbones", nargs="+", help="timm's names")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="small models, under five minutes")
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write")
+    parser.add_argument(
+        "--quick", action="store_true", help="small models only, under five minutes"
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     args = parser.parse_args()
 
     on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""What scoring costs for each training of a run: time, memory, space on disk.
+"""Cost of scoring for each training of a run: time, memory, disk space.
 
 python -m fastflow_jax.main --config=configs/compare.py:elpv/mono --workdir=RUN
 python benchmarks/costs.py RUN
@@ -8,8 +8,6 @@ import argparse
 import json
 import os
 import pathlib
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -17,6 +15,7 @@ import time
 
 import numpy as np
 from ml_collections import ConfigDict
+from outcome import peak_memory
 from tqdm import tqdm
 
 from fastflow_jax.config import from_plain
@@ -25,33 +24,32 @@ from fastflow_jax.files import to_plain
 from fastflow_jax.runs import saved
 
 BATCHES = (1, 16)
-_SECONDS = 2.0  # that one batch size is timed for,
-_CALLS = (5, 200)  # within these numbers of calls
+_SECONDS = 2.0  # time spent on one batch size
+_CALLS = (5, 200)  # smallest and largest number of calls in that time
 
-# Units of what `measure` gives, in the order of a table.
+# What `measure` returns, with units, in the order of the table.
 FIGURES = {
-    **{f"ms_batch_{b}": "milliseconds an image, from pixels to map" for b in BATCHES},
-    **{f"detector_ms_batch_{b}": "milliseconds an image, features at hand" for b in BATCHES},
-    "memory_mib": "peak resident memory of a process that does nothing but score, MiB",
-    "disk_mib": "what the training left on disk, to score with and to go on from, MiB",
+    **{f"ms_batch_{b}": "milliseconds per image, from pixels to map" for b in BATCHES},
+    **{f"detector_ms_batch_{b}": "milliseconds per image, from features to map" for b in BATCHES},
+    "memory_mib": "peak resident memory of a process that only scores, MiB",
+    "disk_mib": "disk space of the training without images and scores, MiB",
 }
 
 
 def measure(config: ConfigDict, folder: pathlib.Path, seed: int) -> dict[str, float] | None:
-    """The figures of `FIGURES` for a finished training.
+    """Measures the `FIGURES` of a finished training.
 
-    They are taken in a process of its own, whose memory is that of scoring alone, on random images
-    of the input size: medians, after warm-up, each call waited for. On a GPU the two processes
-    share its memory: set XLA_PYTHON_CLIENT_PREALLOCATE=false, or this one has taken most of it. On
-    a TPU, which one process owns, there are no figures.
+    Scoring runs in a process of its own, on random images of the input size; times are medians of
+    synchronised calls after warm-up. On a GPU the two processes share memory: set
+    XLA_PYTHON_CLIENT_PREALLOCATE=false. On a TPU, which one process owns, nothing can be measured.
 
     Args:
-      config: filled, of one training.
-      folder: of that training, see `runs.experiment.run`.
-      seed: of that training.
+      config: filled configuration of the training.
+      folder: its directory, see `runs.experiment.run`.
+      seed: its seed.
 
     Returns:
-      None where that process failed, which is told: the figures of accuracy stand for themselves.
+      The figures by name, or None if that process failed, after printing its error.
     """
     request = {
         "config": to_plain(config),
@@ -68,10 +66,10 @@ def measure(config: ConfigDict, folder: pathlib.Path, seed: int) -> dict[str, fl
         env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
     )
     if child.returncode:
-        tqdm.write(f"the speed of {folder} could not be measured: {child.stderr.strip()[-500:]}")
+        tqdm.write(f"Scoring could not be measured in {folder}: {child.stderr.strip()[-500:]}")
         return None
     files = [file for file in folder.rglob("*") if file.is_file()]
-    others = {"heatmaps", "strips", "scores.json", "features"}  # to look at, and on the way
+    others = {"heatmaps", "strips", "scores.json", "features"}  # not needed for scoring
     kept = [file for file in files if not others.intersection(file.relative_to(folder).parts)]
     figures = json.loads(child.stdout.splitlines()[-1])
     return figures | {"disk_mib": sum(file.stat().st_size for file in kept) / 2**20}
@@ -83,7 +81,7 @@ def _measure_here(
     figures = {}
     for batch in BATCHES:
         config = config.copy_and_resolve_references()
-        config.batch_size = batch  # programs are made for it
+        config.batch_size = batch  # batch size of the compiled programs
         detector = Detector.from_training(config, folder, seed)
         images = np.random.default_rng(0).standard_normal((batch, *config.image_size, 3))
         images = images.astype(np.float32)
@@ -92,14 +90,15 @@ def _measure_here(
         alone = median_seconds(lambda d=detector, x=features: d.scorer.score_features(x), seconds)
         figures[f"ms_batch_{batch}"] = 1e3 * whole / batch
         figures[f"detector_ms_batch_{batch}"] = 1e3 * alone / batch
-    return figures | {"memory_mib": _peak_memory() / 2**20}
+    return figures | {"memory_mib": peak_memory() / 2**20}
 
 
 def median_seconds(call, spent: float = _SECONDS) -> float:
-    """The median of calls that end when their result is there, as numpy arrays on the host are.
+    """Median seconds of a call that returns numpy arrays, after two calls for warm-up.
 
-    About so many seconds are spent on them. The first call, which compiles, and another one before
-    the rest do not count.
+    Args:
+      call: the function; it must wait for its result.
+      spent: seconds to spend on all calls.
     """
     call()  # compiles
     start = time.perf_counter()
@@ -113,21 +112,13 @@ def median_seconds(call, spent: float = _SECONDS) -> float:
     return statistics.median(seconds)
 
 
-def _peak_memory() -> int:
-    """Most bytes that this process has had in memory."""
-    status = pathlib.Path("/proc/self/status")
-    if status.exists():  # getrusage counts the parent's memory in, from before exec
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
-
-
 def main() -> None:
-    """Print a row per training of a run."""
+    """Prints a row per training of a run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=pathlib.Path, nargs="?", help="run directory")
-    parser.add_argument("--measure", action="store_true", help="one training, asked for on stdin")
+    parser.add_argument(
+        "--measure", action="store_true", help="measure the training described on stdin"
+    )
     arguments = parser.parse_args()
     if arguments.measure:
         asked = json.load(sys.stdin)

@@ -1,31 +1,31 @@
-"""How long does each detector take for one image, on the backbones that the paper speaks of?
+"""Time per image of each detector on the backbones of the paper.
 
     python benchmarks/detectors.py --quick
     python benchmarks/detectors.py --out detectors.json
     python benchmarks/detectors.py --backbones wide_resnet50_2 --batches 1 16
 
-The paper (arXiv 2111.07677) has FastFlow 10 times as fast as SPADE, twice as fast as PatchCore and
-1.5 times as fast as CFLOW. Milliseconds an image of the backbone, from pixels to maps in float32,
-and of what scores them, from maps to score and anomaly map, each by itself and on all cores:
+The paper (arXiv 2111.07677) reports FastFlow as 10 times as fast as SPADE, twice as fast as
+PatchCore and 1.5 times as fast as CFLOW. This measures milliseconds per image of the backbone (from
+pixels to float32 maps) and of each detector (from maps to score and anomaly map), separately and on
+all cores:
 
     fastflow_published  the published form (`configs/reference.py`)
     fastflow            the default recipe
-    patchcore           a bank of 10,000 points of 1,024 numbers, `config.patchcore.max_points`
+    patchcore           10,000 points of 1,024 numbers, `config.patchcore.max_points`
     spade               the nearest of 200 stored training images, `--stored`
-    cflow               8 steps a map
+    cflow               8 steps per map
 
-All see the maps of the published form, layer1 to layer3 of a ResNet and one block of a transformer;
-SPADE takes the last of several for the image's vector alone. Rows that end in `_own_maps` have the
-maps that the method takes unless told otherwise, as in `configs/compare.py`, and the backbone runs
-as far as these need: PatchCore and CFLOW leave the finest map out, which has most of the vectors.
-Of a transformer only the default recipe takes more than the published block.
+All use the maps of the published form, layer1 to layer3 of a ResNet and one block of a transformer;
+SPADE uses the last of several for the image vector only. Rows that end in `_own_maps` use the maps
+that the method takes by default, as in `configs/compare.py`, and the backbone runs as far as these
+need.
 
-Nothing is trained: weights, banks, galleries and features are random. What scoring costs hangs on
-their shapes and not on their values, and no coreset is computed, but a bank drawn that is as large.
+Nothing is trained: weights, banks, galleries and features are random, since the cost of scoring
+depends on their shapes only. No coreset is computed; a bank of the same size is drawn.
 
 Each line `ratio <detector>_<backbone> <number>` is that detector's milliseconds over those of
 `fastflow_published`, both with the backbone: above 1, FastFlow is faster. Names that end in
-`_alone` leave the backbone out; those of larger batches have their size before that.
+`_alone` exclude the backbone. For batches above 1 the name includes the size.
 """
 
 import argparse
@@ -62,7 +62,7 @@ COLUMNS = ("backbone", "detector", "maps", "batch", "backbone, ms", "detector, m
 
 
 def configurations(backbone: str, batch: int, side: int | None = None) -> dict:
-    """Filled, by their rows' names; rows that would have the same maps as another are left out."""
+    """Filled configurations by row name; `_own_maps` rows only if the maps differ."""
 
     def filled(detector, layers):
         c = default()
@@ -83,7 +83,7 @@ def configurations(backbone: str, batch: int, side: int | None = None) -> dict:
 
 
 def random_maps(config, n: int) -> Features:
-    """Standard normal maps in the place of n images', float32 [n, h, w, C] a layer."""
+    """Standard normal feature maps of n images, float32 [n, h, w, C] per layer."""
     rng = np.random.default_rng(0)
     height, width = config.image_size
     maps = [find_spec(config.backbone).maps[layer] for layer in config.layers]
@@ -94,11 +94,11 @@ def random_maps(config, n: int) -> Features:
 
 
 def scorer_of(config, stored: int):
-    """What scores, see `detectors.registry`: as training leaves it, but for the values in it.
+    """Scorer with random values in the shapes that training gives.
 
     Args:
-      config: filled.
-      stored: training images in a gallery.
+      config: filled configuration.
+      stored: number of training images in SPADE's gallery and for FastFlow's memory bank.
     """
     one, key = random_maps(config, 1), jax.random.key(0)
     if config.detector == "fastflow":
@@ -118,7 +118,7 @@ def scorer_of(config, stored: int):
 
 
 def backbone_seconds(config) -> float:
-    """Median seconds of a batch, from images to maps."""
+    """Median seconds per batch from images to feature maps."""
     backbone = create_backbone(config.backbone, weights="random", layers=config.layers)
     extract = extractor(backbone, 1.0, config.parallel, config.batch_size, "float32")
     shape = config.batch_size, *config.image_size, 3
@@ -127,14 +127,14 @@ def backbone_seconds(config) -> float:
 
 
 def detector_seconds(config, stored: int) -> float:
-    """Median seconds of a batch, from maps to scores and anomaly maps; see `scorer_of`."""
+    """Median seconds per batch from feature maps to scores and anomaly maps."""
     scorer, features = scorer_of(config, stored), random_maps(config, config.batch_size)
     return median_seconds(lambda: scorer.score_features(features))
 
 
 def measure(configs: dict, stored: int) -> Iterator[dict]:
-    """A row for each of `configurations`; of backbone and detectors one at a time is in memory."""
-    backbones = {}  # seconds, by the maps that it runs to
+    """Yields a row for each of `configurations`, with one model in memory at a time."""
+    backbones = {}  # seconds, by layers
     for name, config in configs.items():
         if config.layers not in backbones:
             backbones[config.layers] = backbone_seconds(config)
@@ -151,14 +151,14 @@ def measure(configs: dict, stored: int) -> Iterator[dict]:
 
 
 def line(row: dict) -> str:
-    """Of the table."""
+    """Line of the table."""
     names = row["backbone"], row["detector"], " ".join(row["layers"]), str(row["batch"])
     times = row["backbone_ms"], row["detector_ms"], row["backbone_ms"] + row["detector_ms"]
     return f"| {' | '.join([*names, *(f'{ms:.1f}' for ms in times)])} |"
 
 
 def compared(row: dict, ours: dict) -> dict[str, float]:
-    """The ratios of a row to that of `PUBLISHED`, by their names."""
+    """Ratios of a row to that of `PUBLISHED`, by name."""
     name = f"{row['detector']}_{row['backbone']}"
     if row["batch"] > 1:
         name += f"_batch{row['batch']}"
@@ -167,16 +167,18 @@ def compared(row: dict, ours: dict) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure all, print the table and the ratios, write them where asked."""
+    """Measures all, prints the table and the ratios, and writes the file if requested."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--backbones", nargs="+", help="timm's names")
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--stored", type=int, default=200, help="SPADE's training images")
-    parser.add_argument("--side", type=int, help="of the input; unset: the backbone's")
-    parser.add_argument("--quick", action="store_true", help="two ResNets, under five minutes")
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write")
+    parser.add_argument("--side", type=int, help="input side; default: the backbone's")
+    parser.add_argument(
+        "--quick", action="store_true", help="the two ResNets only, under five minutes"
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     args = parser.parse_args()
 
     names = args.backbones or (QUICK if args.quick else BACKBONES)

@@ -1,19 +1,19 @@
-"""How long does scoring take here beside anomalib: one image, and many, part by part?
+"""Time of scoring compared with anomalib: single images and batches, part by part.
 
     pip install -e '.[bench]'
     python benchmarks/inference.py --quick
     python benchmarks/inference.py --out inference.json
 
 The published form (`configs/reference.py`) on both sides, with the same random weights and images,
-checked to give the same scores. The parts, each on what the one before it leaves on the device:
+checked to give the same scores. The parts, each on the device result of the one before:
 
     backbone   images -> feature maps
     flow       feature maps -> latents
     map        latents -> anomaly map and score
     all        images in host memory -> maps and scores there: our `Detector.score`
 
-Batch 1 is latency, 16 (on a GPU 32, in the quick form on a CPU 8) is throughput. Both take turns,
-each on all cores.
+Batch 1 is latency; 16 (on a GPU 32, in the quick form on a CPU 8) is throughput. Both sides take
+turns, each on all cores.
 
 Each line `ratio <name> <number>` is anomalib's median seconds over ours.
 """
@@ -46,7 +46,7 @@ PARTS = ("backbone", "flow", "map", "all")
 
 
 def our_parts(ours: same_weights.Ours) -> dict[str, Callable]:
-    """What runs each of `PARTS`; the last two return scores, "all" maps too."""
+    """Functions that run each of `PARTS`; those of "map" and "all" return scores and maps."""
     config, model = ours.config, ours.model
     calibration = calibrate(config, model, ours.variables, None)
     scorer = FastFlowScorer(config, model, ours.variables, calibration)
@@ -75,7 +75,7 @@ def our_parts(ours: same_weights.Ours) -> dict[str, Callable]:
 
 
 def seconds_of(run: Callable, repeats: int) -> float:
-    """Mean seconds of a call."""
+    """Mean seconds per call."""
     start = time.perf_counter()
     for _ in range(repeats):
         jax.block_until_ready(run())
@@ -83,7 +83,7 @@ def seconds_of(run: Callable, repeats: int) -> float:
 
 
 def compare(peer: Peer, backbone: str, batch: int, dtype: str, rounds: int) -> dict:
-    """Median seconds of both sides for every part, in turns, after both are warm."""
+    """Median seconds of both sides for every part, measured in turns after warm-up."""
     with tempfile.TemporaryDirectory() as folder:
         ours = same_weights.build(peer, backbone, batch, dtype, pathlib.Path(folder))
     parts = our_parts(ours)
@@ -94,11 +94,13 @@ def compare(peer: Peer, backbone: str, batch: int, dtype: str, rounds: int) -> d
     for part in ("map", "all"):
         score, their_score = float(np.mean(parts[part]()[0])), theirs(part, 1)["score"]
         if abs(score - their_score) > (1e-3 if dtype == "float32" else 0.05):
-            sys.exit(f"{backbone} {dtype}: our mean score is {score}, anomalib's {their_score}")
+            sys.exit(
+                f"{backbone} {dtype}: our mean score {score} differs from anomalib's {their_score}"
+            )
     medians = {}
     for part, run in parts.items():
         seconds_of(run, 1), theirs(part, 1)
-        # Short calls are repeated, so that each turn lasts long enough for the clock.
+        # Short calls are repeated, so that each turn takes about 0.1 s.
         repeats = max(1, round(0.1 / seconds_of(run, 1)))
         turns = [
             (seconds_of(run, repeats), theirs(part, repeats)["seconds"]) for _ in range(rounds)
@@ -115,7 +117,7 @@ def compare(peer: Peer, backbone: str, batch: int, dtype: str, rounds: int) -> d
 
 
 def main() -> None:
-    """Compare all, print a line each and the ratios, write them where asked."""
+    """Compares all, prints a line each and the ratios, and writes the file if requested."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -123,8 +125,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"))
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="under five minutes")
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write")
+    parser.add_argument("--quick", action="store_true", help="a short form, under five minutes")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     args = parser.parse_args()
 
     on_cpu = jax.default_backend() == "cpu"

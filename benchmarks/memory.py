@@ -1,24 +1,23 @@
-"""How much memory do training and scoring take here, and what does a reversible flow save?
+"""Memory of training and scoring compared with anomalib, and with reversible flows.
 
     pip install -e '.[bench]'
     python benchmarks/memory.py --quick
     python benchmarks/memory.py --out memory.json
-    python benchmarks/memory.py --parts plan        # needs neither torch nor weights nor images
+    python benchmarks/memory.py --parts plan        # needs no torch, weights or images
 
-Of each backbone:
+For each backbone:
 
-    plan      XLA's own plan of one step of the flows on its feature maps, forward and backward,
-              bytes beside arguments and results; and of scoring. In the published setting and in
-              the default recipe, with 8 and with 20 steps. Nothing is run.
-    resident  the most memory that a process holds (on a GPU, that the device holds) which does
-              nothing but train a few steps, or score a batch, from the program's start: the
-              published form (`configs/reference.py`) on both sides, with random weights and
-              images. Each side trains as it does: ours on features computed before, anomalib with
-              its backbone in each step.
+    plan      memory that XLA plans for one training step of the flows on its feature maps,
+              excluding arguments and results, and for scoring. In the published form and in the
+              default recipe, with 8 and with 20 steps. Nothing is run.
+    resident  peak memory of a process (on a GPU, of the device) that only trains a few steps, or
+              scores a batch: the published form (`configs/reference.py`) on both sides, with random
+              weights and images. Ours trains on cached features, anomalib with its backbone in each
+              step.
 
-Each line `ratio reversible_<steps>_steps_<setting> <number>` is autodiff's bytes over those of
-`config.flow.reversible`, each line `ratio resident_<training or scoring>_<setting> <number>`
-anomalib's bytes over ours: above 1, ours takes less.
+Each line `ratio reversible_<steps>_steps_<setting> <number>` is the memory without over that with
+`config.flow.reversible`; each line `ratio resident_<training or scoring>_<setting> <number>` is
+anomalib's memory over ours: above 1, ours needs less.
 """
 
 import argparse
@@ -50,13 +49,13 @@ BACKBONES = (
     "cait_m48_448",
     "tf_efficientnet_lite0",
 )
-BATCH = 32  # of plans
+BATCH = 32  # images of a planned step
 PARTS = ("plan", "resident")
 DOING = ("training", "scoring")
 
 
 def planned(backbone: str, published: bool, steps: int, reversible: bool) -> dict[str, int]:
-    """Bytes that XLA plans for a training step and for scoring."""
+    """Bytes that XLA plans for a training step and for scoring, by name."""
     config = default()
     config.backbone, config.published = backbone, published
     config.flow.steps, config.flow.reversible = steps, reversible
@@ -80,7 +79,7 @@ def planned(backbone: str, published: bool, steps: int, reversible: bool) -> dic
 
 
 def resident(doing: str, backbone: str, batch: int) -> int:
-    """Bytes at the peak of this process, which does nothing else."""
+    """Peak memory in bytes of this process (or its GPU), which must do nothing else."""
     config = published(backbone, batch)
     net = create_backbone(backbone, weights="random", layers=config.layers)
     images = np.random.default_rng(0).standard_normal((batch, *config.image_size, 3), np.float32)
@@ -106,8 +105,8 @@ def resident(doing: str, backbone: str, batch: int) -> int:
     return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
 
-def beside_anomalib(doing: str, backbone: str, batch: int) -> dict[str, int]:
-    """`resident` of both sides, each in a process of its own."""
+def compare_with_anomalib(doing: str, backbone: str, batch: int) -> dict[str, int]:
+    """Peak memory in bytes of both sides, each in a process of its own."""
     command = [sys.executable, __file__, "--measure", doing, backbone, str(batch)]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     config = published(backbone, batch)
@@ -126,18 +125,20 @@ def beside_anomalib(doing: str, backbone: str, batch: int) -> dict[str, int]:
 
 
 def main() -> None:
-    """Measure all, print tables and the ratios, write them where asked."""
+    """Measures all, prints tables and ratios, and writes the file if requested."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--backbones", nargs="+", default=BACKBONES, help="timm's names")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--batch", type=int, default=8, help="of what is resident")
+    parser.add_argument("--batch", type=int, default=8, help="images of a batch for `resident`")
     parser.add_argument(
-        "--quick", action="store_true", help="EfficientNet-Lite0, under five minutes"
+        "--quick", action="store_true", help="EfficientNet-Lite0 only, under five minutes"
     )
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
+    parser.add_argument(
+        "--measure", nargs=3, help=argparse.SUPPRESS
+    )  # run by `compare_with_anomalib`
     args = parser.parse_args()
     if args.measure:
         doing, backbone, batch = args.measure
@@ -160,7 +161,7 @@ def main() -> None:
                     rows.append({"setting": setting, "plain": plain, "reversible": ours})
         for name in names if "resident" in args.parts else ():
             for doing in DOING:
-                both = beside_anomalib(doing, name, args.batch)
+                both = compare_with_anomalib(doing, name, args.batch)
                 sizes = ", ".join(f"{side} {n / 2**20:.0f} MiB" for side, n in both.items())
                 print(f"{doing} {name} batch {args.batch}: {sizes}", flush=True)
                 key = f"resident_{doing}_{name}_batch{args.batch}"

@@ -1,18 +1,17 @@
-"""How fast are the exact pixel figures beside scikit-learn's and anomalib's, and in what memory?
+"""Speed and memory of the exact pixel metrics compared with scikit-learn and anomalib.
 
     python benchmarks/metrics.py --quick
     python benchmarks/metrics.py --out metrics.json
 
 Pixel AUROC and average precision against scikit-learn's `roc_auc_score` and
 `average_precision_score`; AUPRO up to a false-positive rate of 0.3 against anomalib's, in the
-environment of `peer.py`. All get the same float32 maps of 256x256 pixels, smooth noise that
-is a little higher in the round defects of every other image, and their results are checked to
-agree. Every figure is computed in a process of its own, once on a few maps to be warm and then
-timed; the two sides take turns. Memory is what the process grows by at its peak, beside the maps
-and masks.
+environment of `peer.py`. All get the same float32 maps of 256x256 pixels, smooth noise that is
+slightly higher in the round defects of every other image, and their results are checked to agree.
+Each metric is computed in a process of its own, on a few maps for warm-up and then timed once; the
+two sides take turns. Memory is the growth of the process at its peak, without maps and masks.
 
 Each line `ratio <name> <number>` is the peer's median seconds over ours, or its peak memory over
-ours where the name begins with `memory_`: above 1, we are faster or need less.
+ours if the name begins with `memory_`: above 1, ours is better.
 """
 
 import argparse
@@ -31,13 +30,13 @@ from peer import peer_python
 
 HERE = pathlib.Path(__file__).resolve()
 SIDE = 256
-LIMIT = 0.3  # of AUPRO
+LIMIT = 0.3  # false-positive rate up to which AUPRO integrates
 PEERS = {"pixel_auroc": "scikit-learn", "pixel_ap": "scikit-learn", "aupro": "anomalib"}
 TOLERANCE = {"scikit-learn": 1e-9, "anomalib": 1e-4}  # anomalib sums in float32
 
 
 def make_data(images: int, folder: pathlib.Path) -> None:
-    """Write `maps.npy`, float32 [N, H, W], and `masks.npy`, bool; every other one has defects."""
+    """Writes `maps.npy`, float32 [N, H, W], and `masks.npy`, bool; every other one has defects."""
     from scipy import ndimage
 
     rng = np.random.default_rng(0)
@@ -55,7 +54,7 @@ def make_data(images: int, folder: pathlib.Path) -> None:
 
 
 def figure_of(side: str, figure: str) -> Callable[[np.ndarray, np.ndarray], float]:
-    """The function of one side; imports what it needs, and nothing of the other sides."""
+    """Function of a metric of one side; the other sides are not imported."""
     if side == "ours":
         from fastflow_jax.evaluation import metrics
 
@@ -82,7 +81,7 @@ def figure_of(side: str, figure: str) -> Callable[[np.ndarray, np.ndarray], floa
 
 
 def measure(side: str, figure: str, folder: pathlib.Path) -> dict:
-    """One side's figure in this process: value, seconds and bytes of memory."""
+    """Computes a metric of one side; returns its value, seconds and bytes of memory."""
     maps, masks = np.load(folder / "maps.npy"), np.load(folder / "masks.npy")
     function = figure_of(side, figure)
     function(maps[:4], masks[:4])
@@ -93,7 +92,7 @@ def measure(side: str, figure: str, folder: pathlib.Path) -> dict:
 
 
 def compare(figure: str, images: int, python: str, repeats: int, folder: pathlib.Path) -> dict:
-    """Medians of both sides in turns, each time in a process of its own."""
+    """Medians of both sides, measured in turns, each time in a process of its own."""
     peer = PEERS[figure]
     runs = {"ours": [], peer: []}
     for _ in range(repeats):
@@ -106,7 +105,9 @@ def compare(figure: str, images: int, python: str, repeats: int, folder: pathlib
         for side in runs.values()
     )
     if abs(ours["value"] - theirs["value"]) > TOLERANCE[peer]:
-        sys.exit(f"{figure}: ours is {ours['value']}, that of {peer} {theirs['value']}")
+        sys.exit(
+            f"{figure}: our value {ours['value']} differs from that of {peer}, {theirs['value']}"
+        )
     return {
         "figure": figure,
         "pixels": images * SIDE**2,
@@ -119,15 +120,17 @@ def compare(figure: str, images: int, python: str, repeats: int, folder: pathlib
 
 
 def main() -> None:
-    """Compare all, print a line each and the ratios, write them where asked."""
+    """Compares all, prints a line each and the ratios, and writes the file if requested."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", nargs="+", type=int, default=[100, 305], help="maps, 256x256")
+    parser.add_argument(
+        "--images", nargs="+", type=int, default=[100, 305], help="numbers of maps of 256x256"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="100 maps, under five minutes")
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # run by `compare`
     args = parser.parse_args()
     if args.measure:
         side, figure, folder = args.measure

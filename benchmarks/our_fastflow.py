@@ -1,10 +1,10 @@
-"""How well does our FastFlow do after each epoch, and after how many seconds?
+"""Image AUROC of our FastFlow after each epoch, with the seconds that it took.
 
     python benchmarks/our_fastflow.py --data elpv/mono --out ours.json
 
-The default recipe's training with its curve, as `anomalib_fastflow.py` gives the peer's. Seconds
-count from when the data lie on disk and the weights are loaded; decoding, features, compilation
-and the calibration of the epoch are in them, evaluation and the test images' features are not.
+Training of the default recipe with its curve, the counterpart of `anomalib_fastflow.py`. Seconds
+start when the data are on disk and the weights are loaded. They include decoding, features,
+compilation and the calibration of the epoch, and exclude evaluation and the test images' features.
 """
 
 import argparse
@@ -25,10 +25,9 @@ from fastflow_jax.features.extract import cached_features
 from fastflow_jax.features.prepare import feature_batches, split_holdout
 
 
-def configuration(name: str, backbone: str | None = None):
-    """The default recipe on `elpv/mono`, `elpv/poly` or a folder; its backbone or another."""
+def configuration(name: str):
+    """Filled default recipe for `elpv/mono`, `elpv/poly` or a directory."""
     config = default()
-    config.backbone = backbone or config.backbone
     if name.startswith("elpv/"):
         config.data.name, _, config.data.category = name.partition("/")
     else:
@@ -37,7 +36,7 @@ def configuration(name: str, backbone: str | None = None):
 
 
 def train_with_curve(config, folder: pathlib.Path) -> list[dict]:
-    """Train in a folder; a row for each epoch."""
+    """Trains in a directory; returns a row per epoch."""
     dataset = data.open_dataset(config.data)
     backbone = create_backbone(config.backbone, layers=config.layers)
     start, not_counted, calibration, curve = time.perf_counter(), 0.0, None, []
@@ -58,7 +57,7 @@ def train_with_curve(config, folder: pathlib.Path) -> list[dict]:
         nonlocal not_counted, calibration
         ended = time.perf_counter()
         calibrated = scorer()
-        # It is needed once, after the last epoch, and is compiled then; later ones here are not.
+        # A run calibrates once, after the last epoch, and compiles it then. Here that is the first.
         calibration = calibration or time.perf_counter() - ended
         seconds = ended - start - not_counted + calibration
         scored = score_split(
@@ -75,15 +74,15 @@ def train_with_curve(config, folder: pathlib.Path) -> list[dict]:
 
 
 def main() -> None:
-    """Train, and write the curve."""
+    """Trains and writes the curve."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", required=True, help="elpv/mono, elpv/poly or a folder")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="the JSON file to write")
+    parser.add_argument("--data", required=True, help="elpv/mono, elpv/poly or a directory")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="JSON file to write")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        # An empty one: nothing that counts is found there, what each evaluation repeats is.
+        # An empty compilation cache: programs are compiled once, as in a first run.
         jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         curve = train_with_curve(configuration(args.data), pathlib.Path(folder))

@@ -1,4 +1,4 @@
-"""What every benchmark ends with: its ratios, and what machine they were had on."""
+"""Shared parts of the benchmarks: ratio lines, machine, versions, result files."""
 
 import contextlib
 import importlib.metadata
@@ -17,9 +17,9 @@ _RATIO = re.compile(r"^ratio (\S+) ([0-9.eE+-]+)$", re.M)
 
 @contextlib.contextmanager
 def ratios() -> Iterator[dict[str, float]]:
-    """A dictionary to fill; at the end, SIGTERM and errors included, its lines are printed.
+    """Yields a dictionary of ratios and prints it at the end, also after SIGTERM or an error.
 
-    Each is `ratio <name> <number>`, the peer's seconds (or bytes) over ours: more is better for us.
+    Each line is `ratio <name> <number>`, the peer's seconds or bytes over ours.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     found: dict[str, float] = {}
@@ -32,12 +32,12 @@ def ratios() -> Iterator[dict[str, float]]:
 
 
 def parse_ratios(text: str) -> dict[str, float]:
-    """The ratio lines in what a benchmark printed."""
+    """Returns the ratios in the output of a benchmark by name."""
     return {name: float(number) for name, number in _RATIO.findall(text)}
 
 
 def describe_machine(device: str | None = None) -> str:
-    """Processor, cores and, where one is named, the accelerator, in words."""
+    """Describes the machine: accelerator (if given), processor, cores, architecture."""
     names = [platform.machine()]
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -47,22 +47,22 @@ def describe_machine(device: str | None = None) -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of Python and of packages of this environment."""
+    """Versions of Python and of the packages in this environment."""
     found = {p: importlib.metadata.version(p) for p in packages}
     return {"python": platform.python_version()} | found
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held."""
+    """Peak resident memory of this process in bytes."""
     status = pathlib.Path("/proc/self/status")
-    if status.exists():  # getrusage counts in what the parent held before this program began
+    if status.exists():  # getrusage also counts memory of the parent from before exec
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def write_result(file: pathlib.Path | None, content: dict) -> None:
-    """A whole file or none, so that a reader never sees half of it; nothing without a name."""
+    """Writes a JSON file atomically; does nothing if `file` is None."""
     if file is None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)

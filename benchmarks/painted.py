@@ -1,17 +1,17 @@
-"""Defects painted on one's own normal images: what can be compared where no defect is at hand.
+"""Writes a data set with synthetic defects, painted on your own normal images.
 
     python benchmarks/painted.py photos/good painted --train 60
     python benchmarks/painted.py cork.png painted --crop 160 --train 60
     python -m fastflow_jax.main --config=configs/folder.py --config.data.root=painted
 
-Given a folder, some of its images are for training and the rest, as they are or with a defect, for
-testing. Given one large picture of a material, training images are crops of its left half and test
-images of its right half, so that no pixel is seen twice. The layout is that of `docs/data.md`, with
-exact masks of what was painted over. The same arguments make the same images.
+From a directory, some images are for training and the rest, unchanged or with a defect, for
+testing. From one large image of a material, training images are crops of its left half and test
+images of its right half. The layout is that of `docs/data.md`, with exact masks. The same arguments
+write the same images.
 
-Six kinds in turn, large and small, faint and plain, as the seed has it: a crack, a stain, a patch
-from elsewhere in the image, a smear, a twist, a few flecks. They are guesses at what may go wrong:
-docs/recipe.md tells how far figures on them followed those on real defects.
+There are six kinds of defects in turn, of random size and strength: a crack, a stain, a patch from
+elsewhere in the image, a smear, a twist, a few flecks. docs/recipe.md describes what can be learned
+from results on them.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from fastflow_jax.data.synthetic import crop
 from fastflow_jax.data.transforms import decode_image, read_file
 from fastflow_jax.errors import InputError
 
-GOOD = 36  # test crops of a material without a defect,
-DEFECTIVE = 48  # and with one
+GOOD = 36  # normal test crops of one image
+DEFECTIVE = 48  # defective test crops of one image
 Painted = tuple[np.ndarray, np.ndarray]  # image [H, W, 3], 0 to 255, and mask bool [H, W]
 
 
 def _ellipse(rng, image, radii: tuple[float, float]) -> np.ndarray:
-    """Distance from a random centre, [H, W]; below 1 inside. Radii are parts of the side."""
+    """Distance from a random centre, [H, W], 1 on the ellipse; radii are shares of the side."""
     size = np.array(image.shape[:2])
     centre = rng.uniform(0.15, 0.85, 2) * size
     radius = rng.uniform(*radii, 2) * size.min()
@@ -42,7 +42,7 @@ def _ellipse(rng, image, radii: tuple[float, float]) -> np.ndarray:
 
 
 def _colour(rng):
-    """Black, white, or any."""
+    """Black, white, or a random colour."""
     return rng.uniform(0, 255, 3) if rng.random() < 0.5 else rng.choice([0.0, 255.0])
 
 
@@ -51,7 +51,7 @@ def _blend(image, colour, weight: np.ndarray) -> np.ndarray:
 
 
 def crack(rng: np.random.Generator, image: np.ndarray) -> Painted:
-    """A thin line that turns as it goes, dark more often than bright."""
+    """Thin line with random turns, dark more often than bright."""
     size = np.array(image.shape[1::-1])
     heading = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(0, 0.5, 8))
     step = rng.uniform(0.03, 0.1) * size.min()
@@ -66,14 +66,14 @@ def crack(rng: np.random.Generator, image: np.ndarray) -> Painted:
 
 
 def stain(rng: np.random.Generator, image: np.ndarray) -> Painted:
-    """An ellipse, densest in its middle."""
+    """Ellipse, densest at its centre."""
     distance = _ellipse(rng, image, (0.03, 0.15))
     density = rng.uniform(0.15, 0.5) * np.sqrt(np.clip(1 - distance, 0, 1))
     return _blend(image, _colour(rng), density), distance < 1
 
 
 def patch(rng: np.random.Generator, image: np.ndarray) -> Painted:
-    """A square of what is elsewhere in the image, turned."""
+    """Rotated square from elsewhere in the image."""
     size = np.array(image.shape[:2])
     edge = max(2, int(rng.uniform(0.08, 0.25) * size.min()))
     (top, left), (y, x) = rng.integers(0, size - edge, (2, 2))
@@ -85,7 +85,7 @@ def patch(rng: np.random.Generator, image: np.ndarray) -> Painted:
 
 
 def smear(rng: np.random.Generator, image: np.ndarray) -> Painted:
-    """An ellipse out of focus."""
+    """Blurred ellipse."""
     mask = _ellipse(rng, image, (0.06, 0.18)) < 1
     radius = rng.uniform(0.008, 0.02) * min(image.shape[:2])
     blurred = Image.fromarray(image.astype(np.uint8)).filter(ImageFilter.GaussianBlur(radius))
@@ -93,7 +93,7 @@ def smear(rng: np.random.Generator, image: np.ndarray) -> Painted:
 
 
 def twist(rng: np.random.Generator, image: np.ndarray) -> Painted:
-    """A disc turned about its middle, most there and not at its edge."""
+    """Disc twisted about its centre, not at its edge."""
     size = np.array(image.shape[:2])
     centre, radius = rng.uniform(0.2, 0.8, 2) * size, rng.uniform(0.08, 0.2) * size.min()
     y, x = np.indices(image.shape[:2]) - centre[:, None, None]
@@ -109,7 +109,7 @@ def twist(rng: np.random.Generator, image: np.ndarray) -> Painted:
 
 
 def flecks(rng: np.random.Generator, image: np.ndarray) -> Painted:
-    """One to four tiny spots of one colour."""
+    """One to four small spots of one colour."""
     mask = np.zeros(image.shape[:2], bool)
     for _ in range(rng.integers(1, 5)):
         mask |= _ellipse(rng, image, (0.01, 0.025)) < 1
@@ -122,7 +122,7 @@ KINDS: dict[str, Callable[[np.random.Generator, np.ndarray], Painted]] = {
 
 
 def write(folder: pathlib.Path, train, good, to_paint, rng: np.random.Generator) -> None:
-    """The data set, of three sequences of images [H, W, 3]."""
+    """Writes the data set from three sequences of images [H, W, 3]."""
 
     def save(pixels, *place):
         file = folder.joinpath(*place)
@@ -142,12 +142,12 @@ def write(folder: pathlib.Path, train, good, to_paint, rng: np.random.Generator)
 
 
 def read(path: pathlib.Path) -> np.ndarray:
-    """uint8 [H, W, 3]."""
+    """Reads an image, uint8 [H, W, 3]."""
     return decode_image(read_file(path), str(path))
 
 
 def paint(args: argparse.Namespace) -> None:
-    """Read the source and write the data set."""
+    """Reads the source and writes the data set."""
     rng = np.random.default_rng(args.seed)
     if args.crop:
         image = read(args.source)
@@ -155,7 +155,9 @@ def paint(args: argparse.Namespace) -> None:
             image = image.transpose(1, 0, 2)
         middle = image.shape[1] // 2
         if args.crop > min(middle, image.shape[0]):
-            raise InputError(f"{args.source} has no two halves for crops of {args.crop} pixels")
+            raise InputError(
+                f"{args.source} is too small for crops of {args.crop} pixels. Lower --crop."
+            )
         left, right = image[:, :middle], image[:, middle:]
 
         def crops(half, n):
@@ -166,7 +168,9 @@ def paint(args: argparse.Namespace) -> None:
         return
     paths = list_images(args.source)
     if len(paths) < args.train + 2:
-        raise InputError(f"{args.source} has {len(paths)} images: --train leaves none to test on")
+        raise InputError(
+            f"{args.source} has {len(paths)} images, none left for testing. Lower --train."
+        )
     paths = [paths[i] for i in rng.permutation(len(paths))]
     rest = paths[args.train :][: args.test]
     good = round(0.4 * len(rest))
@@ -175,26 +179,28 @@ def paint(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Paint, and say what there is."""
+    """Writes the data set and prints the options that use it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=pathlib.Path, help="a folder of normal images, or one image")
-    parser.add_argument("folder", type=pathlib.Path, help="to be made")
-    parser.add_argument("--train", type=int, default=60, help="training images")
-    parser.add_argument("--test", type=int, help="other images of a folder at the most")
+    parser.add_argument(
+        "source", type=pathlib.Path, help="directory of normal images, or one image"
+    )
+    parser.add_argument("folder", type=pathlib.Path, help="directory to create")
+    parser.add_argument("--train", type=int, default=60, help="number of training images")
+    parser.add_argument("--test", type=int, help="largest number of test images of a directory")
     parser.add_argument("--crop", type=int, help="side of the crops of one image, in pixels")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.folder.exists():
-        parser.error(f"{args.folder} is there already: name a folder to be made, or remove it")
+        parser.error(f"{args.folder} exists. Name another directory, or remove it.")
     if args.source.is_file() != (args.crop is not None):
-        parser.error("--crop goes with one image, and one image with --crop")
+        parser.error("--crop must be given for one image, and only then.")
     try:
         paint(args)
     except InputError as error:
         parser.error(str(error))
-    print(f"{args.folder}: run it by --config=configs/folder.py --config.data.root={args.folder}")
+    print(f"Written. Run it with --config=configs/folder.py --config.data.root={args.folder}")
 
 
 if __name__ == "__main__":

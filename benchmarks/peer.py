@@ -1,8 +1,8 @@
-"""The peer's environment, and a torch process in it that takes turns with ours.
+"""Environment of the peer, and a torch process in it that takes turns with ours.
 
-anomalib wants many packages that we do not, and two without theirs, so it gets a virtual
-environment of its own, `benchmarks/.peer`, made when it is first needed. Where this interpreter
-has anomalib already, it serves.
+anomalib needs many packages that ours does not, and two without their dependencies. It gets a
+virtual environment of its own, `benchmarks/.peer`, on first use. An interpreter that has anomalib
+is used as it is.
 """
 
 import importlib.util
@@ -15,8 +15,7 @@ import sys
 HERE = pathlib.Path(__file__).parent
 FOLDER = HERE / ".peer"
 
-# torch alone takes gigabytes of CUDA packages along where the registry has them; all is pinned
-# that the figures hang on.
+# Versions that the figures depend on are pinned. torch may install gigabytes of CUDA packages.
 INSTALLS = (
     "torch==2.13.0",
     "--no-deps anomalib==2.7.0 timm==1.0.31 torchvision==0.28.0",
@@ -26,17 +25,17 @@ INSTALLS = (
     " scikit-image platformdirs docstring-parser huggingface_hub safetensors pyyaml",
 )
 
-# Both sides may share a GPU: ours is not to take most of its memory at the start.
+# Both sides may share a GPU, so JAX must not reserve most of its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def peer_python() -> str:
-    """The interpreter of an environment with anomalib, made where there is none."""
+    """Interpreter of an environment with anomalib; makes the environment on first use."""
     if importlib.util.find_spec("anomalib"):
         return sys.executable
     python, complete = FOLDER / "bin/python", FOLDER / "complete"
     if not complete.exists():
-        print(f"making the peer's environment, {FOLDER}", file=sys.stderr)
+        print(f"Making the environment of anomalib in {FOLDER}.", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", FOLDER], check=True)
         for packages in INSTALLS:
             install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
@@ -46,7 +45,7 @@ def peer_python() -> str:
 
 
 class Peer:
-    """A warm process of `torch_side.py`: `peer.call("seconds", part="flow", ...)`."""
+    """Process of `torch_side.py`: `peer.call("score_seconds", part="flow", ...)`."""
 
     def __enter__(self):
         self._process = subprocess.Popen(
@@ -62,13 +61,15 @@ class Peer:
         self._process.wait()
 
     def call(self, function: str, **arguments):
-        """What a method of `torch_side.Session` returns.
+        """Calls a method of `torch_side.Session` and returns its result.
 
         Raises:
-          RuntimeError: the process has ended; its own error stands before this one.
+          RuntimeError: the process has ended; it printed its own error.
         """
         print(json.dumps([function, arguments]), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the peer ended in {function}({arguments})")
+            raise RuntimeError(
+                f"The torch process ended in {function}({arguments}). Its error is above."
+            )
         return json.loads(line)

@@ -1,4 +1,4 @@
-"""Our published form with the weights of torch's, which `torch_side.Session.build` writes."""
+"""Our published form with the weights of the torch models of `torch_side.Session.build`."""
 
 import dataclasses
 import pathlib
@@ -20,7 +20,7 @@ REFERENCE = pathlib.Path(__file__).parent.parent / "configs/reference.py"
 
 @dataclasses.dataclass(frozen=True)
 class Ours:
-    """Both sides' model, on our side."""
+    """Our model with the weights of the torch side, and a batch of images."""
 
     config: object
     backbone: Backbone
@@ -30,7 +30,7 @@ class Ours:
 
 
 def published(backbone: str, batch: int):
-    """The filled configuration of `configs/reference.py` for a backbone."""
+    """Filled configuration of `configs/reference.py` for a backbone."""
     config = runpy.run_path(str(REFERENCE))["get_config"]()
     config.backbone = backbone
     config.train.batch_size = config.batch_size = batch
@@ -38,14 +38,14 @@ def published(backbone: str, batch: int):
 
 
 def build(peer, backbone: str, batch: int, dtype: str, folder: pathlib.Path) -> Ours:
-    """Both sides' models with one set of random weights, and a batch of images.
+    """Builds the models of both sides with one set of random weights, and a batch of images.
 
     Args:
       peer: a `peer.Peer`.
       backbone: timm's name.
       batch: number of images.
-      dtype: of our convolutions and matrix products; the peer's is told with each call.
-      folder: an empty one, for what passes between the two.
+      dtype: of our convolutions and matrix products; the peer gets it with each call.
+      folder: empty directory, for the weights and images.
     """
     config = published(backbone, batch)
     side, _ = config.image_size
@@ -63,11 +63,15 @@ def build(peer, backbone: str, batch: int, dtype: str, folder: pathlib.Path) -> 
     )
     device = jax.default_backend()
     if (device == "cpu") != (answer["device"] == "cpu"):
-        raise ValueError(f"JAX runs on {device}, torch on {answer['device']}: not the same device")
+        raise ValueError(
+            f"JAX runs on {device}, torch on {answer['device']}. Both must use the same device."
+        )
     variables = flow_variables(safetensors.numpy.load_file(folder / "flow.safetensors"))
     trainable = sum(x.size for x in jax.tree.leaves(variables["params"]))
     if trainable != answer["trainable"]:
-        raise ValueError(f"{backbone}: {trainable} trainable numbers, {answer['trainable']} there")
+        raise ValueError(
+            f"{backbone}: ours has {trainable} trainable numbers, torch {answer['trainable']}"
+        )
     return Ours(
         config,
         create_backbone(
@@ -83,7 +87,7 @@ def build(peer, backbone: str, batch: int, dtype: str, folder: pathlib.Path) -> 
 
 
 def flow_variables(tensors: dict[str, np.ndarray]) -> dict:
-    """Norms and flows of anomalib's state as the variables of `model.FastFlow`."""
+    """Converts norms and flows of anomalib's state to variables of `model.FastFlow`."""
     params: dict = {}
     permutations: dict = {}
     for name, tensor in tensors.items():

@@ -1,29 +1,28 @@
-"""How soon do we reach the AUROC that anomalib's FastFlow has at its end, and how soon does it?
+"""Time from image files to the image AUROC that anomalib's FastFlow reaches.
 
     pip install -e '.[bench]'
     python benchmarks/time_to_quality.py --quick
     python benchmarks/time_to_quality.py --tile FOLDER --out time_to_quality.json
     python benchmarks/time_to_quality.py --rerun-peer
 
-Both from image files on disk and loaded weights, the same EfficientNet-Lite0, to the first
-evaluation from which on the image AUROC never falls below the mark again. Decoding, features and
-compilation are counted on both sides, evaluation on neither. Ours is the default recipe, tested
-after each epoch (`our_fastflow.py`); anomalib's is that of `anomalib_fastflow.py`, tested every
-five or ten epochs, so its time is known to that grain.
+Both sides start from image files on disk and the loaded weights of EfficientNet-Lite0, and end at
+the first evaluation from which on the image AUROC stays at or above the mark. Decoding, features
+and compilation count on both sides, evaluation on neither. Ours is the default recipe, evaluated
+after each epoch (`our_fastflow.py`); anomalib's is `anomalib_fastflow.py`, evaluated every five or
+ten epochs, which limits the resolution of its time.
 
-anomalib's 100 epochs take hours: their AUROC stands in `results/`, and `--rerun-peer` has them
-anew. What they take on this machine is measured now, a few steps in turn with our whole training,
-and multiplied. The quick form trains on 160 cells of ELPV mono, and anomalib for 20 epochs.
+anomalib's 100 epochs take hours, so their AUROCs are stored in `results/`; `--rerun-peer` measures
+them again. Their seconds are a number of steps times the seconds of a step, measured now in turn
+with our whole training. The quick form trains on 160 cells of ELPV mono, anomalib for 20 epochs.
 
 Each line `ratio <name> <number>` is anomalib's seconds over ours:
 
     time_to_quality   to the AUROC of anomalib's last epoch, kept to the end, on both sides
-    time_to_best      to anomalib's best AUROC: ours kept to the end, anomalib's first touch of it
+    time_to_best      to anomalib's best AUROC: ours kept to the end, anomalib's first evaluation
     whole_training    to the end of each side's own training
 
-as anomalib runs it, with the backbone in every step and decoding counted once, and with
-`cached_features`, ours' way of going about it, given to anomalib too. A mark that we do not reach
-has no line.
+with the backbone in every step as anomalib runs it (decoding counted once), and with
+`cached_features` as ours. A mark that ours does not reach has no line.
 """
 
 import argparse
@@ -47,14 +46,14 @@ QUICK_CELLS, QUICK_EPOCHS = 160, 20
 
 
 def reached_and_kept(curve: Sequence[tuple[float, float]], mark: float) -> float | None:
-    """Seconds of the first evaluation from which on the AUROC is never below the mark.
+    """Seconds of the first evaluation from which on no AUROC is below the mark.
 
     Args:
       curve: (seconds, AUROC) of each evaluation, in order of time.
       mark: an AUROC.
 
     Returns:
-      None where the last one is below it.
+      None if the last AUROC is below the mark.
     """
     since = None
     for seconds, auroc in curve:
@@ -66,7 +65,7 @@ def reached_and_kept(curve: Sequence[tuple[float, float]], mark: float) -> float
 
 
 def lay_out_cells(folder: pathlib.Path) -> None:
-    """Cells of ELPV mono as a folder of images: 160 good ones to train on, 112 to test on."""
+    """Copies cells of ELPV mono into a directory: 160 for training, 112 for testing."""
     labels = importlib.resources.files("elpv_dataset") / "data/labels.csv"
     splits = elpv.split(pathlib.Path(str(labels)), "mono")
     good = [record for record in splits["test"] if record.defect == elpv.GOOD]
@@ -80,9 +79,11 @@ def lay_out_cells(folder: pathlib.Path) -> None:
 
 
 def run_ours(data: str, device: str) -> list[tuple[float, float]]:
-    """Our (seconds, image AUROC) after each epoch, of a fresh process that compiles anew.
+    """Our (seconds, image AUROC) after each epoch, in a new process without a compilation cache.
 
-    `device` is the peer's: "cpu" or "cuda".
+    Args:
+      data: "elpv/mono" or a directory.
+      device: device of the peer, "cpu" or "cuda".
     """
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder, "ours.json")
@@ -90,19 +91,21 @@ def run_ours(data: str, device: str) -> list[tuple[float, float]]:
         subprocess.run(command, check=True, stdout=sys.stderr)
         found = json.loads(out.read_text())
         if (found["device"] == "cpu") != (device == "cpu"):
-            sys.exit(f"ours ran on {found['device']}, anomalib on {device}")
+            sys.exit(
+                f"Ours ran on {found['device']}, anomalib on {device}. Use one device for both."
+            )
         return [(row["seconds"], row["image_auroc"]) for row in found["curve"]]
 
 
 def run_peer(data: str, out: pathlib.Path, *arguments: str) -> dict:
-    """What `anomalib_fastflow.py` writes."""
+    """Runs `anomalib_fastflow.py` and returns its result."""
     command = [peer_python(), HERE / "anomalib_fastflow.py", "--data", data, "--out", out]
     subprocess.run([*command, "--cache-features", *arguments], check=True, stdout=sys.stderr)
     return json.loads(out.read_text())
 
 
 def peer_seconds(timed: dict, epochs: int, form: str) -> float:
-    """Seconds that some epochs take, from what a run of the peer says of its steps."""
+    """Seconds of a number of epochs, from the step times in a result of the peer."""
     steps = epochs * timed["data"]["train"] / timed["recipe"]["batch"]
     if form == "cached_features":
         features = timed["decode_seconds"] + timed["train_feature_seconds"]
@@ -114,9 +117,9 @@ def compare(ours: list[list], peer: dict, timed: list[dict], form: str) -> dict[
     """Ratios of one data set and one form of the peer.
 
     Args:
-      ours: the curve of each of our runs, see `run_ours`.
-      peer: with the peer's curve.
-      timed: of each of its runs on this machine, see `run_peer`.
+      ours: the curve of each of our runs, from `run_ours`.
+      peer: result with the peer's curve.
+      timed: results of the peer's timing runs on this machine, from `run_peer`.
       form: "plain" or "cached_features".
     """
 
@@ -133,7 +136,7 @@ def compare(ours: list[list], peer: dict, timed: list[dict], form: str) -> dict[
     for name, (mark, seconds) in marks.items():
         reached = [reached_and_kept(curve, mark) for curve in ours]
         if None in reached:
-            print(f"{name}: we end at {ours[0][-1][1]:.3f}, below anomalib's {mark:.3f}")
+            print(f"{name}: ours ends at {ours[0][-1][1]:.3f}, below anomalib's {mark:.3f}")
             continue
         found[name] = seconds / statistics.median(reached)
         print(
@@ -146,15 +149,17 @@ def compare(ours: list[list], peer: dict, timed: list[dict], form: str) -> dict[
 
 
 def main() -> None:
-    """Run both in turns on every data set, print the ratios, write them where asked."""
+    """Runs both sides in turns, prints the ratios, and writes the file if requested."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tile", type=pathlib.Path, help="the magnetic tile set, as a folder")
-    parser.add_argument("--rerun-peer", action="store_true", help="its 100 epochs: hours")
+    parser.add_argument("--tile", type=pathlib.Path, help="directory of the magnetic tile set")
+    parser.add_argument(
+        "--rerun-peer", action="store_true", help="train anomalib for 100 epochs, which takes hours"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="under five minutes")
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write")
+    parser.add_argument("--quick", action="store_true", help="a short form, under five minutes")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     args = parser.parse_args()
 
     rows = []

@@ -1,8 +1,8 @@
-"""The torch side of the speed benchmarks: `peer.Peer` starts it and asks for one thing at a time.
+"""Torch side of the speed benchmarks, a process that `peer.Peer` starts and sends requests to.
 
-A request is a line of JSON on stdin, `[method of Session, arguments]`, the answer a line on stdout.
-The models are "anomalib", its `FastflowModel`, and "freia", the same in plain torch with FrEIA's
-own blocks; both hold the same weights, which `build` writes for our side.
+A request is a line of JSON on stdin, `[method of Session, arguments]`; the answer is a line on
+stdout. The models are "anomalib", its `FastflowModel`, and "freia", the same with FrEIA's own
+blocks. Both have the same weights, which `build` writes for our side.
 """
 
 import copy
@@ -27,7 +27,7 @@ from outcome import peak_memory
 
 
 def freia_model(model: FastflowModel, kernels: list[int], ratio: float) -> FastflowModel:
-    """The same model with FrEIA's blocks in the place of anomalib's copies of them."""
+    """Copy of the model with FrEIA's blocks instead of anomalib's copies of them."""
     freia = copy.deepcopy(model)
     freia.fast_flow_blocks = torch.nn.ModuleList()
     for block in model.fast_flow_blocks:
@@ -45,7 +45,7 @@ def freia_model(model: FastflowModel, kernels: list[int], ratio: float) -> Fastf
 
 
 def anomalib_model(backbone, side, steps, kernels, ratio) -> FastflowModel:
-    """With random weights; those of EfficientNet-Lite0 are its package's."""
+    """Model of anomalib with random weights; EfficientNet-Lite0 has those of its package."""
     kinds = {"conv3x3_only": kernels == [3], "hidden_ratio": ratio, "flow_steps": steps}
     if backbone == "tf_efficientnet_lite0":
         return build_model(side, **kinds)
@@ -53,14 +53,14 @@ def anomalib_model(backbone, side, steps, kernels, ratio) -> FastflowModel:
 
 
 def backbone_maps(model: FastflowModel, images: torch.Tensor) -> list[torch.Tensor]:
-    """What the frozen backbone gives; transformers end in their own norm."""
+    """Feature maps of the frozen backbone; transformers end with their own norm."""
     if hasattr(model, "norms"):
         return model.feature_extractor(images)
     return model._get_vit_features(images)
 
 
 def latents(model: FastflowModel, maps: list[torch.Tensor]) -> tuple[list, list]:
-    """Norms and flows, as the model's `forward` runs them."""
+    """Latents and log-determinants of norms and flows, as in the model's `forward`."""
     if hasattr(model, "norms"):
         maps = [norm(m) for norm, m in zip(model.norms, maps, strict=True)]
     pairs = [flow(m) for flow, m in zip(model.fast_flow_blocks, maps, strict=True)]
@@ -75,7 +75,7 @@ class Session:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def build(self, backbone, side, steps, kernels, ratio, folder) -> dict:
-        """Make the models, write their weights to a folder, read the images that lie there."""
+        """Builds the models, writes their weights to a directory and reads the images there."""
         torch.manual_seed(0)
         model = anomalib_model(backbone, side, steps, kernels, ratio)
         parts = {"backbone": model.feature_extractor, "flow": model}
@@ -153,7 +153,7 @@ class Session:
         return {"score": score, "seconds": seconds}
 
     def peak_memory(self, part, batch, **model) -> int:
-        """Bytes at the peak of a process that does nothing but train (three steps), or score."""
+        """Peak memory in bytes of this process after three training steps, or one scored batch."""
         net = anomalib_model(**model).to(self.device)
         images = torch.randn(batch, 3, model["side"], model["side"])
         if part == "training":
@@ -167,7 +167,7 @@ class Session:
 
 
 def main() -> None:
-    """Answer until stdin ends."""
+    """Answers requests until stdin ends."""
     answers, sys.stdout = sys.stdout, sys.stderr
     session = Session()
     for line in sys.stdin:

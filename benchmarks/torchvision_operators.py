@@ -1,4 +1,7 @@
-"""Import this before what imports torchvision, whose operators a CPU build of torch may lack."""
+"""Imports torchvision without the compiled operators that a CPU build of torch may lack.
+
+Import this module before any that imports torchvision.
+"""
 
 import pathlib
 import sys

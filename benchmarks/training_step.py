@@ -1,24 +1,24 @@
-"""How many images a second does training take here, beside anomalib and plain torch with FrEIA?
+"""Time of a training step compared with anomalib and with plain torch and FrEIA.
 
     pip install -e '.[bench]'
     python benchmarks/training_step.py --quick
     python benchmarks/training_step.py --out training_step.json
     python benchmarks/training_step.py --backbones resnet18 --dtypes float32 --batch 8
 
-The published form (`configs/reference.py`) on all sides, with the same random weights (speed does
-not depend on them) and images, checked to begin with the same loss; Adam as anomalib sets it.
-"freia" is anomalib's model with FrEIA's own blocks. bfloat16 is the type of our convolutions and
-matrix products, and torch's autocast. Two forms of a step:
+The published form (`configs/reference.py`) on all sides, with the same random weights and images,
+checked to start with the same loss; Adam as in anomalib. "freia" is anomalib's model with FrEIA's
+own blocks. bfloat16 applies to our convolutions and matrix products, and to torch's autocast. Two
+forms of a step:
 
-    backbone   the frozen backbone in every step: how anomalib runs, and ours where it augments
-    cached     features computed beforehand: how ours runs otherwise, as the product runs it: on
-               accelerators a whole epoch is one program
+    backbone   the frozen backbone in every step, as anomalib runs, and ours with augmentation
+    cached     features computed beforehand, as ours runs otherwise; on accelerators an epoch is one
+               program
 
-and `as_run` is our cached step beside anomalib's with the backbone. All take turns, each on all
-cores. On a CPU the batch is 8 where a step of 32 would take too much memory or time, and in the
-quick form: names tell. `time_to_quality.py` counts in what computing the features costs.
+`as_run` is our cached step against anomalib's with the backbone. All sides take turns, each on all
+cores. On a CPU the batch is 8 if a step of 32 needs too much memory or time, and in the quick form;
+names state it. `time_to_quality.py` includes the time to compute features.
 
-Each line `ratio <name> <number>` is the peer's median seconds a step over ours.
+Each line `ratio <name> <number>` is the peer's median seconds per step over ours.
 """
 
 import argparse
@@ -50,14 +50,13 @@ BACKBONES = (
 )
 LARGE = BACKBONES[2:]
 PEERS = ("anomalib", "freia")
-EPOCH = 8  # steps of one program, on accelerators
+EPOCH = 8  # steps per program on accelerators
 
 
 def our_steps(ours: same_weights.Ours) -> dict[str, Iterator[tuple[float, float]]]:
-    """Of each form, loss and seconds of one training step after another.
+    """Iterators over (loss, seconds) of successive training steps, by form.
 
-    As `loop.train` runs them, which makes one program of a whole epoch where there is an
-    accelerator and features are cached.
+    Steps run as in `loop.train`: on an accelerator with cached features, an epoch is one program.
     """
     config, n = ours.config, len(ours.images)
     optimizer = create_optimizer(config.train, 1)
@@ -96,7 +95,7 @@ def our_steps(ours: same_weights.Ours) -> dict[str, Iterator[tuple[float, float]
 
 
 def compare(peer: Peer, backbone: str, batch: int, dtype: str, repeats: int) -> dict:
-    """Median seconds a step of every side in both forms, in turns, after all are warm."""
+    """Median step times of all sides in both forms, measured in turns after warm-up."""
     with tempfile.TemporaryDirectory() as folder:
         ours = same_weights.build(peer, backbone, batch, dtype, pathlib.Path(folder))
 
@@ -114,7 +113,7 @@ def compare(peer: Peer, backbone: str, batch: int, dtype: str, repeats: int) -> 
     for model in PEERS:
         theirs = first["backbone", model]
         if abs(loss - theirs) > (1e-3 if dtype == "float32" else 0.02) * abs(theirs):
-            sys.exit(f"{backbone} {dtype}: our loss is {loss}, {model}'s {theirs}")
+            sys.exit(f"{backbone} {dtype}: our loss {loss} differs from that of {model}, {theirs}")
     seconds = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
@@ -133,7 +132,7 @@ def compare(peer: Peer, backbone: str, batch: int, dtype: str, repeats: int) -> 
 
 
 def main() -> None:
-    """Compare all, print a line each and the ratios, write them where asked."""
+    """Compares all, prints a line each and the ratios, and writes the file if requested."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -141,8 +140,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"))
     parser.add_argument("--batch", type=int)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="under five minutes")
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write")
+    parser.add_argument("--quick", action="store_true", help="a short form, under five minutes")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     args = parser.parse_args()
 
     on_cpu = jax.default_backend() == "cpu"

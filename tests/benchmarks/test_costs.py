@@ -1,4 +1,4 @@
-"""What scoring costs, measured on a training of seconds."""
+"""Costs of scoring, measured on a training of seconds."""
 
 import os
 import pathlib
@@ -48,7 +48,7 @@ def test_figures_of_a_training(trained, monkeypatch):
     assert figures["disk_mib"] < 1  # without the pictures
 
 
-def test_what_cannot_be_loaded_is_told_and_not_measured(trained, tmp_path, capsys):
+def test_a_training_that_cannot_be_loaded_is_named_and_not_measured(trained, tmp_path, capsys):
     config, _ = trained
     assert costs.measure(config, tmp_path, 3) is None
-    assert f"the speed of {tmp_path} could not be measured" in capsys.readouterr().out
+    assert f"Scoring could not be measured in {tmp_path}" in capsys.readouterr().out

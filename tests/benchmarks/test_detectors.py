@@ -1,4 +1,4 @@
-"""What each detector takes: whose maps they see, what stands in for training, and the ratios."""
+"""The benchmark of detectors: feature maps, stand-ins for training, ratios."""
 
 import json
 import pathlib
@@ -20,7 +20,7 @@ import run
         ("cait_m48_448", 20, (3, 1)),
     ],
 )
-def test_all_see_the_maps_of_the_published_form(backbone, steps, kernels):
+def test_all_use_the_maps_of_the_published_form(backbone, steps, kernels):
     configs = detectors.configurations(backbone, 2)
     reference = configs[detectors.PUBLISHED]
     assert (reference.flow.steps, reference.flow.kernels) == (steps, kernels)
@@ -33,7 +33,7 @@ def test_all_see_the_maps_of_the_published_form(backbone, steps, kernels):
     assert own == ({"fastflow"} if backbone == "cait_m48_448" else {*detectors.DETECTORS})
 
 
-def test_maps_and_banks_are_as_large_as_in_earnest():
+def test_maps_and_banks_have_their_real_sizes():
     configs = detectors.configurations("wide_resnet50_2", 1)
     shapes = [m.shape for m in detectors.random_maps(configs["patchcore"], 1)]
     assert shapes == [(1, 64, 64, 256), (1, 32, 32, 512), (1, 16, 16, 1024)]

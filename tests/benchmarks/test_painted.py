@@ -1,4 +1,4 @@
-"""Painted defects: masks tell what changed, and the data set is one that a run reads."""
+"""Synthetic defects: masks match the changed pixels, and the data set can be read."""
 
 import pathlib
 import sys
@@ -16,7 +16,7 @@ import painted
 
 @pytest.mark.parametrize("kind", painted.KINDS)
 @pytest.mark.parametrize("shape", [(96, 64, 3), (50, 120, 3)])
-def test_a_mask_holds_what_was_painted_over(kind, shape):
+def test_pixels_change_inside_the_mask_only(kind, shape):
     image = np.random.default_rng(0).integers(0, 256, shape).astype(float)
     for seed in range(10):
         changed, mask = painted.KINDS[kind](np.random.default_rng(seed), image)
@@ -59,7 +59,7 @@ def test_a_folder_becomes_a_data_set(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_of_one_picture_one_half_is_for_training(tmp_path, monkeypatch, turned):
+def test_one_image_is_split_into_a_training_and_a_test_half(tmp_path, monkeypatch, turned):
     pixels = np.full((60, 120, 3), 100, np.uint8)
     pixels[:, 60:] = 200
     Image.fromarray(pixels.swapaxes(0, 1) if turned else pixels).save(tmp_path / "cork.png")
@@ -71,11 +71,11 @@ def test_of_one_picture_one_half_is_for_training(tmp_path, monkeypatch, turned):
     assert {int(value) for i in good for value in np.unique(found.test[i].image)} == {200}
 
 
-def test_what_cannot_be_is_said(tmp_path, monkeypatch, capsys):
+def test_unusable_arguments_are_named(tmp_path, monkeypatch, capsys):
     Image.fromarray(np.zeros((60, 120, 3), np.uint8)).save(tmp_path / "cork.png")
     for arguments, message in (
-        (["--crop", 61], "no two halves for crops of 61 pixels"),
-        ([], "--crop goes with one image"),
+        (["--crop", 61], "is too small for crops of 61 pixels"),
+        ([], "--crop must be given for one image"),
     ):
         with pytest.raises(SystemExit):
             run(monkeypatch, tmp_path / "cork.png", tmp_path / "set", *arguments)

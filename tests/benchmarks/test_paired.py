@@ -1,4 +1,4 @@
-"""The difference of two AUROCs on the same images, and what chance leaves of it."""
+"""Difference of two AUROCs on the same images, with its interval."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ import paired
 
 @pytest.fixture
 def scores():
-    """Two seeds of two detectors that see the same images, with ties."""
+    """Labels, and scores of two detectors with two seeds each, with ties."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 300)
     common = labels + rng.normal(size=300)
@@ -27,7 +27,7 @@ def mean_auroc(labels, scores):
     return np.mean([roc_auc_score(labels, row) for row in scores])
 
 
-def test_scores_are_those_of_the_run_and_not_of_another_inside_it(tmp_path):
+def test_scores_of_a_run_inside_the_run_are_ignored(tmp_path):
     def write(folder, scores):
         folder.mkdir(parents=True)
         images = [{"name": f"{i}", "label": i % 2, "score": s} for i, s in enumerate(scores)]
@@ -50,7 +50,7 @@ def test_aurocs_are_scikit_learns(scores):
     assert (low + high) / 2 == pytest.approx(first - second)
 
 
-def test_the_interval_is_that_of_images_drawn_anew(scores):
+def test_the_interval_agrees_with_the_bootstrap(scores):
     labels, one, other = scores
     _, _, low, high = paired.difference(one, other, labels)
 
@@ -58,7 +58,7 @@ def test_the_interval_is_that_of_images_drawn_anew(scores):
         i = np.concatenate([normal, anomalous])
         return mean_auroc(labels[i], one[:, i]) - mean_auroc(labels[i], other[:, i])
 
-    # The two classes are drawn apart, as DeLong has it.
+    # The two classes are drawn separately, as in DeLong et al.
     boot = stats.bootstrap(
         (np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)),
         drawn,
@@ -69,4 +69,4 @@ def test_the_interval_is_that_of_images_drawn_anew(scores):
     )
     assert low == pytest.approx(boot.confidence_interval.low, abs=0.006)
     assert high == pytest.approx(boot.confidence_interval.high, abs=0.006)
-    assert high - low > 0.02  # wide beside that tolerance
+    assert high - low > 0.02  # wider than the tolerance

@@ -28,7 +28,7 @@ def test_ratios_and_tables_are_read(tmp_path):
         with ratios() as found:
             found["one_b8"] = 2.5
             found["two"] = 0.00123456
-            print("one: a ratio of 3, as prose has it")
+            print("one: a ratio of 3, in prose")
         print("| growth |", "|---|", "| 1 |", sep="\\n")
     """
     found = run.run_one(script(tmp_path, body), [], 60)

@@ -1,4 +1,4 @@
-"""When an AUROC is reached and kept."""
+"""The time at which an AUROC is reached and kept."""
 
 import pathlib
 import sys
@@ -15,8 +15,8 @@ from time_to_quality import compare, peer_seconds, reached_and_kept
     ("aurocs", "seconds"),
     [
         ((0.5, 0.8, 0.9), 2),
-        ((0.9, 0.6, 0.8), 3),  # left again
-        ((0.8, 0.9, 0.6), None),  # lost at the end
+        ((0.9, 0.6, 0.8), 3),  # falls below the mark again
+        ((0.8, 0.9, 0.6), None),  # below the mark at the end
         ((0.7, 0.7, 0.7), 1),  # the mark itself counts
         ((0.5,), None),
         ((), None),
@@ -27,7 +27,7 @@ def test_reached_and_kept(aurocs, seconds):
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
-def test_every_curve_keeps_its_last_figure_from_some_time_on(aurocs):
+def test_every_curve_reaches_and_keeps_its_last_value(aurocs):
     curve = list(enumerate(aurocs))
     since = reached_and_kept(curve, aurocs[-1])
     assert all(auroc >= aurocs[-1] for _, auroc in curve[since:])
@@ -44,7 +44,7 @@ TIMED = {
 }
 
 
-def test_epochs_of_the_peer_take_its_steps_and_what_comes_before():
+def test_seconds_of_the_peer_are_its_steps_and_its_preparation():
     assert peer_seconds(TIMED, 10, "plain") == 1 + 15 * 2
     assert peer_seconds(TIMED, 10, "cached_features") == 1 + 4 + 15 * 1
 
@@ -59,7 +59,7 @@ def test_ratios_are_the_peers_seconds_over_ours():
     ours = [[(2.0, 0.7), (3.0, 0.85), (5.0, 0.95)]]
     found = compare(ours, peer, [TIMED], "plain")
     assert found == {
-        "time_to_quality": (1 + 24) / 3,  # .8 at epoch 8: at 4 it is passed, at 6 lost again
+        "time_to_quality": (1 + 24) / 3,  # .8 from epoch 8 on: above at 4, below at 6
         "time_to_best": (1 + 12) / 5,
         "whole_training": (1 + 24) / 5,
     }

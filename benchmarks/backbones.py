@@ -34,7 +34,7 @@ from outcome import describe_machine, ratios, versions, write_result
 # isort: split
 import timm
 
-from fastflow_jax.backbones import create_backbone
+from fastflow_jax.backbones import Backbone, create_backbone
 
 FAMILIES = (
     "resnet18",
@@ -73,17 +73,29 @@ def seconds_of(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def compare(name: str, batch: int, dtype: str, repeats: int, device: str) -> dict:
-    """Median seconds of both sides for one batch, measured in turns after warm-up."""
+def build(name: str, dtype: str) -> tuple[Backbone, Peer]:
+    """Our backbone and timm's model with the same random weights."""
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, f"{name}.safetensors")
         torch.manual_seed(0)
-        layers = create_backbone(name, weights="random").layers
-        peer = Peer(name, layers)
+        peer = Peer(name, create_backbone(name, weights="random").layers)
         state = {k: v.numpy() for k, v in peer.model.state_dict().items()}
         safetensors.numpy.save_file(state, file)
-        ours = create_backbone(name, weights=str(file), dtype=getattr(jnp, dtype))
+        return create_backbone(name, weights=str(file), dtype=getattr(jnp, dtype)), peer
 
+
+def largest_difference(ours, theirs) -> float:
+    """Largest difference of two sets of feature maps as a share of the largest feature."""
+    error = 0.0
+    for one, two in zip(ours, theirs, strict=True):
+        two = two.permute(0, 2, 3, 1).float().cpu().numpy()
+        error = max(error, float(np.abs(np.asarray(one) - two).max() / np.abs(two).max()))
+    return error
+
+
+def compare(name: str, batch: int, dtype: str, repeats: int, device: str) -> dict:
+    """Median seconds of both sides for one batch, measured in turns after warm-up."""
+    ours, peer = build(name, dtype)
     height, width = ours.spec.image_size
     images = np.random.default_rng(0).standard_normal((batch, height, width, 3), np.float32)
     on_device = jax.device_put(images)
@@ -119,10 +131,7 @@ def compare(name: str, batch: int, dtype: str, repeats: int, device: str) -> dic
     kind = min(trials, key=trials.get)
     run_theirs = runner(formats[kind])
 
-    error = 0.0
-    for one, two in zip(ours_maps, their_maps, strict=True):
-        two = two.permute(0, 2, 3, 1).float().cpu().numpy()
-        error = max(error, float(np.abs(np.asarray(one) - two).max() / np.abs(two).max()))
+    error = largest_difference(ours_maps, their_maps)
     if error > (1e-3 if dtype == "float32" else 0.1):
         sys.exit(f"{name}: feature maps differ from timm's by {error:.1e} of the largest feature")
 
@@ -132,7 +141,7 @@ def compare(name: str, batch: int, dtype: str, repeats: int, device: str) -> dic
     return {
         "backbone": name,
         "input": [height, width],
-        "layers": list(layers),
+        "layers": list(ours.layers),
         "batch": batch,
         "dtype": dtype,
         "ours_seconds": our_median,

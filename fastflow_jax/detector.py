@@ -23,8 +23,9 @@ from ml_collections import ConfigDict
 from fastflow_jax import data, parallel
 from fastflow_jax.backbones import Backbone, create_backbone
 from fastflow_jax.config import default, fill, name_data
-from fastflow_jax.data.arrays import Given, Images, ahead, as_dataset, each, is_one
+from fastflow_jax.data.arrays import Given, Images, as_dataset, each, is_one
 from fastflow_jax.data.inputs import Inputs, Outputs, Part, cut, stacked
+from fastflow_jax.data.pipeline import prefetch
 from fastflow_jax.data.profile import Profile
 from fastflow_jax.detectors.pickling import PickledByFields
 from fastflow_jax.detectors.programs import LARGEST, Programs
@@ -414,7 +415,7 @@ class Detector(PickledByFields):
         # Images to be tiled are large: of few the decoded pixels fit into memory.
         calls = (functools.partial(start, given) for given in each(images))
         threads, logged = 0 if live else 1 if tile else None, set()
-        with contextlib.closing(ahead(calls, threads)) as started:
+        with contextlib.closing(prefetch(calls, threads)) as started:
             for first, rest in started:
                 for name, inputs, unlike in itertools.chain([first], rest):
                     if new := unlike.keys() - logged:

@@ -1,12 +1,13 @@
-"""Data sets: `open_dataset(config.data)` gives a training and a test source of images.
+"""Data sets: `open_dataset(config.data)` returns a training source and a test source of images.
 
-Each data set is a module of this package with a function `open_dataset(config)`; a module is
-imported when its data set is asked for, so that a folder of images needs Pillow and numpy only.
+Each data set is a module of this package with a function `open_dataset(config)`. It is imported
+on first use, so that a directory of images needs only Pillow and numpy.
 """
 
 import importlib
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -36,35 +37,35 @@ DATASETS = tuple(_MODULES)
 
 
 def open_dataset(config: ConfigDict) -> Dataset:
-    """Opens the data set that `config.data` names; images are decoded later, one by one.
+    """Opens the data set of `config.data`. Images are decoded later, one by one.
 
     Args:
         config: the fields
             name: one of DATASETS;
-            category: str or None, the part of the set: its module lists them;
-            root: str or None, the folder of images or of the raw data;
-            dir: str or None, where prepared tfds sets live. Unset: the environment variable
-                TFDS_DATA_DIR, else tfds's own default.
+            category: part of the data set, or None if it has none; its module lists them;
+            root: directory of the images or of the raw data, or None;
+            dir: directory of prepared tfds data sets, or None for the environment variable
+                TFDS_DATA_DIR and then the default of tfds.
 
     Raises:
-        InputError: a name or category that does not exist, missing or bad data.
+        InputError: an unknown name or category, or missing or invalid data.
     """
     return _module(config).open_dataset(config)
 
 
 def share_images(config: ConfigDict) -> bool:
-    """The categories of what `config` names are parts of the same images, see `opener`."""
+    """Whether the categories of the data set are subsets of the same images, see `opener`."""
     return hasattr(_module(config), "opener")
 
 
 def opener(config: ConfigDict) -> Callable[[str | None], Dataset]:
-    """A function from category to data set, for several categories of what `config` names.
+    """Returns a function from category to data set, for several categories of one set.
 
-    Categories that are parts of the same images share them, see `Source.part_of`. The function
-    raises what `open_dataset` does.
+    Categories that are subsets of the same images share them, see `Source.part_of`. The function
+    raises the errors of `open_dataset`.
 
     Raises:
-        InputError: a name that does not exist.
+        InputError: an unknown name.
     """
     module = _module(config)
     if share_images(config):
@@ -79,24 +80,26 @@ def opener(config: ConfigDict) -> Callable[[str | None], Dataset]:
 
 
 def categories(config: ConfigDict) -> tuple[str | None, ...]:
-    """The categories that `config.data` asks for: "bottle", "bottle,screw", or all that there are.
+    """Returns the selected categories: "bottle", "bottle,screw", or all if none is set.
 
-    (None,) for a data set without categories.
+    For a data set without categories this is (None,).
 
     Raises:
-        InputError: as `open_dataset`.
+        InputError: an unknown name or category.
     """
-    known = getattr(_module(config), "CATEGORIES", None)
+    known, selected = getattr(_module(config), "CATEGORIES", None), _field(config, "category")
     if known is None:
-        return (config.category,)
-    if config.category is None:
+        return (selected,)
+    if selected is None:
         return known
-    asked = tuple(dict.fromkeys(name.strip() for name in config.category.split(",")))
-    for name in asked:
-        check_choice("data.category", name, known)
-    return asked
+    names = dict.fromkeys(name.strip() for name in selected.split(","))
+    return tuple(check_choice("data.category", name, known) for name in names)
 
 
 def _module(config: ConfigDict) -> ModuleType:
-    check_choice("data.name", config.name, DATASETS)
-    return importlib.import_module(f"fastflow_jax.data.{_MODULES[config.name]}")
+    name = check_choice("data.name", _field(config, "name"), DATASETS)
+    return importlib.import_module(f"fastflow_jax.data.{_MODULES[name]}")
+
+
+def _field(config: Any, name: str) -> str | None:
+    return config[name]  # the fields of a ConfigDict have no static type

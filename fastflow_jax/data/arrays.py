@@ -1,39 +1,35 @@
-"""Images that a program has: files, or arrays in memory, one or many."""
+"""Images passed by a program: files or arrays in memory, one or many."""
 
-import collections
-import concurrent.futures
 import dataclasses
 import io
 import logging
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeGuard
 
 import numpy as np
 import PIL.Image
 
-from fastflow_jax.data.dataset import GOOD, Dataset, Record, Source
+from fastflow_jax.data.dataset import GOOD, Dataset, Source
 from fastflow_jax.data.formats import Header, header_of, open_image
-from fastflow_jax.data.layout import find_images, no_images, page_of, pages
+from fastflow_jax.data.layout import find_images, no_images, page_names, page_of
 from fastflow_jax.data.transforms import convert_image, decode_image, read_file
 from fastflow_jax.errors import InputError
 from fastflow_jax.files import expanded
 
-# A file, a directory of files, the content of a file, an image of Pillow's, uint8 [H, W, 3] or
-# [H, W], or several of these.
+# A file, a directory, the content of a file, a Pillow image, uint8 [H, W, 3] or [H, W]; or several.
 Image = str | os.PathLike | bytes | IO[bytes] | np.ndarray | PIL.Image.Image
 Images = Image | Iterable[Image]
-T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
 
 def is_one(images: Images) -> bool:
-    """One image, not several: a file or its content, an image of Pillow's, [H, W, 3] or [H, W].
+    """Whether `images` is a single image: a file, its content, a Pillow image or an array.
 
-    An array of three axes is never several: [3, H, W] or [H, W, 4] is more likely a mistake.
+    An array of three axes is always a single image: [3, H, W] and [H, W, 4] are refused later.
     """
     if isinstance(images, str | os.PathLike):
         return not expanded(images).is_dir()
@@ -43,94 +39,120 @@ def is_one(images: Images) -> bool:
 
 
 def read_image(name: str | Path) -> np.ndarray:
-    """The image in a file, or the page `<path>#<number>` of one, uint8 [H, W, 3].
+    """Reads a file, or the page `<path>#<number>` of one, as uint8 [H, W, 3].
 
     Raises:
-        InputError: see `transforms.decode_image`.
+        InputError: the image cannot be decoded, see `transforms.decode_image`.
     """
     path, page = page_of(str(name))
     return decode_image(read_file(path), str(name), page)
 
 
+class Page(NamedTuple):
+    """One image of a file, or an array."""
+
+    name: str
+    number: int  # from 0
+    header: Header
+
+
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """An image that a program has: a file, the content of one, or an array."""
+    """An image passed by a program: a file, the content of a file, or an array."""
 
     name: str  # its path, or "image 3" for the fourth one in memory
     path: Path | None = None
     content: bytes | None = None
     array: np.ndarray | None = None  # uint8 [H, W, 3]
     header: Header | None = None  # of the array
-    error: InputError | None = None  # why it is no image
+    error: InputError | None = None  # raised when the image is used
 
     def read(self) -> Iterator[tuple[str, np.ndarray, Header]]:
-        """Name, uint8 [H, W, 3] and header of the image, or of each page of a file.
+        """Yields name, pixels (uint8 [H, W, 3]) and header of each page.
 
         Raises:
-            InputError: it is no image.
+            InputError: it is not an image.
         """
-        if self.error is not None:
-            raise self.error
-        if self.array is not None:
-            yield self.name, self.array, self.header
-            return
-        data = read_file(self.path) if self.path is not None else self.content
-        for record in self.records(data):
-            yield record.name, decode_image(data, record.name, record.page), record.header
+        data = self._read()
+        for page in self.pages(data):
+            yield page.name, self.decode(page, data), page.header
 
-    def records(self, data: bytes | None = None) -> list[Record]:
-        """The examples in it, of which nothing is decoded.
+    def pages(self, data: bytes | None = None) -> list[Page]:
+        """Returns the pages without decoding them.
 
         Args:
-            data: content of its file, if it was read before.
+            data: content of the file, if it was read before.
 
         Raises:
-            InputError: it is no image.
+            InputError: it is not an image.
         """
         if self.error is not None:
             raise self.error
+        header = self.header
+        if header is None:
+            data = self.content if data is None else data
+            file = self.path if data is None else io.BytesIO(data)
+            assert file is not None
+            with open_image(file, self.name) as opened:
+                header = header_of(opened, self.name)
+        names = page_names(self.name, header)
+        return [Page(name, number, header) for number, name in enumerate(names)]
+
+    def decode(self, page: Page, data: bytes | None = None) -> np.ndarray:
+        """Returns the pixels of a page, uint8 [H, W, 3]; `data` as in `pages`."""
         if self.array is not None:
-            return [Record(None, None, GOOD, self.name, 0, self.header)]
-        data = self.content if data is None else data
-        file = self.path if data is None else io.BytesIO(data)
-        with open_image(file, self.name) as opened:
-            return pages(self.path, header_of(opened, self.name), self.name)
+            return self.array
+        data = self._read() if data is None else data
+        assert data is not None
+        return decode_image(data, page.name, page.number)
+
+    def identity(self) -> str:
+        """Returns the path of a file; size and checksum of an image in memory."""
+        if self.error is not None:
+            raise self.error
+        if self.path is not None:
+            return self.name
+        content = self.content if self.array is None else np.ascontiguousarray(self.array).data
+        assert content is not None
+        return f"{memoryview(content).nbytes} bytes, {zlib.crc32(content):08x}"
+
+    def _read(self) -> bytes | None:
+        return self.content if self.path is None else read_file(self.path)
 
 
 def each(images: Images) -> Iterator[Given]:
-    """The images one by one; files are not opened yet.
+    """Yields the images one by one. Files are not opened yet.
 
-    Of a directory all images in it and in the directories below, sorted by path. What is in memory
-    is taken when it is asked for: a camera may write the next image into the same array.
+    Of a directory all images in it and below it, sorted by path. Images in memory are taken when
+    they are requested, because a camera may write the next image into the same array.
 
     Raises:
-        InputError: a directory without images, or something that holds no images.
+        InputError: a directory without images, or an object of another type.
     """
+    several: Any = images
     if is_one(images):
-        images = [images]
+        several = [images]
     elif isinstance(images, str | os.PathLike):
         folder = expanded(images)
-        found = find_images(folder)
-        images = found.images
-        if not images:
+        several, others = find_images(folder)
+        if not several:
             raise no_images(folder)
-        if found.others:
-            names = ", ".join(path.name for path in found.others)
-            _log.info("%d files of %s are not images: %s", len(found.others), folder, names)
+        if others:
+            names = ", ".join(path.name for path in others)
+            _log.info("%d files of %s are not images: %s", len(others), folder, names)
     elif _is_array(images):
-        images = np.asarray(images)
+        several = np.asarray(images)
     elif isinstance(images, Mapping) or not isinstance(images, Iterable):
-        raise InputError(
-            f"{type(images).__name__} is no image and no list of images. Give paths or arrays."
-        )
-    is_lasting = isinstance(images, Sequence | np.ndarray)  # else what came before may change
-    opened = []  # files of several frames, of which Pillow shows one at a time
-    for i, image in enumerate(images):
+        kind = type(images).__name__
+        raise InputError(f"{kind} is neither an image nor a list of images. Pass paths or arrays.")
+    is_lasting = isinstance(several, Sequence | np.ndarray)  # iterators may reuse their images
+    opened = []  # files of several frames: Pillow has one current frame per file
+    for i, image in enumerate(several):
         try:
             if is_lasting and getattr(image, "n_frames", 1) > 1:
                 if any(image is other for other in opened):
                     raise InputError(
-                        f"image {i} is the same open file as an earlier image. Give copies of its "
+                        f"image {i} is the same open file as an earlier image. Pass copies of its "
                         "frames: [frame.copy() for frame in PIL.ImageSequence.Iterator(file)]."
                     )
                 opened.append(image)
@@ -145,130 +167,94 @@ def _given(image: Image, name: str, is_lasting: bool) -> Given:
         path = expanded(os.fsdecode(image))
         return Given(os.fsdecode(image) if path == Path(image) else str(path), path=path)
     if _is_content(image):
-        return Given(name, content=image.read() if hasattr(image, "read") else bytes(image))
+        return Given(name, content=bytes(image) if isinstance(image, _BYTES) else image.read())
     array = _checked(image, name)
+    header = Header((array.shape[0], array.shape[1]))
     if isinstance(image, PIL.Image.Image) and image.format is not None:
-        header = dataclasses.replace(header_of(image, name), size=array.shape[:2], pages=1)
-    else:
-        header = Header(array.shape[:2])
+        header = dataclasses.replace(header_of(image, name), size=header.size, pages=1)
     return Given(name, array=array if is_lasting else array.copy(), header=header)
 
 
 def as_dataset(images: Images, groups: Sequence[Any] | None = None) -> Dataset:
-    """Normal images to train on, as a data set; arrays are identified by their content.
+    """Data set of normal images for training. Arrays are identified by their content.
 
     Args:
         images: see `Images`.
         groups: a label per image, see `Source.groups`.
 
     Raises:
-        InputError: there are none, one is given twice, one is not an image, or there are more or
-            fewer labels than images.
+        InputError: no images, an image given twice, an invalid image, or another number of labels
+            than of images.
     """
     given = list(each(images))
     if not given:
-        raise InputError("There are no images to train on. Give two or more.")
-    records, owners, seen = [], [], {}
+        raise InputError("There are no images to train on. Pass at least two.")
+    pages, names, owners, seen = [], [], [], {}
     for i, one in enumerate(given):
-        mark = one.name if one.path is not None else _fingerprint(one)
-        if (twin := seen.setdefault(mark, one)) is not one:
+        identity = one.identity()
+        if (twin := seen.setdefault(identity, one)) is not one:
             raise InputError(
-                f"{one.name} is given twice. Give each image once."
+                f"{one.name} is given twice. Pass each image once."
                 if one.path is not None
-                else f"{twin.name} and {one.name} are equal. Give each image once."
+                else f"{twin.name} and {one.name} are equal. Pass each image once."
             )
-        new = one.records()
-        if one.path is None:
-            new = [record._replace(name=f"{record.name}, {mark}") for record in new]
-        records += new
-        owners += [i] * len(new)
+        for page in one.pages():
+            pages.append(page)
+            names.append(page.name if one.path is not None else f"{page.name}, {identity}")
+            owners.append(i)
     if groups is not None and len(groups) != len(given):
-        raise InputError(f"{len(groups)} groups were given for {len(given)} images. Give one each.")
+        raise InputError(f"{len(groups)} groups for {len(given)} images. Pass one per image.")
 
     def load(index: int) -> tuple[np.ndarray, None]:
-        record, one = records[index], given[owners[index]]
-        if one.array is not None:
-            return one.array, None
-        data = one.content if one.path is None else read_file(one.path)
-        return decode_image(data, record.name, record.page), None
+        return given[owners[index]].decode(pages[index]), None
 
+    paths = [given[i].path for i in owners]
     source = Source(
-        tuple(record.name for record in records),
-        (GOOD,) * len(records),
+        tuple(names),
+        (GOOD,) * len(names),
         load,
-        files=tuple(record.image and record.image.stat() for record in records),
-        header=lambda index: records[index].header,
+        files=tuple(None if path is None else path.stat() for path in paths),
+        header=lambda index: pages[index].header,
         groups=None if groups is None else tuple(str(groups[i]) for i in owners),
     )
-    return Dataset("images", source, None, {"source": "given", "train_images": len(records)})
+    return Dataset("images", source, None, {"source": "given", "train_images": len(names)})
 
 
-def _fingerprint(given: Given) -> str:
-    """What tells the content of an image in memory from that of another one."""
-    if given.error is not None:
-        raise given.error
-    content = given.content if given.array is None else np.ascontiguousarray(given.array)
-    return f"{memoryview(content).nbytes} bytes, {zlib.crc32(content):08x}"
+_BYTES = bytes | bytearray | memoryview
 
 
-def ahead(calls: Iterable[Callable[[], T]], threads: int | None = None) -> Iterator[T]:
-    """What the calls return, in order.
-
-    Threads, by default one a core, work up to two calls each ahead: decoding and resizing release
-    the interpreter's lock. With 0 threads each call is made when its result is asked for.
-    """
-    if threads == 0:
-        yield from (call() for call in calls)
-        return
-    threads = threads or os.cpu_count() or 1
-    pool = concurrent.futures.ThreadPoolExecutor(threads)
-    waiting, remaining, error = collections.deque(), iter(calls), None
-    try:
-        while waiting or error is None:
-            while error is None and len(waiting) <= 2 * threads:
-                try:
-                    waiting.append(pool.submit(next(remaining)))
-                except Exception as end:  # StopIteration, or what the caller's iterator raises
-                    error = end
-            if waiting:
-                yield waiting.popleft().result()
-        if not isinstance(error, StopIteration):
-            raise error
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _is_content(image: Any) -> TypeGuard[bytes | IO[bytes]]:
+    """Whether it is the content of a file, or an open file."""
+    return isinstance(image, _BYTES) or hasattr(image, "read")
 
 
-def _is_content(image: Any) -> bool:
-    """The bytes of a file, or an open one."""
-    return isinstance(image, bytes | bytearray | memoryview) or hasattr(image, "read")
-
-
-def _is_array(images: Any) -> bool:
-    """Of numpy, JAX and the like."""
+def _is_array(images: Any) -> TypeGuard[np.ndarray]:
+    """Whether it is an array of numpy, JAX or a similar library."""
     return hasattr(images, "__array__") or hasattr(images, "__array_interface__")
 
 
 def _checked(image: Any, name: str) -> np.ndarray:
+    """Converts an image in memory to uint8 [H, W, 3]."""
     if isinstance(image, PIL.Image.Image):
         return convert_image(image, name)
     if image is None:
         raise InputError(f"{name} is None. cv2.imread returns None for a file that it cannot read.")
     if not _is_array(image):
+        kind = type(image).__name__
         raise InputError(
-            f"{name} is of type {type(image).__name__}. Give a path, the content of a file, or an "
-            "array."
+            f"{name} is of type {kind}. Pass a path, the content of a file, or an array."
         )
     array = np.asarray(image)
     if array.dtype != np.uint8:
         raise InputError(
-            f"{name} is an array of {array.dtype}, which does not say which value is white: "
-            "give uint8, 0 to 255."
+            f"{name} is an array of {array.dtype}, whose white level is unknown. Pass uint8, 0 to "
+            "255."
         )
     if array.ndim == 2:
         array = np.repeat(array[..., None], 3, axis=-1)
     if array.ndim != 3 or array.shape[-1] != 3 or not array.size:
         raise InputError(
-            f"{name} has shape {array.shape}: give [H, W, 3] in RGB, or [H, W] in grey; of several "
-            "grey ones a list."
+            f"{name} has shape {array.shape}. Pass [H, W, 3] in RGB or [H, W] in grey; several "
+            "grey images as a list."
         )
     return array

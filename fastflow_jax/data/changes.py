@@ -1,8 +1,7 @@
-"""Images changed on purpose: test images tampered with, training images augmented.
+"""Changes of images: tampering with test images and augmentation of training images.
 
-Both are sources made of sources, so that nothing after them knows. Where an image is turned, made
-smaller or moved, it goes on beyond its edges as in a mirror: a black corner would be an anomaly of
-our own making.
+Both wrap a source in a source. Images are mirrored at their borders before they are rotated,
+reduced or moved, because a black corner would be an artificial anomaly.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ from fastflow_jax.data.dataset import Source
 
 
 def tampered(source: Source, tamper: ConfigDict) -> Source:
-    """The source with every image, and its mask with it, changed as `config.data.tamper` says."""
+    """Returns `source` with each image and mask warped by the fields of `config.data.tamper`."""
     move = tamper.to_dict()
     if warp_matrix((1, 1), **move) == (1, 0, 0, 0, 1, 0):
         return source
@@ -30,14 +29,15 @@ def tampered(source: Source, tamper: ConfigDict) -> Source:
 
 
 def augmented(source: Source, augment: ConfigDict, seed: int, epoch: int) -> Source:
-    """The source with every image changed at random, within the bounds of `config.augment`.
+    """Returns `source` with each image changed at random, within the bounds of `config.augment`.
 
-    What happens to an image hangs on the seed, the epoch and the image alone.
+    The change of an image depends only on seed, epoch and index.
     """
+    bounds = augment.to_dict()
 
     def load(index: int) -> tuple[np.ndarray, None]:
         rng = np.random.default_rng((seed, epoch, index))
-        return augment_image(source.load(index)[0], rng, **augment), None
+        return augment_image(source.load(index)[0], rng, **bounds), None
 
     return dataclasses.replace(source, load=load, part_of=None)
 
@@ -45,15 +45,15 @@ def augmented(source: Source, augment: ConfigDict, seed: int, epoch: int) -> Sou
 def augment_image(
     image: np.ndarray, rng: np.random.Generator, *, flips: bool, rotate: float, colour: float
 ) -> np.ndarray:
-    """An image [H, W, 3] flipped, turned and coloured at random.
+    """Flips, rotates and colours an image at random.
 
     Args:
-        image: uint8.
-        rng: drawn from the same number of times whatever is asked for.
-        flips: left and right exchanged in one half of the cases, and top and bottom likewise.
-        rotate: turned by up to this many degrees either way.
-        colour: brightness, contrast and saturation, in this order, times a factor within this of 1
-            (torchvision's ColorJitter).
+        image: uint8 [H, W, 3].
+        rng: source of randomness; the number of draws does not depend on the other arguments.
+        flips: whether to flip horizontally and vertically, each with probability 1/2.
+        rotate: largest rotation in degrees, in both directions.
+        colour: brightness, contrast and saturation are multiplied, in this order, by factors from
+            1 - colour to 1 + colour (as in torchvision's ColorJitter).
     """
     left_right, up_down = rng.random(2) < 0.5
     angle = rotate * rng.uniform(-1, 1)
@@ -66,11 +66,11 @@ def augment_image(
         image = warp(image, rotate=angle)
     if not colour:
         return image
-    picture = Image.fromarray(np.ascontiguousarray(image))
+    pillow = Image.fromarray(np.ascontiguousarray(image))
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for enhancer, factor in zip(enhancers, factors, strict=True):
-        picture = enhancer(picture).enhance(factor)
-    return np.asarray(picture)
+        pillow = enhancer(pillow).enhance(factor)
+    return np.asarray(pillow)
 
 
 def warp(
@@ -81,21 +81,21 @@ def warp(
     down: float = 0.0,
     right: float = 0.0,
 ) -> np.ndarray:
-    """An image or mask turned, scaled and moved about its middle; its size stays.
+    """Rotates, scales and moves an image or mask; its size is unchanged.
 
     Args:
-        array: uint8 [H, W, 3], interpolated bilinearly, or bool [H, W], by the nearest pixel.
-        rotate: degrees, counter-clockwise.
-        zoom: factor; above 1 the image grows.
-        down: part of the height.
-        right: part of the width.
+        array: uint8 [H, W, 3], interpolated bilinearly, or bool [H, W], nearest pixel.
+        rotate: degrees counter-clockwise, about the centre.
+        zoom: scale factor, about the centre; above 1 the image is enlarged.
+        down: shift as a fraction of the height.
+        right: shift as a fraction of the width.
     """
     height, width = array.shape[:2]
     matrix = warp_matrix((height, width), rotate, zoom, down, right)
     a, b, x0, c, d, y0 = matrix
     xs = [a * x + b * y + x0 for x in (0, width) for y in (0, height)]
     ys = [c * x + d * y + y0 for x in (0, width) for y in (0, height)]
-    # One pixel more than is seen, for the interpolation.
+    # One extra pixel for the interpolation.
     left, top = (max(0, math.ceil(1 - min(places))) for places in (xs, ys))
     beyond = [
         max(0, math.ceil(max(places) - length + 1))
@@ -113,12 +113,12 @@ def warp(
 def warp_matrix(
     size: tuple[int, int], rotate: float, zoom: float, down: float, right: float
 ) -> tuple[float, ...]:
-    """(a, b, x0, c, d, y0): what stands at (x, y) comes from (a x + b y + x0, c x + d y + y0).
+    """Returns (a, b, x0, c, d, y0): pixel (x, y) is read from (a x + b y + x0, c x + d y + y0).
 
-    For `warp` of an image of `size`; x to the right, y down, from the upper left corner.
+    See `warp`. `size` is (height, width); x points right and y down from the upper left corner.
     """
     height, width = size
-    # Rounded, so that quarter turns are exact: Pillow cuts fractions of a grey level off.
+    # Rounded so that quarter turns are exact: Pillow truncates fractions of a grey level.
     cos, sin = (round(f(math.radians(rotate)), 12) / zoom for f in (math.cos, math.sin))
-    x, y = width * (0.5 + right), height * (0.5 + down)  # where the middle comes to lie
+    x, y = width * (0.5 + right), height * (0.5 + down)  # new position of the centre
     return (cos, -sin, width / 2 - cos * x + sin * y, sin, cos, height / 2 - sin * x - cos * y)

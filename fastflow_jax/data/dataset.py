@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the package: images with labels, read when asked for."""
+"""Data sets as the rest of the package uses them: labelled images, read on demand."""
 
 import dataclasses
 import functools
@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,30 +16,40 @@ from fastflow_jax.errors import InputError
 GOOD = "good"  # the defect of an image without one
 
 
+class DataConfig(Protocol):
+    """Fields of `config.data` that select a data set, see `data.open_dataset`."""
+
+    name: str
+    category: str | None
+    root: str | None
+    dir: str | None
+    groups: str | None
+
+
 class Example(NamedTuple):
-    """One image and what is known of it."""
+    """One image with its labels."""
 
     image: np.ndarray  # uint8 [H, W, 3]
-    mask: np.ndarray | None  # bool [H, W], true where defective; None where the set has none
+    mask: np.ndarray | None  # bool [H, W], True where defective; None if the set has no masks
     label: int  # 0 good, 1 defective
     defect: str  # "good" or the kind of defect
     name: str  # unique in its source, such as "crack/003.png"
 
 
 class Record(NamedTuple):
-    """The files of one example."""
+    """Files of one example."""
 
     image: Path
     mask: Path | None
     defect: str
     name: str  # unique in its source
-    page: int = 0  # of image and mask, for files that hold several
+    page: int = 0  # of image and mask, in files with several images
     header: Header | None = None  # of the image
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """One split: names and defects at hand, images decoded by `source[i]`.
+    """One split: names and defects are in memory, `source[i]` decodes an image.
 
     Either all examples of a source have masks or none has.
     """
@@ -47,16 +57,16 @@ class Source:
     names: tuple[str, ...]
     defects: tuple[str, ...]
     load: Callable[[int], tuple[np.ndarray, np.ndarray | None]]  # index -> image, mask
-    # Of a part: the source, without masks, that it is a part of, and the places of its images
-    # there. What is computed once for all images of that source serves every part of it.
+    # For a subset: the whole source, without masks, and the rows of the images in it. Features of
+    # the whole source serve all its subsets.
     part_of: tuple["Source", np.ndarray | slice] | None = None
-    # Mask files read so far that were cut, see `transforms.decode_mask`.
+    # Names of the masks decoded so far that were cut, see `transforms.decode_mask`.
     cut_masks: set[str] = dataclasses.field(default_factory=set)
-    # Of files that may be replaced under their names: what the system says of each.
+    # File status of each image, None for images in memory; detects replaced files.
     files: tuple[os.stat_result | None, ...] | None = None
-    # The header of an image's file, for data that are or were files. Decodes nothing.
+    # index -> header of the image file, without decoding. None if there are no files.
     header: Callable[[int], Header] | None = None
-    # Images with equal labels show the same part; None: `data.groups.labels_of` decides by names.
+    # Images with equal labels show the same part. None: `data.groups.labels_of` uses the names.
     groups: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
@@ -69,54 +79,54 @@ class Source:
 
     @functools.cached_property
     def contents(self) -> tuple[str, ...]:
-        """What tells images from others, wherever they lie: their names and the sizes of files.
+        """Identity of each image wherever it is stored: name and file size.
 
-        Other content that takes as many bytes passes for the same.
+        Two files of equal name and size count as the same image.
         """
-        return self._with_files(lambda file: f"{file.st_size} bytes")
+        return self._identities(lambda file: f"{file.st_size} bytes")
 
     @functools.cached_property
     def versions(self) -> tuple[str, ...]:
-        """`contents`, and when files were last written to: what lies on this disk now."""
-        return self._with_files(lambda file: f"{file.st_size} bytes, {file.st_mtime_ns}")
+        """`contents` and modification time: identity of each image on this disk."""
+        return self._identities(lambda file: f"{file.st_size} bytes, {file.st_mtime_ns}")
 
-    def _with_files(self, told: Callable[[os.stat_result], str]) -> tuple[str, ...]:
-        """Names, and of those of files what is told of them."""
+    def _identities(self, describe: Callable[[os.stat_result], str]) -> tuple[str, ...]:
         files = self.files or [None] * len(self)
         pairs = zip(self.names, files, strict=True)
-        return tuple(name if file is None else f"{name}, {told(file)}" for name, file in pairs)
+        return tuple(name if file is None else f"{name}, {describe(file)}" for name, file in pairs)
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """0 good, 1 defective: int32 [N], without decoding an image."""
+        """int32 [N], 0 good and 1 defective. Decodes nothing."""
         return np.array([defect != GOOD for defect in self.defects], np.int32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Normal images to train on, images to test on, and where they came from (JSON-able)."""
+    """Normal images for training, test images, and where they are from (JSON-able)."""
 
     name: str
     train: Source
     test: Source | None
     provenance: dict
-    # Normal images for calibration and thresholds; None: some training images are held out.
+    # Normal images for calibration and thresholds. None: some training images are held out.
     calibration: Source | None = None
 
 
-def check_choice(field: str, value: str | None, choices: Iterable[str]) -> None:
-    """Raises an InputError that lists the choices unless `value` is one of them."""
+def check_choice(field: str, value: str | None, choices: Iterable[str]) -> str:
+    """Returns `value`, or raises an InputError that lists the choices if it is not one of them."""
     choices = tuple(choices)
-    if value not in choices:
-        given = f"is {value!r}" if value is not None else "is not set"
-        raise InputError(f"{field} {given}; choose one of {', '.join(choices)}.")
+    if value is None or value not in choices:
+        problem = f"is {value!r}" if value is not None else "is not set"
+        raise InputError(f"{field} {problem}. Choose one of {', '.join(choices)}.")
+    return value
 
 
 def check_counts(title: str, counts: tuple[int, int], official: tuple[int, int]) -> None:
-    """Warns unless a data set has as many training and test images as were published."""
+    """Warns unless (training images, test images) are the published counts."""
     if counts != official:
         warnings.warn(
-            f"{title} has {counts[0]} training and {counts[1]} test images, officially "
-            f"{official[0]} and {official[1]}: figures on it do not compare to published ones.",
+            f"{title} has {counts[0]} training and {counts[1]} test images, but officially "
+            f"{official[0]} and {official[1]}. Do not compare its results with published ones.",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Image file formats: which files are images, what their headers say, and what cannot be read.
+"""Image file formats: recognition of images, headers, and errors for unreadable files.
 
 HEIC, HEIF and JPEG XL are read if `pillow-heif` and `pillow-jxl-plugin` are installed
 (`pip install 'fastflow-jax[formats]'`).
@@ -8,12 +8,12 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from fastflow_jax.errors import InputError
 
@@ -25,7 +25,7 @@ _TIFF_DNG_VERSION = 50706
 # Formats with several images in one file. Others have previews (MPO, ICO) or layers (PSD).
 _PAGED = ("TIFF", "GIF", "PNG", "WEBP", "AVIF")
 
-_RAW_REMEDY = "develop it into PNG or TIFF first"
+_RAW_REMEDY = "Convert it to PNG or TIFF with a raw converter"
 _CAMERA_RAW = frozenset(
     [
         *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".iiq", ".kdc"),
@@ -34,23 +34,24 @@ _CAMERA_RAW = frozenset(
     ]
 )
 
-# Formats that Pillow does not read by itself: where which bytes stand, its name, and the remedy.
-_HEIF_REMEDY = "pip install pillow-heif, or convert it to PNG"
-_JXL_REMEDY = "pip install pillow-jxl-plugin, or convert it to PNG"
+# Formats that Pillow does not read by itself: offset and bytes of the signature, name, remedy.
+_HEIF_REMEDY = "Run pip install pillow-heif, or convert it to PNG"
+_JXL_REMEDY = "Run pip install pillow-jxl-plugin, or convert it to PNG"
+_VIDEO_REMEDY = "Extract its frames as images"
 _SIGNATURES = (
     *((4, b"ftyp" + brand, "HEIC", _HEIF_REMEDY) for brand in (b"hei", b"hev", b"mif1", b"msf1")),
-    (4, b"ftypavi", "AVIF", "install a Pillow that reads AVIF, or convert it to PNG"),
+    (4, b"ftypavi", "AVIF", "Install a Pillow that reads AVIF, or convert it to PNG"),
     (4, b"ftypcrx ", "camera raw", _RAW_REMEDY),
-    (4, b"ftyp", "a video", "extract its frames as images"),
+    (4, b"ftyp", "a video", _VIDEO_REMEDY),
     (0, b"\xff\x0a", "JPEG XL", _JXL_REMEDY),
     (0, b"\0\0\0\x0cJXL ", "JPEG XL", _JXL_REMEDY),
-    (128, b"DICM", "DICOM", "convert it to PNG"),
+    (128, b"DICM", "DICOM", "Convert it to PNG"),
     (0, b"FUJIFILMCCD-RAW", "camera raw", _RAW_REMEDY),
-    (0, b"\x93NUMPY", "a numpy array", "pass arrays to Detector.predict, or convert it to PNG"),
-    (0, b"\x1aE\xdf\xa3", "a video", "extract its frames as images"),
+    (0, b"\x93NUMPY", "a numpy array", "Pass arrays to Detector.predict, or convert it to PNG"),
+    (0, b"\x1aE\xdf\xa3", "a video", _VIDEO_REMEDY),
 )
 
-# Files that stand next to images: text, tables, documents, archives, code, models, databases.
+# Files often found next to images: text, tables, documents, archives, code, models, databases.
 _NOT_IMAGES = frozenset(
     [
         *(".txt", ".md", ".rst", ".log", ".tex", ".pdf", ".doc", ".docx", ".odt", ".htm", ".html"),
@@ -71,26 +72,26 @@ for _plugin, _register in (("pillow_heif", "register_heif_opener"), ("pillow_jxl
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What the header of an image file says; of an array, its size alone."""
+    """Header of an image file; for an array, only its size."""
 
-    size: tuple[int, int]  # (height, width), as viewers show it
-    format: str | None = None  # Pillow's name, such as "PNG"
-    mode: str | None = None  # Pillow's name, such as "RGB"
-    quality: int | None = None  # of a JPEG file, 1 to 100, estimated
+    size: tuple[int, int]  # (height, width) after EXIF orientation
+    format: str | None = None  # name in Pillow, such as "PNG"
+    mode: str | None = None  # name in Pillow, such as "RGB"
+    quality: int | None = None  # of JPEG, 1 to 100, estimated
     pages: int = 1  # images in the file
 
     @property
     def depth(self) -> int:
-        """Bits a channel, 16 or 8; colour PNG files of 16 bits count as 8, as Pillow opens them."""
+        """Bits per channel, 16 or 8. Colour PNG of 16 bits counts as 8, as Pillow opens it."""
         return 16 if (self.mode or "").startswith("I;16") else 8
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file is, or should be, an image; False for text, tables, documents and the like.
+    """Whether a file is, or should be, an image; False for text, tables, documents and archives.
 
     Known extensions decide. Files with other extensions, or none, are images if Pillow can open
     them, or if their content is not text: unknown binary files are reported when they are decoded.
-    A link to a missing file is an image unless its extension says otherwise.
+    A link to a missing file is an image unless it has the extension of another kind of file.
     """
     extension = path.suffix.lower()
     if extension in _NOT_IMAGES:
@@ -102,14 +103,14 @@ def is_image(path: Path) -> bool:
     try:
         with Image.open(path):
             return True
-    except Exception:  # whatever Pillow's readers raise
+    except Exception:  # readers of Pillow raise many types
         return not _is_text(path)
 
 
 @functools.cache
 def readable_extensions() -> frozenset[str]:
-    """Extensions of the formats that Pillow and its installed plug-ins read, in lower case."""
-    extensions = Image.registered_extensions()  # of formats to read or to write
+    """Returns the extensions that Pillow and its installed plug-ins read, in lower case."""
+    extensions = Image.registered_extensions()  # to read or to write
     return frozenset(extension for extension, kind in extensions.items() if kind in Image.OPEN)
 
 
@@ -124,62 +125,67 @@ def _is_text(path: Path) -> bool:
     try:
         head.decode("utf-8")
     except UnicodeDecodeError as error:
-        return error.end >= len(head) - 3  # a character that was cut
+        return error.end >= len(head) - 3  # a character cut at the end
     return True
 
 
 def open_image(file: Path | IO[bytes], name: str) -> Image.Image:
-    """Opens an image file with Pillow; pixels are not decoded yet.
+    """Opens an image file with Pillow without decoding pixels.
 
     Args:
         file: a path, or an open binary file.
-        name: what a message calls the image.
+        name: name of the image in messages.
 
     Raises:
-        InputError: it is not an image that Pillow reads, it is camera raw, it cannot be read, or it
-            has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+        InputError: Pillow does not read it, it is camera raw, the file cannot be read, or it has
+            more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
     try:
         image = Image.open(file)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{name} is too large: {error} Scale it down or cut it up.") from error
+        raise InputError(f"{name} is too large: {error} Resize it or cut it into tiles.") from error
     except OSError as error:
         if error.errno is not None:
             raise cannot_read(name, error) from error
         raise _unreadable(file, name) from error
-    except Exception as error:  # Pillow's readers raise almost anything on a damaged file
+    except Exception as error:  # readers of Pillow raise many types
         raise _unreadable(file, name) from error
     width, height = image.size
-    limit = Image.MAX_IMAGE_PIXELS  # up to twice this limit Pillow only warns
+    limit = Image.MAX_IMAGE_PIXELS  # Pillow only warns up to twice this limit
     if limit is not None and width * height > limit:
         image.close()
         raise InputError(
             f"{name} is too large: {width} x {height} pixels exceed the limit of {limit} pixels "
-            "(PIL.Image.MAX_IMAGE_PIXELS). Scale it down or cut it up."
+            "(PIL.Image.MAX_IMAGE_PIXELS). Resize it or cut it into tiles."
         )
     if image.format == "TIFF" and _is_camera_raw(image, name):
-        image.close()  # Pillow would read its thumbnail
-        raise InputError(f"{name} is camera raw, which Pillow cannot read: {_RAW_REMEDY}.")
+        image.close()  # Pillow would decode its thumbnail
+        raise InputError(f"{name} is camera raw, which Pillow cannot read. {_RAW_REMEDY}.")
     return image
 
 
 def cannot_read(name: str | Path, error: OSError) -> InputError:
-    """The message for a file that the system cannot read."""
+    """Returns the error for a file that the system cannot read."""
     if Path(name).is_symlink() and not Path(name).exists():
-        return InputError(f"{name} is a link to a missing file: restore it, or remove the link.")
+        return missing_target(name)
     return InputError(f"{name} cannot be read: {error.strerror or error}.")
 
 
+def missing_target(name: str | Path) -> InputError:
+    """Returns the error for a broken link."""
+    return InputError(f"{name} is a link to a missing file. Restore the file or remove the link.")
+
+
 def broken(name: str | Path, error: Exception) -> InputError:
-    """The message for an image that Pillow opens but cannot decode."""
+    """Returns the error for an image that Pillow opens but cannot decode."""
     reason = str(error) or f"{type(error).__name__}; is its file closed?"
-    return InputError(f"{name} is broken ({reason}): replace or remove it.")
+    return InputError(f"{name} is broken ({reason}). Replace or remove it.")
 
 
 def read_header(path: Path) -> Header:
-    """The header of an image file.
+    """Reads the header of an image file.
 
-    A PNG may have its EXIF orientation after its pixels; only decoding finds that.
+    An EXIF orientation after the pixels of a PNG is found only by decoding.
 
     Raises:
         InputError: see `open_image`.
@@ -189,7 +195,7 @@ def read_header(path: Path) -> Header:
 
 
 def header_of(image: Image.Image, name: str) -> Header:
-    """The header of an image that Pillow has opened.
+    """Returns the header of an image that Pillow has opened.
 
     Raises:
         InputError: it is broken.
@@ -203,7 +209,7 @@ def header_of(image: Image.Image, name: str) -> Header:
 
 
 def pages_of(image: Image.Image) -> list[int]:
-    """The frames of a file that are images of their own: all but previews and layers."""
+    """Returns the frames of a file that are separate images, not previews or layers."""
     frames = getattr(image, "n_frames", 1) if image.format in _PAGED else 1
     if frames == 1:
         return [0]
@@ -212,17 +218,22 @@ def pages_of(image: Image.Image) -> list[int]:
     pages = []
     for frame in range(frames):
         image.seek(frame)
-        if not image.tag_v2.get(_TIFF_SUBFILE_TYPE, 0) & 0b101:
+        if not tiff_tags(image).get(_TIFF_SUBFILE_TYPE, 0) & 0b101:
             pages.append(frame)
     image.seek(0)
     return pages or [0]
 
 
+def tiff_tags(image: Image.Image) -> Mapping[int, Any]:
+    """Returns the tags of the current frame, or none if the file is not TIFF."""
+    return image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+
+
 def _size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     is_plain = image.format == "PNG" and not {"exif", "XML:com.adobe.xmp"} & set(image.info)
-    if image.format == "TIFF" or is_plain:
-        return height, width  # Pillow has turned a TIFF's; looking would decode a PNG
+    if image.format == "TIFF" or is_plain:  # Pillow rotates TIFF; `getexif` would decode the PNG
+        return height, width
     sideways = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
     return (width, height) if sideways else (height, width)
 
@@ -232,10 +243,10 @@ _MEAN_AT_50 = 57.625
 
 
 def _jpeg_quality(tables: dict[int, list[int]] | None) -> int | None:
-    """The quality, 1 to 100, at which the Independent JPEG Group's encoder has such a table.
+    """Estimates the quality, 1 to 100, from quantisation tables of the IJG encoder.
 
-    Its tables are those of the standard times 50 / quality below 50 and 2 - quality / 50 above,
-    so that the mean of the luminance table is enough, whatever its order.
+    Its tables are the standard ones times 50 / quality below 50 and 2 - quality / 50 above, so the
+    mean of the luminance table determines the quality.
     """
     if not tables:
         return None
@@ -245,18 +256,18 @@ def _jpeg_quality(tables: dict[int, list[int]] | None) -> int | None:
 
 
 def _is_camera_raw(image: Image.Image, name: str) -> bool:
-    return Path(name).suffix.lower() in _CAMERA_RAW or _TIFF_DNG_VERSION in image.tag_v2
+    return Path(name).suffix.lower() in _CAMERA_RAW or _TIFF_DNG_VERSION in tiff_tags(image)
 
 
 def _unreadable(file: Path | IO[bytes], name: str) -> InputError:
-    """The message for a file that Pillow cannot open, by its first bytes and its extension."""
+    """The error for a file that Pillow cannot open, from its first bytes and its extension."""
     with contextlib.suppress(OSError), _start_of(file) as head:
         for offset, signature, kind, remedy in _SIGNATURES:
             if head[offset:].startswith(signature):
-                return InputError(f"{name} is {kind}, which Pillow cannot read here: {remedy}.")
+                return InputError(f"{name} is {kind}, which Pillow cannot read. {remedy}.")
     if Path(name).suffix.lower() in _CAMERA_RAW:
-        return InputError(f"{name} is camera raw, which Pillow cannot read: {_RAW_REMEDY}.")
-    return InputError(f"{name} is not an image that Pillow can read: replace or remove it.")
+        return InputError(f"{name} is camera raw, which Pillow cannot read. {_RAW_REMEDY}.")
+    return InputError(f"{name} is not an image that Pillow can read. Replace or remove it.")
 
 
 @contextlib.contextmanager

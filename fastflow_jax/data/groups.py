@@ -1,4 +1,4 @@
-"""Groups: which images show the same part, so that they are held out together."""
+"""Groups of images that show the same part and are held out together."""
 
 import collections
 import csv
@@ -13,20 +13,23 @@ BY_DIRECTORY = "folder"
 
 
 def labels_of(names: Sequence[str], groups: str | None) -> tuple[str, ...] | None:
-    r"""The label of the group that each image belongs to.
+    r"""Returns the label of each image's group.
 
     Args:
-        names: of images, such as "good/part_017/3.png", see `Source.names`.
-        groups: "folder": images in the same directory belong together. A path that ends in .csv: a
-            table with the columns `path` and `group`, where a path is a name, or the end of one. A
-            regular expression with at least one capturing group, such as `(part_\d+)`: images
-            with the same captured text belong together. None: each image is a group.
+        names: names of images, such as "good/part_017/3.png", see `Source.names`.
+        groups: rule for the groups:
+            "folder": images in the same directory are a group;
+            a path that ends in .csv: a table with the columns `path` and `group`, where a path is
+            a name or the end of one;
+            a regular expression with at least one capturing group, such as `(part_\d+)`: images
+            with the same captured text are a group;
+            None: each image is a group.
 
     Returns:
         A label per image, or None if `groups` is None.
 
     Raises:
-        InputError: an image without a group, a table or an expression that cannot be used.
+        InputError: an image without a group, or an invalid table or expression.
     """
     if groups is None:
         return None
@@ -35,7 +38,7 @@ def labels_of(names: Sequence[str], groups: str | None) -> tuple[str, ...] | Non
         if len(set(labels)) == 1:
             raise InputError(
                 "data.groups is 'folder', but all images are in one directory. Put the images of "
-                "each part into a sub-directory of its own, or give a regular expression."
+                "each part into a separate sub-directory, or set a regular expression."
             )
         return labels
     if groups.lower().endswith(".csv"):
@@ -47,22 +50,23 @@ def _from_names(names: Sequence[str], pattern: str) -> tuple[str, ...]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise InputError(
-            f"data.groups {pattern!r} is not a regular expression: {error}."
-        ) from error
+        problem = f"is not a regular expression ({error}). Correct it."
+        raise InputError(f"data.groups {pattern!r} {problem}") from error
     if not expression.groups:
         raise InputError(
-            f"data.groups {pattern!r} captures nothing. Put what tells parts apart into "
-            "parentheses, such as '(part_\\d+)'."
+            f"data.groups {pattern!r} captures nothing. Put the part's label in parentheses, such "
+            "as '(part_\\d+)'."
         )
-    found = [expression.search(name) for name in names]
-    for name, match in zip(names, found, strict=True):
+    labels = []
+    for name in names:
+        match = expression.search(name)
         if match is None:
             raise InputError(
                 f"{name} does not match data.groups {pattern!r}. Use an expression that matches "
                 "every training image."
             )
-    return tuple("/".join(part or "" for part in match.groups()) for match in found)
+        labels.append("/".join(part or "" for part in match.groups()))
+    return tuple(labels)
 
 
 def _from_table(names: Sequence[str], file: Path) -> tuple[str, ...]:
@@ -91,11 +95,11 @@ def _from_table(names: Sequence[str], file: Path) -> tuple[str, ...]:
 
 
 def _refuse_ambiguous(names: Sequence[str], labels: dict[str, str], file: Path) -> None:
-    """Refuses a file name in the table that several images have in different directories."""
+    """Raises an InputError for a file name in the table that several images share."""
     count = collections.Counter(name.rpartition("/")[2] for name in names)
     for path in labels:
         if count[path] > 1:
             raise InputError(
-                f"data.groups {file} has a line for {path}, and {count[path]} images have that "
-                "name. Give their paths."
+                f"data.groups {file} has a line for {path}, but {count[path]} images have that "
+                "name. Use their paths."
             )

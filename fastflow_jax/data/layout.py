@@ -1,23 +1,23 @@
-"""Directories of images: the layout that MVTec AD introduced, and any other tree.
+"""Directories of images: the layout of MVTec AD, and any other tree.
 
     root/train/good/*                          normal images
     root/calibration/good/*                    normal images for thresholds, optional
     root/test/good/*, root/test/<defect>/*     test images
-    root/ground_truth/<defect>/<name>_mask.*   masks of the defective ones
+    root/ground_truth/<defect>/<name>_mask.*   masks of the defective images
 
-Images may be in sub-directories of these, masks then in sub-directories of the same names. Images
-and masks may have any format that Pillow reads; a file of several pages is several images. Hidden
-files, service directories of file servers and archives (`@eaDir`, `#recycle`, `__MACOSX`), results
-of earlier predictions and run directories are skipped everywhere.
+Images may be in sub-directories of these; their masks are then in sub-directories of the same
+names. Images and masks may have any format that Pillow reads; a file of several pages is several
+images. Hidden files, service directories of file servers and archives (`@eaDir`, `#recycle`,
+`__MACOSX`), results of earlier predictions and run directories are always skipped.
 """
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from fastflow_jax.data.dataset import GOOD, Record
-from fastflow_jax.data.formats import Header, is_image, read_header
+from fastflow_jax.data.formats import Header, is_image, missing_target, read_header
 from fastflow_jax.errors import InputError
 
 _SERVICE_DIRECTORIES = frozenset(
@@ -34,16 +34,9 @@ _SERVICE_FILES = frozenset(
 _PREDICTIONS = "predictions.jsonl"
 _RESULT_DIRECTORIES = ("heatmaps", "maps")
 _RESULT_FILES = (_PREDICTIONS, "predictions.csv", "predictions.json")
-_OF_A_RUN = ((".lock", "config.json"), ("detector.json",))
+_RUN_FILES = ((".lock", "config.json"), ("detector.json",))  # all files of a tuple mark a run
 
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """The images of a directory, each list sorted by path."""
-
-    train: list[Record]
-    test: list[Record]
-    calibration: list[Record]
+Splits = dict[str, list[Record]]  # "train", "test", "calibration"; each sorted by path
 
 
 def read_layout(
@@ -53,40 +46,29 @@ def read_layout(
     mask_suffix: str = "_mask",
     complete: bool = False,
     calibration: bool = False,
-) -> Layout:
-    """Reads all headers under `root`, and compares the sizes of masks with those of their images.
+) -> Splits:
+    """Reads all headers below `root` and checks that masks have the sizes of their images.
 
     Args:
-        root: has `train` and, optionally, `test` and `ground_truth`.
-        good: the name of the directories of normal images.
-        mask_suffix: added to the name of an image in the name of its mask.
+        root: directory with `train` and, optionally, `test` and `ground_truth`.
+        good: name of the directories of normal images.
+        mask_suffix: suffix of the name of a mask, after the name of its image.
         complete: test images and masks are required.
-        calibration: `calibration` is allowed too.
+        calibration: the directory `calibration` is allowed.
+
+    Returns:
+        "train" and "test", and "calibration" if it is allowed. Missing splits are empty.
 
     Raises:
-        InputError: something is missing, or does not belong there.
+        InputError: a directory or file is missing, or is not part of the layout.
     """
-    optional = ("test", "ground_truth", *["calibration"] * calibration)
-    folders, files = list_folder(root)
-    for name, folder in folders.items():
-        if name not in ("train", *optional):
-            raise InputError(
-                f"{folder} is unexpected: next to train only {', '.join(optional)} are read. "
-                "Move it elsewhere."
-            )
-    for file in files.values():
-        if is_image(file):
-            raise InputError(f"{file} is next to train: move it into train/{good} or elsewhere.")
-    for name in ("train", "test", "ground_truth") if complete else ("train",):
-        if name not in folders:
-            raise InputError(f"{root} has no {name}: put it there.")
-
+    folders = _split_folders(root, good, complete, calibration)
     images = {name: list_subfolders(folders[name]) for name in folders if name != "ground_truth"}
     for split in ("train", "calibration"):
         if split in images and list(images[split]) != [good]:
             raise InputError(
-                f"{folders[split]} must have {good} as its only directory, because its images are "
-                f"normal; it has {', '.join(images[split])}."
+                f"{folders[split]} must contain only normal images, in the directory {good}, but "
+                f"it has {', '.join(images[split])}. Move the others to test."
             )
     headers = {path: read_header(path) for split in images.values() for path in _paths(split)}
     masks = {}
@@ -110,27 +92,48 @@ def read_layout(
             )
         ]
 
-    return Layout(records("train"), records("test"), records("calibration"))
+    splits = ("train", "test", "calibration") if calibration else ("train", "test")
+    return {split: records(split) for split in splits}
+
+
+def _split_folders(root: Path, good: str, complete: bool, calibration: bool) -> dict[str, Path]:
+    """Directories in `root`, checked against the layout; see `read_layout`."""
+    optional = ("test", "ground_truth", *["calibration"] * calibration)
+    folders, files = list_folder(root)
+    for name, folder in folders.items():
+        if name not in ("train", *optional):
+            raise InputError(
+                f"{folder} is unexpected: next to train only {', '.join(optional)} are read. "
+                "Move it elsewhere."
+            )
+    for file in files.values():
+        if is_image(file):
+            raise InputError(f"{file} is next to train. Move it to train/{good} or elsewhere.")
+    for name in ("train", "test", "ground_truth") if complete else ("train",):
+        if name not in folders:
+            raise InputError(f"{root} has no directory {name}. Add it.")
+    return folders
 
 
 def pages(
     path: Path, header: Header, name: str, *, mask: Path | None = None, defect: str = GOOD
 ) -> list[Record]:
-    """The examples in an image file: one, or one per page, named `<name>#1`, `<name>#2`, ..."""
-    several = header.pages > 1
+    """Returns the examples of an image file, one per page."""
     return [
-        Record(path, mask, defect, page_name(name, page) if several else name, page, header)
-        for page in range(header.pages)
+        Record(path, mask, defect, page_name, page, header)
+        for page, page_name in enumerate(page_names(name, header))
     ]
 
 
-def page_name(name: str, page: int) -> str:
-    """The name of a page, counted from 0 here and from 1 in the name."""
-    return f"{name}#{page + 1}"
+def page_names(name: str, header: Header) -> list[str]:
+    """Returns the name itself for a file of one page, `<name>#1`, `<name>#2`, ... for several."""
+    if header.pages == 1:
+        return [name]
+    return [f"{name}#{page + 1}" for page in range(header.pages)]
 
 
 def page_of(name: str) -> tuple[Path, int]:
-    """The path and the page, counted from 0, that a name of `pages` stands for."""
+    """Returns the path and the page, counted from 0, of a name from `page_names`."""
     path, mark, number = name.rpartition("#")
     if mark and number.isdecimal() and not Path(name).exists():
         return Path(path), int(number) - 1
@@ -138,27 +141,27 @@ def page_of(name: str) -> tuple[Path, int]:
 
 
 def list_subfolders(folder: Path, may_be_empty: str | None = None) -> dict[str, list[Path]]:
-    """The images in each directory of `folder`, by the directory's name.
+    """Returns the images in each directory of `folder`, by the name of the directory.
 
     Args:
-        folder: has directories only.
+        folder: contains only directories.
         may_be_empty: name of a directory that may have no images.
 
     Raises:
-        InputError: there are no directories, or there is something else.
+        InputError: there are no directories, or there are files next to them.
     """
     folders, files = list_folder(folder)
     for file in files.values():
         if not folders and is_image(file):
             raise InputError(
-                f"{folder} has images, and no directories of images: move normal images into "
+                f"{folder} has images, but no directories of images. Move normal images to "
                 f"{folder}/good."
             )
         raise InputError(
-            f"{file} is next to the directories of {folder}: move it into one of them or elsewhere."
+            f"{file} is next to the directories of {folder}. Move it into one of them or elsewhere."
         )
     if not folders:
-        raise InputError(f"{folder} is empty: fill it or remove it.")
+        raise InputError(f"{folder} is empty. Add images or remove it.")
     return {
         name: [] if name == may_be_empty and not any(list_folder(inner)) else list_images(inner)
         for name, inner in folders.items()
@@ -166,21 +169,21 @@ def list_subfolders(folder: Path, may_be_empty: str | None = None) -> dict[str, 
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The images in `folder` and its sub-directories, sorted by path; they are not opened.
+    """Returns the images in `folder` and its sub-directories, sorted by path; opens none.
 
     Raises:
-        InputError: there are none, or there is something else.
+        InputError: there are no images, or there are files that are not images.
     """
     found, by_stem = [], {}
     for path in _files_below(folder):
         if path.is_symlink() and not path.exists():
-            raise InputError(f"{path} is a link to a missing file: mend or remove it.")
+            raise missing_target(path)
         if not is_image(path):
-            raise InputError(f"{path} is not an image: move it elsewhere.")
+            raise InputError(f"{path} is not an image. Move it elsewhere.")
         twin = by_stem.setdefault(path.with_suffix(""), path)
         if twin is not path:
             raise InputError(
-                f"{twin} and {path} have the same name but for the extension: rename or remove one."
+                f"{twin} and {path} differ only in their extensions. Rename or remove one."
             )
         found.append(path)
     if not found:
@@ -188,16 +191,15 @@ def list_images(folder: Path) -> list[Path]:
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """The files of a directory."""
+class Found(NamedTuple):
+    """Files of a directory, sorted by path."""
 
-    images: list[Path]  # and what should be images: broken files, links to missing files
+    images: list[Path]  # also broken files and links to missing files
     others: list[Path]  # text, tables, documents, archives
 
 
 def find_images(folder: Path) -> Found:
-    """The files in `folder` and the directories below it, sorted by path.
+    """Returns the files in `folder` and below it.
 
     Links are followed; a directory that several links lead to is read once.
 
@@ -211,31 +213,31 @@ def find_images(folder: Path) -> Found:
 
 
 def is_left_out(path: Path, root: Path) -> bool:
-    """Whether a file below `root` is skipped everywhere, see the top of this page."""
+    """Whether a file below `root` is always skipped, see the top of this module."""
     absolute = path.absolute()
     return any(map(_is_skipped, path.relative_to(root).parts)) or any(
         (folder.name in _RESULT_DIRECTORIES and (folder.parent / _PREDICTIONS).exists())
-        or any(all((folder / name).exists() for name in names) for names in _OF_A_RUN)
+        or any(all((folder / name).exists() for name in names) for names in _RUN_FILES)
         for folder in (absolute, *absolute.parents)
     )
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """All files but those that are skipped everywhere, sorted by path."""
+    """Files in `folder` and below it that are not skipped, sorted by path."""
     return sorted(Path(at, name) for at, names in _walk(folder) for name in names)
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Directories and the names of their files, without what is skipped everywhere."""
+    """Yields directories and the names of their files, without those that are skipped."""
 
     def fail(error: OSError):
-        raise InputError(f"{error.filename} cannot be read: {error.strerror}.") from error
+        raise _cannot_list(error) from error
 
     seen = set()
     for at, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(at)
-        if real in seen or any(set(names) <= set(files) for names in _OF_A_RUN):
-            folders.clear()  # a link to a directory above has no end
+        if real in seen or any(set(names) <= set(files) for names in _RUN_FILES):
+            folders.clear()  # a link to a parent directory would never end
             continue
         seen.add(real)
         is_output = _PREDICTIONS in files
@@ -253,23 +255,27 @@ def _is_skipped(name: str) -> bool:
     return name.startswith(".") or lower in _SERVICE_DIRECTORIES or lower in _SERVICE_FILES
 
 
+def _cannot_list(error: OSError) -> InputError:
+    return InputError(f"{error.filename} cannot be read: {error.strerror}.")
+
+
 def no_images(folder: Path) -> InputError:
-    """The error for a directory without images."""
-    return InputError(f"{folder} has no images: put some there or give another directory.")
+    """Returns the error for a directory without images."""
+    return InputError(f"{folder} has no images. Put images there or pass another directory.")
 
 
 def list_folder(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """The directories and the files in `folder` by name, sorted; links are followed."""
+    """Returns the directories and the files in `folder` by name, sorted; links are followed."""
     try:
         found = [(path, path.exists()) for path in sorted(folder.iterdir())]
     except OSError as error:
-        raise InputError(f"{error.filename} cannot be read: {error.strerror}.") from error
+        raise _cannot_list(error) from error
     folders, files = {}, {}
-    for path, is_there in found:
+    for path, exists in found:
         if _is_skipped(path.name):
             continue
-        if not is_there:
-            raise InputError(f"{path} is a link to a missing file: mend or remove it.")
+        if not exists:
+            raise missing_target(path)
         (folders if path.is_dir() else files)[path.name] = path
     return folders, files
 
@@ -285,7 +291,7 @@ def _match_masks(
     good: str,
     suffix: str,
 ) -> dict[Path, Path]:
-    """The mask of each image; good images may do without."""
+    """The mask of each image; optional for good images."""
     by_mask = {
         path.relative_to(folders["test"]).with_name(path.stem + suffix): path
         for path in _paths(images)
@@ -295,20 +301,19 @@ def _match_masks(
         image = by_mask.get(mask.relative_to(folders["ground_truth"]).with_suffix(""))
         if image is None:
             raise InputError(
-                f"{mask} is a mask without an image: it must be named after an image in "
-                f"test/{mask.parent.relative_to(folders['ground_truth'])}, "
+                f"{mask} is a mask without an image. Name it after an image in "
+                f"test/{mask.parent.relative_to(folders['ground_truth'])}: "
                 f"<name>{suffix}{mask.suffix}."
             )
         matched[image] = mask
     defective = [path for name, paths in images.items() if name != good for path in paths]
-    lacking = [path for path in defective if path not in matched]
-    if lacking:
-        first = lacking[0]
-        where = first.relative_to(folders["test"])
+    missing = [path for path in defective if path not in matched]
+    if missing:
+        first = missing[0].relative_to(folders["test"])
         raise InputError(
-            f"{first} has no mask (missing: {len(lacking)} of {len(defective)}): add it as "
-            f"ground_truth/{where.with_name(where.stem + suffix)}.png, "
-            "or remove ground_truth to do without masks."
+            f"{missing[0]} has no mask (missing: {len(missing)} of {len(defective)}). Add it as "
+            f"ground_truth/{first.with_name(first.stem + suffix)}.png, or remove ground_truth to "
+            "use no masks."
         )
     return matched
 
@@ -317,8 +322,8 @@ def _check_mask(image: Path, header: Header, mask: Path, mask_header: Header) ->
     check_sizes(image, header.size, mask, mask_header.size)
     if mask_header.pages != header.pages:
         raise InputError(
-            f"{mask} has {mask_header.pages} pages, but its image {image} has {header.pages}: both "
-            "must have the same number."
+            f"{mask} has {mask_header.pages} pages, but its image {image} has {header.pages}. "
+            "Both must have the same number."
         )
 
 
@@ -326,6 +331,6 @@ def check_sizes(image: Path, size: tuple[int, int], mask: Path, mask_size: tuple
     """Raises an InputError unless a mask has the (height, width) of its image."""
     if mask_size != size:
         raise InputError(
-            f"{mask} is {mask_size[1]} x {mask_size[0]} pixels, but its image {image} is "
-            f"{size[1]} x {size[0]}: both must have one size, as viewers show them."
+            f"{mask} has {mask_size[1]} x {mask_size[0]} pixels, but its image {image} has "
+            f"{size[1]} x {size[0]}. Both must have the same size, as viewers show them."
         )

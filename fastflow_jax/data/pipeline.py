@@ -1,24 +1,29 @@
-"""Batches of normalised images, decoded by threads ahead of their use (grain)."""
+"""Batches of normalised images, decoded ahead of their use by threads."""
 
+import collections
+import concurrent.futures
+import functools
+import itertools
 import os
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
-import grain
 import numpy as np
 
 from fastflow_jax.data.dataset import Source
 from fastflow_jax.data.transforms import Placement, normalise, placement, resize, resize_mask
 
+T = TypeVar("T")
+
 
 class Batch(NamedTuple):
-    """Examples side by side; the last batch may be short."""
+    """Stacked examples; the last batch may be shorter."""
 
     image: np.ndarray  # float32 [b, H, W, 3], normalised; 0 in padding
     mask: np.ndarray | None  # bool [b, H, W]
     label: np.ndarray  # int32 [b]
     index: np.ndarray  # int32 [b], position in the source
-    valid: np.ndarray | None = None  # bool [b, H, W], false in padding; None without padding
+    valid: np.ndarray | None = None  # bool [b, H, W], False in padding; None without padding
 
 
 def batches(
@@ -35,42 +40,83 @@ def batches(
     """Yields the examples of `source` in batches, in the order of `indices`.
 
     Args:
-        source: where examples are read from.
-        image_size: (height, width) that images and masks are resized to.
+        source: source of the examples.
+        image_size: (height, width) of the resized images and masks.
         mean: per channel, of images scaled to [0, 1].
-        std: per channel, likewise.
-        batch_size: examples a batch; the last batch holds what is left.
-        indices: positions in `source`, in any order and repeated at will. None: each once.
-        resize_by: how images come to that size, see `transforms.placement`.
-        mask_resize: how masks do, see `transforms.resize_mask`.
+        std: per channel, of images scaled to [0, 1].
+        batch_size: examples per batch; the last batch has the remainder.
+        indices: positions in `source`, in any order, repetitions allowed. None: each once.
+        resize_by: "square", "crop" or "pad", see `transforms.placement`.
+        mask_resize: "nearest", "floor" or "threshold", see `transforms.resize_mask`.
 
     Raises:
-        InputError: an image or mask cannot be decoded; raised when its batch is due.
+        InputError: an image or mask cannot be decoded; raised when its batch is requested.
     """
-    image_size = tuple(image_size)
-    indices = range(len(source)) if indices is None else indices
+    height, width = image_size
 
-    def load(index) -> Batch:
-        example = source[int(index)]
-        how = {"image_size": image_size, "mean": mean, "std": std, "resize_by": resize_by}
-        image, valid, placed = as_input(example.image, **how)
+    def load(index: int) -> tuple[np.ndarray, np.ndarray | None, int, int, np.ndarray | None]:
+        example = source[index]
+        image, valid, placed = as_input(
+            example.image, image_size=(height, width), mean=mean, std=std, resize_by=resize_by
+        )
         mask = None
         if example.mask is not None:
-            mask = _put(resize_mask(example.mask, placed.resized, mask_resize), placed, image_size)
-        return Batch(image, mask, example.label, index, valid)
+            resized = resize_mask(example.mask, placed.resized, mask_resize)
+            mask = _put(resized, placed, (height, width))
+        return image, mask, example.label, index, valid
 
-    # Pillow and numpy release the interpreter's lock: threads keep all cores busy, and worker
-    # processes would take seconds to start.
+    rows = range(len(source)) if indices is None else indices
+    calls = (functools.partial(load, int(index)) for index in rows)
     threads = os.cpu_count() or 1
-    options = grain.ReadOptions(
-        num_threads=threads, prefetch_buffer_size=max(2 * batch_size, threads)
-    )
-    examples = grain.MapDataset.source(indices).map(load).to_iter_dataset(options)
-    iterator = iter(examples.batch(batch_size, batch_fn=_stack))
+    examples = prefetch(calls, threads, max(2 * batch_size, threads))
     try:
-        yield from iterator
+        while examples_of_batch := list(itertools.islice(examples, batch_size)):
+            images, masks, labels, numbers, valids = zip(*examples_of_batch, strict=True)
+            yield Batch(
+                image=np.stack(images),
+                mask=None if masks[0] is None else np.stack(masks),
+                label=np.array(labels, np.int32),
+                index=np.array(numbers, np.int32),
+                valid=None if valids[0] is None else np.stack(valids),
+            )
     finally:
-        iterator.close()
+        examples.close()
+
+
+def prefetch(
+    calls: Iterable[Callable[[], T]], threads: int | None = None, size: int | None = None
+) -> Generator[T, None, None]:
+    """Yields the results of `calls` in order, computed ahead of their use by threads.
+
+    Pillow and numpy release the interpreter lock while they decode and resize. An error of a call
+    or of the iterable is raised after the results before it.
+
+    Args:
+        calls: functions without arguments.
+        threads: number of threads, by default one per core. 0: no threads, each call is made when
+            its result is requested.
+        size: number of calls started ahead, by default two per thread.
+    """
+    if threads == 0:
+        yield from (call() for call in calls)
+        return
+    threads = threads or os.cpu_count() or 1
+    size = size or 2 * threads
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    waiting, remaining, error = collections.deque(), iter(calls), None
+    try:
+        while waiting or error is None:
+            while error is None and len(waiting) <= size:
+                try:
+                    waiting.append(pool.submit(next(remaining)))
+                except Exception as end:  # StopIteration or an error of the iterable
+                    error = end
+            if waiting:
+                yield waiting.popleft().result()
+        if error is not None and not isinstance(error, StopIteration):
+            raise error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def as_input(
@@ -81,30 +127,21 @@ def as_input(
     std: Sequence[float],
     resize_by: str,
 ) -> tuple[np.ndarray, np.ndarray | None, Placement]:
-    """One image uint8 [h, w, 3] as a backbone takes it; for the arguments see `batches`.
+    """Converts an image, uint8 [h, w, 3], to a model input. See `batches` for the arguments.
 
     Returns:
-        As in `Batch`: the image [H, W, 3] and what of it is valid, [H, W]; and where it lies.
+        The input, float32 [H, W, 3]; its padding mask, bool [H, W], or None without padding; and
+        the placement of the image in the input.
     """
-    placed = placement(image.shape[:2], image_size, resize_by)
-    seen = _put(normalise(resize(image, placed.resized), mean, std), placed, image_size)
+    height, width = image.shape[:2]
+    placed = placement((height, width), image_size, resize_by)
+    normalised = _put(normalise(resize(image, placed.resized), mean, std), placed, image_size)
     if resize_by != "pad":
-        return seen, None, placed
-    return seen, _put(np.ones(placed.resized, bool), placed, image_size), placed
+        return normalised, None, placed
+    return normalised, _put(np.ones(placed.resized, bool), placed, image_size), placed
 
 
 def _put(array: np.ndarray, placed: Placement, image_size: tuple[int, int]) -> np.ndarray:
     canvas = np.zeros((*image_size, *array.shape[2:]), array.dtype)
     canvas[placed.place] = array[placed.crop]
     return canvas
-
-
-def _stack(examples: Sequence[Batch]) -> Batch:
-    images, masks, labels, indices, valids = zip(*examples, strict=True)
-    return Batch(
-        image=np.stack(images),
-        mask=None if masks[0] is None else np.stack(masks),
-        label=np.array(labels, np.int32),
-        index=np.array(indices, np.int32),
-        valid=None if valids[0] is None else np.stack(valids),
-    )

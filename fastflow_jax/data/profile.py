@@ -1,61 +1,67 @@
-"""Profile of training images: what their files are like, to notice new ones that differ.
+"""Profile of training images: formats, sizes and colours, to recognise new images that differ.
 
-A detector takes the traces of another compression, size or bit depth for anomalies: of solar cells
-that it learnt from PNG files, it flagged three in four once they had been JPEG of quality 75.
+A detector scores traces of another compression, size or bit depth as anomalies. Trained on solar
+cells in PNG files, it flagged three in four of them after JPEG compression of quality 75.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from fastflow_jax.data.dataset import Source
 from fastflow_jax.data.formats import Header
 
-_HEADERS, _DECODED = 1000, 16  # images that are looked at, evenly spread
-_QUALITY = 5  # difference in JPEG quality that does not count
-_SIZE = 1.25  # factor that does not count where training images have several sizes
+_HEADERS, _DECODED = 1000, 16  # images sampled, evenly spaced
+_QUALITY = 5  # tolerated difference in JPEG quality
+_SIZE = 1.25  # tolerated factor if training images have several sizes
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """What the training images have in common; JSON-able by `dataclasses.asdict`."""
+    """Properties of the training images; JSON-able by `dataclasses.asdict`."""
 
-    formats: tuple[str, ...]  # Pillow's names, sorted; empty for arrays in memory
+    formats: tuple[str, ...]  # names in Pillow, sorted; empty for arrays in memory
     height: tuple[int, int]  # lowest and highest
     width: tuple[int, int]
     quality: tuple[int, int] | None  # of JPEG files, lowest and highest
-    depths: tuple[int, ...]  # bits a channel, of files
-    coloured: bool  # some channels differ
+    depths: tuple[int, ...]  # bits per channel, of files
+    coloured: bool  # whether channels differ in an image
 
     @classmethod
     def from_plain(cls, plain: dict) -> "Profile":
-        """The profile that `dataclasses.asdict` and JSON made lists of."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()})
+        """Returns the profile from the fields of `dataclasses.asdict`, read back from JSON."""
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()
+        }
+        return cls(**fields)
 
     def differences(self, header: Header, image: np.ndarray) -> dict[str, str]:
-        """In what an image differs from the training images: field -> sentence.
+        """Returns the differences of an image from the training images, by field, as text.
 
         Args:
-            header: of its file.
+            header: header of its file.
             image: uint8 [H, W, 3].
         """
         found = {}
         if self.formats and header.format and header.format not in self.formats:
-            found["format"] = f"is {_described(header)}, they are {self._files()}"
+            found["format"] = f"is {_described(header)}, training images are {self._files()}"
         elif self.quality and header.quality and not _is_near(header.quality, self.quality):
-            found["quality"] = f"is {_described(header)}, they are {self._files()}"
+            found["quality"] = f"is {_described(header)}, training images are {self._files()}"
         if self.depths and header.format and header.depth not in self.depths:
             depths = " or ".join(map(str, self.depths))
-            found["depth"] = f"has {header.depth} bits a channel, they have {depths}"
+            found["depth"] = f"has {header.depth} bits per channel, training images have {depths}"
         if not self._fits(header.size):
             height, width = header.size
             found["size"] = (
-                f"has {width} x {height} pixels, they have {_range(self.width)} x "
+                f"has {width} x {height} pixels, training images have {_range(self.width)} x "
                 f"{_range(self.height)}"
             )
         if is_coloured(image) != self.coloured:
             found["colour"] = (
-                "is grey, they have colours" if self.coloured else "has colours, they are grey"
+                "is grey, training images have colours"
+                if self.coloured
+                else "has colours, training images are grey"
             )
         return found
 
@@ -72,7 +78,7 @@ class Profile:
 
 
 def profile_of(source: Source, rows: np.ndarray) -> Profile | None:
-    """The profile of the images at `rows`; None if the source knows no headers."""
+    """Returns the profile of the images at `rows`, or None if the source has no headers."""
     if source.header is None or not len(rows):
         return None
     headers = [source.header(int(i)) for i in _spread(rows, _HEADERS)]
@@ -80,7 +86,7 @@ def profile_of(source: Source, rows: np.ndarray) -> Profile | None:
     qualities = [header.quality for header in files if header.quality is not None]
     heights, widths = zip(*(header.size for header in headers), strict=True)
     return Profile(
-        tuple(sorted({header.format for header in files})),
+        tuple(sorted({header.format or "" for header in files})),
         (min(heights), max(heights)),
         (min(widths), max(widths)),
         (min(qualities), max(qualities)) if qualities else None,
@@ -103,7 +109,7 @@ def _is_near(quality: int, known: tuple[int, int]) -> bool:
 
 
 def _described(header: Header) -> str:
-    return header.format + (f" of quality {header.quality}" if header.quality else "")
+    return f"{header.format} of quality {header.quality}" if header.quality else f"{header.format}"
 
 
 def _range(values: tuple[int, int]) -> str:

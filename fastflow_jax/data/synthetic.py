@@ -1,10 +1,10 @@
-"""Real textures with painted defects and exact masks, for tests and first tries.
+"""Real textures with synthetic defects and exact masks, for tests and first experiments.
 
-Brick, grass and gravel are photographs (CC0) that come with scikit-image, 512 x 512 grey pixels
-each. Training images are crops of the left half, test images of the right half, so that no pixel
-is seen twice. Defects are painted: dark cracks, soft stains and patches of the same texture turned
-round. A mask holds exactly the pixels that were painted over. Figures on such images say whether
-the method works at all, and nothing of real defects.
+Brick, grass and gravel are images (CC0) of scikit-image, 512 x 512 grey pixels each. Training
+images are crops of the left half, test images of the right half, so that they share no pixels.
+Defects are painted: dark cracks, soft stains and patches of the inverted texture. A mask marks
+exactly the painted pixels. Results show that a method works, but do not predict its accuracy on
+real defects.
 """
 
 import importlib.util
@@ -12,27 +12,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
-from fastflow_jax.data.dataset import GOOD, Dataset, Source, check_choice
+from fastflow_jax.data.dataset import GOOD, DataConfig, Dataset, Source, check_choice
 from fastflow_jax.data.transforms import decode_image, read_file
 from fastflow_jax.errors import InputError
 
 CATEGORIES = ("brick", "grass", "gravel")
 
 
-def open_dataset(config: ConfigDict) -> Dataset:
+def open_dataset(config: DataConfig) -> Dataset:
     """Opens the texture `config.category`: brick, grass or gravel.
 
     Raises:
-        InputError: no such texture, or scikit-image is not installed.
+        InputError: an unknown texture, or scikit-image is not installed.
     """
     return paint_dataset(config.category)
 
 
 def paint_dataset(
-    category: str,
+    category: str | None,
     *,
     side: int = 128,
     train: int = 64,
@@ -40,26 +39,25 @@ def paint_dataset(
     defective: int = 48,
     seed: int = 0,
 ) -> Dataset:
-    """A data set of square crops, the same for the same arguments.
+    """Returns a data set of square crops, determined by the arguments.
 
     Args:
-        category: texture.
-        side: of the crops, in pixels, at most 256.
+        category: "brick", "grass" or "gravel".
+        side: side of the crops in pixels, at most 256.
         train: number of training images.
         good: number of test images without a defect.
-        defective: number of test images with one, of the three kinds in turn.
-        seed: of the places of crops and defects.
+        defective: number of test images with a defect, of the three kinds in turn.
+        seed: seed of the positions of crops and defects.
 
     Raises:
-        InputError: no such texture, or scikit-image is not installed.
+        InputError: an unknown texture, or scikit-image is not installed.
     """
-    check_choice("data.category", category, CATEGORIES)
+    category = check_choice("data.category", category, CATEGORIES)
     texture = _read_texture(category)  # [512, 512]
     left, right = np.split(texture, 2, axis=1)
     kinds = [GOOD] * good + [list(DEFECTS)[i % len(DEFECTS)] for i in range(defective)]
-    name = f"{category}_synth"
     return Dataset(
-        name,
+        f"{category}_synth",
         _source(left, [GOOD] * train, side, (seed, 0)),
         _source(right, kinds, side, (seed, 1)),
         {
@@ -87,24 +85,24 @@ def _source(texture: np.ndarray, defects: list[str], side: int, seed: tuple[int,
 
 
 def _read_texture(category: str) -> np.ndarray:
-    package = importlib.util.find_spec("skimage")  # found, not imported: that takes a second
-    if package is None:
+    package = importlib.util.find_spec("skimage")  # importing it would take a second
+    if package is None or not package.submodule_search_locations:
         raise InputError(
-            "The synthetic data sets are painted on textures of a package that is not installed: "
-            "pip install scikit-image"
+            "The synthetic data sets use textures of scikit-image, which is not installed. Run pip "
+            "install scikit-image."
         )
     path = Path(package.submodule_search_locations[0], "data", f"{category}.png")
     return decode_image(read_file(path), str(path))[..., 0]
 
 
 def crop(rng: np.random.Generator, texture: np.ndarray, side: int) -> np.ndarray:
-    """A random square of an image [H, W] or [H, W, 3]."""
+    """Returns a random square of an image [H, W] or [H, W, 3]."""
     top, left = (rng.integers(0, n - side, endpoint=True) for n in texture.shape[:2])
     return texture[top : top + side, left : left + side]
 
 
 def paint_crack(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A dark polyline across a part of the image; returns the image and its mask."""
+    """Paints a dark polyline; returns the image, uint8 [H, W], and its mask, bool [H, W]."""
     side = len(image)
     heading = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(0, 0.5, 8))
     steps = np.stack([np.cos(heading), np.sin(heading)], axis=1) * side / 12
@@ -117,7 +115,7 @@ def paint_crack(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray
 
 
 def paint_stain(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """An ellipse that is darker or brighter towards its middle; returns image and mask."""
+    """Paints an ellipse, darker or brighter towards its centre; returns image and mask."""
     side = len(image)
     centre = rng.uniform(side / 4, 3 * side / 4, 2)
     radii = rng.uniform(side / 12, side / 5, 2)
@@ -131,7 +129,7 @@ def paint_stain(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray
 
 
 def paint_patch(rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A square of the image turned by a quarter and its grey inverted; returns image and mask."""
+    """Rotates a square by 90 degrees and inverts its grey levels; returns image and mask."""
     side = len(image)
     edge = int(rng.integers(side // 8, side // 4, endpoint=True))
     top, left = rng.integers(0, side - edge, 2, endpoint=True)

@@ -1,16 +1,18 @@
-"""Images larger than the input, cut into tiles that overlap, and their maps put together again."""
+"""Overlapping tiles of images that are larger than the input, and blending of their maps."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-_OVERLAP = 0.25  # part of a tile that it shares with the next one, at least
+_OVERLAP = 0.25  # smallest fraction of a tile shared with the next one
 
 
 def places(size: tuple[int, int], tile: tuple[int, int]) -> list[tuple[slice, slice]]:
-    """Where tiles of `tile` = (height, width) lie in an image of `size`, evenly spread.
+    """Returns evenly spaced tiles as (rows, columns) of the image.
 
-    All have that size, or the image's side where it is shorter.
+    Args:
+        size: (height, width) of the image.
+        tile: (height, width) of the tiles; limited to the size of the image.
     """
     rows, columns = map(_starts, size, tile)
     height, width = np.minimum(size, tile).tolist()
@@ -18,24 +20,23 @@ def places(size: tuple[int, int], tile: tuple[int, int]) -> list[tuple[slice, sl
 
 
 class Blender:
-    """The map of an image, float32 [H, W], as the sum of the weighted maps of its tiles.
+    """Anomaly map of an image, float32 [H, W], blended from the maps of its tiles.
 
-    Each pixel is a mean over the tiles that it lies in, whose weights fall towards the tiles'
-    borders and sum to one: where maps agree nothing changes, where they differ one fades into the
-    other. The memory is that of the map of the image and of one tile.
+    Each pixel is a weighted mean over the tiles that contain it. Weights decrease towards the
+    borders of a tile and sum to one per pixel. Only the image's map and one tile's are in memory.
 
     Args:
         size: (H, W).
-        where: of all tiles, see `places`.
+        where: all tiles, see `places`.
     """
 
     def __init__(self, size: tuple[int, int], where: Sequence[tuple[slice, slice]]):
         self._map = np.zeros(size, np.float32)
-        # Tiles form a grid, so that the weight of a pixel is that of its row times its column's.
+        # Tiles form a grid, so the weight of a pixel is a product of row weight and column weight.
         self._weights = [_weights(size[i], [place[i] for place in where]) for i in (0, 1)]
 
     def add(self, tile_map: np.ndarray, place: tuple[slice, slice]) -> None:
-        """Adds the map of the tile at `place`, [h, w]; each tile is to be added once."""
+        """Adds the map [h, w] of the tile at `place`. Each tile must be added once."""
         if tile_map.shape == self._map.shape:  # the only tile
             self._map = tile_map.astype(np.float32, copy=False)
             return
@@ -43,7 +44,7 @@ class Blender:
         self._map[place] += tile_map * rows[:, None] * columns
 
     def result(self) -> np.ndarray:
-        """The map of the image, once all tiles are added."""
+        """Returns the map, float32 [H, W], after all tiles are added."""
         return self._map
 
 
@@ -56,7 +57,7 @@ def _starts(length: int, tile: int) -> list[int]:
 
 
 def _weights(length: int, spans: Sequence[slice]) -> dict[int, np.ndarray]:
-    """Of the tiles along one axis, by their starts: what each pixel of a tile weighs, float32."""
+    """Weights, float32, of the pixels of the tiles along one axis, by start of the tile."""
     windows = {span.start: _window(span.stop - span.start) for span in spans}
     total = np.zeros(length)
     for start, window in windows.items():
@@ -68,5 +69,5 @@ def _weights(length: int, spans: Sequence[slice]) -> dict[int, np.ndarray]:
 
 
 def _window(length: int) -> np.ndarray:
-    """A triangle, which is nowhere zero."""
+    """Triangular window, positive everywhere."""
     return np.minimum(np.arange(length) + 1, np.arange(length)[::-1] + 1) / length

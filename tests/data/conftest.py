@@ -1,4 +1,4 @@
-"""Small image files in temporary folders."""
+"""Small image files in temporary directories."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from PIL import Image
 
 @pytest.fixture
 def write_image() -> Callable[..., Path]:
-    """write(path, value=0, size=(height, width)): an image of one grey level."""
+    """write(path, value=0, size=(height, width)) saves an image of one grey level."""
 
     def write(path: Path, value: int = 0, size: tuple[int, int] = (6, 8)) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Tampering and augmentation: masks follow exactly, and nothing hangs on the order of reading."""
+"""Tampering and augmentation: masks move with images; the reading order has no influence."""
 
 import importlib.util
 
@@ -20,7 +20,7 @@ MASK = RNG.random((20, 20)) > 0.7
 
 
 def smooth(height=60, width=80):
-    """An image whose grey levels are known between its pixels."""
+    """Image whose grey levels are known between its pixels."""
     ys, xs = np.mgrid[:height, :width]
     wave = 128 + 60 * np.sin(xs / 11) + 50 * np.cos(ys / 9)
     return np.repeat(wave[..., None], 3, -1).astype(np.uint8)
@@ -33,14 +33,14 @@ def test_quarter_turns_are_exact(array, quarters):
 
 
 @pytest.mark.parametrize("array", [IMAGE, MASK], ids=["image", "mask"])
-def test_whole_pixels_of_translation_are_exact_and_edges_are_mirrored(array):
+def test_translation_by_whole_pixels_is_exact_and_mirrors_edges(array):
     moved = warp(array, down=0.1, right=-0.15)  # 2 down, 3 to the left
     np.testing.assert_array_equal(moved[2:, :-3], array[:-2, 3:])
     np.testing.assert_array_equal(moved[:2, :-3], array[1::-1, 3:])
     np.testing.assert_array_equal(moved[2:, -3:], array[:-2, :-4:-1])
 
 
-def test_zoom_about_the_middle():
+def test_zoom_about_the_centre():
     image = smooth()
     larger = warp(image, zoom=2.0)
     expected = Image.fromarray(image[15:45, 20:60]).resize((80, 60), Image.Resampling.BILINEAR)
@@ -51,7 +51,7 @@ def test_zoom_about_the_middle():
 
 
 @pytest.mark.parametrize("angle", [-30, 7, 45])
-def test_rotation_is_pillows_within_the_circle_that_no_edge_reaches(angle):
+def test_rotation_equals_pillow_in_the_inscribed_circle(angle):
     image = smooth(60, 60)
     theirs = Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR)
     ys, xs = np.mgrid[:60, :60] - 29.5
@@ -73,8 +73,8 @@ moves = st.fixed_dictionaries(
 
 @settings(deadline=None)
 @given(moves, st.integers(2, 40), st.integers(2, 40))
-def test_masks_follow_their_images(move, height, width):
-    """A picture of its own mask stays one, but for pixels that lie right on an edge of it."""
+def test_masks_move_with_their_images(move, height, width):
+    """An image of its own mask stays one, except for pixels exactly on an edge."""
     ys, xs = np.mgrid[:height, :width]
     mask = (ys * 3 + xs * 2) % (height + width) < (height + width) / 2
     picture = np.repeat(mask[..., None] * np.uint8(255), 3, -1)
@@ -86,7 +86,7 @@ def test_masks_follow_their_images(move, height, width):
     np.testing.assert_array_equal(mask[picture == 0], False)
 
 
-def test_no_border_comes_into_sight():
+def test_warped_images_show_no_border():
     white = np.full((30, 50, 3), 255, np.uint8)
     for move in ({"rotate": 33}, {"zoom": 0.2}, {"down": 0.9, "right": -0.9}):
         assert (warp(white, **move) == 255).all()
@@ -101,7 +101,7 @@ def source(n=6, masks=True, part_of=None):
     )
 
 
-def test_tampering_changes_the_images_the_masks_and_nothing_else():
+def test_tampering_changes_only_images_and_masks():
     plain, tamper = source(), default().data.tamper
     assert tampered(plain, tamper) is plain
     tamper.rotate = 180.0
@@ -112,7 +112,7 @@ def test_tampering_changes_the_images_the_masks_and_nothing_else():
     assert tampered(source(masks=False), tamper)[0].mask is None
 
 
-def test_a_part_of_a_tampered_set_is_a_part_of_it():
+def test_a_subset_of_a_tampered_source_is_tampered():
     whole, tamper = source(), default().data.tamper
     tamper.down = 0.25
     part = tampered(source(part_of=(whole, np.arange(6))), tamper)
@@ -122,7 +122,7 @@ def test_a_part_of_a_tampered_set_is_a_part_of_it():
 AUGMENT = ConfigDict({"flips": True, "rotate": 10.0, "colour": 0.3})
 
 
-def test_what_happens_to_an_image_hangs_on_seed_epoch_and_image_alone():
+def test_augmentation_depends_only_on_seed_epoch_and_index():
     plain = source()
 
     def read(seed, epoch, order):
@@ -148,12 +148,12 @@ def test_each_kind_of_augmentation_alone(field):
         assert seen == {np.ascontiguousarray(image).tobytes() for image in flipped}
 
 
-def test_without_augmentation_an_image_stays():
+def test_no_augmentation_leaves_an_image_unchanged():
     rng = np.random.default_rng(0)
     assert augment_image(IMAGE, rng, flips=False, rotate=0.0, colour=0.0) is IMAGE
 
 
-def test_colours_are_torchvisions():
+def test_colour_jitter_equals_torchvision():
     for package in ("torch", "torchvision"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: the oracle of this test")

@@ -1,4 +1,4 @@
-"""Mistakes in a data set that are noticed before or instead of a wrong figure."""
+"""Checks of data sets for probable mistakes."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture
 def split(tmp_path):
-    """A function from {"good/0.png": image or seed, ...} to a source of such files."""
+    """Function from {"good/0.png": image or seed, ...} to a source of such files."""
 
     def make(name, images):
         records = []
@@ -33,7 +33,7 @@ def split(tmp_path):
 
 
 @pytest.mark.parametrize(("bits", "is_dark"), [(10, True), (12, True), (14, False), (16, False)])
-def test_bits_of_a_camera_in_files_of_16_bits_are_noticed(split, bits, is_dark):
+def test_camera_bits_in_16_bit_files_are_reported(split, bits, is_dark):
     images = {f"good/{i}.png": RNG.integers(0, 2**bits, (8, 6), np.uint16) for i in range(3)}
     message = checks.dark_images(split("train", images))
     assert (message is not None) == is_dark
@@ -42,7 +42,7 @@ def test_bits_of_a_camera_in_files_of_16_bits_are_noticed(split, bits, is_dark):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.6, 0.95])
-def test_masks_that_mark_most_of_defective_images_are_noticed(split, share):
+def test_masks_that_mark_most_of_an_image_are_reported(split, share):
     test = split("test", {f"{d}/{i}.png": i for i, d in enumerate(["good", "crack", "hole"])})
     masks = np.zeros((3, 10, 10), bool)
     masks[1:, : round(10 * share)] = True
@@ -52,7 +52,7 @@ def test_masks_that_mark_most_of_defective_images_are_noticed(split, share):
         assert "the masks of 2 of 2 defective images" in message
 
 
-def test_good_images_that_are_trained_and_tested_on_are_noticed(split):
+def test_good_images_in_training_and_test_are_reported(split):
     train = split("train", {f"good/{i}.png": i for i in range(5)})
     test = split("test", {"good/a.png": 3, "good/b.png": 9, "crack/c.png": 10})
     message = checks.tested_on_training_images(train, test)

@@ -1,4 +1,4 @@
-"""A folder of images: what is read, and one message for everything that is not as it should be."""
+"""Directories of images: reading, and one error message for each kind of invalid content."""
 
 import os
 import re
@@ -44,7 +44,7 @@ def open_folder(data_config):
 
 @pytest.fixture
 def message(open_folder):
-    """The message that opening `root` ends with."""
+    """Returns the error message of opening `root`."""
 
     def read(root):
         with pytest.raises(InputError) as error:
@@ -85,7 +85,7 @@ def test_names_labels_and_pixels(tree, open_folder):
         assert example.mask.dtype == bool
 
 
-def test_batches_of_a_folder(tree, open_folder):
+def test_batches_of_a_directory(tree, open_folder):
     options = {"image_size": (4, 4), "mean": (0, 0, 0), "std": (1, 1, 1), "batch_size": 3}
     first, second = batches(open_folder(tree).test, **options)
     assert first.image.shape == (3, 4, 4, 3)
@@ -106,7 +106,7 @@ def test_without_test_images(tree, open_folder):
     assert dataset.provenance["test_images"] == 0
 
 
-def test_a_bare_folder_is_all_normal(tmp_path, write_image, open_folder):
+def test_a_bare_directory_has_only_normal_images(tmp_path, write_image, open_folder):
     for name in ("b.JPG", "a.tif", "c.webp"):
         write_image(tmp_path / name, 7)
     dataset = open_folder(tmp_path)
@@ -115,7 +115,7 @@ def test_a_bare_folder_is_all_normal(tmp_path, write_image, open_folder):
     assert dataset.test is None
 
 
-def test_what_belongs_to_nobody_is_passed_over(tree, open_folder):
+def test_service_files_are_skipped(tree, open_folder):
     for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
         (tree / "train/good" / name).write_bytes(b"?")
         (tree / "test" / name).write_bytes(b"?")
@@ -124,12 +124,12 @@ def test_what_belongs_to_nobody_is_passed_over(tree, open_folder):
     assert len(open_folder(tree).train) == 3
 
 
-def test_good_images_may_have_an_empty_folder_of_masks(tree, open_folder):
+def test_good_images_may_have_an_empty_mask_directory(tree, open_folder):
     (tree / "ground_truth/good").mkdir()
     assert [int(example.mask.sum()) for example in open_folder(tree).test] == [1, 2, 0, 0, 3]
 
 
-def test_an_image_of_another_size_under_the_same_name_is_another(tree, open_folder, write_image):
+def test_another_file_size_changes_the_contents(tree, open_folder, write_image):
     before = open_folder(tree).train
     write_image(tree / "train/good/1.png", 11, size=(99, 99))
     after = open_folder(tree).train
@@ -137,7 +137,7 @@ def test_an_image_of_another_size_under_the_same_name_is_another(tree, open_fold
     assert [a == b for a, b in zip(after.contents, before.contents, strict=True)] == [1, 0, 1]
 
 
-def test_a_file_written_to_anew_is_another_version_of_the_same(tree, open_folder):
+def test_rewriting_a_file_changes_its_version_only(tree, open_folder):
     before = open_folder(tree).train
     os.utime(tree / "train/good/1.png", (1, 1))
     after = open_folder(tree).train
@@ -145,7 +145,7 @@ def test_a_file_written_to_anew_is_another_version_of_the_same(tree, open_folder
     assert [a == b for a, b in zip(after.versions, before.versions, strict=True)] == [1, 0, 1]
 
 
-def test_what_may_not_be_looked_at_is_named(tree, message, monkeypatch):
+def test_an_unreadable_directory_is_named(tree, message, monkeypatch):
     def denied(path):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -169,17 +169,17 @@ def test_masks_of_any_format_and_of_good_images(tree, write_image, open_folder):
     assert [int(example.mask.sum()) for example in examples] == [1, 2, 0, 0, 48]
 
 
-def test_the_mask_of_a_turned_image_is_as_viewers_show_it(tree, write_image, open_folder, message):
+def test_mask_sizes_follow_the_exif_orientation(tree, write_image, open_folder, message):
     exif = Image.Exif()
     exif[274] = 6
     Image.fromarray(np.zeros((8, 6), np.uint8)).save(tree / "test/hole/a.jpg", exif=exif)
     (tree / "test/hole/a.png").unlink()
     assert open_folder(tree).test[4].image.shape == (6, 8, 3)
     write_image(tree / "ground_truth/hole/a_mask.png", 255, size=(8, 6))
-    assert "a_mask.png is 6 x 8 pixels, but its image" in message(tree)
+    assert "a_mask.png has 6 x 8 pixels, but its image" in message(tree)
 
 
-def test_exif_behind_the_pixels_of_a_png_is_seen_at_the_latest_when_decoding(tree, open_folder):
+def test_exif_after_the_pixels_of_a_png_is_found_by_decoding(tree, open_folder):
     path = tree / "test/hole/a.png"
     exif = Image.Exif()
     exif[274] = 6
@@ -190,13 +190,13 @@ def test_exif_behind_the_pixels_of_a_png_is_seen_at_the_latest_when_decoding(tre
     tail = data.index(b"IEND") - 4
     path.write_bytes(data[:start] + data[end:tail] + data[start:end] + data[tail:])
     source = open_folder(tree).test
-    with pytest.raises(InputError, match=r"a_mask\.png is 8 x 6 pixels, but its image .* 6 x 8"):
+    with pytest.raises(InputError, match=r"a_mask\.png has 8 x 6 pixels, but its image .* 6 x 8"):
         source[4]
 
 
 def test_a_missing_root(tmp_path, message):
     assert message(tmp_path / "nothing") == (
-        f"data.root {tmp_path / 'nothing'} does not exist: give the directory of your images."
+        f"data.root {tmp_path / 'nothing'} does not exist. Set it to the directory of your images."
     )
 
 
@@ -211,12 +211,12 @@ def test_no_root(data_config):
 
 
 def test_a_category(data_config, tree):
-    with pytest.raises(InputError, match=r"^data\.category is 'bottle', but a folder has no"):
+    with pytest.raises(InputError, match=r"^data\.category is 'bottle', but a directory has"):
         open_dataset(data_config("folder", root=str(tree), category="bottle"))
 
 
 @pytest.mark.parametrize("inner", ["", "train/good", "test/crack", "ground_truth/crack"])
-def test_an_empty_folder(tree, message, inner):
+def test_an_empty_directory(tree, message, inner):
     shutil.rmtree(tree / inner)
     (tree / inner).mkdir()
     assert message(tree).startswith(f"{tree / inner} has no images")
@@ -226,29 +226,29 @@ def test_an_empty_folder(tree, message, inner):
 def test_an_empty_split(tree, message, inner):
     shutil.rmtree(tree / inner)
     (tree / inner).mkdir()
-    assert message(tree) == f"{tree / inner} is empty: fill it or remove it."
+    assert message(tree) == f"{tree / inner} is empty. Add images or remove it."
 
 
-def test_images_without_their_folder(tree, message):
+def test_images_without_a_class_directory(tree, message):
     for image in (tree / "train/good").iterdir():
         image.rename(tree / "train" / image.name)
     (tree / "train/good").rmdir()
     train = tree / "train"
     assert message(tree) == (
-        f"{train} has images, and no directories of images: move normal images into {train}/good."
+        f"{train} has images, but no directories of images. Move normal images to {train}/good."
     )
 
 
-def test_folders_without_train(tree, message):
+def test_directories_without_train(tree, message):
     shutil.rmtree(tree / "train")
-    assert message(tree).startswith(f"{tree} has directories (ground_truth, test) but no train")
+    assert message(tree).startswith(f"{tree} has directories (ground_truth, test), but no train")
 
 
 def test_defective_training_images(tree, message):
     shutil.copytree(tree / "test/crack", tree / "train/crack")
     assert message(tree) == (
-        f"{tree / 'train'} must have good as its only directory, because its images are normal; "
-        "it has crack, good."
+        f"{tree / 'train'} must contain only normal images, in the directory good, but it has "
+        "crack, good. Move the others to test."
     )
 
 
@@ -259,39 +259,39 @@ def broken_header(tree):
 
 def stray_file(tree):
     (tree / "test/crack/notes.txt").write_text("?")
-    return "test/crack/notes.txt", "is not an image: move it elsewhere"
+    return "test/crack/notes.txt", "is not an image. Move it elsewhere"
 
 
-def stray_file_beside_folders(tree):
+def stray_file_next_to_directories(tree):
     (tree / "test/notes.txt").write_text("?")
     return "test/notes.txt", "is next to the directories of"
 
 
-def stray_image_beside_train(tree):
+def stray_image_next_to_train(tree):
     shutil.copy(tree / "train/good/1.png", tree / "more.png")
     return "more.png", "is next to train"
 
 
-def stray_folder(tree):
+def stray_directory(tree):
     (tree / "validation").mkdir()
     return "validation", "is unexpected"
 
 
-def link_to_nothing(tree):
+def broken_link(tree):
     (tree / "train/good/9.png").symlink_to(tree / "gone.png")
     return "train/good/9.png", "is a link to a missing file"
 
 
 def mask_of_another_size(tree):
     Image.new("L", (8, 7)).save(tree / "ground_truth/crack/b_mask.png")
-    return "ground_truth/crack/b_mask.png", "is 8 x 7 pixels, but its image .* is 8 x 6"
+    return "ground_truth/crack/b_mask.png", "has 8 x 7 pixels, but its image .* has 8 x 6"
 
 
 def missing_mask(tree):
     (tree / "ground_truth/crack/b_mask.png").unlink()
     return (
         "test/crack/b.png",
-        r"has no mask \(missing: 1 of 3\): add it as .*/crack/b_mask\.png, or",
+        r"has no mask \(missing: 1 of 3\)\. Add it as .*/crack/b_mask\.png, or",
     )
 
 
@@ -305,9 +305,9 @@ def mask_without_image(tree):
     return "ground_truth/crack/b_mask.png", "is a mask without an image"
 
 
-def mask_with_a_name_of_its_own(tree):
+def misnamed_mask(tree):
     shutil.copy(tree / "ground_truth/hole/a_mask.png", tree / "ground_truth/hole/a.png")
-    return "ground_truth/hole/a.png", r"must be named after an image in test/hole, <name>_mask\.png"
+    return "ground_truth/hole/a.png", r"Name it after an image in test/hole: <name>_mask\.png"
 
 
 def mask_of_a_defect_without_images(tree):
@@ -320,14 +320,14 @@ def masks_without_test(tree):
     return "ground_truth/crack/a_mask.png", "is a mask without an image"
 
 
-def two_images_of_one_stem(tree):
+def two_images_with_one_stem(tree):
     Image.new("L", (8, 6)).save(tree / "test/crack/a.bmp")
-    return "test/crack/a.bmp", "have the same name but for the extension"
+    return "test/crack/a.bmp", "differ only in their extensions"
 
 
-def two_masks_of_one_stem(tree):
+def two_masks_with_one_stem(tree):
     Image.new("L", (8, 6)).save(tree / "ground_truth/crack/a_mask.bmp")
-    return "ground_truth/crack/a_mask.bmp", "have the same name but for the extension"
+    return "ground_truth/crack/a_mask.bmp", "differ only in their extensions"
 
 
 @pytest.mark.parametrize(
@@ -335,29 +335,29 @@ def two_masks_of_one_stem(tree):
     [
         broken_header,
         stray_file,
-        stray_file_beside_folders,
-        stray_image_beside_train,
-        stray_folder,
-        link_to_nothing,
+        stray_file_next_to_directories,
+        stray_image_next_to_train,
+        stray_directory,
+        broken_link,
         mask_of_another_size,
         missing_mask,
         missing_masks,
         mask_without_image,
-        mask_with_a_name_of_its_own,
+        misnamed_mask,
         mask_of_a_defect_without_images,
         masks_without_test,
-        two_images_of_one_stem,
-        two_masks_of_one_stem,
+        two_images_with_one_stem,
+        two_masks_with_one_stem,
     ],
 )
-def test_what_does_not_belong_is_named(tree, message, spoil):
+def test_unexpected_content_is_named(tree, message, spoil):
     path, says = spoil(tree)
     text = message(tree)
     assert str(tree / path) in text
     assert re.search(says, text)
 
 
-def test_an_absurdly_large_image(tree, message, monkeypatch, write_image):
+def test_a_too_large_image(tree, message, monkeypatch, write_image):
     path = write_image(tree / "train/good/large.png", size=(10, 10))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
     assert message(tree).startswith(f"{path} is too large")
@@ -370,11 +370,11 @@ def test_a_truncated_image_is_named_when_it_is_decoded(tree, open_folder):
     path.write_bytes(path.read_bytes()[:-1000])
     source = open_folder(tree).train
     options = {"image_size": (4, 4), "mean": (0, 0, 0), "std": (1, 1, 1), "batch_size": 3}
-    with pytest.raises(InputError, match=rf"^{re.escape(str(path))} is broken .*replace or remove"):
+    with pytest.raises(InputError, match=rf"^{re.escape(str(path))} is broken .*Replace or remove"):
         list(batches(source, **options))
 
 
-def test_an_image_that_vanishes(tree, open_folder):
+def test_an_image_deleted_after_opening(tree, open_folder):
     source = open_folder(tree).train
     (tree / "train/good/1.png").unlink()
     with pytest.raises(InputError, match=r"1\.png cannot be read: No such file"):
@@ -403,9 +403,9 @@ def test_images_may_be_in_sub_directories(tree, write_image, open_folder):
     assert [int(example.mask.sum()) for example in dataset.test][:3] == [1, 2, 48]
 
 
-def test_a_mask_in_a_sub_directory_is_of_the_image_there(tree, write_image, message):
+def test_masks_are_matched_within_sub_directories(tree, write_image, message):
     write_image(tree / "test/crack/camera_1/c.png", 60)
-    assert "add it as ground_truth/crack/camera_1/c_mask.png" in message(tree)
+    assert "Add it as ground_truth/crack/camera_1/c_mask.png" in message(tree)
     write_image(tree / "ground_truth/crack/c_mask.png", 255)
     assert re.search(r"crack/c_mask\.png is a mask without an image", message(tree))
 
@@ -417,12 +417,12 @@ def test_a_directory_named_good_may_have_sub_directories(
         write_image(tmp_path / "good" / name, 7)
     assert open_folder(tmp_path / "good").train.names == ("good/part_1/a.png", "good/part_2/a.png")
     (tmp_path / "good").rename(tmp_path / "screws")
-    assert "sub-directories are allowed if it is named good" in message(tmp_path / "screws")
+    assert "It may have sub-directories if it is named good" in message(tmp_path / "screws")
     config = data_config("folder", root=str(tmp_path / "screws"), groups="folder")
     assert len(open_dataset(config).train) == 2
 
 
-def test_calibration_images_are_read_where_they_are(tree, write_image, open_folder, message):
+def test_calibration_images_are_read(tree, write_image, open_folder, message):
     write_image(tree / "calibration/good/a.png", 40)
     write_image(tree / "calibration/good/b.png", 41)
     dataset = open_folder(tree)
@@ -430,7 +430,7 @@ def test_calibration_images_are_read_where_they_are(tree, write_image, open_fold
     assert dataset.calibration[1].image.max() == 41
     assert dataset.provenance["calibration_images"] == 2
     write_image(tree / "calibration/crack/b.png", 41)
-    assert message(tree).startswith(f"{tree / 'calibration'} must have good as its only directory")
+    assert message(tree).startswith(f"{tree / 'calibration'} must contain only normal images")
 
 
 def test_service_directories_are_skipped_in_training(tree, write_image, open_folder):
@@ -442,7 +442,7 @@ def test_service_directories_are_skipped_in_training(tree, write_image, open_fol
     assert (len(dataset.train), len(dataset.test)) == (3, 5)
 
 
-def test_images_are_recognised_by_content_in_training_too(tree, open_folder):
+def test_training_images_are_recognised_by_content(tree, open_folder):
     (tree / "train/good/0.png").rename(tree / "train/good/frame_0")
     assert open_folder(tree).train.names[-1] == "good/frame_0"
 

@@ -1,4 +1,4 @@
-"""Which files are images, what their headers say, and what a message suggests for the others."""
+"""Recognition of image files, headers, and error messages for unreadable files."""
 
 import io
 import re
@@ -51,7 +51,7 @@ def test_links_to_missing_files_count_as_images(tmp_path):
     for name in ("a.png", "frame", "notes.txt"):
         (tmp_path / name).symlink_to(tmp_path / "not mounted" / name)
     assert [path.name for path in find_images(tmp_path).images] == ["a.png", "frame"]
-    with pytest.raises(InputError, match=r"frame is a link to a missing file: restore it"):
+    with pytest.raises(InputError, match=r"frame is a link to a missing file\. Restore"):
         read_header(tmp_path / "frame")
 
 
@@ -62,13 +62,13 @@ def test_links_to_missing_files_count_as_images(tmp_path):
         ("a.jxl", b"\xff\x0a....", "JPEG XL.*pillow-jxl-plugin"),
         ("a.png", b"\0" * 128 + b"DICM", "DICOM"),
         ("a.mp4", b"\0\0\0\x18ftypisom", "a video.*frames"),
-        ("a.cr3", b"\0\0\0\x18ftypcrx ", "camera raw.*develop"),
-        ("a.ARW", b"nothing known", "camera raw.*develop"),
+        ("a.cr3", b"\0\0\0\x18ftypcrx ", "camera raw.*Convert it to PNG or TIFF"),
+        ("a.ARW", b"nothing known", "camera raw.*Convert it to PNG or TIFF"),
         ("a.png", b"nothing known", "not an image that Pillow can read"),
         ("a.png", b"", "not an image that Pillow can read"),
     ],
 )
-def test_what_cannot_be_read_is_named_with_the_remedy(tmp_path, name, content, says, monkeypatch):
+def test_unreadable_formats_are_named_with_a_remedy(tmp_path, name, content, says, monkeypatch):
     monkeypatch.setattr(Image, "OPEN", {k: v for k, v in Image.OPEN.items() if k != "HEIF"})
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path / name))} is .*{says}"):
@@ -85,9 +85,9 @@ def test_what_cannot_be_read_is_named_with_the_remedy(tmp_path, name, content, s
         ("renamed.tif", {50706: b"\1\4\0\0"}),
     ],
 )
-def test_the_thumbnail_of_camera_raw_is_not_taken_for_the_image(tmp_path, name, tags):
+def test_camera_raw_is_not_decoded_as_its_thumbnail(tmp_path, name, tags):
     PICTURE.convert("L").save(tmp_path / name, "TIFF", tiffinfo=tags)
-    with pytest.raises(InputError, match="is camera raw, which Pillow cannot read: develop it"):
+    with pytest.raises(InputError, match=r"is camera raw, which Pillow cannot read\. Convert it"):
         read_header(tmp_path / name)
 
 
@@ -125,7 +125,7 @@ def test_pages_are_images_and_previews_are_not(tmp_path):
     assert read_header(tmp_path / "photo.jpg").pages == 1
 
 
-def test_reduced_copies_in_a_tiff_are_no_pages(tmp_path):
+def test_reduced_copies_in_a_tiff_are_not_pages(tmp_path):
     full, small = Image.new("L", (8, 6), 10), Image.new("L", (4, 3), 200)
     small.encoderinfo = {"tiffinfo": {254: 1}}
     full.save(tmp_path / "pyramid.tif", save_all=True, append_images=[small, full])

@@ -8,7 +8,7 @@ from fastflow_jax.errors import InputError
 NAMES = ("good/p1/a.png", "good/p1/b.png", "good/p2/a.png", "good/p10_2.png")
 
 
-def test_each_image_is_a_group_of_its_own_by_default():
+def test_each_image_is_a_group_by_default():
     assert labels_of(NAMES, None) is None
 
 
@@ -18,7 +18,7 @@ def test_a_directory_is_a_group():
         labels_of(("good/a.png", "good/b.png"), "folder")
 
 
-def test_what_an_expression_captures_is_a_group():
+def test_captured_text_is_a_group():
     assert labels_of(NAMES, r"p(\d+)") == ("1", "1", "2", "10")
     assert labels_of(NAMES[:2], r"(p)\d/(.)") == ("p/a", "p/b")
     assert labels_of(NAMES[:3], r"p(\d)(x)?") == ("1/", "1/", "2/")
@@ -41,7 +41,7 @@ def test_a_table_has_a_line_per_image(tmp_path):
         ("nosuch.csv", r"nosuch\.csv cannot be read"),
     ],
 )
-def test_what_gives_no_groups_is_named(groups, message):
+def test_invalid_rules_are_named(groups, message):
     with pytest.raises(InputError, match=message):
         labels_of(NAMES, groups)
 
@@ -52,12 +52,12 @@ def test_what_gives_no_groups_is_named(groups, message):
         ("", "must be a table with the columns path and group"),
         ("file,group\na.png,1\n", "must be a table with the columns path and group"),
         ("path,group\ngood/p1/a.png,1\n", r"has no line for good/p1/b\.png"),
-        ("path,group\na.png,1\n", r"a line for a\.png, and 2 images have that name"),
+        ("path,group\na.png,1\n", r"a line for a\.png, but 2 images have that name"),
         ("path,group\np2/a.png,1\np2/a.png,2\n", r"has two groups for p2/a\.png"),
         (b"path,group\n\xff\xfe,1\n", "cannot be read"),
     ],
 )
-def test_a_table_that_does_not_fit_is_named(tmp_path, content, message):
+def test_an_invalid_table_is_named(tmp_path, content, message):
     table = tmp_path / "parts.csv"
     table.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message):

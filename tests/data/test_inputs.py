@@ -1,4 +1,4 @@
-"""Maps come back to where the image was, however it came to the input."""
+"""Model inputs of images of any size, and the way back of their maps."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def inputs_of(image, resize_by="square", tile=False):
 
 
 def brightness(inputs):
-    """The map of an image whose parts have maps of what a backbone is shown."""
+    """Returns the map of an image, given the function from a model input to its map."""
     outputs = Outputs(inputs)
     for part in inputs.parts:
         assert not outputs.is_complete
@@ -35,7 +35,7 @@ def spot(size, rows, columns):
 
 @pytest.mark.parametrize("resize_by", ["square", "crop", "pad"])
 @pytest.mark.parametrize("size", [(40, 90), (100, 50), (32, 48), (9, 9)])
-def test_maps_lie_where_the_image_does(resize_by, size):
+def test_maps_are_aligned_with_the_image(resize_by, size):
     rows, columns = (slice(n // 3, n // 3 + n // 4) for n in size)
     inputs = inputs_of(spot(size, rows, columns), resize_by)
     anomaly_map = brightness(inputs)
@@ -59,7 +59,7 @@ def test_tiles_show_the_image_at_its_own_resolution_without_seams():
 
 @pytest.mark.parametrize("resize_by", ["square", "crop", "pad"])
 @pytest.mark.parametrize("size", [(12, 200), (200, 20), (31, 49), (33, 47), (70, 100)])
-def test_tiles_leave_nothing_of_the_image_out(resize_by, size):
+def test_tiles_cover_the_image(resize_by, size):
     inputs = inputs_of(np.zeros((*size, 3), np.uint8), resize_by, tile=True)
     seen = np.zeros(size, bool)
     for part in inputs.parts:
@@ -67,7 +67,7 @@ def test_tiles_leave_nothing_of_the_image_out(resize_by, size):
     assert seen.all()
 
 
-def test_what_is_not_larger_than_the_input_is_not_cut():
+def test_an_image_not_larger_than_the_input_is_not_tiled():
     assert len(inputs_of(np.zeros((32, 48, 3), np.uint8), tile=True).where) == 1
     # One side is larger: tiles are as high as the image.
     inputs = inputs_of(np.zeros((20, 100, 3), np.uint8), tile=True)
@@ -75,7 +75,7 @@ def test_what_is_not_larger_than_the_input_is_not_cut():
     assert all(rows == slice(0, 20) for rows, _ in inputs.where)
 
 
-def test_the_score_is_the_highest_of_a_part_and_the_log_likelihood_the_mean():
+def test_the_score_is_the_maximum_and_the_log_likelihood_the_mean_of_the_parts():
     inputs = inputs_of(np.zeros((32, 100, 3), np.uint8), tile=True)
     parts = list(inputs.parts)
     assert len(parts) == 3

@@ -1,4 +1,4 @@
-"""Choosing a data set, and what that imports."""
+"""Selection of data sets, and the modules that it imports."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ print([name for name in sys.argv[1:] if name in sys.modules])
         ("elpv", ["tensorflow", "torch"]),
     ],
 )
-def test_opening_imports_no_more_than_it_needs(name, heavy):
+def test_opening_imports_only_what_it_needs(name, heavy):
     program = IMPORTED.replace("NAME", repr(name))
     command = [sys.executable, "-W", "error", "-c", program, *heavy]
     run = subprocess.run(command, capture_output=True, text=True, check=False)

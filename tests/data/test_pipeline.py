@@ -1,4 +1,4 @@
-"""Batches: order, sizes, values, and what happens to errors."""
+"""Batches: order, shapes, values and errors."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
 
 
 def make_source(n, *, masks=True, broken=(), delay=0.0):
-    """Image i is of grey level i and another size than its neighbours."""
+    """Source whose image i has grey level i and another size than its neighbours."""
 
     def load(index):
         time.sleep(delay * (n - index))
@@ -34,7 +34,7 @@ def read(source, **options):
     return batches(source, **(defaults | options))
 
 
-def test_batches_hold_every_example_once_and_in_order():
+def test_batches_have_every_example_once_and_in_order():
     read_batches = list(read(make_source(10)))
     assert [len(batch.image) for batch in read_batches] == [4, 4, 2]
     for batch in read_batches:
@@ -51,8 +51,8 @@ def test_batches_hold_every_example_once_and_in_order():
     np.testing.assert_array_equal(indices, np.arange(10))
 
 
-def picture(index=0):
-    """A wide image, 20 x 40, whose mask is its right half."""
+def wide_image(index=0):
+    """Source of one image, 20 x 40, whose mask is its right half."""
     rows, columns = np.mgrid[:20, :40]
     mask = columns >= 20
     return Source(
@@ -62,8 +62,8 @@ def picture(index=0):
     )
 
 
-def test_padding_is_zero_to_the_backbone_and_not_valid():
-    (batch,) = read(picture(), image_size=(16, 16), resize_by="pad")
+def test_padding_is_zero_and_not_valid():
+    (batch,) = read(wide_image(), image_size=(16, 16), resize_by="pad")
     inside = np.zeros((16, 16), bool)
     inside[4:12] = True
     np.testing.assert_array_equal(batch.valid[0], inside)
@@ -73,18 +73,20 @@ def test_padding_is_zero_to_the_backbone_and_not_valid():
     assert batch.mask.sum() == 8 * 8
 
 
-def test_a_crop_shows_the_middle_of_the_image_and_of_its_mask():
-    (batch,) = read(picture(), image_size=(20, 20), resize_by="crop", mean=(0, 0, 0), std=(1, 1, 1))
+def test_crop_keeps_the_centre_of_image_and_mask():
+    (batch,) = read(
+        wide_image(), image_size=(20, 20), resize_by="crop", mean=(0, 0, 0), std=(1, 1, 1)
+    )
     assert batch.valid is None
-    image, mask = picture().load(0)
+    image, mask = wide_image().load(0)
     np.testing.assert_allclose(batch.image[0] * 255, image[:, 10:30], atol=1e-4)
     np.testing.assert_array_equal(batch.mask[0], mask[:, 10:30])
 
 
-def test_the_protocol_of_masks_is_followed():
-    masks = [next(read(picture(), image_size=(5, 7), mask_resize=m)).mask for m in MASK_RESIZES]
+def test_masks_are_resized_by_the_given_method():
+    masks = [next(read(wide_image(), image_size=(5, 7), mask_resize=m)).mask for m in MASK_RESIZES]
     for mask, how in zip(masks, MASK_RESIZES, strict=True):
-        np.testing.assert_array_equal(mask[0], resize_mask(picture().load(0)[1], (5, 7), how))
+        np.testing.assert_array_equal(mask[0], resize_mask(wide_image().load(0)[1], (5, 7), how))
     assert masks[1].sum() < masks[0].sum()
 
 
@@ -94,8 +96,8 @@ def test_indices_are_read_in_their_order(indices):
     assert read_indices == list(indices)
 
 
-def test_the_order_does_not_hang_on_the_threads():
-    # Late images are quick to load here, early ones slow.
+def test_the_order_does_not_depend_on_the_threads():
+    # Later images load faster.
     source = make_source(12, delay=0.002)
     indices = np.concatenate([batch.index for batch in read(source)])
     np.testing.assert_array_equal(indices, np.arange(12))
@@ -105,7 +107,7 @@ def test_a_source_without_masks():
     assert all(batch.mask is None for batch in read(make_source(5, masks=False)))
 
 
-def test_an_error_is_raised_as_it_is_when_its_batch_is_due():
+def test_an_error_is_raised_unchanged_with_its_batch():
     reading = read(make_source(12, broken=[6]))
     np.testing.assert_array_equal(next(reading).index, range(4))
     with pytest.raises(InputError) as error:
@@ -126,12 +128,12 @@ def test_images_are_decoded_ahead_of_their_use():
     deadline = time.monotonic() + 5
     while len(loaded) < 12 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(loaded) >= 12, "the first batch has 4 images, and two more are decoded meanwhile"
-    assert len(loaded) < 40, "but not the whole source"
+    assert len(loaded) >= 12, "the first batch has 4 images, and two more must be decoded ahead"
+    assert len(loaded) < 40, "must not decode the whole source"
     reading.close()
 
 
-def test_threads_end_with_the_reading():
+def test_threads_end_with_the_iteration():
     before = set(threading.enumerate())
     assert len(list(read(make_source(40)))) == 10
     with pytest.raises(InputError):

@@ -1,4 +1,4 @@
-"""The profile of training images, and in what new ones differ from it."""
+"""Profile of training images, and differences of new images from it."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def differences(known, path):
     return {field: sentence.split(",")[0] for field, sentence in found.items()}
 
 
-def test_images_like_those_of_training_do_not_differ(write):
+def test_images_like_the_training_images_do_not_differ(write):
     known = profile(write("a.png"), write("b.png"))
     assert not differences(known, write("c.png"))
     assert not differences(profile(write("a.jpg", quality=75)), write("b.jpg", quality=78))
@@ -50,7 +50,7 @@ def test_another_format_quality_size_depth_or_colour_is_a_difference(write, tmp_
     assert differences(known, write("d.png", size=(40, 60))) == {"size": "has 60 x 40 pixels"}
     assert differences(known, write("e.png", grey=False)) == {"colour": "has colours"}
     Image.fromarray(np.full((20, 30), 9000, np.uint16)).save(tmp_path / "f.png")
-    assert differences(known, tmp_path / "f.png") == {"depth": "has 16 bits a channel"}
+    assert differences(known, tmp_path / "f.png") == {"depth": "has 16 bits per channel"}
     known = profile(write("a.jpg", quality=95, grey=False))
     assert differences(known, write("b.jpg", quality=75)) == {
         "quality": "is JPEG of quality 75",
@@ -58,7 +58,7 @@ def test_another_format_quality_size_depth_or_colour_is_a_difference(write, tmp_
     }
 
 
-def test_images_of_several_sizes_leave_room_around_them(write):
+def test_sizes_close_to_several_training_sizes_do_not_differ(write):
     known = profile(write("a.png", (20, 30)), write("b.png", (40, 50)))
     assert not differences(known, write("c.png", (49, 25)))
     assert "size" in differences(known, write("d.png", (51, 40)))
@@ -77,6 +77,6 @@ def test_of_arrays_only_size_and_colour_are_known(write):
     assert set(differences(known, write("b.png", (9, 9), grey=False))) == {"size", "colour"}
 
 
-def test_it_survives_json(write):
+def test_json_round_trip(write):
     known = profile(write("a.jpg", quality=75), write("b.png"))
     assert Profile.from_plain(json.loads(json.dumps(dataclasses.asdict(known)))) == known

@@ -1,4 +1,4 @@
-"""Painted defects: exact masks, halves that do not meet, the same from the same seed."""
+"""Painted defects: exact masks, disjoint crops, determined by the seed."""
 
 import importlib.util
 
@@ -46,7 +46,7 @@ def test_masks_are_exact(defect, seed):
 
 
 @needs_textures
-def test_the_seed_decides_all():
+def test_images_are_determined_by_the_seed():
     small = {"side": 32, "train": 3, "good": 2, "defective": 3}
 
     def read(seed):
@@ -71,12 +71,12 @@ def test_training_and_test_crops_share_no_pixel(monkeypatch):
     assert min(example.image.min() for example in dataset.test) >= 128
 
 
-def test_a_texture_that_does_not_exist(data_config):
+def test_an_unknown_texture(data_config):
     with pytest.raises(InputError, match=r"data.category is 'bricks'.*brick, grass, gravel"):
         open_dataset(data_config("synthetic", category="bricks"))
 
 
-def test_scikit_image_is_not_installed(data_config, monkeypatch):
+def test_missing_scikit_image(data_config, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install scikit-image"):
         open_dataset(data_config("synthetic", category="brick"))

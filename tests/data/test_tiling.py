@@ -1,4 +1,4 @@
-"""Tiles cover an image, and their maps come together without seams."""
+"""Tiles cover an image, and their maps are blended without seams."""
 
 import tracemalloc
 
@@ -43,7 +43,7 @@ def test_tiles_have_one_size_overlap_and_cover_the_image(size, tile):
         assert (count > 1).mean() > 0.1
 
 
-def test_maps_that_differ_fade_into_each_other():
+def test_different_maps_are_blended_gradually():
     where = tiling.places((10, 70), (10, 40))
     assert len(where) == 2
     blended = blend([np.zeros((10, 40)), np.ones((10, 40))], where, (10, 70))
@@ -56,7 +56,7 @@ def test_maps_that_differ_fade_into_each_other():
 
 @settings(deadline=None)
 @given(sides, st.tuples(st.integers(1, 40), st.integers(1, 40)), st.integers(0, 99))
-def test_maps_are_blended_as_by_the_definition_in_float64(size, tile, seed):
+def test_blending_equals_its_definition_in_float64(size, tile, seed):
     where = tiling.places(size, tile)
     rng = np.random.default_rng(seed)
     maps = [rng.uniform(1, 100, np.minimum(size, tile)).astype(np.float32) for _ in where]
@@ -71,7 +71,7 @@ def test_maps_are_blended_as_by_the_definition_in_float64(size, tile, seed):
     np.testing.assert_allclose(blended, total / weights, rtol=1e-6)
 
 
-def test_many_tiles_take_the_memory_of_the_image_and_of_one_tile():
+def test_memory_does_not_depend_on_the_number_of_tiles():
     size = (4000, 500)
     where = tiling.places(size, (250, 250))
     tile_map = np.ones((250, 250), np.float32)

@@ -1,4 +1,4 @@
-"""Decoding, resizing and normalising against Pillow's files, numpy and torchvision."""
+"""Decoding, resizing and normalisation, compared with Pillow, numpy and torchvision."""
 
 import importlib.util
 import io
@@ -41,7 +41,7 @@ def encode(image, kind="PNG", **options):
 
 
 def png(bit_depth, colour_type, rows, *chunks):
-    """A PNG by hand, for what Pillow does not write."""
+    """PNG file of a kind that Pillow does not write."""
 
     def chunk(kind, content):
         crc = zlib.crc32(kind + content)
@@ -70,7 +70,7 @@ def tiff12(values):
 
 
 def grey_tiff(size, bits, photometric, pixels):
-    """A TIFF by hand, for what Pillow does not write."""
+    """TIFF file of a kind that Pillow does not write."""
     height, width = size
     short, long = 3, 4
     tags = [
@@ -185,7 +185,7 @@ TURNED = {
 
 @pytest.mark.parametrize("orientation", TURNED)
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
-def test_exif_orientation_is_undone(orientation, kind, tmp_path):
+def test_exif_orientation_is_applied(orientation, kind, tmp_path):
     blocks = np.kron(COLOUR[:2, :3], np.ones((16, 16, 1), np.uint8))  # [32, 48, 3]
     exif = Image.Exif()
     exif[274] = orientation
@@ -205,7 +205,7 @@ def test_exif_orientation_is_undone(orientation, kind, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16"])
-def test_a_turned_tiff_is_the_same_opened_or_read(mode, tmp_path):
+def test_a_rotated_tiff_is_the_same_from_file_or_pillow(mode, tmp_path):
     image = Image.fromarray(GREY16) if mode == "I;16" else Image.fromarray(COLOUR).convert(mode)
     path = tmp_path / "turned.tif"
     image.save(path, tiffinfo={274: 6})
@@ -215,7 +215,7 @@ def test_a_turned_tiff_is_the_same_opened_or_read(mode, tmp_path):
         np.testing.assert_array_equal(convert_image(opened), expected)
 
 
-def test_an_orientation_in_the_xmp_of_a_png_is_seen_by_its_header(tmp_path):
+def test_the_header_finds_an_orientation_in_the_xmp_of_a_png(tmp_path):
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     text = b"XML:com.adobe.xmp" + bytes(5) + xmp
     path = tmp_path / "turned.png"
@@ -224,11 +224,11 @@ def test_an_orientation_in_the_xmp_of_a_png_is_seen_by_its_header(tmp_path):
     assert read_header(path).size == (7, 5)
 
 
-def test_16_bits_plane_by_plane_are_refused():
+def test_planar_16_bit_channels_are_refused():
     with Image.open(io.BytesIO(encode(Image.fromarray(COLOUR), "TIFF"))) as image:
         image.load()
         image.tag_v2[258], image.tag_v2[284] = (16, 16, 16), 2
-        with pytest.raises(InputError, match=r"planes\.tif has a plane for each channel"):
+        with pytest.raises(InputError, match=r"planes\.tif has planar channels"):
             convert_image(image, "planes.tif")
 
 
@@ -257,13 +257,13 @@ MASKS = {
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_decode_mask_finds_what_is_not_black(kind):
+def test_decode_mask_marks_pixels_that_are_not_black(kind):
     mask = decode_mask(MASKS[kind])
     assert mask.dtype == bool
     np.testing.assert_array_equal(mask, DEFECTIVE)
 
 
-def test_decode_mask_is_not_fooled_by_jpeg_noise():
+def test_decode_mask_ignores_jpeg_noise():
     blocks = np.kron(DEFECTIVE, np.ones((21, 21), bool))
     data = encode(Image.fromarray(blocks * np.uint8(255)), "JPEG", quality=30)
     noisy = np.asarray(Image.open(io.BytesIO(data)))
@@ -303,7 +303,7 @@ def iou(mask, truth):
 
 
 def passed_through(mask, kind, **options):
-    """The mask in a lossy format, saved again as PNG."""
+    """Returns the mask as PNG, after saving it in a lossy format."""
     lossy = Image.open(io.BytesIO(encode(mask, kind, **options)))
     return encode(lossy.convert("RGB" if mask.mode == "RGB" else "L"))
 
@@ -321,7 +321,7 @@ LOSSY = {
 
 
 @pytest.mark.parametrize("kind", LOSSY)
-def test_decode_mask_leaves_out_the_halo_of_lossy_formats(kind):
+def test_decode_mask_cuts_the_halo_of_lossy_formats(kind):
     format, options = LOSSY[kind]
     truth, cut = np.asarray(DEFECTS) > 0, []
     again = passed_through(DEFECTS, format, **options)
@@ -335,7 +335,7 @@ def test_decode_mask_leaves_out_the_halo_of_lossy_formats(kind):
 
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("factor", [0.4, 1.5, 3])
-def test_decode_mask_leaves_out_the_halo_of_resizing(factor, bits):
+def test_decode_mask_cuts_the_halo_of_resizing(factor, bits):
     size = (round(320 * factor), round(240 * factor))
     resized = DEFECTS.resize(size, Image.Resampling.BICUBIC)
     truth = np.asarray(resized) > 127
@@ -356,7 +356,7 @@ def test_decode_mask_cuts_antialiased_masks_of_any_mode(kind):
     np.testing.assert_array_equal(decode_mask(data), soft >= 127)
 
 
-def test_a_thin_antialiased_line_stays_whole():
+def test_a_thin_antialiased_line_stays_connected():
     large = drawn([("line", (100, 90, 1700, 1400), 255)], size=(1500, 2000))
     soft = np.asarray(large.resize((200, 150)))
     assert 0 < soft.max() < 127, "a line this faint is not cut"
@@ -404,12 +404,12 @@ def test_colours_of_classes_are_defective_before_and_after_a_lossy_format(lossy)
 
 def test_a_truncated_image_is_named():
     data = encode(Image.fromarray(np.tile(GREY, (9, 9))), "JPEG")
-    with pytest.raises(InputError, match=r"^a/b\.jpg is broken .*truncated.*replace or remove it"):
+    with pytest.raises(InputError, match=r"^a/b\.jpg is broken .*truncated.*Replace or remove it"):
         decode_image(data[:-200], "a/b.jpg")
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"\x89PNG\r\n\x1a\n"])
-def test_what_is_no_image_is_named(data):
+def test_a_file_that_is_not_an_image_is_named(data):
     with pytest.raises(InputError, match=r"^a/b\.png is not an image that Pillow can read"):
         decode_image(data, "a/b.png")
 
@@ -417,8 +417,8 @@ def test_what_is_no_image_is_named(data):
 @pytest.mark.parametrize(
     ("array", "kind"), [(GREY.astype(np.float32), "floats"), (GREY.astype(np.int32), "32-bit")]
 )
-def test_values_without_a_white_are_refused(array, kind):
-    with pytest.raises(InputError, match=rf"^x\.tif holds {kind}.*save it with 8 or 16"):
+def test_values_without_a_known_white_level_are_refused(array, kind):
+    with pytest.raises(InputError, match=rf"^x\.tif has {kind}.*Save it with 8 or 16"):
         decode_image(encode(Image.fromarray(array), "TIFF"), "x.tif")
 
 
@@ -426,12 +426,12 @@ def test_values_without_a_white_are_refused(array, kind):
 def test_a_decompression_bomb_is_named_with_its_size(limit, monkeypatch):
     data = encode(Image.fromarray(COLOUR))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(InputError, match=r"^big\.png is too large: .*Scale it down"):
+    with pytest.raises(InputError, match=r"^big\.png is too large: .*Resize it"):
         decode_image(data, "big.png")
 
 
 @pytest.mark.filterwarnings("default")
-def test_a_large_image_is_refused_where_pillow_only_warns(monkeypatch):
+def test_a_large_image_is_refused_when_pillow_only_warns(monkeypatch):
     data = encode(Image.fromarray(COLOUR))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 34)
     with (
@@ -442,7 +442,7 @@ def test_a_large_image_is_refused_where_pillow_only_warns(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
-def test_check_image_finds_what_is_cut_off(kind):
+def test_check_image_finds_truncated_files(kind):
     data = encode(Image.fromarray(np.tile(COLOUR, (9, 9, 1))), kind)
     check_image(data, "whole")
     with pytest.raises(InputError, match=r"^cut off is "):
@@ -457,7 +457,7 @@ def test_check_image_finds_damaged_pixels():
 
 
 def bilinear(image, size):
-    """Antialiased bilinear resizing in float64: a triangle as wide as the scale asks for."""
+    """Antialiased bilinear resizing in float64, by a triangle as wide as the scale factor."""
     for axis, n in enumerate(size):
         scale = image.shape[axis] / n
         support = max(scale, 1.0)
@@ -481,7 +481,7 @@ def test_resize_is_antialiased_bilinear_within_a_grey_level(size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_resize_is_torchvision(size, torchvision):
+def test_resize_equals_torchvision(size, torchvision):
     image = RNG.integers(0, 256, (40, 57, 3), np.uint8)
     mask = image[..., 0] > 128
     modes = torchvision.transforms.InterpolationMode
@@ -492,8 +492,8 @@ def test_resize_is_torchvision(size, torchvision):
 
 
 @pytest.mark.parametrize("size", [*SIZES, (40, 57)])
-def test_floor_and_threshold_are_torchvision_and_its_tensors_cut(size, torchvision):
-    """As the PyTorch code has them: resized like an image, then astype(int) or a comparison."""
+def test_floor_and_threshold_equal_torchvision(size, torchvision):
+    """As in the PyTorch code: resized like an image, then astype(int) or a comparison."""
     mask = np.kron(RNG.random((5, 7)) > 0.5, np.ones((8, 8), bool))[:, :-1]
     transforms = torchvision.transforms
     resize_and_scale = transforms.Compose([transforms.Resize(size), transforms.ToTensor()])
@@ -502,7 +502,7 @@ def test_floor_and_threshold_are_torchvision_and_its_tensors_cut(size, torchvisi
     np.testing.assert_array_equal(resize_mask(mask, size, "threshold"), shares >= 0.5)
 
 
-def test_floor_takes_the_edges_off_and_threshold_keeps_the_area():
+def test_floor_erodes_and_threshold_keeps_the_area():
     mask = np.zeros((90, 90), bool)
     mask[20:53, 20:53] = True
     floor, threshold = (resize_mask(mask, (30, 30), how) for how in ("floor", "threshold"))
@@ -514,7 +514,7 @@ def test_floor_takes_the_edges_off_and_threshold_keeps_the_area():
 
 @pytest.mark.parametrize("side", [8, 23, 61])
 @pytest.mark.parametrize("size", [(40, 57), (57, 40), (40, 40), (7, 300), (61, 62)])
-def test_crop_is_torchvision(size, side, torchvision):
+def test_crop_equals_torchvision(size, side, torchvision):
     image = RNG.integers(0, 256, (*size, 3), np.uint8)
     transforms = torchvision.transforms
     theirs = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(side)])
@@ -561,7 +561,7 @@ def torchvision():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_resize_mask_takes_the_nearest_centre(size):
+def test_resize_mask_takes_the_nearest_pixel(size):
     mask = RNG.random((40, 57)) > 0.5
     rows, columns = (
         ((np.arange(n) + 0.5) * old / n).astype(int)

@@ -1,1 +1,1 @@
-"""Data sets that tfds prepares: MVTec AD, BTAD, ELPV and CIFAR-10."""
+"""Data sets prepared by tfds: MVTec AD, BTAD, ELPV and CIFAR-10."""

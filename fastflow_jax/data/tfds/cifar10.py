@@ -1,27 +1,34 @@
-"""CIFAR-10, one class against the rest: each class in turn is normal, all others are defects.
+"""CIFAR-10, one class against the rest: one class is normal, all others are defects.
 
 Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009). 60,000 colour images of
 32 x 32 pixels in ten classes. The one-class protocol trains on the 5,000 training images of the
 normal class and tests on all 10,000 test images.
 
-Three forms are read: the official archives (of the python or the binary version, packed or not),
-from which the set is prepared as tfds's own catalogue has it; such a copy prepared by others, in
-array_record; and folders of image files, train/<class>/* and test/<class>/*, read where they lie.
+Three forms are read: the official archives (python or binary version, packed or unpacked), prepared
+as in the tfds catalogue; a prepared copy of that set, in array_record; and directories of image
+files, train/<class>/* and test/<class>/*, read in place.
 """
 
 import functools
 import io
 import pickle
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from fastflow_jax.data.dataset import GOOD, Dataset, Source, check_choice, check_counts
+from fastflow_jax.data.dataset import (
+    GOOD,
+    DataConfig,
+    Dataset,
+    Source,
+    check_choice,
+    check_counts,
+)
 from fastflow_jax.data.layout import list_subfolders
 from fastflow_jax.data.tfds import manual, prepared
 from fastflow_jax.data.transforms import decode_image, read_file
@@ -29,16 +36,8 @@ from fastflow_jax.errors import InputError
 from fastflow_jax.files import expanded
 
 CATEGORIES = (  # in the order of the official labels
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
 )
 COUNTS = (50_000, 10_000)  # training images, test images
 
@@ -47,15 +46,15 @@ _ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
 _BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 _DOWNLOAD = (
     f"Download {_ARCHIVES[0]} (170 MB; no licence is named, cite Krizhevsky 2009) from the "
-    f"University of Toronto, {_HOMEPAGE}, and put it there; or set data.root to the folder that "
-    "holds it, or to folders of image files, train/<class>/* and test/<class>/*."
+    f"University of Toronto, {_HOMEPAGE}, and put it there; or set data.root to its directory, or "
+    "to directories of image files, train/<class>/* and test/<class>/*."
 )
 
 
 class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """The set of tfds's catalogue under its name and version, prepared without TensorFlow.
+    """The set of the tfds catalogue, by name and version, prepared without TensorFlow.
 
-    `<manual_dir>` holds an official archive or its content.
+    `<manual_dir>` contains an official archive or its content.
     """
 
     VERSION = tfds.core.Version("3.0.2")
@@ -79,7 +78,9 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager):
-        batches = _read_batches(_find_batches(Path(dl_manager.manual_dir)))
+        found = _find_batches(Path(dl_manager.manual_dir))
+        assert found is not None  # checked by `_find_raw`
+        batches = _read_batches(found)
         return {
             split: self._generate_examples(split, [batches[name] for name in names])
             for split, names in _BATCHES.items()
@@ -89,34 +90,34 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
         title = f"preparing cifar10 ({split})"
         for i, image in enumerate(tqdm(images, desc=title, unit="image", delay=1)):
-            picture = Image.fromarray(image)  # tfds encodes arrays with TensorFlow
-            yield i, {"id": f"{split}_{i:05}", "image": picture, "label": int(labels[i])}
+            pillow = Image.fromarray(image)  # tfds would encode an array with TensorFlow
+            yield i, {"id": f"{split}_{i:05}", "image": pillow, "label": int(labels[i])}
 
 
-def open_dataset(config: ConfigDict) -> Dataset:
+def open_dataset(config: DataConfig) -> Dataset:
     """Opens CIFAR-10 with the class `config.category` as the normal one.
 
-    The official archive lies in `config.root` or in `downloads/manual/cifar10` of the data
-    directory; or `config.root` holds folders of image files.
+    The official archive is in `config.root` or in `downloads/manual/cifar10` of the data directory;
+    or `config.root` has directories of image files.
 
     Raises:
-        InputError: no such class, no such data, or something in it is not as it should be.
+        InputError: an unknown class, or missing or invalid data.
     """
-    check_choice("data.category", config.category, CATEGORIES)
-    return one_class(open_classes(config), config.category)
+    category = check_choice("data.category", config.category, CATEGORIES)
+    return one_class(open_classes(config), category)
 
 
-def opener(config: ConfigDict) -> Callable[[str], Dataset]:
-    """A function from class to data set; the images are opened once, and all classes share them."""
+def opener(config: DataConfig) -> Callable[[str], Dataset]:
+    """Returns a function from class to data set. All classes share images that are opened once."""
     classes = functools.cache(functools.partial(open_classes, config))
     return lambda category: one_class(classes(), category)
 
 
-def open_classes(config: ConfigDict) -> Dataset:
-    """All training and all test images; the class of each stands in the place of its defect.
+def open_classes(config: DataConfig) -> Dataset:
+    """Opens all training and test images; the defect of an image is its class.
 
     Raises:
-        InputError: as `open_dataset`.
+        InputError: missing or invalid data.
     """
     root = None if config.root is None else expanded(config.root)
     if root is not None and (root / "train").is_dir() and (root / "test").is_dir():
@@ -137,14 +138,13 @@ def open_classes(config: ConfigDict) -> Dataset:
 
 
 def one_class(classes: Dataset, category: str) -> Dataset:
-    """The data set in which one class is normal, of all classes as `open_classes` gives them.
+    """Returns the data set with one normal class, from `open_classes`.
 
-    Its training images are those of the class and its test images are all, in the order of
-    `classes`.
+    The training images are those of the class, the test images are all, in the order of `classes`.
     """
     train, test = classes.train, classes.test
+    assert test is not None
     chosen = np.flatnonzero([name == category for name in train.defects])
-    provenance = classes.provenance | {"category": category, "train_images": len(chosen)}
     return Dataset(
         "cifar10",
         Source(
@@ -159,7 +159,7 @@ def one_class(classes: Dataset, category: str) -> Dataset:
             test.load,
             part_of=(test, slice(None)),
         ),
-        provenance,
+        classes.provenance | {"category": category, "train_images": len(chosen)},
     )
 
 
@@ -167,8 +167,8 @@ def _source_of_files(folder: Path) -> Source:
     by_class = list_subfolders(folder)
     if set(by_class) != set(CATEGORIES):
         raise InputError(
-            f"{folder} must hold one folder a class ({', '.join(CATEGORIES)}); "
-            f"it holds {', '.join(by_class)}."
+            f"{folder} must have one directory per class ({', '.join(CATEGORIES)}), but it has "
+            f"{', '.join(by_class)}. Rename or remove the others."
         )
     files = [(name, path) for name in CATEGORIES for path in by_class[name]]
 
@@ -182,7 +182,9 @@ def _source_of_files(folder: Path) -> Source:
 
 def _source(builder: tfds.core.DatasetBuilder, split: str) -> Source:
     data, rest = prepared.read(builder, split)
-    order = sorted(range(len(rest)), key=lambda i: rest[i]["id"])  # tfds itself shuffles
+    order = sorted(
+        range(len(rest)), key=lambda i: rest[i]["id"]
+    )  # copies prepared by tfds itself are shuffled
     classes = tuple(CATEGORIES[rest[i]["label"]] for i in order)
     names = tuple(f"{classes[k]}/{rest[i]['id'].decode()}" for k, i in enumerate(order))
 
@@ -192,7 +194,7 @@ def _source(builder: tfds.core.DatasetBuilder, split: str) -> Source:
     return Source(names, classes, load)
 
 
-def _find_raw(config: ConfigDict) -> prepared.Raw:
+def _find_raw(config: DataConfig) -> prepared.Raw:
     folder = manual.manual_dir(config)
     if _find_batches(folder) is None:
         raise InputError(f"cifar10 is not in {folder}. {_DOWNLOAD}")
@@ -200,7 +202,7 @@ def _find_raw(config: ConfigDict) -> prepared.Raw:
 
 
 def _find_batches(folder: Path) -> Path | None:
-    """An official archive in `folder`, or the folder with its content."""
+    """An official archive in `folder`, or the directory with its content."""
     for inner in (folder, folder / "cifar-10-batches-py", folder / "cifar-10-batches-bin"):
         if (inner / "test_batch").is_file() or (inner / "test_batch.bin").is_file():
             return inner
@@ -208,15 +210,16 @@ def _find_batches(folder: Path) -> Path | None:
 
 
 def _read_batches(source: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images uint8 [N, 32, 32, 3] and labels [N] of each batch of an archive or a folder."""
+    """Images, uint8 [N, 32, 32, 3], and labels, int64 [N], by name of the batch."""
     if source.is_dir():
         files = {path.name: read_file(path) for path in source.iterdir() if path.is_file()}
     else:
         with manual.open_archive(source) as archive:
+            assert isinstance(archive, tarfile.TarFile)
             files = {
-                Path(member.name).name: archive.extractfile(member).read()
+                Path(member.name).name: file.read()
                 for member in archive
-                if member.isfile()
+                if member.isfile() and (file := archive.extractfile(member))
             }
     batches = {}
     for name in (name for names in _BATCHES.values() for name in names):
@@ -225,13 +228,13 @@ def _read_batches(source: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         elif f"{name}.bin" in files:
             parse, data = _parse_binary, files[f"{name}.bin"]
         else:
-            raise InputError(f"{source} lacks {name}: download it once more.")
+            raise InputError(f"{source} has no {name}. Download it again.")
         try:
             images, labels = parse(data)
             images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
             batches[name] = images, np.asarray(labels, np.int64).reshape(len(images))
-        except Exception as error:  # unpickling raises almost anything
-            raise InputError(f"{name} of {source} is damaged: download it once more.") from error
+        except Exception as error:  # unpickling raises many types
+            raise InputError(f"{name} of {source} is damaged. Download it again.") from error
     return batches
 
 
@@ -246,7 +249,7 @@ def _parse_python(data: bytes) -> tuple[np.ndarray, Sequence[int]]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads numbers, text and arrays, and calls nothing else that a file may name."""
+    """Unpickler that loads only numbers, text and arrays."""
 
     _ALLOWED = {  # noqa: RUF012
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
@@ -258,4 +261,4 @@ class _ArrayUnpickler(pickle.Unpickler):
         try:
             return self._ALLOWED[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of an array") from None
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed") from None

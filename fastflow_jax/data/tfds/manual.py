@@ -1,4 +1,4 @@
-"""Data sets that users download by hand: found packed or unpacked, and unpacked where needed."""
+"""Data sets that users download by hand, packed or unpacked."""
 
 import contextlib
 import gzip
@@ -8,13 +8,14 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, cast
 
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fastflow_jax.data.tfds.prepared import Raw, data_dir
+from fastflow_jax.data.dataset import DataConfig
+from fastflow_jax.data.tfds.prepared import Builder, Raw, data_dir
 from fastflow_jax.errors import InputError
 from fastflow_jax.files import expanded, lock
 
@@ -26,74 +27,76 @@ _DAMAGE = (
 )
 
 
-def manual_dir(config: ConfigDict) -> Path:
-    """Where raw files are looked for: `config.root`, else downloads/manual/<name> in `data_dir`."""
+def manual_dir(config: DataConfig) -> Path:
+    """Returns the directory of raw files: `config.root`, or downloads/manual/<name> by default."""
     if config.root is not None:
         return expanded(config.root).resolve()
     return (data_dir(config) / "downloads/manual" / config.name).resolve()
 
 
-def find_raw(config: ConfigDict, archives: Sequence[str], download: str) -> Raw:
-    """The folder of `config.category`, in the manual folder or one level deeper.
+def finder(builder_class: type[Builder], *archives: str) -> Callable[[DataConfig], Raw]:
+    """Returns a function that finds the directory of `config.category`, unpacked if needed.
 
-    Of the archives that are there the first one is unpacked if the category is missing.
+    The directory is in `manual_dir` or one level deeper.
 
     Args:
-        config: `config.data`.
-        archives: names of files that may hold the category.
-        download: what to download, for the message.
+        builder_class: its `MANUAL_DOWNLOAD_INSTRUCTIONS` are part of the error message.
+        archives: names of archives that may contain the category; the first one present is used.
 
-    Raises:
-        InputError: it is not there, an archive is damaged, or there is no room to unpack it.
+    Returns:
+        A function that raises an InputError if the category is missing, an archive is damaged, or
+        the disk is full.
     """
-    folder = manual_dir(config)
-    found = _find_category(folder, config.category)
-    present = [folder / archive for archive in archives if (folder / archive).is_file()]
-    if found is None and present:
-        target = _target(present[0])
-        if target.exists():
-            raise InputError(
-                f"{target} lacks {config.category}: remove it, and {present[0]} is unpacked anew."
-            )
-        unpack(present[0])
-        found = _find_category(folder, config.category)
-    if found is None:
-        raise InputError(f"{config.name} ({config.category}) is not in {folder}. {download}")
-    return Raw(found, str(folder))
+
+    def find_raw(config: DataConfig) -> Raw:
+        folder, category = manual_dir(config), config.category or ""
+        found = _find_category(folder, category)
+        present = [folder / archive for archive in archives if (folder / archive).is_file()]
+        if found is None and present:
+            if (target := _target(present[0])).exists():
+                raise InputError(
+                    f"{target} has no {category}. Remove it to unpack {present[0]} again."
+                )
+            unpack(present[0])
+            found = _find_category(folder, category)
+        if found is None:
+            instructions = builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS
+            raise InputError(f"{config.name} ({category}) is not in {folder}. {instructions}")
+        return Raw(found, str(folder))
+
+    return find_raw
 
 
 def _find_category(folder: Path, category: str) -> Path | None:
-    for candidate in (folder, *sorted(folder.glob("*"))):
-        if (candidate / category / "train").is_dir():
-            return candidate / category
-    return None
+    candidates = (path / category for path in (folder, *sorted(folder.glob("*"))))
+    return next((path for path in candidates if (path / "train").is_dir()), None)
 
 
 def unpack(archive: Path) -> None:
-    """Unpacks a tar or zip file beside itself, into a folder of its name without extensions.
+    """Unpacks a tar or zip file next to it, into a directory of its name without extensions.
 
-    If the archive holds one folder only, this takes the name. The folder appears when it is whole.
-    Of several processes one unpacks at a time in a folder of archives.
+    A single top-level directory of the archive is renamed to that name. The directory appears only
+    when it is complete. Processes that unpack in the same directory wait for each other.
 
     Raises:
-        InputError: the archive is damaged, or there is no room.
+        InputError: the archive is damaged, or the disk is full.
     """
     folder, target = archive.parent, _target(archive)
 
-    def say_so():
+    def on_wait():
         tqdm.write(f"waiting for another process that unpacks in {folder}")
 
     try:
-        with lock(folder / _LOCK, on_wait=say_so) as is_alone:
-            if target.exists():  # another process was faster
+        with lock(folder / _LOCK, on_wait=on_wait) as is_locked:
+            if target.exists():  # unpacked by another process
                 return
-            for leftover in folder.glob(f"{_SCRATCH}*") if is_alone else ():
-                shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed
+            for leftover in folder.glob(f"{_SCRATCH}*") if is_locked else ():
+                shutil.rmtree(leftover, ignore_errors=True)  # of a killed process
             _unpack(archive, target)
     except OSError as error:
         raise InputError(
-            f"{archive} cannot be unpacked ({error}): make room there, "
-            "or unpack it elsewhere and set data.root to that folder."
+            f"{archive} cannot be unpacked ({error}). Free disk space there, or unpack it "
+            "elsewhere and set data.root to that directory."
         ) from error
 
 
@@ -110,7 +113,7 @@ def _unpack(archive: Path, target: Path) -> None:
         try:
             (inner[0] if is_wrapped else content).rename(target)
         except OSError:
-            if not target.is_dir():  # else another process was faster, where there are no locks
+            if not target.is_dir():  # unpacked by another process, on a file system without locks
                 raise
 
 
@@ -120,29 +123,31 @@ def _target(archive: Path) -> Path:
 
 @contextlib.contextmanager
 def open_archive(archive: Path) -> Iterator[tarfile.TarFile | zipfile.ZipFile]:
-    """A tar or zip file to be read once, from its start to its end, with its progress shown.
+    """Opens a tar or zip file for one sequential read, with a progress bar.
 
     Raises:
-        InputError: the archive is damaged, was cut off, or is packed in a way that is not known.
+        InputError: the archive is damaged, truncated, or compressed by an unknown method.
     """
     size = archive.stat().st_size
     title = f"unpacking {archive.name}"
     try:
         with (
             open(archive, "rb") as file,
-            tqdm.wrapattr(file, "read", size, desc=title, delay=1) as stream,
-            zipfile.ZipFile(stream)
-            if archive.suffix == ".zip"
-            else tarfile.open(fileobj=stream, mode="r:*") as packed,
+            tqdm.wrapattr(file, "read", size, desc=title, delay=1) as wrapped,
         ):
-            yield packed
-            if isinstance(packed, tarfile.TarFile):
-                # An archive cut off between two members looks like a shorter one to tarfile; only
-                # the end of the compressed stream, with its checksum, tells them apart.
-                while packed.fileobj.read(1 << 20):
+            stream = cast(IO[bytes], wrapped)
+            if archive.suffix == ".zip":
+                with zipfile.ZipFile(stream) as packed:
+                    yield packed
+                return
+            with tarfile.open(fileobj=stream, mode="r:*") as packed:
+                yield packed
+                # tarfile accepts an archive that was truncated between two members. Reading to the
+                # end of the compressed stream verifies its checksum.
+                while packed.fileobj is not None and packed.fileobj.read(1 << 20):
                     pass
     except _DAMAGE as error:
-        problem = " ".join(str(error).split())  # tarfile's messages may run over several lines
-        raise InputError(f"{archive} is damaged ({problem}): download it once more.") from error
-    except NotImplementedError as error:  # as zipfile says of ways to compress
-        raise InputError(f"{archive} cannot be unpacked here ({error}): do it by hand.") from error
+        problem = " ".join(str(error).split())  # messages of tarfile may have several lines
+        raise InputError(f"{archive} is damaged ({problem}). Download it again.") from error
+    except NotImplementedError as error:  # an unknown compression of zipfile
+        raise InputError(f"{archive} cannot be unpacked ({error}). Unpack it by hand.") from error

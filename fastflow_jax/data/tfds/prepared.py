@@ -1,101 +1,161 @@
-"""Data sets that tfds prepares once and keeps as array_record, without TensorFlow.
+"""Data sets that tfds prepares once and stores as array_record, without TensorFlow.
 
-A builder lists the files of its examples; the functions here are the rest of it: what a prepared
-example holds (`dataset_info`, `examples`), preparing (`prepare`) and reading (`source`).
+`Builder` is the base class of sets with categories; `open_category` prepares and opens one.
+`prepare` and `read` serve other builders too.
 """
 
+import abc
 import contextlib
 import functools
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from fastflow_jax.data.dataset import GOOD, Record, Source
+from fastflow_jax.data.dataset import (
+    GOOD,
+    DataConfig,
+    Dataset,
+    Record,
+    Source,
+    check_choice,
+    check_counts,
+)
 from fastflow_jax.data.formats import Header, header_of, open_image, read_header
+from fastflow_jax.data.layout import Splits
 from fastflow_jax.data.transforms import check_image, decode_image, decode_mask, read_file
 from fastflow_jax.errors import InputError
 from fastflow_jax.files import expanded, is_utf8
 
 
 class Raw(NamedTuple):
-    """Where the raw files of a data set lie."""
+    """Raw files of a data set."""
 
     folder: Path
-    source: str  # what provenance says of it
+    source: str  # recorded in the provenance
 
 
-def dataset_info(
-    builder: tfds.core.DatasetBuilder,
-    *,
-    masks: bool,
-    description: str,
-    homepage: str,
-    citation: str,
-) -> tfds.core.DatasetInfo:
-    """What a prepared data set holds, in the order of its files."""
-    features = {
-        "image": tfds.features.Image(shape=(None, None, 3)),
-        "label": tfds.features.ClassLabel(names=["good", "anomalous"]),
-        "defect": tfds.features.Text(),
-        "name": tfds.features.Text(),
-    }
-    if masks:
-        features["mask"] = tfds.features.Image(shape=(None, None, 1))
-    return tfds.core.DatasetInfo(
-        builder=builder,
-        description=description,
-        homepage=homepage,
-        citation=citation,
-        features=tfds.features.FeaturesDict(features),
-        supervised_keys=("image", "label"),
-        disable_shuffling=True,
-        metadata=tfds.core.MetadataDict(),
-    )
+def builder_configs(categories: Iterable[str]) -> list[tfds.core.BuilderConfig]:
+    """Returns a tfds configuration per category."""
+    return [tfds.core.BuilderConfig(name=name) for name in categories]
 
 
-def examples(
-    records: Sequence[Record], title: str, *, masks: bool
-) -> Iterator[tuple[int, dict[str, object]]]:
-    """What tfds writes: files byte for byte, each seen to be whole, blank masks where none is."""
-    for key, record in enumerate(tqdm(records, desc=f"preparing {title}", unit="image", delay=1)):
-        example = {
-            "image": _read_whole(record.image),
-            "label": int(record.defect != GOOD),
-            # Bytes of file names that are not UTF-8 are escaped.
-            "defect": record.defect.encode(errors="backslashreplace"),
-            "name": record.name.encode(errors="backslashreplace"),
+class Builder(tfds.core.GeneratorBasedBuilder):
+    """Base class of sets with categories, each with training and test images.
+
+    Image files are stored byte for byte, in the order of `splits`.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    DESCRIPTION = ""
+    HOMEPAGE = ""
+    CITATION = ""
+    LICENCE = ""
+    HAS_MASKS = True
+
+    @abc.abstractmethod
+    def splits(self, folder: Path) -> Splits:
+        """Returns the files of `category` below the directory of raw files."""
+
+    @property
+    def category(self) -> str:
+        """Name of the category."""
+        assert self.builder_config is not None
+        return self.builder_config.name
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features: dict[str, Any] = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=["good", "anomalous"]),
+            "defect": tfds.features.Text(),
+            "name": tfds.features.Text(),
         }
-        if masks:
-            mask = record.mask
-            example["mask"] = _read_whole(mask) if mask else _blank(read_header(record.image).size)
-        yield key, example
+        if self.HAS_MASKS:
+            features["mask"] = tfds.features.Image(shape=(None, None, 1))
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.DESCRIPTION,
+            homepage=self.HOMEPAGE,
+            citation=self.CITATION,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+            disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager):
+        splits = self.splits(Path(dl_manager.manual_dir))
+        return {name: self._generate_examples(records) for name, records in splits.items()}
+
+    def _generate_examples(self, records: Sequence[Record]) -> Iterator[tuple[int, dict]]:
+        title = f"preparing {self.name}/{self.category}"
+        for key, record in enumerate(tqdm(records, desc=title, unit="image", delay=1)):
+            example = {
+                "image": _read_checked(record.image),
+                "label": int(record.defect != GOOD),
+                # Bytes of file names that are not UTF-8 are escaped.
+                "defect": record.defect.encode(errors="backslashreplace"),
+                "name": record.name.encode(errors="backslashreplace"),
+            }
+            if self.HAS_MASKS:
+                example["mask"] = (
+                    _read_checked(record.mask)
+                    if record.mask
+                    else _blank_mask(read_header(record.image).size)
+                )
+            yield key, example
 
 
-def _read_whole(path: Path) -> bytes:
+def _read_checked(path: Path) -> bytes:
     data = read_file(path)
     check_image(data, str(path))
     return data
 
 
 @functools.lru_cache(maxsize=16)
-def _blank(size: tuple[int, int]) -> bytes:
-    height, width = size
-    file = io.BytesIO()
+def _blank_mask(size: tuple[int, int]) -> bytes:
+    """PNG file of (height, width) pixels, all 0."""
+    (height, width), file = size, io.BytesIO()
     Image.new("L", (width, height)).save(file, "PNG")
     return file.getvalue()
 
 
-def data_dir(config: ConfigDict) -> Path:
-    """Where prepared data sets live: `config.dir`, else TFDS_DATA_DIR, else tfds's default."""
+def open_category(
+    builder_class: type[Builder],
+    config: DataConfig,
+    find_raw: Callable[[DataConfig], Raw],
+    counts: Mapping[str, tuple[int, int]] | None = None,
+) -> Dataset:
+    """Opens the category `config.category`, after preparing it if needed.
+
+    Args:
+        builder_class: builder of the data set.
+        config: `config.data`.
+        find_raw: see `prepare`.
+        counts: official numbers of training and test images by category; others are a warning.
+
+    Raises:
+        InputError: an unknown category, or the errors of `prepare`.
+    """
+    names = [each.name for each in builder_class.BUILDER_CONFIGS]
+    category = check_choice("data.category", config.category, names)
+    builder = prepare(builder_class, category, config, find_raw)
+    train, test = source(builder, "train"), source(builder, "test")
+    if counts is not None:
+        check_counts(builder.info.full_name, (len(train), len(test)), counts[category])
+    labels = {"category": category, "licence": builder_class.LICENCE}
+    return Dataset(builder_class.name, train, test, provenance(builder) | labels)
+
+
+def data_dir(config: DataConfig) -> Path:
+    """Returns the directory of prepared sets: `config.dir`, TFDS_DATA_DIR or the tfds default."""
     folder = config.dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return expanded(folder)
 
@@ -103,107 +163,121 @@ def data_dir(config: ConfigDict) -> Path:
 def prepare(
     builder_class: type[tfds.core.GeneratorBasedBuilder],
     builder_config: str | None,
-    config: ConfigDict,
-    find_raw: Callable[[ConfigDict], Raw],
+    config: DataConfig,
+    find_raw: Callable[[DataConfig], Raw],
 ) -> tfds.core.DatasetBuilder:
-    """A builder whose data set is prepared, now if it was not yet.
+    """Returns a builder whose data set is prepared, after preparing it if needed.
 
-    tfds writes into a folder of another name and renames it when all is written, so that an
-    interrupted preparation is never taken for a whole one.
+    tfds writes to a temporary directory and renames it at the end, so that an interrupted
+    preparation is never mistaken for a complete one.
 
     Args:
-        builder_class: makes the builder.
-        builder_config: which of its configs, if it has any.
+        builder_class: builder of the data set.
+        builder_config: name of its configuration, or None if it has none.
         config: `config.data`.
-        find_raw: from `config.data` to the raw files; called only if they are needed.
+        find_raw: finds the raw files of `config.data`; called only if the set is not prepared yet.
 
     Raises:
-        InputError: no raw data, a broken image, no place to write or one that is not UTF-8, or data
-            of another root.
+        InputError: missing raw data, a broken image, a directory that cannot be written to or whose
+            name is not UTF-8, or a set that was prepared from another root.
     """
     folder = data_dir(config)
     if not is_utf8(folder):
         raise InputError(
-            f"{folder} is not UTF-8, as array_record needs it. Set data.dir to another directory."
+            f"{folder} is not UTF-8, as array_record requires. Set data.dir to another directory."
         )
 
-    def make_builder():
+    def make_builder() -> tfds.core.DatasetBuilder:
         try:
             return builder_class(data_dir=folder, config=builder_config)
-        except Exception as error:  # protobuf, json and tfds each raise their own
+        except Exception as error:  # protobuf, json and tfds raise their own types
             raise _damaged(folder / builder_class.name / (builder_config or ""), error) from error
 
     builder = make_builder()
     if builder.data_path.exists():
         _check_prepared(builder, config.root)
         return builder
-
-    raw = find_raw(config)
-    builder.info.metadata["source"] = raw.source
-    try:
-        # What tfds itself shows is of downloads, which there are none of.
-        tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(
-                download_config=tfds.download.DownloadConfig(manual_dir=raw.folder),
-                file_format="array_record",
-            )
-    except (OSError, RuntimeError) as error:  # array_record meets a full disk with the latter
-        if not builder.data_path.exists():  # unless another process was faster
-            raise InputError(
-                f"{builder.info.full_name} cannot be written to {builder.data_dir} ({error}): "
-                "make room there, or set data.dir to another place."
-            ) from error
-    finally:
-        tfds.enable_progress_bar()
-    # Of runs that were killed. A path of etils would take brackets in itself for a pattern.
+    _write(builder, find_raw(config))
+    # Remove directories of killed processes. An etils path would interpret brackets as a pattern.
     for leftover in Path(builder.data_path).parent.glob("incomplete.*"):
         shutil.rmtree(leftover, ignore_errors=True)
     return make_builder()
 
 
+def _write(builder: tfds.core.DatasetBuilder, raw: Raw) -> None:
+    metadata: Any = builder.info.metadata
+    metadata["source"] = raw.source
+    try:
+        tfds.disable_progress_bar()  # it shows downloads, of which there are none
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(manual_dir=raw.folder),
+                file_format="array_record",
+            )
+    except (OSError, RuntimeError) as error:  # array_record raises the latter on a full disk
+        if not builder.data_path.exists():  # unless another process prepared it
+            raise InputError(
+                f"{builder.info.full_name} cannot be written to {builder.data_dir} ({error}). "
+                "Free disk space there, or set data.dir to another directory."
+            ) from error
+    finally:
+        tfds.enable_progress_bar()
+
+
 def _check_prepared(builder: tfds.core.DatasetBuilder, root: str | None) -> None:
-    file_format = builder.info.file_format.value
-    if file_format != "array_record":
+    file_format = builder.info.file_format
+    if file_format is None or file_format.value != "array_record":
+        kind = file_format and file_format.value
         raise InputError(
-            f"{builder.data_dir} is prepared as {file_format}, and only array_record is read "
-            "without TensorFlow: set data.dir to another place to have it prepared there."
+            f"{builder.data_dir} is prepared as {kind}, but only array_record can be read without "
+            "TensorFlow. Set data.dir to another directory to prepare it there."
         )
-    source = (builder.info.metadata or {}).get("source", "elsewhere")
+    source = _source_of(builder)
     if root is not None and source != str(expanded(root).resolve()):
         raise InputError(
-            f"{builder.data_dir} was prepared from {source}, not from data.root {root}: "
-            "leave data.root unset, remove that folder, or set data.dir to another place."
+            f"{builder.data_dir} was prepared from {source}, not from data.root {root}. "
+            "Unset data.root, remove that directory, or set data.dir to another one."
         )
+
+
+def _source_of(builder: tfds.core.DatasetBuilder) -> str:
+    metadata: Any = builder.info.metadata or {}
+    return metadata.get("source", "elsewhere")
 
 
 def _damaged(folder: os.PathLike | str, error: Exception) -> InputError:
     first_line = str(error).partition("\n")[0]
     return InputError(
-        f"The prepared data set in {folder} is damaged ({first_line}): remove it and run again."
+        f"The prepared data set in {folder} is damaged ({first_line}). Remove it and run again."
     )
 
 
 def read(builder: tfds.core.DatasetBuilder, split: str) -> tuple[Sequence[dict], list[dict]]:
-    """The examples of a split, read when asked for, and all but the images of each, read now.
+    """Returns the examples of a split, read on demand, and their fields other than images.
 
     Images and masks are the bytes of their files.
 
     Raises:
         InputError: the prepared files are damaged.
     """
-    images = [name for name in ("image", "mask") if name in builder.info.features]
+    images = [name for name in ("image", "mask") if name in _features(builder)]
     decoders = {name: tfds.decode.SkipDecoding() for name in images}
+    as_data_source: Any = builder.as_data_source  # its decorator hides the signature
     try:
-        data = builder.as_data_source(split, decoders=decoders)
+        data = as_data_source(split, decoders=decoders)
         rest = [{k: v for k, v in example.items() if k not in images} for example in data]
-    except Exception as error:  # array_record, protobuf and tfds each raise their own
+    except Exception as error:  # array_record, protobuf and tfds raise their own types
         raise _damaged(builder.data_dir, error) from error
     return data, rest
 
 
+def _features(builder: tfds.core.DatasetBuilder) -> Mapping[str, Any]:
+    features: Any = builder.info.features
+    return features
+
+
 def source(builder: tfds.core.DatasetBuilder, split: str) -> Source:
-    """The source of one split; training images have no masks.
+    """Returns the source of one split. Training images have no masks.
 
     Raises:
         InputError: the prepared files are damaged.
@@ -211,7 +285,7 @@ def source(builder: tfds.core.DatasetBuilder, split: str) -> Source:
     data, rest = read(builder, split)
     names = tuple(example["name"].decode() for example in rest)
     defects = tuple(example["defect"].decode() for example in rest)
-    has_masks = split == "test" and "mask" in builder.info.features
+    has_masks = split == "test" and "mask" in _features(builder)
     cut: set[str] = set()
 
     def load(index: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -233,7 +307,7 @@ def source(builder: tfds.core.DatasetBuilder, split: str) -> Source:
 
 
 def provenance(builder: tfds.core.DatasetBuilder) -> dict:
-    """Where a prepared data set came from, where it lies and how many images it has."""
+    """Returns the origin, directory and numbers of images of a prepared data set."""
     counts = {f"{name}_images": split.num_examples for name, split in builder.info.splits.items()}
-    source = (builder.info.metadata or {}).get("source", "elsewhere")
-    return {"source": source, "prepared": os.fspath(builder.data_dir)} | counts
+    prepared = {"source": _source_of(builder), "prepared": os.fspath(builder.data_dir)}
+    return prepared | counts

@@ -76,7 +76,7 @@ def test_names_labels_and_pixels(raw, make_products, open_btad, product):
 
 
 @pytest.mark.parametrize("name", ["data [1]", "a\\b", "a**b"])
-def test_any_name_can_hold_prepared_data(name, make_products, data_config, tmp_path):
+def test_any_directory_name_works_for_prepared_data(name, make_products, data_config, tmp_path):
     folder = tmp_path / name
     make_products(folder / "downloads/manual/btad")
     (folder / "btad/01/incomplete.of_a_run_that_was_killed").mkdir(parents=True)
@@ -102,7 +102,7 @@ def test_names_that_are_not_utf8_are_escaped(raw, make_products, open_btad):
 
 
 @pytest.mark.parametrize("name", ["raw [1]", "k_\udce4", "a\\b"])
-def test_any_name_can_hold_raw_data(name, make_products, data_config, tmp_path):
+def test_any_directory_name_works_for_raw_data(name, make_products, data_config, tmp_path):
     root = make_products(tmp_path / name)
     config = data_config("btad", category="01", root=str(root), dir=str(tmp_path / "data"))
     for _ in range(2):  # prepare, and read what is prepared
@@ -124,11 +124,11 @@ def test_the_archive(raw, make_products, open_btad, tmp_path, top):
 
 def test_a_damaged_archive(raw, make_products, open_btad):
     (raw / "btad.zip").write_bytes(b"PK\3\4 and so on")
-    with pytest.raises(InputError, match=r"btad\.zip is damaged .*: download it once more"):
+    with pytest.raises(InputError, match=r"btad\.zip is damaged .*Download it again"):
         open_btad("01")
 
 
-def test_an_archive_packed_in_an_unknown_way(raw, make_products, open_btad):
+def test_an_archive_of_unknown_compression(raw, make_products, open_btad):
     make_products(raw)
     shutil.make_archive(raw / "btad", "zip", raw)
     shutil.rmtree(raw / "01")
@@ -140,7 +140,7 @@ def test_an_archive_packed_in_an_unknown_way(raw, make_products, open_btad):
             packed = packed[: start + at] + unknown + packed[start + at + 2 :]
             start = packed.find(mark, start + 4)
     (raw / "btad.zip").write_bytes(packed)
-    with pytest.raises(InputError, match=r"btad\.zip cannot be unpacked here .*: do it by hand"):
+    with pytest.raises(InputError, match=r"btad\.zip cannot be unpacked .*Unpack it by hand"):
         open_btad("01")
 
 
@@ -151,16 +151,16 @@ def test_a_missing_mask(raw, make_products, open_btad):
         open_btad("01")
 
 
-def test_other_counts_than_the_official_ones_are_a_warning(
-    raw, make_products, open_btad, monkeypatch
-):
+def test_unofficial_counts_are_a_warning(raw, make_products, open_btad, monkeypatch):
     monkeypatch.setitem(btad.COUNTS, "02", (399, 230))
     make_products(raw)
-    with pytest.warns(UserWarning, match="2 training and 3 test images, officially 399 and 230"):
+    with pytest.warns(
+        UserWarning, match="2 training and 3 test images, but officially 399 and 230"
+    ):
         open_btad("02")
 
 
-def test_missing_data_says_what_to_do(raw, open_btad):
+def test_missing_data_is_reported_with_instructions(raw, open_btad):
     with pytest.raises(InputError) as error:
         open_btad("01")
     for part in (f"btad (01) is not in {raw}", "btad.zip", "1.2 GB", "licence", "uniud.it"):
@@ -168,5 +168,5 @@ def test_missing_data_says_what_to_do(raw, open_btad):
 
 
 def test_an_unknown_product(open_btad):
-    with pytest.raises(InputError, match=r"data\.category is '1'; choose one of 01, 02, 03"):
+    with pytest.raises(InputError, match=r"data\.category is '1'\. Choose one of 01, 02, 03"):
         open_btad("1")

@@ -1,4 +1,4 @@
-"""CIFAR-10 in its official forms in miniature, and the one-class protocol."""
+"""CIFAR-10: its official forms in miniature, and the one-class protocol."""
 
 import io
 import pickle
@@ -34,7 +34,7 @@ def rows(images):
 
 
 def python_2_pickle(images, labels):
-    """What Python 2 and numpy 1 wrote: text and arrays as byte strings, names of old modules."""
+    """Pickle as of Python 2 and numpy 1: byte strings for text and arrays, old module names."""
 
     def text(data):
         return b"T" + struct.pack("<I", len(data)) + data
@@ -152,7 +152,7 @@ def test_one_class_is_normal(raw, config):
     assert dataset.provenance["test_images"] == PER_BATCH
 
 
-def test_every_class_in_turn_from_one_opening(raw, config):
+def test_all_classes_share_one_opening(raw, config):
     python_archive(raw)
     classes = open_classes(config)
     one_by_one = [one_class(classes, category) for category in CATEGORIES]
@@ -160,7 +160,7 @@ def test_every_class_in_turn_from_one_opening(raw, config):
     assert sum(each.test.labels.sum() for each in one_by_one) == 9 * PER_BATCH
 
 
-def test_a_copy_prepared_by_tfds_serves(tmp_path, config):
+def test_a_copy_prepared_by_tfds_is_read(tmp_path, config):
     # As the catalogue's builder has it: shuffled, and without a word where it came from.
     class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("3.0.2")
@@ -196,12 +196,12 @@ def test_a_copy_prepared_by_tfds_serves(tmp_path, config):
     )
 
 
-def test_a_copy_that_only_tensorflow_reads(raw, config, tmp_path):
+def test_a_copy_that_requires_tensorflow_is_refused(raw, config, tmp_path):
     python_archive(raw)
     open_classes(config)
     info = tmp_path / "data/cifar10/3.0.2/dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(InputError, match=r"prepared as tfrecord.*set data\.dir to another place"):
+    with pytest.raises(InputError, match=r"prepared as tfrecord.*Set data\.dir to another"):
         open_classes(config)
 
 
@@ -218,7 +218,7 @@ def image_folder(tmp_path):
     return tmp_path / "pictures"
 
 
-def test_folders_of_image_files(image_folder, data_config):
+def test_directories_of_image_files(image_folder, data_config):
     dataset = open_dataset(data_config("cifar10", category="bird", root=str(image_folder)))
     np.testing.assert_array_equal(
         [example.image for example in dataset.train], TRAIN_IMAGES[TRAIN_LABELS == 2]
@@ -230,21 +230,23 @@ def test_folders_of_image_files(image_folder, data_config):
     assert "re-encoded" in dataset.provenance["note"]
 
 
-def test_folders_of_other_classes(image_folder, data_config):
+def test_directories_of_other_classes(image_folder, data_config):
     (image_folder / "test/bird").rename(image_folder / "test/birds")
-    with pytest.raises(InputError, match=r"test must hold one folder a class \(airplane, .*birds"):
+    with pytest.raises(
+        InputError, match=r"test must have one directory per class \(airplane, .*birds"
+    ):
         open_dataset(data_config("cifar10", category="bird", root=str(image_folder)))
 
 
-def test_other_counts_than_the_official_ones_are_a_warning(raw, config, monkeypatch):
+def test_unofficial_counts_are_a_warning(raw, config, monkeypatch):
     monkeypatch.setattr(cifar10, "COUNTS", (50_000, 10_000))
     python_archive(raw)
-    with pytest.warns(UserWarning, match="100 training and 20 test images, officially 50000 and"):
+    with pytest.warns(UserWarning, match="100 training and 20 test images, but officially 50000"):
         open_dataset(config)
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_missing_data_says_what_to_do(raw, config, exists):
+def test_missing_data_is_reported_with_instructions(raw, config, exists):
     if exists:
         raw.mkdir(parents=True)
     with pytest.raises(InputError) as error:
@@ -261,7 +263,7 @@ def test_missing_data_says_what_to_do(raw, config, exists):
 
 
 def test_an_unknown_class(data_config):
-    with pytest.raises(InputError, match=r"data\.category is 'plane'; choose one of airplane, aut"):
+    with pytest.raises(InputError, match=r"data\.category is 'plane'\. Choose one of airplane"):
         open_dataset(data_config("cifar10", category="plane"))
 
 
@@ -269,24 +271,24 @@ def missing_batch(raw):
     files = python_files()
     del files["data_batch_3"]
     put(raw, files)
-    return "lacks data_batch_3: download it once more"
+    return r"has no data_batch_3\. Download it again"
 
 
 def truncated_batch(raw):
     put(raw, python_files() | {"data_batch_3": python_files()["data_batch_3"][:-900]})
-    return "data_batch_3 of .* is damaged: download it once more"
+    return r"data_batch_3 of .* is damaged\. Download it again"
 
 
 def truncated_binary_batch(raw):
     put(raw, binary_files() | {"data_batch_3.bin": binary_files()["data_batch_3.bin"][:-900]})
-    return "data_batch_3 of .* is damaged: download it once more"
+    return r"data_batch_3 of .* is damaged\. Download it again"
 
 
 def truncated_archive(raw):
     python_archive(raw)
     path = raw / "cifar-10-python.tar.gz"
     path.write_bytes(path.read_bytes()[:-3000])
-    return r"cifar-10-python\.tar\.gz is damaged .*: download it once more"
+    return r"cifar-10-python\.tar\.gz is damaged .*Download it again"
 
 
 def archive_with_a_wrong_checksum(raw):
@@ -295,7 +297,7 @@ def archive_with_a_wrong_checksum(raw):
     data = bytearray(path.read_bytes())
     data[-8] ^= 1
     path.write_bytes(data)
-    return r"cifar-10-python\.tar\.gz is damaged .*: download it once more"
+    return r"cifar-10-python\.tar\.gz is damaged .*Download it again"
 
 
 @pytest.mark.parametrize(
@@ -315,7 +317,7 @@ def test_damaged_data_is_named_and_nothing_prepared(spoil, raw, config, tmp_path
     assert not list((tmp_path / "data").rglob("*.array_record*"))
 
 
-def test_a_pickle_calls_nothing(raw, config, tmp_path):
+def test_a_pickle_cannot_call_functions(raw, config, tmp_path):
     class Call:
         def __reduce__(self):
             return (tmp_path.joinpath("called").mkdir, ())

@@ -1,4 +1,4 @@
-"""ELPV: the split, preparing once and whole, and messages. On a miniature package."""
+"""ELPV, on a miniature package: split, atomic preparation and error messages."""
 
 import importlib.metadata
 import os
@@ -23,7 +23,7 @@ PROBABILITIES = (0, 0.3333333333333333, 0.6666666666666666, 1)
 
 @pytest.fixture
 def package(tmp_path, write_image, monkeypatch):
-    """A miniature `elpv-dataset`, found in place of the real one: cell i has grey level i."""
+    """Miniature of `elpv-dataset` that replaces the real one; cell i has grey level i."""
     folder = tmp_path / "site-packages"
     data = folder / "elpv_dataset/data"
     info = folder / "elpv_dataset-9.9.dist-info"
@@ -75,7 +75,7 @@ def test_provenance(package, open_elpv, tmp_path):
     assert (provenance["train_images"], provenance["test_images"]) == (8, 12)
 
 
-def test_it_is_prepared_once(package, open_elpv):
+def test_data_are_prepared_once(package, open_elpv):
     first = open_elpv()
     for path in package.glob("images/*"):
         path.unlink()
@@ -89,13 +89,13 @@ def test_preparing_prints_nothing(package, open_elpv, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_folder_comes_from_the_environment(package, open_elpv, tmp_path, monkeypatch):
+def test_the_directory_comes_from_the_environment(package, open_elpv, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "elsewhere"))
     assert open_elpv(dir=None).provenance["prepared"].startswith(str(tmp_path / "elsewhere"))
     assert open_elpv().provenance["prepared"].startswith(str(tmp_path / "prepared"))
 
 
-def test_raw_data_from_a_folder(package, open_elpv, tmp_path):
+def test_raw_data_from_a_directory(package, open_elpv, tmp_path):
     moved = package.rename(tmp_path / "raw")
     assert open_elpv(root=str(moved)).provenance["source"] == str(moved)
     assert len(open_elpv(root=str(moved)).train) == 8
@@ -103,7 +103,7 @@ def test_raw_data_from_a_folder(package, open_elpv, tmp_path):
         open_elpv(root=str(tmp_path / "other"))
 
 
-def test_tfds_reads_what_we_prepare(package, open_elpv, tmp_path):
+def test_tfds_reads_the_prepared_data(package, open_elpv, tmp_path):
     open_elpv()
     source = tfds.data_source(
         "elpv/mono",
@@ -119,7 +119,7 @@ def test_tfds_reads_what_we_prepare(package, open_elpv, tmp_path):
     assert source[2]["image"] == (package / "images/cell0007.png").read_bytes()
 
 
-def test_the_package_is_not_installed(open_elpv, monkeypatch):
+def test_missing_package(open_elpv, monkeypatch):
     def distribution(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -130,12 +130,12 @@ def test_the_package_is_not_installed(open_elpv, monkeypatch):
 
 @pytest.mark.parametrize(("category", "says"), [("mona", "is 'mona'"), (None, "is not set")])
 def test_an_unknown_type(open_elpv, category, says):
-    with pytest.raises(InputError, match=rf"^data\.category {says}; choose one of mono, poly\.$"):
+    with pytest.raises(InputError, match=rf"^data\.category {says}\. Choose one of mono, poly\.$"):
         open_elpv(category=category)
 
 
 def test_a_root_without_the_list(open_elpv, tmp_path):
-    with pytest.raises(InputError, match=r"^data\.root .* holds no labels\.csv"):
+    with pytest.raises(InputError, match=r"^data\.root .* has no labels\.csv"):
         open_elpv(root=str(tmp_path))
 
 
@@ -153,19 +153,19 @@ def missing_image(package):
 
 def missing_list(package):
     (package / "labels.csv").unlink()
-    return r"labels\.csv cannot be read .*: pip install --force-reinstall elpv-dataset"
+    return r"labels\.csv cannot be read .*\. Run pip install --force-reinstall elpv-dataset"
 
 
 def damaged_list(package):
     path = package / "labels.csv"
     path.write_text(path.read_text() + "images/cell")
-    return r"labels\.csv is damaged in line 81: pip install --force-reinstall elpv-dataset"
+    return r"labels\.csv is damaged in line 81\. Run pip install --force-reinstall elpv-dataset"
 
 
 def short_list(package):
     path = package / "labels.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:10]))
-    return r"labels\.csv lists too few mono cells: pip install --force-reinstall elpv-dataset"
+    return r"labels\.csv lists too few mono cells\. Run pip install --force-reinstall elpv-dataset"
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_full_disk(package, open_elpv, monkeypatch, tmp_path):
         open_elpv()
 
 
-def test_a_place_that_cannot_be_written(package, open_elpv, tmp_path):
+def test_a_directory_that_cannot_be_written(package, open_elpv, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot be written to .*set data\.dir to another"):
         open_elpv(dir=str(tmp_path / "file"))
@@ -202,11 +202,11 @@ def test_a_damaged_preparation_is_named(package, open_elpv, tmp_path, kind):
     prepared = Path(open_elpv().provenance["prepared"])
     for path in prepared.glob(f"*{kind}*"):
         path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match=rf"in {prepared.parent}.* is damaged .*: remove it"):
+    with pytest.raises(InputError, match=rf"in {prepared.parent}.* is damaged .*Remove it"):
         open_elpv()
 
 
-def test_a_killed_preparation_is_begun_anew(package, open_elpv, tmp_path):
+def test_a_killed_preparation_is_restarted(package, open_elpv, tmp_path):
     # Another process prepares, stands still after some images, and is killed there.
     program = f"""
         import sys, time
@@ -237,7 +237,7 @@ def test_a_killed_preparation_is_begun_anew(package, open_elpv, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["1.0.0"]
 
 
-def test_another_process_was_faster(package, open_elpv, monkeypatch):
+def test_preparation_by_another_process(package, open_elpv, monkeypatch):
     split_generators = Elpv._split_generators
 
     def overtaken(self, dl_manager):

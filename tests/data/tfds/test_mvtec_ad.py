@@ -1,4 +1,4 @@
-"""MVTec AD on miniature trees: where it is found, how it is prepared, and messages."""
+"""MVTec AD on miniature trees: locations, preparation and error messages."""
 
 import re
 import shutil
@@ -17,18 +17,18 @@ from fastflow_jax.data.tfds import manual, mvtec_ad
 from fastflow_jax.errors import InputError
 
 OFFICIAL = dict(mvtec_ad.COUNTS)
-LOCK = ".unpacking"  # is left beside what was unpacked
+LOCK = ".unpacking"  # remains next to the unpacked directory
 
 
 @pytest.fixture(autouse=True)
 def miniature(monkeypatch):
-    """Each category has officially 3 training images and 2 good and 3 defective test images."""
+    """Sets the official counts to 3 training images and 5 test images."""
     monkeypatch.setattr(mvtec_ad, "COUNTS", dict.fromkeys(mvtec_ad.CATEGORIES, (3, 5)))
 
 
 @pytest.fixture
 def make_category():
-    """make(folder): a category in it. Grey levels say which image it is; masks differ in size."""
+    """make(folder) creates a category; grey levels identify images, masks differ in size."""
 
     def make(folder, mode="RGB"):
         def write(path, value):
@@ -57,7 +57,7 @@ def make_category():
 
 @pytest.fixture
 def raw(tmp_path):
-    """Where users put the archive or the folders."""
+    """Directory for the archive or the directories of the categories."""
     folder = tmp_path / "data/downloads/manual/mvtec_ad"
     folder.mkdir(parents=True)
     return folder
@@ -71,7 +71,7 @@ def open_mvtec(data_config, tmp_path):
 
 
 def pack(archive, folders):
-    """An archive of these folders, under their own names."""
+    """Creates an archive of these directories, under their own names."""
     with tarfile.open(archive, "w:xz") as packed:
         for folder in folders:
             packed.add(folder, folder.name)
@@ -114,14 +114,12 @@ def test_grey_categories(raw, make_category, open_mvtec):
     assert [int(example.image[0, 0, 2]) for example in examples] == [30, 31, 20, 21, 40]
 
 
-def test_other_counts_than_the_official_ones_are_a_warning(
-    raw, make_category, open_mvtec, monkeypatch
-):
+def test_unofficial_counts_are_a_warning(raw, make_category, open_mvtec, monkeypatch):
     monkeypatch.setitem(mvtec_ad.COUNTS, "bottle", (209, 83))
     make_category(raw / "bottle")
     for _ in range(2):  # when it is prepared and when it is not
         with pytest.warns(
-            UserWarning, match=r"3 training and 5 test images, officially 209 and 83"
+            UserWarning, match=r"3 training and 5 test images, but officially 209 and 83"
         ):
             open_mvtec()
 
@@ -215,7 +213,7 @@ def test_one_category_alone(raw, make_category, open_mvtec):
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_missing_data_says_what_to_do(raw, open_mvtec, exists):
+def test_missing_data_is_reported_with_instructions(raw, open_mvtec, exists):
     if not exists:
         raw.rmdir()
     with pytest.raises(InputError) as error:
@@ -251,14 +249,14 @@ def test_a_damaged_archive(raw, make_category, open_mvtec, damage):
     path = raw / "mvtec_anomaly_detection.tar.xz"
     data = path.read_bytes()
     path.write_bytes(damage(data))
-    with pytest.raises(InputError, match=rf"^{path} is damaged .*: download it once more"):
+    with pytest.raises(InputError, match=rf"^{path} is damaged .*Download it again"):
         open_mvtec()
     assert sorted(each.name for each in raw.iterdir()) == [LOCK, path.name]
     path.write_bytes(data)
     assert len(open_mvtec().train) == 3
 
 
-def test_an_archive_cut_off_anywhere(tmp_path):
+def test_an_archive_truncated_anywhere(tmp_path):
     whole = tmp_path / "whole"
     for name in "abc":
         (whole / name).mkdir(parents=True)
@@ -276,7 +274,7 @@ def test_an_archive_cut_off_anywhere(tmp_path):
     assert sorted(each.name for each in (tmp_path / "cut").iterdir()) == ["a", "b", "c"]
 
 
-def test_an_archive_writes_nowhere_else(raw, make_category, open_mvtec):
+def test_an_archive_cannot_write_elsewhere(raw, make_category, open_mvtec):
     with tarfile.open(raw / "mvtec_anomaly_detection.tar.xz", "w:xz") as packed:
         packed.add(make_category(raw.parent / "made/bottle"), "../../outside")
     with pytest.raises(InputError, match=r"\.tar\.xz is damaged .*outside"):
@@ -285,14 +283,14 @@ def test_an_archive_writes_nowhere_else(raw, make_category, open_mvtec):
     assert sorted(path.name for path in raw.iterdir()) == [LOCK, "mvtec_anomaly_detection.tar.xz"]
 
 
-def test_an_unpacked_folder_that_lacks_the_category(raw, make_category, open_mvtec):
+def test_an_unpacked_directory_without_the_category(raw, make_category, open_mvtec):
     archive(raw, make_category)
     make_category(raw / "mvtec_anomaly_detection/cable")
-    with pytest.raises(InputError, match=r"mvtec_anomaly_detection lacks bottle: remove it, and"):
+    with pytest.raises(InputError, match=r"mvtec_anomaly_detection has no bottle\. Remove it"):
         open_mvtec()
 
 
-def test_no_room_to_unpack(raw, make_category, open_mvtec, monkeypatch):
+def test_no_disk_space_to_unpack(raw, make_category, open_mvtec, monkeypatch):
     archive(raw, make_category)
 
     def extractall(self, path, **options):
@@ -306,7 +304,7 @@ def test_no_room_to_unpack(raw, make_category, open_mvtec, monkeypatch):
     assert sorted(each.name for each in raw.iterdir()) == [LOCK, "mvtec_anomaly_detection.tar.xz"]
 
 
-def test_a_killed_unpacking_is_begun_anew(raw, make_category, open_mvtec):
+def test_a_killed_unpacking_is_restarted(raw, make_category, open_mvtec):
     archive(raw, make_category)
     make_category(raw / ".unpacking-1234/content/bottle")
     shutil.rmtree(raw / ".unpacking-1234/content/bottle/test")
@@ -331,7 +329,7 @@ manual.unpack(archive)
 
 @pytest.mark.parametrize("second", ["screw.tar", "bottle.tar"])
 def test_processes_unpack_one_after_the_other(tmp_path, second):
-    """In one folder, where each removes what a killed one left."""
+    """In one directory, where each process removes what a killed one left."""
     (tmp_path / "001.png").write_bytes(b"content")
     for name in ("bottle", "screw"):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as packed:
@@ -362,7 +360,7 @@ def mask_without_image(folder):
 
 def mask_of_another_size(folder):
     Image.new("L", (7, 6)).save(folder / "ground_truth/broken/001_mask.png")
-    return "ground_truth/broken/001_mask.png", "is 7 x 6 pixels, but its image"
+    return "ground_truth/broken/001_mask.png", "has 7 x 6 pixels, but its image"
 
 
 def stray_file(folder):
@@ -384,17 +382,17 @@ def truncated_mask(folder):
 
 def duplicate_name(folder):
     Image.new("L", (8, 6)).save(folder / "test/broken/001.bmp")
-    return "test/broken/001.bmp", "have the same name but for the extension"
+    return "test/broken/001.bmp", "differ only in their extensions"
 
 
 def no_masks(folder):
     shutil.rmtree(folder / "ground_truth")
-    return "", "has no ground_truth"
+    return "", "has no directory ground_truth"
 
 
 def no_test_images(folder):
     shutil.rmtree(folder / "test")
-    return "", "has no test"
+    return "", "has no directory test"
 
 
 @pytest.mark.parametrize(
@@ -411,7 +409,7 @@ def no_test_images(folder):
         no_test_images,
     ],
 )
-def test_what_does_not_belong_is_named_and_nothing_prepared(
+def test_invalid_content_is_named_and_nothing_is_prepared(
     spoil, raw, make_category, open_mvtec, tmp_path
 ):
     folder = make_category(raw / "bottle")
@@ -425,7 +423,7 @@ def test_what_does_not_belong_is_named_and_nothing_prepared(
     assert [int(example.mask.sum()) for example in open_mvtec().test] == [1, 2, 0, 0, 3]
 
 
-def test_tfds_reads_what_we_prepare(raw, make_category, open_mvtec, tmp_path):
+def test_tfds_reads_the_prepared_data(raw, make_category, open_mvtec, tmp_path):
     make_category(raw / "bottle")
     open_mvtec()
     source = tfds.data_source(

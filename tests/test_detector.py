@@ -533,7 +533,7 @@ def test_images_of_pillow_are_read_as_files_are(detector, tmp_path):
 
 @pytest.mark.parametrize("shape", [(20, 30, 1), (20, 30, 4), (3, 20, 30)])
 def test_other_channels_than_three_are_no_stack_of_images(detector, shape):
-    with pytest.raises(InputError, match=rf"shape {re.escape(str(shape))}: give \[H, W, 3\]"):
+    with pytest.raises(InputError, match=rf"shape {re.escape(str(shape))}\. Pass \[H, W, 3\]"):
         detector.predict(np.zeros(shape, np.uint8))
 
 
@@ -729,7 +729,7 @@ def test_calibration_images_of_ones_own_are_all_that_is_held_out(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"groups": [1, 2]}, "2 groups were given for 16 images"),
+        ({"groups": [1, 2]}, "2 groups for 16 images"),
         ({"groups": ["a"] * 16}, "All training images belong to one group"),
         ({"calibrate": []}, "There are no images"),
         ({"calibrate": [np.zeros((4, 4))]}, "uint8"),
@@ -836,8 +836,8 @@ def test_files_are_given_as_paths_contents_or_open_files(detector, tmp_path, mon
         ([""], "An empty path was given"),
         (None, r"cv2\.imread returns None"),
         ([None], r"image 0 is None"),
-        ({"a": 1}, "dict is no image and no list"),
-        (3, "int is no image and no list"),
+        ({"a": 1}, "dict is neither an image nor a list"),
+        (3, "int is neither an image nor a list"),
         ([3], "image 0 is of type int"),
         ([("a.png", 1)], "image 0 is of type tuple"),
         (b"no image", "image 0 is not an image that Pillow can read"),
@@ -859,7 +859,7 @@ def test_an_image_whose_file_is_closed_is_named(detector, tmp_path):
 
 def test_equal_images_are_refused_in_training():
     images = list(photographs(6))
-    with pytest.raises(InputError, match=r"image 1 and image 6 are equal\. Give each image once"):
+    with pytest.raises(InputError, match=r"image 1 and image 6 are equal\. Pass each image once"):
         Detector.fit([*images, images[1]], config=tiny())
 
 

@@ -104,6 +104,6 @@ def test_a_full_disk_is_not_a_file_system_without_locks(number, break_flock, arc
         lock(archive.parent / ".lock", on_wait=fail),
     ):
         pass
-    with pytest.raises(InputError, match=r"bottle\.tar cannot be unpacked .*make room there"):
+    with pytest.raises(InputError, match=r"bottle\.tar cannot be unpacked .*Free disk space there"):
         manual.unpack(archive)
     assert caplog.messages == []

@@ -309,7 +309,7 @@ def test_every_skipped_file_is_named(photos, score_directory):
     assert status == 3
     for name, remedy in (
         ("IMG_1.HEIC", "HEI[CF]|broken"),
-        ("DSC_2.NEF", "develop it"),
+        ("DSC_2.NEF", "Convert it"),
         ("link.png", "link to a missing file"),
     ):
         assert re.search(remedy, lines[name]["error"])
@@ -415,7 +415,9 @@ def test_a_format_that_differs_from_training_is_reported_once(tmp_path, caplog):
         Image.fromarray(photograph(i)).save(tmp_path / f"{i}.jpg", quality=75)
     Detector.load(tmp_path / "run").predict([tmp_path / f"{i}.jpg" for i in range(3)])
     (message,) = caplog.messages
-    assert re.search(r"0\.jpg differs .*: it is JPEG of quality 75, they are PNG\.", message)
+    assert re.search(
+        r"0\.jpg differs .*: it is JPEG of quality 75, training images are PNG\.", message
+    )
 
 
 def test_an_image_that_changes_while_it_is_scored_gives_an_error(run, photos, score_directory):

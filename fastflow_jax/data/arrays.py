@@ -39,11 +39,7 @@ def is_one(images: Images) -> bool:
 
 
 def read_image(name: str | Path) -> np.ndarray:
-    """Reads a file, or the page `<path>#<number>` of one, as uint8 [H, W, 3].
-
-    Raises:
-        InputError: the image cannot be decoded, see `transforms.decode_image`.
-    """
+    """Reads a file, or its page `<path>#<number>`, as uint8 [H, W, 3], see `decode_image`."""
     path, page = page_of(str(name))
     return decode_image(read_file(path), str(name), page)
 

@@ -36,7 +36,7 @@ def open_dataset(config: DataConfig) -> Dataset:
         raise InputError(f"data.root {root} {problem}. Set it to the directory of your images.")
     folders, _ = list_folder(root)
     if "train" in folders:
-        splits = read_layout(root, calibration=True)
+        splits = read_layout(root)
     elif folders and root.name != GOOD and config.groups != BY_DIRECTORY:
         # Sub-directories may be `good` and `broken`.
         raise InputError(

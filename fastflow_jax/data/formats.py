@@ -183,23 +183,16 @@ def broken(name: str | Path, error: Exception) -> InputError:
 
 
 def read_header(path: Path) -> Header:
-    """Reads the header of an image file.
+    """Reads the header of an image file. Raises the errors of `open_image`.
 
     An EXIF orientation after the pixels of a PNG is found only by decoding.
-
-    Raises:
-        InputError: see `open_image`.
     """
     with open_image(path, str(path)) as image:
         return header_of(image, str(path))
 
 
 def header_of(image: Image.Image, name: str) -> Header:
-    """Returns the header of an image that Pillow has opened.
-
-    Raises:
-        InputError: it is broken.
-    """
+    """Returns the header of a Pillow image. Raises an InputError if it is broken."""
     try:
         size, tables = _size(image), getattr(image, "quantization", None)
         quality = _jpeg_quality(tables) if image.format in ("JPEG", "MPO") else None

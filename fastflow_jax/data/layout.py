@@ -45,7 +45,6 @@ def read_layout(
     good: str = GOOD,
     mask_suffix: str = "_mask",
     complete: bool = False,
-    calibration: bool = False,
 ) -> Splits:
     """Reads all headers below `root` and checks that masks have the sizes of their images.
 
@@ -53,16 +52,15 @@ def read_layout(
         root: directory with `train` and, optionally, `test` and `ground_truth`.
         good: name of the directories of normal images.
         mask_suffix: suffix of the name of a mask, after the name of its image.
-        complete: test images and masks are required.
-        calibration: the directory `calibration` is allowed.
+        complete: test images and masks are required, and `calibration` is not allowed.
 
     Returns:
-        "train" and "test", and "calibration" if it is allowed. Missing splits are empty.
+        "train", "test" and, unless `complete`, "calibration". Missing splits are empty.
 
     Raises:
         InputError: a directory or file is missing, or is not part of the layout.
     """
-    folders = _split_folders(root, good, complete, calibration)
+    folders = _split_folders(root, good, complete)
     images = {name: list_subfolders(folders[name]) for name in folders if name != "ground_truth"}
     for split in ("train", "calibration"):
         if split in images and list(images[split]) != [good]:
@@ -76,7 +74,13 @@ def read_layout(
         ground_truth = list_subfolders(folders["ground_truth"], may_be_empty=good)
         masks = _match_masks(folders, images.get("test", {}), ground_truth, good, mask_suffix)
         for image, mask in masks.items():
-            _check_mask(image, headers[image], mask, read_header(mask))
+            header, mask_header = headers[image], read_header(mask)
+            check_sizes(image, header.size, mask, mask_header.size)
+            if mask_header.pages != header.pages:
+                raise InputError(
+                    f"{mask} has {mask_header.pages} pages, but its image {image} has "
+                    f"{header.pages}. Both must have the same number."
+                )
 
     def records(split: str) -> list[Record]:
         return [
@@ -92,24 +96,23 @@ def read_layout(
             )
         ]
 
-    splits = ("train", "test", "calibration") if calibration else ("train", "test")
+    splits = ("train", "test") if complete else ("train", "test", "calibration")
     return {split: records(split) for split in splits}
 
 
-def _split_folders(root: Path, good: str, complete: bool, calibration: bool) -> dict[str, Path]:
+def _split_folders(root: Path, good: str, complete: bool) -> dict[str, Path]:
     """Directories in `root`, checked against the layout; see `read_layout`."""
-    optional = ("test", "ground_truth", *["calibration"] * calibration)
+    known = ("train", "test", "ground_truth", *(() if complete else ("calibration",)))
     folders, files = list_folder(root)
     for name, folder in folders.items():
-        if name not in ("train", *optional):
+        if name not in known:
             raise InputError(
-                f"{folder} is unexpected: next to train only {', '.join(optional)} are read. "
-                "Move it elsewhere."
+                f"{folder} is unexpected: only {', '.join(known)} are read. Move it elsewhere."
             )
     for file in files.values():
         if is_image(file):
             raise InputError(f"{file} is next to train. Move it to train/{good} or elsewhere.")
-    for name in ("train", "test", "ground_truth") if complete else ("train",):
+    for name in known if complete else ("train",):
         if name not in folders:
             raise InputError(f"{root} has no directory {name}. Add it.")
     return folders
@@ -316,15 +319,6 @@ def _match_masks(
             "use no masks."
         )
     return matched
-
-
-def _check_mask(image: Path, header: Header, mask: Path, mask_header: Header) -> None:
-    check_sizes(image, header.size, mask, mask_header.size)
-    if mask_header.pages != header.pages:
-        raise InputError(
-            f"{mask} has {mask_header.pages} pages, but its image {image} has {header.pages}. "
-            "Both must have the same number."
-        )
 
 
 def check_sizes(image: Path, size: tuple[int, int], mask: Path, mask_size: tuple[int, int]) -> None:

@@ -5,7 +5,7 @@ cells in PNG files, it flagged three in four of them after JPEG compression of q
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -31,10 +31,8 @@ class Profile:
     @classmethod
     def from_plain(cls, plain: dict) -> "Profile":
         """Returns the profile from the fields of `dataclasses.asdict`, read back from JSON."""
-        fields: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()
-        }
-        return cls(**fields)
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
+        return cls(**cast(dict[str, Any], values))
 
     def differences(self, header: Header, image: np.ndarray) -> dict[str, str]:
         """Returns the differences of an image from the training images, by field, as text.
@@ -44,10 +42,15 @@ class Profile:
             image: uint8 [H, W, 3].
         """
         found = {}
+        own = f"{header.format} of quality {header.quality}" if header.quality else header.format
+        quality = f" of quality {_range(self.quality)}" if self.quality else ""
+        files = f"is {own}, training images are {' or '.join(self.formats)}{quality}"
         if self.formats and header.format and header.format not in self.formats:
-            found["format"] = f"is {_described(header)}, training images are {self._files()}"
-        elif self.quality and header.quality and not _is_near(header.quality, self.quality):
-            found["quality"] = f"is {_described(header)}, training images are {self._files()}"
+            found["format"] = files
+        elif self.quality and header.quality:
+            low, high = self.quality
+            if not low - _QUALITY <= header.quality <= high + _QUALITY:
+                found["quality"] = files
         if self.depths and header.format and header.depth not in self.depths:
             depths = " or ".join(map(str, self.depths))
             found["depth"] = f"has {header.depth} bits per channel, training images have {depths}"
@@ -58,23 +61,17 @@ class Profile:
                 f"{_range(self.height)}"
             )
         if is_coloured(image) != self.coloured:
-            found["colour"] = (
-                "is grey, training images have colours"
-                if self.coloured
-                else "has colours, training images are grey"
-            )
+            found["colour"] = "is grey, training images have colours"
+            if not self.coloured:
+                found["colour"] = "has colours, training images are grey"
         return found
 
-    def _files(self) -> str:
-        quality = f" of quality {_range(self.quality)}" if self.quality else ""
-        return f"{' or '.join(self.formats)}{quality}"
-
     def _fits(self, size: tuple[int, int]) -> bool:
-        for side, (low, high) in zip(size, (self.height, self.width), strict=True):
+        def fits(side: int, low: int, high: int) -> bool:
             slack = 1 if low == high else _SIZE
-            if not low / slack <= side <= high * slack:
-                return False
-        return True
+            return low / slack <= side <= high * slack
+
+        return fits(size[0], *self.height) and fits(size[1], *self.width)
 
 
 def profile_of(source: Source, rows: np.ndarray) -> Profile | None:
@@ -102,14 +99,6 @@ def is_coloured(image: np.ndarray) -> bool:
 
 def _spread(rows: np.ndarray, n: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)]
-
-
-def _is_near(quality: int, known: tuple[int, int]) -> bool:
-    return known[0] - _QUALITY <= quality <= known[1] + _QUALITY
-
-
-def _described(header: Header) -> str:
-    return f"{header.format} of quality {header.quality}" if header.quality else f"{header.format}"
 
 
 def _range(values: tuple[int, int]) -> str:

@@ -26,11 +26,7 @@ MASK_RESIZES = ("nearest", "floor", "threshold")
 
 
 def read_file(path: Path) -> bytes:
-    """Returns the content of a file.
-
-    Raises:
-        InputError: it cannot be read.
-    """
+    """Returns the content of a file. Raises an InputError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -38,11 +34,7 @@ def read_file(path: Path) -> bytes:
 
 
 def check_image(data: bytes, name: str) -> None:
-    """Checks that an image file is complete, by its checksums if it has any.
-
-    Raises:
-        InputError: see `decode_image`.
-    """
+    """Raises the errors of `decode_image`, from checksums without decoding if the file has any."""
     with open_image(io.BytesIO(data), name) as image:
         if image.format != "PNG":
             decode_image(data, name)
@@ -75,11 +67,7 @@ def decode_image(data: bytes, name: str = "the image", page: int = 0) -> np.ndar
 
 
 def convert_image(image: Image.Image, name: str = "the image") -> np.ndarray:
-    """Converts a Pillow image, which is not changed, like `decode_image`.
-
-    Raises:
-        InputError: see `decode_image`.
-    """
+    """Converts a Pillow image like `decode_image`, with its errors. The image is not changed."""
     if isinstance(image, ImageFile.ImageFile) and image.format == "TIFF":
         is_unread = image.tile and image.tell() == 0
         if is_unread and (path := Path(os.fsdecode(image.filename))).is_file():

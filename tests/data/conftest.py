@@ -22,6 +22,19 @@ def write_image() -> Callable[..., Path]:
 
 
 @pytest.fixture
+def write_mask() -> Callable[[Path, int], None]:
+    """write(path, n) saves a mask of 6 x 8 pixels, n of them defective."""
+
+    def write(path: Path, n: int) -> None:
+        mask = np.zeros((6, 8), np.uint8)
+        mask[0, :n] = 255
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(path)
+
+    return write
+
+
+@pytest.fixture
 def data_config() -> Callable[..., ConfigDict]:
     """`config.data` with the given fields, the others None."""
 

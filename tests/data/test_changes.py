@@ -77,13 +77,13 @@ def test_masks_move_with_their_images(move, height, width):
     """An image of its own mask stays one, except for pixels exactly on an edge."""
     ys, xs = np.mgrid[:height, :width]
     mask = (ys * 3 + xs * 2) % (height + width) < (height + width) / 2
-    picture = np.repeat(mask[..., None] * np.uint8(255), 3, -1)
-    picture, mask = warp(picture, **move)[..., 0], warp(mask, **move)
-    assert picture.shape == mask.shape == (height, width)
+    image = np.repeat(mask[..., None] * np.uint8(255), 3, -1)
+    image, mask = warp(image, **move)[..., 0], warp(mask, **move)
+    assert image.shape == mask.shape == (height, width)
     assert mask.dtype == bool
-    # Where interpolation saw one colour alone, the nearest pixel was one of those it saw.
-    np.testing.assert_array_equal(mask[picture == 255], True)
-    np.testing.assert_array_equal(mask[picture == 0], False)
+    # Where all interpolated pixels have one colour, the nearest pixel is one of them.
+    np.testing.assert_array_equal(mask[image == 255], True)
+    np.testing.assert_array_equal(mask[image == 0], False)
 
 
 def test_warped_images_show_no_border():
@@ -161,12 +161,12 @@ def test_colour_jitter_equals_torchvision():
     rng = np.random.default_rng(5)
     rng.random(2), rng.uniform(-1, 1)
     factors = 1 + 0.3 * rng.uniform(-1, 1, 3)
-    picture = Image.fromarray(IMAGE)
+    pillow = Image.fromarray(IMAGE)
     for adjust, factor in zip(
         (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation),
         factors,
         strict=True,
     ):
-        picture = adjust(picture, factor)
+        pillow = adjust(pillow, factor)
     ours = augment_image(IMAGE, np.random.default_rng(5), flips=False, rotate=0.0, colour=0.3)
-    np.testing.assert_array_equal(ours, np.asarray(picture))
+    np.testing.assert_array_equal(ours, np.asarray(pillow))

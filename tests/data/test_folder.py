@@ -15,10 +15,10 @@ from fastflow_jax.errors import InputError
 
 
 @pytest.fixture
-def tree(tmp_path, write_image):
+def tree(tmp_path, write_image, write_mask):
     """root/ with 3 training images, 2 good and 3 defective test images, and masks.
 
-    The grey level of an image says which it is; masks are defective in one pixel more each.
+    Grey levels identify images; each mask has one more defective pixel than the one before.
     """
     root = tmp_path / "screws"
     for i in range(3):
@@ -29,11 +29,7 @@ def tree(tmp_path, write_image):
     write_image(root / "test/crack/b.png", 31)
     write_image(root / "test/hole/a.png", 32)
     for i, name in enumerate(("crack/a", "crack/b", "hole/a")):
-        mask = np.zeros((6, 8), np.uint8)
-        mask[0, : i + 1] = 255
-        path = root / f"ground_truth/{name}_mask.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(mask).save(path)
+        write_mask(root / f"ground_truth/{name}_mask.png", i + 1)
     return root
 
 

@@ -12,12 +12,12 @@ from fastflow_jax.data.layout import find_images
 from fastflow_jax.data.transforms import decode_image, decode_mask
 from fastflow_jax.errors import InputError
 
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 16, 3), np.uint8))
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 16, 3), np.uint8))
 
 
 def encoded(kind="PNG", **options):
     file = io.BytesIO()
-    PICTURE.save(file, kind, **options)
+    IMAGE.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -86,7 +86,7 @@ def test_unreadable_formats_are_named_with_a_remedy(tmp_path, name, content, say
     ],
 )
 def test_camera_raw_is_not_decoded_as_its_thumbnail(tmp_path, name, tags):
-    PICTURE.convert("L").save(tmp_path / name, "TIFF", tiffinfo=tags)
+    IMAGE.convert("L").save(tmp_path / name, "TIFF", tiffinfo=tags)
     with pytest.raises(InputError, match=r"is camera raw, which Pillow cannot read\. Convert it"):
         read_header(tmp_path / name)
 
@@ -95,17 +95,17 @@ def test_heic_is_read_if_the_plugin_is_installed(tmp_path):
     pytest.importorskip("pillow_heif", reason="needs pillow-heif")
     import fastflow_jax.data.formats  # noqa: F401  registers it
 
-    PICTURE.resize((64, 48)).save(tmp_path / "a.heic", quality=90)
+    IMAGE.resize((64, 48)).save(tmp_path / "a.heic", quality=90)
     header = read_header(tmp_path / "a.heic")
     assert (header.format, header.size, header.pages) == ("HEIF", (48, 64), 1)
     decoded = decode_image((tmp_path / "a.heic").read_bytes())
-    assert np.abs(decoded.astype(int) - np.asarray(PICTURE.resize((64, 48)))).mean() < 20
+    assert np.abs(decoded.astype(int) - np.asarray(IMAGE.resize((64, 48)))).mean() < 20
 
 
 @pytest.mark.parametrize("quality", [30, 50, 60, 75, 85, 90, 95, 100])
 @pytest.mark.parametrize("kind", ["RGB", "L"])
 def test_the_quality_of_jpeg_files_is_estimated(tmp_path, quality, kind):
-    PICTURE.convert(kind).save(tmp_path / "a.jpg", quality=quality)
+    IMAGE.convert(kind).save(tmp_path / "a.jpg", quality=quality)
     assert read_header(tmp_path / "a.jpg").quality == pytest.approx(quality, abs=1)
 
 

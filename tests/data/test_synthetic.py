@@ -63,7 +63,7 @@ def test_images_are_determined_by_the_seed():
 
 @needs_textures
 def test_training_and_test_crops_share_no_pixel(monkeypatch):
-    # A texture whose pixels say where they stand: 0 to 255 in the left half and in the right.
+    # Texture whose grey level is the column, 0 to 255 in the left half and in the right half.
     columns = np.broadcast_to(np.arange(512) // 2, (512, 512)).astype(np.uint8)
     monkeypatch.setattr("fastflow_jax.data.synthetic._read_texture", lambda category: columns)
     dataset = paint_dataset("brick", side=100, train=50, good=50, defective=0)

@@ -170,7 +170,7 @@ def test_cmyk_jpeg_becomes_rgb():
     np.testing.assert_allclose(image, np.broadcast_to([255, 0, 0], (16, 16, 3)), atol=4)
 
 
-# EXIF orientation -> how the stored pixels are turned for display (EXIF 2.3, section 4.6.4).
+# EXIF orientation -> transformation of the stored pixels for display (EXIF 2.3, section 4.6.4).
 TURNED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -287,7 +287,7 @@ DEFECTS = drawn(
         ("ellipse", (220, 180, 226, 184), 255),
     ]
 )
-# Each label fills an area: instances, PASCAL VOC's classes with the void border, grey classes.
+# Each label fills an area: instances, PASCAL VOC classes with a void border, grey classes.
 AREAS = [(20 + 45 * (i % 6), 20 + 50 * (i // 6)) for i in range(24)]
 LABELS = {
     "instances 1 to 20": range(1, 21),
@@ -422,7 +422,9 @@ def test_values_without_a_known_white_level_are_refused(array, kind):
         decode_image(encode(Image.fromarray(array), "TIFF"), "x.tif")
 
 
-@pytest.mark.parametrize("limit", [34, 20, 10])  # Pillow warns from one limit on, raises at two
+@pytest.mark.parametrize(
+    "limit", [34, 20, 10]
+)  # Pillow raises above twice the limit
 def test_a_decompression_bomb_is_named_with_its_size(limit, monkeypatch):
     data = encode(Image.fromarray(COLOUR))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
@@ -533,7 +535,7 @@ def test_crop_fills_the_input_and_pad_shows_the_whole_image(size, target):
     scales = [b / a for a, b in zip(size, target, strict=True)]
     for how, scale in (("crop", max(scales)), ("pad", min(scales))):
         resized, crop, place = placement(size, target, how)
-        # Both sides by one scale, but for what an integer cannot say.
+        # Both sides have one scale, up to rounding.
         for old, new in zip(size, resized, strict=True):
             assert new == 1 or scale * old - 1 <= new <= scale * old + 1e-6
         assert any(a == b for a, b in zip(resized, target, strict=True))
@@ -542,7 +544,7 @@ def test_crop_fills_the_input_and_pad_shows_the_whole_image(size, target):
         for slices, outer in ((crop, resized), (place, target)):
             for part, length in zip(slices, outer, strict=True):
                 assert 0 <= part.start < part.stop <= length
-                assert abs(part.start - (length - part.stop)) <= 1  # the middle
+                assert abs(part.start - (length - part.stop)) <= 1  # centred
         seen = seen_part(np.zeros(size), placement(size, target, how))
         assert seen.shape == size if how == "pad" else seen.size > 0
 

@@ -61,21 +61,12 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     MANUAL_DOWNLOAD_INSTRUCTIONS = _DOWNLOAD
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            homepage=_HOMEPAGE,
-            features=tfds.features.FeaturesDict(
-                {
-                    "id": tfds.features.Text(),
-                    "image": tfds.features.Image(shape=(32, 32, 3)),
-                    "label": tfds.features.ClassLabel(names=list(CATEGORIES)),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(),
-        )
+        features = {
+            "id": tfds.features.Text(),
+            "image": tfds.features.Image(shape=(32, 32, 3)),
+            "label": tfds.features.ClassLabel(names=list(CATEGORIES)),
+        }
+        return prepared.dataset_info(self, features, __doc__ or "", _HOMEPAGE)
 
     def _split_generators(self, dl_manager):
         found = _find_batches(Path(dl_manager.manual_dir))
@@ -114,11 +105,7 @@ def opener(config: DataConfig) -> Callable[[str], Dataset]:
 
 
 def open_classes(config: DataConfig) -> Dataset:
-    """Opens all training and test images; the defect of an image is its class.
-
-    Raises:
-        InputError: missing or invalid data.
-    """
+    """Opens all images, with their classes as defects. Raises the errors of `open_dataset`."""
     root = None if config.root is None else expanded(config.root)
     if root is not None and (root / "train").is_dir() and (root / "test").is_dir():
         train, test = _source_of_files(root / "train"), _source_of_files(root / "test")

@@ -63,11 +63,7 @@ def open_dataset(config: DataConfig) -> Dataset:
 
 
 def split(path: Path, cell_type: str) -> Splits:
-    """Returns the training and test images of one cell type, from labels.csv.
-
-    Raises:
-        InputError: the list is missing or damaged.
-    """
+    """Returns the images of one cell type. Raises an InputError if labels.csv is damaged."""
     cells = [(image, probability) for image, probability, kind in _read(path) if kind == cell_type]
     good = [image for image, probability in cells if probability == 0]
     defective = [image for image, probability in cells if probability == 1]

@@ -79,16 +79,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         }
         if self.HAS_MASKS:
             features["mask"] = tfds.features.Image(shape=(None, None, 1))
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self.DESCRIPTION,
-            homepage=self.HOMEPAGE,
-            citation=self.CITATION,
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "label"),
-            disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(),
-        )
+        return dataset_info(self, features, self.DESCRIPTION, self.HOMEPAGE, self.CITATION)
 
     def _split_generators(self, dl_manager):
         splits = self.splits(Path(dl_manager.manual_dir))
@@ -105,12 +96,29 @@ class Builder(tfds.core.GeneratorBasedBuilder):
                 "name": record.name.encode(errors="backslashreplace"),
             }
             if self.HAS_MASKS:
-                example["mask"] = (
-                    _read_checked(record.mask)
-                    if record.mask
-                    else _blank_mask(read_header(record.image).size)
-                )
+                mask = record.mask
+                example["mask"] = _read_checked(mask) if mask else _blank_mask(record.image)
             yield key, example
+
+
+def dataset_info(
+    builder: tfds.core.DatasetBuilder,
+    features: dict[str, Any],
+    description: str,
+    homepage: str,
+    citation: str | None = None,
+) -> tfds.core.DatasetInfo:
+    """Returns the tfds description of a data set whose examples keep their order."""
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        description=description,
+        homepage=homepage,
+        citation=citation,
+        features=tfds.features.FeaturesDict(features),
+        supervised_keys=("image", "label"),
+        disable_shuffling=True,
+        metadata=tfds.core.MetadataDict(),
+    )
 
 
 def _read_checked(path: Path) -> bytes:
@@ -119,10 +127,13 @@ def _read_checked(path: Path) -> bytes:
     return data
 
 
+def _blank_mask(image: Path) -> bytes:
+    return _blank_png(*read_header(image).size)
+
+
 @functools.lru_cache(maxsize=16)
-def _blank_mask(size: tuple[int, int]) -> bytes:
-    """PNG file of (height, width) pixels, all 0."""
-    (height, width), file = size, io.BytesIO()
+def _blank_png(height: int, width: int) -> bytes:
+    file = io.BytesIO()
     Image.new("L", (width, height)).save(file, "PNG")
     return file.getvalue()
 
@@ -277,31 +288,28 @@ def _features(builder: tfds.core.DatasetBuilder) -> Mapping[str, Any]:
 
 
 def source(builder: tfds.core.DatasetBuilder, split: str) -> Source:
-    """Returns the source of one split. Training images have no masks.
-
-    Raises:
-        InputError: the prepared files are damaged.
-    """
+    """Returns the source of one split, with the errors of `read`; only test images have masks."""
     data, rest = read(builder, split)
     names = tuple(example["name"].decode() for example in rest)
     defects = tuple(example["defect"].decode() for example in rest)
     has_masks = split == "test" and "mask" in _features(builder)
     cut: set[str] = set()
 
+    titles = [f"{builder.info.full_name}: {name}" for name in names]
+
     def load(index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        example, name = data[index], f"{builder.info.full_name}: {names[index]}"
-        image = decode_image(example["image"], name)
+        example, title = data[index], titles[index]
+        image = decode_image(example["image"], title)
         if not has_masks:
             return image, None
         if defects[index] == GOOD:
             return image, np.zeros(image.shape[:2], bool)
-        mask = decode_mask(example["mask"], f"the mask of {name}", on_cut=cut.add)
+        mask = decode_mask(example["mask"], f"the mask of {title}", on_cut=cut.add)
         return image, mask
 
     def header(index: int) -> Header:
-        name = f"{builder.info.full_name}: {names[index]}"
-        with open_image(io.BytesIO(data[index]["image"]), name) as image:
-            return header_of(image, name)
+        with open_image(io.BytesIO(data[index]["image"]), titles[index]) as image:
+            return header_of(image, titles[index])
 
     return Source(names, defects, load, header=header, cut_masks=cut)
 

@@ -3,7 +3,6 @@
 import shutil
 import zipfile
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -21,7 +20,7 @@ def miniature(monkeypatch):
 
 
 @pytest.fixture
-def make_products():
+def make_products(write_mask):
     def make(folder):
         for product, (kind, mask_kind) in KINDS.items():
             for path, value in (
@@ -33,11 +32,7 @@ def make_products():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.new("RGB", (8, 6), (value, 0, int(product))).save(path)
             for i in range(2):
-                mask = np.zeros((6, 8), np.uint8)
-                mask[0, : i + 1] = 255
-                path = folder / product / f"ground_truth/ko/000{i}.{mask_kind}"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(mask).save(path)
+                write_mask(folder / product / f"ground_truth/ko/000{i}.{mask_kind}", i + 1)
         return folder
 
     return make
@@ -80,7 +75,7 @@ def test_any_directory_name_works_for_prepared_data(name, make_products, data_co
     folder = tmp_path / name
     make_products(folder / "downloads/manual/btad")
     (folder / "btad/01/incomplete.of_a_run_that_was_killed").mkdir(parents=True)
-    for _ in range(2):  # prepare, and read what is prepared
+    for _ in range(2):  # prepared now, then read
         dataset = open_dataset(data_config("btad", category="01", dir=str(folder)))
         assert dataset.train[1].image[0, 0].tolist() == [11, 0, 1]
     assert [path.name for path in (folder / "btad/01").iterdir()] == ["1.0.0"]
@@ -105,7 +100,7 @@ def test_names_that_are_not_utf8_are_escaped(raw, make_products, open_btad):
 def test_any_directory_name_works_for_raw_data(name, make_products, data_config, tmp_path):
     root = make_products(tmp_path / name)
     config = data_config("btad", category="01", root=str(root), dir=str(tmp_path / "data"))
-    for _ in range(2):  # prepare, and read what is prepared
+    for _ in range(2):  # prepared now, then read
         assert open_dataset(config).train[1].image[0, 0].tolist() == [11, 0, 1]
 
 
@@ -133,7 +128,7 @@ def test_an_archive_of_unknown_compression(raw, make_products, open_btad):
     shutil.make_archive(raw / "btad", "zip", raw)
     shutil.rmtree(raw / "01")
     packed = (raw / "btad.zip").read_bytes()
-    unknown = (9).to_bytes(2, "little")  # Deflate64, where the method stands in either header
+    unknown = (9).to_bytes(2, "little")  # Deflate64, in the method field of both headers
     for mark, at in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
         start = packed.find(mark)
         while start >= 0:

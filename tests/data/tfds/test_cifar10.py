@@ -161,7 +161,7 @@ def test_all_classes_share_one_opening(raw, config):
 
 
 def test_a_copy_prepared_by_tfds_is_read(tmp_path, config):
-    # As the catalogue's builder has it: shuffled, and without a word where it came from.
+    # As by the catalogue's builder: shuffled, and without the origin.
     class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("3.0.2")
 
@@ -212,10 +212,10 @@ def image_folder(tmp_path):
         ("test", TEST_IMAGES, TEST_LABELS),
     ):
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            path = tmp_path / "pictures" / split / CATEGORIES[label] / f"{i:04}.png"
+            path = tmp_path / "images" / split / CATEGORIES[label] / f"{i:04}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 def test_directories_of_image_files(image_folder, data_config):

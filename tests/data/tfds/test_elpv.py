@@ -50,7 +50,7 @@ def test_the_split(package, open_elpv):
     dataset = open_elpv()
     good = [i for i in range(80) if i % 2 == 1 and i // 2 % 4 == 0]
     defective = [i for i in range(80) if i % 2 == 1 and i // 2 % 4 == 3]
-    train, test = good[:4] + good[5:9], [good[4], good[9]]  # every fifth good cell is for testing
+    train, test = good[:4] + good[5:9], [good[4], good[9]]  # every fifth good cell is a test image
     assert dataset.name == "elpv"
     assert dataset.train.names == tuple(f"good/cell{i:04}.png" for i in train)
     assert dataset.train.labels.tolist() == [0] * 8
@@ -182,7 +182,7 @@ def test_a_damaged_package_leaves_nothing_prepared(package, open_elpv, tmp_path,
 
 
 def test_a_full_disk(package, open_elpv, monkeypatch, tmp_path):
-    # What array_record raises there.
+    # Error of array_record on a full disk.
     def write(self, path, examples):
         raise RuntimeError("write() failed: No space left on device")
 
@@ -207,7 +207,7 @@ def test_a_damaged_preparation_is_named(package, open_elpv, tmp_path, kind):
 
 
 def test_a_killed_preparation_is_restarted(package, open_elpv, tmp_path):
-    # Another process prepares, stands still after some images, and is killed there.
+    # Another process is killed after it has prepared some images.
     program = f"""
         import sys, time
         sys.path.insert(0, {str(package.parents[1])!r})

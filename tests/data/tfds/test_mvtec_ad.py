@@ -27,7 +27,7 @@ def miniature(monkeypatch):
 
 
 @pytest.fixture
-def make_category():
+def make_category(write_mask):
     """make(folder) creates a category; grey levels identify images, masks differ in size."""
 
     def make(folder, mode="RGB"):
@@ -43,11 +43,7 @@ def make_category():
             write(f"test/broken/{i:03}.png", 30 + i)
         write("test/print/000.png", 40)
         for i, name in enumerate(("broken/000", "broken/001", "print/000")):
-            mask = np.zeros((6, 8), np.uint8)
-            mask[0, : i + 1] = 255
-            path = folder / f"ground_truth/{name}_mask.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(mask).save(path)
+            write_mask(folder / f"ground_truth/{name}_mask.png", i + 1)
         (folder / "license.txt").write_text("CC BY-NC-SA 4.0")
         (folder / "readme.txt").write_text("cite")
         return folder
@@ -117,7 +113,7 @@ def test_grey_categories(raw, make_category, open_mvtec):
 def test_unofficial_counts_are_a_warning(raw, make_category, open_mvtec, monkeypatch):
     monkeypatch.setitem(mvtec_ad.COUNTS, "bottle", (209, 83))
     make_category(raw / "bottle")
-    for _ in range(2):  # when it is prepared and when it is not
+    for _ in range(2):  # before and after preparation
         with pytest.warns(
             UserWarning, match=r"3 training and 5 test images, but officially 209 and 83"
         ):

@@ -19,7 +19,7 @@ from fastflow_jax.data.transforms import convert_image, decode_image, read_file
 from fastflow_jax.errors import InputError
 from fastflow_jax.files import expanded
 
-# A file, a directory, the content of a file, a Pillow image, uint8 [H, W, 3] or [H, W]; or several.
+# A file, a directory, the content of a file, a Pillow image, or uint8 [H, W, 3] or [H, W].
 Image = str | os.PathLike | bytes | IO[bytes] | np.ndarray | PIL.Image.Image
 Images = Image | Iterable[Image]
 

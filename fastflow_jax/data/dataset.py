@@ -64,7 +64,7 @@ class Source:
     cut_masks: set[str] = dataclasses.field(default_factory=set)
     # File status of each image, None for images in memory; detects replaced files.
     files: tuple[os.stat_result | None, ...] | None = None
-    # index -> header of the image file, without decoding. None if there are no files.
+    # index -> header of the image, without decoding. None if images have no headers.
     header: Callable[[int], Header] | None = None
     # Images with equal labels show the same part. None: `data.groups.labels_of` uses the names.
     groups: tuple[str, ...] | None = None

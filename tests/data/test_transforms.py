@@ -422,9 +422,7 @@ def test_values_without_a_known_white_level_are_refused(array, kind):
         decode_image(encode(Image.fromarray(array), "TIFF"), "x.tif")
 
 
-@pytest.mark.parametrize(
-    "limit", [34, 20, 10]
-)  # Pillow raises above twice the limit
+@pytest.mark.parametrize("limit", [34, 20, 10])  # Pillow raises above twice the limit
 def test_a_decompression_bomb_is_named_with_its_size(limit, monkeypatch):
     data = encode(Image.fromarray(COLOUR))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)

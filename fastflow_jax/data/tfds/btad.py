@@ -5,6 +5,7 @@ ISIE 2021. 2,540 images, .bmp and .png. Normal images are in directories named o
 in ko; a mask has the name of its image.
 """
 
+import functools
 from pathlib import Path
 
 from fastflow_jax.data.dataset import DataConfig, Dataset
@@ -45,4 +46,5 @@ def open_dataset(config: DataConfig) -> Dataset:
     Raises:
         InputError: an unknown product, or missing or invalid data.
     """
-    return prepared.open_category(Btad, config, manual.finder(Btad, _ARCHIVE), COUNTS)
+    find_raw = functools.partial(manual.find_raw, config, Btad, _ARCHIVE)
+    return prepared.open_category(Btad, config, find_raw, COUNTS)

@@ -117,7 +117,7 @@ def open_classes(config: DataConfig) -> Dataset:
             "not the official pixels, bit for bit",
         }
     else:
-        builder = prepared.prepare(Cifar10, None, config, _find_raw)
+        builder = prepared.prepare(Cifar10, None, config, functools.partial(_find_raw, config))
         train, test = _source(builder, "train"), _source(builder, "test")
         provenance = prepared.provenance(builder)
     check_counts("cifar10", (len(train), len(test)), COUNTS)

@@ -11,6 +11,7 @@ images; .33 and .67 are not used. Cells of one module may be in both splits, bec
 not name the modules.
 """
 
+import functools
 import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +55,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     Raises:
         InputError: an unknown type, a missing package, or damaged files.
     """
-    dataset = prepared.open_category(Elpv, config, _find_raw)
+    dataset = prepared.open_category(Elpv, config, functools.partial(_find_raw, config))
     dataset.provenance["split"] = (
         "in file order every fifth good cell (probability 0) is a test image, "
         "probability 1 is defective, .33 and .67 are left out"
@@ -98,7 +99,9 @@ def _find_raw(config: DataConfig) -> prepared.Raw:
     if config.root is not None:
         folder = expanded(config.root).resolve()
         if not (folder / _LIST).is_file():
-            raise InputError(f"data.root {config.root} has no {_LIST}. Set it to its directory.")
+            raise InputError(
+                f"data.root {config.root} has no {_LIST}. Set it to the directory of {_LIST}."
+            )
         return prepared.Raw(folder, str(folder))
     try:
         package = importlib.metadata.distribution(_PACKAGE)

@@ -8,7 +8,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, cast
 
@@ -34,37 +34,30 @@ def manual_dir(config: DataConfig) -> Path:
     return (data_dir(config) / "downloads/manual" / config.name).resolve()
 
 
-def finder(builder_class: type[Builder], *archives: str) -> Callable[[DataConfig], Raw]:
-    """Returns a function that finds the directory of `config.category`, unpacked if needed.
-
-    The directory is in `manual_dir` or one level deeper.
+def find_raw(config: DataConfig, builder_class: type[Builder], *archives: str) -> Raw:
+    """Finds the directory of `config.category`, in `manual_dir` or one level deeper.
 
     Args:
+        config: `config.data`.
         builder_class: its `MANUAL_DOWNLOAD_INSTRUCTIONS` are part of the error message.
-        archives: names of archives that may contain the category; the first one present is used.
+        archives: names of archives that may contain the category. If its directory is missing, the
+            first archive present is unpacked.
 
-    Returns:
-        A function that raises an InputError if the category is missing, an archive is damaged, or
-        the disk is full.
+    Raises:
+        InputError: the category is missing, an archive is damaged, or the disk is full.
     """
-
-    def find_raw(config: DataConfig) -> Raw:
-        folder, category = manual_dir(config), config.category or ""
+    folder, category = manual_dir(config), config.category or ""
+    found = _find_category(folder, category)
+    present = [folder / archive for archive in archives if (folder / archive).is_file()]
+    if found is None and present:
+        if (target := _target(present[0])).exists():
+            raise InputError(f"{target} has no {category}. Remove it to unpack {present[0]} again.")
+        unpack(present[0])
         found = _find_category(folder, category)
-        present = [folder / archive for archive in archives if (folder / archive).is_file()]
-        if found is None and present:
-            if (target := _target(present[0])).exists():
-                raise InputError(
-                    f"{target} has no {category}. Remove it to unpack {present[0]} again."
-                )
-            unpack(present[0])
-            found = _find_category(folder, category)
-        if found is None:
-            instructions = builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS
-            raise InputError(f"{config.name} ({category}) is not in {folder}. {instructions}")
-        return Raw(found, str(folder))
-
-    return find_raw
+    if found is None:
+        instructions = builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS
+        raise InputError(f"{config.name} ({category}) is not in {folder}. {instructions}")
+    return Raw(found, str(folder))
 
 
 def _find_category(folder: Path, category: str) -> Path | None:

@@ -5,6 +5,7 @@ Unsupervised Anomaly Detection", IJCV 129 (2021). 5,354 images of 700 to 1,024 p
 screw and zipper are grey. The licence (CC BY-NC-SA 4.0) requires a manual download.
 """
 
+import functools
 from pathlib import Path
 
 from fastflow_jax.data.dataset import DataConfig, Dataset
@@ -61,5 +62,6 @@ def open_dataset(config: DataConfig) -> Dataset:
     Raises:
         InputError: an unknown category, or missing or invalid data.
     """
-    find_raw = manual.finder(MvtecAd, _ARCHIVE, f"{config.category}.tar.xz")
+    archives = (_ARCHIVE, f"{config.category}.tar.xz")
+    find_raw = functools.partial(manual.find_raw, config, MvtecAd, *archives)
     return prepared.open_category(MvtecAd, config, find_raw, COUNTS)

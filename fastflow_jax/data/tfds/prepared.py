@@ -141,7 +141,7 @@ def _blank_png(height: int, width: int) -> bytes:
 def open_category(
     builder_class: type[Builder],
     config: DataConfig,
-    find_raw: Callable[[DataConfig], Raw],
+    find_raw: Callable[[], Raw],
     counts: Mapping[str, tuple[int, int]] | None = None,
 ) -> Dataset:
     """Opens the category `config.category`, after preparing it if needed.
@@ -175,7 +175,7 @@ def prepare(
     builder_class: type[tfds.core.GeneratorBasedBuilder],
     builder_config: str | None,
     config: DataConfig,
-    find_raw: Callable[[DataConfig], Raw],
+    find_raw: Callable[[], Raw],
 ) -> tfds.core.DatasetBuilder:
     """Returns a builder whose data set is prepared, after preparing it if needed.
 
@@ -186,7 +186,7 @@ def prepare(
         builder_class: builder of the data set.
         builder_config: name of its configuration, or None if it has none.
         config: `config.data`.
-        find_raw: finds the raw files of `config.data`; called only if the set is not prepared yet.
+        find_raw: finds the raw files; called only if the set is not prepared yet.
 
     Raises:
         InputError: missing raw data, a broken image, a directory that cannot be written to or whose
@@ -208,7 +208,7 @@ def prepare(
     if builder.data_path.exists():
         _check_prepared(builder, config.root)
         return builder
-    _write(builder, find_raw(config))
+    _write(builder, find_raw())
     # Remove directories of killed processes. An etils path would interpret brackets as a pattern.
     for leftover in Path(builder.data_path).parent.glob("incomplete.*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -271,9 +271,9 @@ def read(builder: tfds.core.DatasetBuilder, split: str) -> tuple[Sequence[dict],
     Raises:
         InputError: the prepared files are damaged.
     """
-    images = [name for name in ("image", "mask") if name in _features(builder)]
-    decoders = {name: tfds.decode.SkipDecoding() for name in images}
     as_data_source: Any = builder.as_data_source  # its decorator hides the signature
+    images = ("image", "mask") if _has_masks(builder) else ("image",)
+    decoders = {name: tfds.decode.SkipDecoding() for name in images}
     try:
         data = as_data_source(split, decoders=decoders)
         rest = [{k: v for k, v in example.items() if k not in images} for example in data]
@@ -282,9 +282,9 @@ def read(builder: tfds.core.DatasetBuilder, split: str) -> tuple[Sequence[dict],
     return data, rest
 
 
-def _features(builder: tfds.core.DatasetBuilder) -> Mapping[str, Any]:
+def _has_masks(builder: tfds.core.DatasetBuilder) -> bool:
     features: Any = builder.info.features
-    return features
+    return "mask" in features
 
 
 def source(builder: tfds.core.DatasetBuilder, split: str) -> Source:
@@ -292,7 +292,7 @@ def source(builder: tfds.core.DatasetBuilder, split: str) -> Source:
     data, rest = read(builder, split)
     names = tuple(example["name"].decode() for example in rest)
     defects = tuple(example["defect"].decode() for example in rest)
-    has_masks = split == "test" and "mask" in _features(builder)
+    has_masks = split == "test" and _has_masks(builder)
     cut: set[str] = set()
 
     titles = [f"{builder.info.full_name}: {name}" for name in names]

@@ -6,10 +6,8 @@ in ko; a mask has the name of its image.
 """
 
 import functools
-from pathlib import Path
 
 from fastflow_jax.data.dataset import DataConfig, Dataset
-from fastflow_jax.data.layout import Splits, read_layout
 from fastflow_jax.data.tfds import manual, prepared
 
 COUNTS = {"01": (400, 70), "02": (399, 230), "03": (1000, 441)}  # training images, test images
@@ -19,22 +17,19 @@ _ARCHIVE = "btad.zip"
 
 
 class Btad(prepared.Builder):
-    """`<manual_dir>` is the directory of the product."""
+    """Builder of one product."""
 
     BUILDER_CONFIGS = prepared.builder_configs(CATEGORIES)
     DESCRIPTION = __doc__ or ""
     HOMEPAGE = "https://avires.dimi.uniud.it/papers/btad/"
     CITATION = "doi:10.1109/ISIE45552.2021.9576231"
+    GOOD_NAME, MASK_SUFFIX = "ok", ""
     LICENCE = "none named by its authors; anomalib lists it as CC BY-NC-SA 4.0"
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         f"Download {_ARCHIVE} (1.2 GB; licence: {LICENCE}) from the University of Udine, "
         f"{HOMEPAGE}{_ARCHIVE}, and put it there, packed or unpacked; or set data.root to its "
         "directory."
     )
-
-    def splits(self, folder: Path) -> Splits:
-        """Returns the files of a product."""
-        return read_layout(folder, good="ok", mask_suffix="", complete=True)
 
 
 def open_dataset(config: DataConfig) -> Dataset:

@@ -6,10 +6,8 @@ screw and zipper are grey. The licence (CC BY-NC-SA 4.0) requires a manual downl
 """
 
 import functools
-from pathlib import Path
 
 from fastflow_jax.data.dataset import DataConfig, Dataset
-from fastflow_jax.data.layout import Splits, read_layout
 from fastflow_jax.data.tfds import manual, prepared
 
 COUNTS = {  # training images, test images
@@ -35,7 +33,7 @@ _ARCHIVE = "mvtec_anomaly_detection.tar.xz"
 
 
 class MvtecAd(prepared.Builder):
-    """`<manual_dir>` is the directory of the category."""
+    """Builder of one category."""
 
     BUILDER_CONFIGS = prepared.builder_configs(CATEGORIES)
     DESCRIPTION = __doc__ or ""
@@ -46,10 +44,6 @@ class MvtecAd(prepared.Builder):
         f"Download {_ARCHIVE} (5.3 GB, {LICENCE}: not for commercial use) from MVTec, {HOMEPAGE}, "
         "and put it there, packed or unpacked; or set data.root to its directory."
     )
-
-    def splits(self, folder: Path) -> Splits:
-        """Returns the files of a category."""
-        return read_layout(folder, complete=True)
 
 
 def open_dataset(config: DataConfig) -> Dataset:

@@ -4,7 +4,6 @@
 `prepare` and `read` serve other builders too.
 """
 
-import abc
 import contextlib
 import functools
 import io
@@ -29,7 +28,7 @@ from fastflow_jax.data.dataset import (
     check_counts,
 )
 from fastflow_jax.data.formats import Header, header_of, open_image, read_header
-from fastflow_jax.data.layout import Splits
+from fastflow_jax.data.layout import Splits, read_layout
 from fastflow_jax.data.transforms import check_image, decode_image, decode_mask, read_file
 from fastflow_jax.errors import InputError
 from fastflow_jax.files import expanded, is_utf8
@@ -47,10 +46,11 @@ def builder_configs(categories: Iterable[str]) -> list[tfds.core.BuilderConfig]:
     return [tfds.core.BuilderConfig(name=name) for name in categories]
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Base class of sets with categories, each with training and test images.
 
-    Image files are stored byte for byte, in the order of `splits`.
+    Image files are stored byte for byte, in the order of `splits`. By default `<manual_dir>` is the
+    directory of the category, in the layout of MVTec AD.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -59,10 +59,12 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     CITATION = ""
     LICENCE = ""
     HAS_MASKS = True
+    GOOD_NAME = GOOD  # directories of normal images
+    MASK_SUFFIX = "_mask"
 
-    @abc.abstractmethod
     def splits(self, folder: Path) -> Splits:
-        """Returns the files of `category` below the directory of raw files."""
+        """Returns the files of `category` in the directory of raw files."""
+        return read_layout(folder, good=self.GOOD_NAME, mask_suffix=self.MASK_SUFFIX, complete=True)
 
     @property
     def category(self) -> str:

@@ -158,9 +158,9 @@ def open_image(file: Path | IO[bytes], name: str) -> Image.Image:
             f"{name} is too large: {width} x {height} pixels exceed the limit of {limit} pixels "
             "(PIL.Image.MAX_IMAGE_PIXELS). Resize it or cut it into tiles."
         )
-    if image.format == "TIFF" and _is_camera_raw(image, name):
+    if image.format == "TIFF" and (_has_raw_name(name) or _TIFF_DNG_VERSION in tiff_tags(image)):
         image.close()  # Pillow would decode its thumbnail
-        raise InputError(f"{name} is camera raw, which Pillow cannot read. {_RAW_REMEDY}.")
+        raise _unsupported(name, "camera raw", _RAW_REMEDY)
     return image
 
 
@@ -248,8 +248,12 @@ def _jpeg_quality(tables: dict[int, list[int]] | None) -> int | None:
     return int(np.clip(round(quality), 1, 100))
 
 
-def _is_camera_raw(image: Image.Image, name: str) -> bool:
-    return Path(name).suffix.lower() in _CAMERA_RAW or _TIFF_DNG_VERSION in tiff_tags(image)
+def _has_raw_name(name: str) -> bool:
+    return Path(name).suffix.lower() in _CAMERA_RAW
+
+
+def _unsupported(name: str, kind: str, remedy: str) -> InputError:
+    return InputError(f"{name} is {kind}, which Pillow cannot read. {remedy}.")
 
 
 def _unreadable(file: Path | IO[bytes], name: str) -> InputError:
@@ -257,9 +261,9 @@ def _unreadable(file: Path | IO[bytes], name: str) -> InputError:
     with contextlib.suppress(OSError), _start_of(file) as head:
         for offset, signature, kind, remedy in _SIGNATURES:
             if head[offset:].startswith(signature):
-                return InputError(f"{name} is {kind}, which Pillow cannot read. {remedy}.")
-    if Path(name).suffix.lower() in _CAMERA_RAW:
-        return InputError(f"{name} is camera raw, which Pillow cannot read. {_RAW_REMEDY}.")
+                return _unsupported(name, kind, remedy)
+    if _has_raw_name(name):
+        return _unsupported(name, "camera raw", _RAW_REMEDY)
     return InputError(f"{name} is not an image that Pillow can read. Replace or remove it.")
 
 

@@ -12,7 +12,7 @@ images. Hidden files, service directories of file servers and archives (`@eaDir`
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -227,35 +227,27 @@ def is_left_out(path: Path, root: Path) -> bool:
 
 def _files_below(folder: Path) -> list[Path]:
     """Files in `folder` and below it that are not skipped, sorted by path."""
-    return sorted(Path(at, name) for at, names in _walk(folder) for name in names)
-
-
-def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yields directories and the names of their files, without those that are skipped."""
 
     def fail(error: OSError):
         raise _cannot_list(error) from error
 
-    seen = set()
+    found, seen = [], set()
     for at, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(at)
         if real in seen or any(set(names) <= set(files) for names in _RUN_FILES):
             folders.clear()  # a link to a parent directory would never end
             continue
         seen.add(real)
-        is_output = _PREDICTIONS in files
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not _is_skipped(name) and not (is_output and name in _RESULT_DIRECTORIES)
-        )
-        skipped = _RESULT_FILES if is_output else ()
-        yield at, [name for name in files if not _is_skipped(name) and name not in skipped]
+        results = (_RESULT_DIRECTORIES, _RESULT_FILES) if _PREDICTIONS in files else ((), ())
+        folders[:] = sorted(name for name in folders if not _is_skipped(name, results[0]))
+        found += [Path(at, name) for name in files if not _is_skipped(name, results[1])]
+    return sorted(found)
 
 
-def _is_skipped(name: str) -> bool:
+def _is_skipped(name: str, also: Collection[str] = ()) -> bool:
     lower = name.lower()
-    return name.startswith(".") or lower in _SERVICE_DIRECTORIES or lower in _SERVICE_FILES
+    service = lower in _SERVICE_DIRECTORIES or lower in _SERVICE_FILES
+    return name.startswith(".") or service or name in also
 
 
 def _cannot_list(error: OSError) -> InputError:

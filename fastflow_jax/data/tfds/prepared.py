@@ -97,9 +97,10 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 "defect": record.defect.encode(errors="backslashreplace"),
                 "name": record.name.encode(errors="backslashreplace"),
             }
-            if self.HAS_MASKS:
-                mask = record.mask
-                example["mask"] = _read_checked(mask) if mask else _blank_mask(record.image)
+            if self.HAS_MASKS and record.mask:
+                example["mask"] = _read_checked(record.mask)
+            elif self.HAS_MASKS:
+                example["mask"] = _blank_mask(*read_header(record.image).size)
             yield key, example
 
 
@@ -129,12 +130,8 @@ def _read_checked(path: Path) -> bytes:
     return data
 
 
-def _blank_mask(image: Path) -> bytes:
-    return _blank_png(*read_header(image).size)
-
-
 @functools.lru_cache(maxsize=16)
-def _blank_png(height: int, width: int) -> bytes:
+def _blank_mask(height: int, width: int) -> bytes:
     file = io.BytesIO()
     Image.new("L", (width, height)).save(file, "PNG")
     return file.getvalue()

@@ -50,7 +50,7 @@ from fastflow_jax.detectors.fastflow.scorer import (
     with_banks,
 )
 from fastflow_jax.detectors.patchcore import PatchCoreScorer
-from fastflow_jax.detectors.registry import recipe
+from fastflow_jax.detectors.base import recipe
 from fastflow_jax.detectors.spade import SpadeScorer
 from fastflow_jax.features.extract import Features, cached_features, extractor
 
@@ -94,7 +94,7 @@ def random_maps(config, n: int) -> Features:
 
 
 def scorer_of(config, stored: int):
-    """What scores, see `detectors.registry`: as training leaves it, but for the values in it.
+    """What scores, see `detectors.base`: as training leaves it, but for the values in it.
 
     Args:
       config: filled.
@@ -103,10 +103,10 @@ def scorer_of(config, stored: int):
     one, key = random_maps(config, 1), jax.random.key(0)
     if config.detector == "fastflow":
         model = flow_model(config)
-        variables = objective(config, model, None).init(key, one)
+        variables = objective(config).init(key, one)
         images = cached_features(random_maps(config, stored))
-        variables = with_banks(config, model, variables, images, 0)
-        return FastFlowScorer(config, model, variables, calibrate(config, model, variables, None))
+        variables = with_banks(config, variables, images, 0)
+        return FastFlowScorer(config, variables, calibrate(config, variables, None))
     if config.detector == "cflow":
         variables = cflow.objective(config).init(key, one)
         return cflow.scorer_of(config, variables, np.zeros(len(one), np.float32))
@@ -129,7 +129,7 @@ def backbone_seconds(config) -> float:
 def detector_seconds(config, stored: int) -> float:
     """Median seconds of a batch, from maps to scores and anomaly maps; see `scorer_of`."""
     scorer, features = scorer_of(config, stored), random_maps(config, config.batch_size)
-    return median_seconds(lambda: scorer.score_features(features))
+    return median_seconds(lambda: scorer.score(features))
 
 
 def measure(configs: dict, stored: int) -> Iterator[dict]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from fastflow_jax import data
 from fastflow_jax.config import from_plain
-from fastflow_jax.detectors.registry import kind
+from fastflow_jax.detectors.base import detector_module
 from fastflow_jax.evaluation.evaluate import METRICS, Scored, measure, score_split
 from fastflow_jax.features.prepare import preparer
 
@@ -32,9 +32,9 @@ def score_run(config, prepare, category: str | None, seed: int, folder: pathlib.
     prepared = prepare(config, category, seed)
     if prepared.dataset.test is None:
         sys.exit(f"{prepared.dataset.name} has no test images")
-    scorer = kind(config.detector).load(config, prepared.train.shapes, folder)
+    scorer = detector_module(config.detector).load(config, prepared.train.shapes, folder)
     n = len(prepared.dataset.test)
-    return score_split(scorer.score_features, prepared.test(), n, progress=str(folder))
+    return score_split(scorer.score, prepared.test(), n, progress=str(folder))
 
 
 def half_of(scored: Scored, places: slice) -> Scored:

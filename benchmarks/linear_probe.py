@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from fastflow_jax import data
 from fastflow_jax.backbones import create_backbone
-from fastflow_jax.detectors.fastflow.model import resize_map
+from fastflow_jax.detectors.maps import resize_map
 from fastflow_jax.evaluation import metrics
 from fastflow_jax.features.prepare import feature_batches
 

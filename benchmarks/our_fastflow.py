@@ -62,7 +62,7 @@ def train_with_curve(config, folder: pathlib.Path) -> list[dict]:
         calibration = calibration or time.perf_counter() - ended
         seconds = ended - start - not_counted + calibration
         scored = score_split(
-            calibrated.score_features, test, len(dataset.test), progress=f"epoch {epoch}"
+            calibrated.score, test, len(dataset.test), progress=f"epoch {epoch}"
         )
         figures = measure(scored)
         auroc = {k: figures[k] for k in ("image_auroc", "pixel_auroc")}

@@ -12,7 +12,7 @@ scoring stands at the top of `fastflow_jax/detectors/cflow.py`.
 """
 
 from fastflow_jax.config import default, name_data
-from fastflow_jax.detectors.registry import recipe
+from fastflow_jax.detectors.base import recipe
 
 
 def get_config(argument: str = "mvtec_ad"):

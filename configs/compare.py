@@ -21,7 +21,7 @@ per image, memory, and space on disk.
 from ml_collections import ConfigDict
 
 from fastflow_jax.config import default, name_data
-from fastflow_jax.detectors.registry import recipe
+from fastflow_jax.detectors.base import recipe
 
 
 def get_config(argument: str = "folder"):

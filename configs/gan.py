@@ -9,7 +9,7 @@ no pretrained net is used. The method and its source stand in `fastflow_jax/dete
 """
 
 from fastflow_jax.config import default, name_data
-from fastflow_jax.detectors.registry import recipe
+from fastflow_jax.detectors.base import recipe
 
 
 def get_config(argument: str = "cifar10"):

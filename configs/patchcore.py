@@ -18,7 +18,7 @@ what the authors' code. The paper's re-weighting of image scores, which that cod
 """
 
 from fastflow_jax.config import default, name_data
-from fastflow_jax.detectors.registry import recipe
+from fastflow_jax.detectors.base import recipe
 
 
 def get_config(argument: str = "folder"):

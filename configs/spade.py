@@ -16,7 +16,7 @@ times as long and gives much the same. No images are held out: nothing is calibr
 """
 
 from fastflow_jax.config import default, name_data
-from fastflow_jax.detectors.registry import recipe
+from fastflow_jax.detectors.base import recipe
 
 
 def get_config(argument: str = "folder"):

@@ -176,19 +176,22 @@ def test_the_same_command_again_finds_the_finished_run(undisturbed, started, cap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=configs/folder.py", "--config.train.epoch=1"], "did you mean train.epochs"),
-        (["--config=configs/folder.py", "--config.trane.epochs=1"], "did you mean train.epochs"),
+        (["--config=configs/folder.py", "--config.train.epoch=1"], "Did you mean train.epochs"),
+        (["--config=configs/folder.py", "--config.trane.epochs=1"], "Did you mean train.epochs"),
         (["--config=configs/folder.py", "--config.seed=x"], "seed"),
         (["--config=configs/nosuch.py"], "configs/nosuch.py"),
         (["--config=configs/synthetic.py:marble"], "marble"),
         (["--config=configs/folder.py", "--config.data.root=no/such/folder"], "no/such/folder"),
         (["--config=configs/folder.py", "--bogus=1"], "bogus"),
-        (["--config", "configs/folder.py", "--config.train.epoch=1"], "did you mean train.epochs"),
-        (["--config=configs/demo.py", "--config.checkpoint_every=0"], "checkpoint_every is from 1"),
+        (["--config", "configs/folder.py", "--config.train.epoch=1"], "Did you mean train.epochs"),
+        (
+            ["--config=configs/demo.py", "--config.checkpoint_every=0"],
+            "checkpoint_every must be from 1",
+        ),
         (["--config=configs/ablations.py:kernel/elpv"], "no ablation 'kernel'; there is kernels"),
         (
             ["--config=configs/ablations.py:steps", "--config.variants.steps_2.flow.step=3"],
-            "did you mean variants.steps_2.flow.steps",
+            "Did you mean variants.steps_2.flow.steps",
         ),
         (["--config.seed=1"], "config.seed"),
         ([], "--config"),
@@ -240,7 +243,7 @@ def test_a_process_with_bad_input_ends_in_one_message(environment):
     arguments = ["--config=configs/folder.py", "--config.train.epoch=1"]
     code, _, err = finish(start(arguments, environment))
     assert code == 2
-    assert_one_message(err, "did you mean train.epochs")
+    assert_one_message(err, "Did you mean train.epochs")
 
 
 def test_names_that_are_not_utf8_are_printed_and_written(environment, tmp_path):

@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 
+from fastflow_jax.detectors.base import CalibratedScorer
 from fastflow_jax.evaluation import thresholds
 from fastflow_jax.evaluation.thresholds import Threshold
 from fastflow_jax.features.extract import Features, in_batches
@@ -70,14 +71,14 @@ def look_at(
 
     Args:
       config: filled, that it was trained with.
-      scorer: see `detectors.registry`.
+      scorer: of the detector.
       holdout: features of the images, [n, h, w, C] a scale.
       valid: bool [n, H, W], False in padding; None without padding.
       groups: int [n], see `HeldOut`.
     """
     n, size = len(holdout[0]), config.batch_size
     part = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
-    is_calibrated = part.max() > 0 and hasattr(scorer, "recalibrated")
+    is_calibrated = part.max() > 0 and isinstance(scorer, CalibratedScorer)
     fold = part % (_FOLDS if is_calibrated else 1)
     scores, tails = np.empty(n, np.float32), np.empty((n, len(thresholds.EXCEEDANCES)))
 
@@ -94,7 +95,7 @@ def look_at(
                 np.flatnonzero(fold == i), lambda b, f=fair: f.score_maps(tuple(m[b] for m in maps))
             )
     else:
-        score_rows(np.arange(n), lambda b: scorer.score_features(*_rows(b, holdout, valid)))
+        score_rows(np.arange(n), lambda b: scorer.score(*_rows(b, holdout, valid)))
     return HeldOut(scores, tails, groups)
 
 

@@ -128,8 +128,10 @@ class Detector(PickledByFields):
         parallel.check_not_forked()
         folder = None if workdir is None else expanded(workdir)
         config, dataset = _asked_for(images, config, groups, calibrate)
-        temporary = _TemporaryFolder() if folder is None else None
-        folder = folder or pathlib.Path(temporary.path)
+        temporary = None
+        if folder is None:
+            temporary = _TemporaryFolder()
+            folder = pathlib.Path(temporary.path)
         with directory.claim(folder, config):
             if parallel.on_main(lambda: saved.is_finished(folder)):
                 detector = cls.load(folder)
@@ -165,11 +167,11 @@ class Detector(PickledByFields):
         kept = saved.read(folder)
         kept.config.weights = saved.find_weights(kept, folder, weights)
         detector = cls.from_training(kept.config, kept.training, kept.seed)
-        weights = detector.backbone.weights
-        if weights.get("sha256") != kept.weights.get("sha256"):
+        found = detector.backbone.weights
+        if found.get("sha256") != kept.weights.get("sha256"):
             raise InputError(
-                f"{folder} was trained with other weights of {kept.config.backbone} than are here: "
-                f"there {kept.weights}, here {weights}; bring those back, or train anew"
+                f"{folder} was trained with other weights of {kept.config.backbone}: "
+                f"{kept.weights}, not {found}. Restore them, or train again."
             )
         return dataclasses.replace(
             detector,

@@ -31,7 +31,12 @@ DETECTORS = {
 
 
 class Scorer(Protocol):
-    """Image scores and anomaly maps from features; higher is more anomalous."""
+    """Image scores and anomaly maps from features; higher is more anomalous.
+
+    Scorers are frozen dataclasses.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def config(self) -> Any:

@@ -170,10 +170,11 @@ def objective(config) -> Objective:
         return [(-log_p[:, 0], c) for log_p, c in zip(_log_p(latents), counts, strict=True)]
 
     def loss(variables, features, valid, keys):
-        return sum(
+        losses = [
             jax.nn.softplus(nll).mean(1, where=counts)  # -log sigmoid(x) = log(1 + e^-x)
             for nll, counts in negative_log_likelihoods(variables, features, valid, keys)
-        )
+        ]
+        return jnp.sum(jnp.stack(losses), 0)
 
     def validation(variables, features, valid):
         """The loss of the same few locations of every image, which is enough to follow training."""

@@ -96,19 +96,3 @@ def _draw(
     rows = latents.reshape(*order.shape, -1)
     rows = np.take_along_axis(rows, places[..., None], axis=1)
     return rows[np.isfinite(np.take_along_axis(order, places, axis=1))]
-
-
-def squared_distances(latents: jax.Array, bank: jax.Array) -> jax.Array:
-    """Squared distances of latents [B, h, w, C] to the nearest entry of a bank [M, C], [B, h, w].
-
-    Computed as |m|^2 - 2 mb + |b|^2, which is accurate for values around the origin such as
-    latents, and several times faster than `nearest`, which also returns the index.
-    """
-    bank = jnp.asarray(bank, jnp.float32)
-    squares = jnp.sum(bank**2, axis=-1)
-
-    def of_image(rows):  # one at a time: the distances of all images would need much memory
-        return jnp.min(squares - 2 * jnp.matmul(rows, bank.T, precision="highest"), axis=-1)
-
-    found = jax.lax.map(of_image, latents.reshape(len(latents), -1, latents.shape[-1]))
-    return jnp.maximum(found.reshape(latents.shape[:-1]) + jnp.sum(latents**2, axis=-1), 0.0)

@@ -25,6 +25,7 @@ from fastflow_jax.detectors.fastflow.model import (
     random_windows,
 )
 from fastflow_jax.detectors.maps import resize_map, top_mean, window_maxima
+from fastflow_jax.detectors.nearest import nearest_squared_distances
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.extract import (
     Features,
@@ -215,8 +216,7 @@ def _nll(model, variables, features, valid, per_dimension, cut=lambda scale, x: 
     return negative_log_likelihood(latents, per_dimension=per_dimension, inside=masks)
 
 
-@flax.struct.dataclass
-class Calibration:
+class Calibration(flax.struct.PyTreeNode):
     """Statistics per map over held-out normal images, which make the maps comparable."""
 
     scale_mean: jax.Array  # [maps], mean of energies
@@ -319,7 +319,7 @@ def _location_maps(config, state, batch) -> tuple[jax.Array, ...]:
         score = functools.partial(location_energies, z, log_det, form=config.map.form)
         found = [score(log_det_weight=config.map.log_det)]
         if banks:
-            squares = bank.squared_distances(bank.entries(z, seen), banks[f"bank_{i}"])
+            squares = nearest_squared_distances(bank.entries(z, seen), banks[f"bank_{i}"])
             # A mean over locations has no log-determinant.
             found.append(score(log_det_weight=0.0, squares=squares))
         maps += found if seen is None else [without_padding(each, seen) for each in found]

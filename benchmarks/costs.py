@@ -87,7 +87,7 @@ def _measure_here(
         images = images.astype(np.float32)
         features = detector.extract(images)
         whole = median_seconds(lambda d=detector, x=images: d.score(x), seconds)
-        alone = median_seconds(lambda d=detector, x=features: d.scorer.score_features(x), seconds)
+        alone = median_seconds(lambda d=detector, x=features: d.scorer.score(x), seconds)
         figures[f"ms_batch_{batch}"] = 1e3 * whole / batch
         figures[f"detector_ms_batch_{batch}"] = 1e3 * alone / batch
     return figures | {"memory_mib": peak_memory() / 2**20}

@@ -42,6 +42,7 @@ from tqdm import tqdm
 from fastflow_jax.backbones import create_backbone, find_spec
 from fastflow_jax.config import default, fill
 from fastflow_jax.detectors import cflow
+from fastflow_jax.detectors.base import recipe
 from fastflow_jax.detectors.fastflow.scorer import (
     FastFlowScorer,
     calibrate,
@@ -50,7 +51,6 @@ from fastflow_jax.detectors.fastflow.scorer import (
     with_banks,
 )
 from fastflow_jax.detectors.patchcore import PatchCoreScorer
-from fastflow_jax.detectors.registry import recipe
 from fastflow_jax.detectors.spade import SpadeScorer
 from fastflow_jax.features.extract import Features, cached_features, extractor
 
@@ -102,11 +102,11 @@ def scorer_of(config, stored: int):
     """
     one, key = random_maps(config, 1), jax.random.key(0)
     if config.detector == "fastflow":
-        model = flow_model(config)
-        variables = objective(config, model, None).init(key, one)
+        flow_model(config)
+        variables = objective(config).init(key, one)
         images = cached_features(random_maps(config, stored))
-        variables = with_banks(config, model, variables, images, 0)
-        return FastFlowScorer(config, model, variables, calibrate(config, model, variables, None))
+        variables = with_banks(config, variables, images, 0)
+        return FastFlowScorer(config, variables, calibrate(config, variables, None))
     if config.detector == "cflow":
         variables = cflow.objective(config).init(key, one)
         return cflow.scorer_of(config, variables, np.zeros(len(one), np.float32))
@@ -129,7 +129,7 @@ def backbone_seconds(config) -> float:
 def detector_seconds(config, stored: int) -> float:
     """Median seconds per batch from feature maps to scores and anomaly maps."""
     scorer, features = scorer_of(config, stored), random_maps(config, config.batch_size)
-    return median_seconds(lambda: scorer.score_features(features))
+    return median_seconds(lambda: scorer.score(features))
 
 
 def measure(configs: dict, stored: int) -> Iterator[dict]:

@@ -33,8 +33,9 @@ from outcome import describe_machine, ratios, versions, write_result
 from peer import Peer
 
 from fastflow_jax.detector import Detector
-from fastflow_jax.detectors.fastflow.model import location_scores, top_mean
+from fastflow_jax.detectors.fastflow.model import location_energies
 from fastflow_jax.detectors.fastflow.scorer import FastFlowScorer, calibrate, fuse
+from fastflow_jax.detectors.maps import top_mean
 
 BACKBONES = (
     "resnet18",
@@ -48,14 +49,14 @@ PARTS = ("backbone", "flow", "map", "all")
 def our_parts(ours: same_weights.Ours) -> dict[str, Callable]:
     """Functions that run each of `PARTS`; those of "map" and "all" return scores and maps."""
     config, model = ours.config, ours.model
-    calibration = calibrate(config, model, ours.variables, None)
-    scorer = FastFlowScorer(config, model, ours.variables, calibration)
+    calibration = calibrate(config, ours.variables, None)
+    scorer = FastFlowScorer(config, ours.variables, calibration)
     detector = Detector(config, ours.backbone, scorer)
 
     @jax.jit
     def latents_to_scores(latents):
         maps = [
-            location_scores(z, log_det, form=config.map.form, log_det_weight=config.map.log_det)
+            location_energies(z, log_det, form=config.map.form, log_det_weight=config.map.log_det)
             for z, log_det in latents
         ]
         anomaly_map = fuse(maps, calibration, config.image_size)

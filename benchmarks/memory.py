@@ -85,8 +85,8 @@ def resident(doing: str, backbone: str, batch: int) -> int:
     images = np.random.default_rng(0).standard_normal((batch, *config.image_size, 3), np.float32)
     how = (config.length_power, config.parallel, batch, config.feature_dtype)
     features = extractor(net, *how)(images)
-    model = flow_model(config)
-    nll = objective(config, model, None)
+    flow_model(config)
+    nll = objective(config)
     if doing == "training":
         optimizer = create_optimizer(config.train, 3)
         state = create_state(nll, optimizer, [m.shape[1:] for m in features], 0)
@@ -97,8 +97,8 @@ def resident(doing: str, backbone: str, batch: int) -> int:
             state = jax.block_until_ready(run(state, (features, None), rows, weight))
     else:
         variables = nll.init(jax.random.key(0), tuple(m[:1] for m in features))
-        calibration = calibrate(config, model, variables, None)
-        scorer = FastFlowScorer(config, model, variables, calibration)
+        calibration = calibrate(config, variables, None)
+        scorer = FastFlowScorer(config, variables, calibration)
         Detector(config, net, scorer).score(images)
     if jax.default_backend() == "cpu":
         return peak_memory()

@@ -60,9 +60,7 @@ def train_with_curve(config, folder: pathlib.Path) -> list[dict]:
         # A run calibrates once, after the last epoch, and compiles it then. Here that is the first.
         calibration = calibration or time.perf_counter() - ended
         seconds = ended - start - not_counted + calibration
-        scored = score_split(
-            calibrated.score_features, test, len(dataset.test), progress=f"epoch {epoch}"
-        )
+        scored = score_split(calibrated.score, test, len(dataset.test), progress=f"epoch {epoch}")
         figures = measure(scored)
         auroc = {k: figures[k] for k in ("image_auroc", "pixel_auroc")}
         curve.append({"epoch": epoch, "seconds": round(seconds, 2), **auroc})

@@ -60,7 +60,7 @@ def our_steps(ours: same_weights.Ours) -> dict[str, Iterator[tuple[float, float]
     """
     config, n = ours.config, len(ours.images)
     optimizer = create_optimizer(config.train, 1)
-    loss = objective(config, ours.model, None).loss
+    loss = objective(config).loss
     step = partial(train_step, loss=loss, optimizer=optimizer, seed=0)
     how = (config.length_power, config.parallel, n, config.feature_dtype)
     extract = extractor(ours.backbone, *how)

@@ -16,7 +16,7 @@ Figures: measured on FastFlow's feature maps only (README).
 """
 
 from fastflow_jax.config import default, name_data
-from fastflow_jax.detectors.registry import recipe
+from fastflow_jax.detectors.base import recipe
 
 
 def get_config(argument: str = "mvtec_ad"):

@@ -22,7 +22,7 @@ Figures: ELPV mono, image AUROC: FastFlow .949, PatchCore .963, SPADE .931, CFLO
 from ml_collections import ConfigDict
 
 from fastflow_jax.config import default, name_data
-from fastflow_jax.detectors.registry import recipe
+from fastflow_jax.detectors.base import recipe
 
 
 def get_config(argument: str = "folder"):

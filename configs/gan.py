@@ -13,7 +13,7 @@ Figure: mean image AUROC .614, on a copy of CIFAR-10 stored as JPEG (docs/result
 """
 
 from fastflow_jax.config import default, name_data
-from fastflow_jax.detectors.registry import recipe
+from fastflow_jax.detectors.base import recipe
 
 
 def get_config(argument: str = "cifar10"):

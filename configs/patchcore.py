@@ -22,7 +22,7 @@ Figure: image AUROC .961 (ELPV mono), .831 (poly), seed 0.
 """
 
 from fastflow_jax.config import default, name_data
-from fastflow_jax.detectors.registry import recipe
+from fastflow_jax.detectors.base import recipe
 
 
 def get_config(argument: str = "folder"):

@@ -1,4 +1,4 @@
-"""What applications import: a detector that is fitted, saved, loaded, and looks at images."""
+"""The detector that applications import: it is fitted, saved, loaded, and scores images."""
 
 import collections
 import contextlib
@@ -27,18 +27,30 @@ from fastflow_jax.data.arrays import Given, Images, as_dataset, each, is_one
 from fastflow_jax.data.inputs import Inputs, Outputs, Part, cut, stacked
 from fastflow_jax.data.pipeline import prefetch
 from fastflow_jax.data.profile import Profile
-from fastflow_jax.detectors.pickling import PickledByFields
-from fastflow_jax.detectors.programs import LARGEST, Programs
-from fastflow_jax.detectors.registry import KINDS, kind, recipe
+from fastflow_jax.detectors.base import (
+    DETECTORS,
+    InvertibleScorer,
+    LikelihoodScorer,
+    PickledByFields,
+    Scorer,
+    method,
+    recipe,
+)
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.held_out import HeldOut
 from fastflow_jax.evaluation.thresholds import Threshold
-from fastflow_jax.features.extract import Features
+from fastflow_jax.features.extract import Features, in_batches
 from fastflow_jax.features.prepare import extractor_of, preparer, split
 from fastflow_jax.files import expanded
 from fastflow_jax.runs import directory, saved
+from fastflow_jax.runs.fit import fit
 
 _log = logging.getLogger(__name__)
+
+# Numbers of images that are scored at a time. The smallest that is large enough is used: a single
+# image takes the time of one, many images use the devices well, and at most three programs are
+# compiled.
+_BATCH_SIZES = (1, 8, 32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +86,7 @@ class Detector(PickledByFields):
 
     config: ConfigDict  # filled, see `config.fill`
     backbone: Backbone
-    scorer: object  # see `detectors.registry`
+    scorer: Scorer
     held_out: HeldOut | None = None
     image_threshold: Threshold | None = None
     pixel_threshold: Threshold | None = None
@@ -117,8 +129,10 @@ class Detector(PickledByFields):
         parallel.check_not_forked()
         folder = None if workdir is None else expanded(workdir)
         config, dataset = _asked_for(images, config, groups, calibrate)
-        temporary = _TemporaryFolder() if folder is None else None
-        folder = folder or pathlib.Path(temporary.path)
+        temporary = None
+        if folder is None:
+            temporary = _TemporaryFolder()
+            folder = pathlib.Path(temporary.path)
         with directory.claim(folder, config):
             if parallel.on_main(lambda: saved.is_finished(folder)):
                 detector = cls.load(folder)
@@ -127,17 +141,8 @@ class Detector(PickledByFields):
                 return detector
             prepare = preparer(config, folder / "features", lambda category: dataset)
             prepared = prepare(config, config.data.category, config.seed)
-            directory.check_same_data(folder, prepared.contents, prepared.backbone.weights)
-            scorer = kind(config.detector).fit(
-                config,
-                prepared.train,
-                prepared.holdout,
-                prepared.holdout_valid,
-                seed=config.seed,
-                folder=folder,
-                progress=f"{dataset.name}: train",
-            )
-            saved.record(config, scorer, prepared, seed=config.seed, folder=folder)
+            label = f"{dataset.name}: train"
+            fit(config, prepared, seed=config.seed, directory=folder, label=label)
             parallel.on_main(lambda: shutil.rmtree(folder / "features", ignore_errors=True))
         return dataclasses.replace(cls.load(folder), _temporary=temporary)
 
@@ -163,11 +168,11 @@ class Detector(PickledByFields):
         kept = saved.read(folder)
         kept.config.weights = saved.find_weights(kept, folder, weights)
         detector = cls.from_training(kept.config, kept.training, kept.seed)
-        weights = detector.backbone.weights
-        if weights.get("sha256") != kept.weights.get("sha256"):
+        found = detector.backbone.weights
+        if found.get("sha256") != kept.weights.get("sha256"):
             raise InputError(
-                f"{folder} was trained with other weights of {kept.config.backbone} than are here: "
-                f"there {kept.weights}, here {weights}; bring those back, or train anew"
+                f"{folder} was trained with other weights of {kept.config.backbone}: "
+                f"{kept.weights}, not {found}. Restore them, or train again."
             )
         return dataclasses.replace(
             detector,
@@ -191,7 +196,7 @@ class Detector(PickledByFields):
         backbone = create_backbone(
             config.backbone, weights=config.weights, layers=config.layers, seed=seed
         )
-        scorer = kind(config.detector).load(config, _shapes(config, backbone), folder)
+        scorer = method(config.detector).load(config, _shapes(config, backbone), folder)
         return cls(config, backbone, scorer)
 
     def save(self, folder: str | os.PathLike | None = None) -> pathlib.Path:
@@ -298,7 +303,7 @@ class Detector(PickledByFields):
           live: score each image before the next one is asked for, as for a camera. Otherwise
             batches of 32 are scored, and some more images are read ahead.
         """
-        size = 1 if live else LARGEST
+        size = 1 if live else _BATCH_SIZES[-1]
         with contextlib.closing(self._all_inputs(images, tile, live)) as inputs:
 
             def parts():
@@ -332,12 +337,14 @@ class Detector(PickledByFields):
             if isinstance(image, InputError):
                 raise image
             (part,) = image.parts
-            found.append(self._programs.features(part.image[None]))
+            extract = self._in_batches(lambda extract, _, x: extract(x), part.image[None])
+            found.append(extract)
         return tuple(np.concatenate(scale) for scale in zip(*found, strict=True))
 
     def latents(self, features: Features) -> Features:
         """The z of features, [B, h, w, C] a scale: standard normal under the model."""
-        return self._programs_of_z().latents(features)
+        self._invertible()
+        return self._in_batches(lambda _, scorer, x: scorer.latents(x), features)
 
     def invert(self, latents: Features) -> Features:
         """The flow backwards: the features that have these z.
@@ -345,7 +352,8 @@ class Detector(PickledByFields):
         Raises:
           InputError: a detector without z, or see `model.invert`.
         """
-        return self._programs_of_z().invert(latents)
+        self._invertible()
+        return self._in_batches(lambda _, scorer, z: scorer.invert(z), latents)
 
     def sample(self, n: int = 1, *, seed: int = 0, temperature: float = 1.0) -> Features:
         """Features of normal images, as the flow imagines them: of z drawn at random.
@@ -376,21 +384,42 @@ class Detector(PickledByFields):
           valid: bool [B, H, W], False in padding; None without padding. What lies there counts
             for nothing.
         """
-        return self.scorer.score_features(self.extract(images), valid, size=images.shape[1:3])
+        return self.scorer.score(self.extract(images), valid, size=images.shape[1:3])
 
     @functools.cached_property
     def extract(self) -> Callable[[np.ndarray], Features]:
         """Images [B, H, W, 3] -> what `scorer` scores, see `extract.extractor`."""
         return extractor_of(self.config, self.backbone)
 
-    @functools.cached_property
-    def _programs(self) -> Programs:
-        return Programs(self.config, self.backbone, self.scorer)
+    def _in_batches(self, function: Callable, *arrays: Any) -> Any:
+        """`function(extract, scorer, *arrays)` of any number of images, in batches."""
+        parallel.check_not_forked()
 
-    def _programs_of_z(self) -> Programs:
-        if not hasattr(self.scorer, "latents"):
-            raise InputError(f"a {self.config.detector} has no z: that is for fastflow")
-        return self._programs
+        def run(part):
+            n = len(part[0] if isinstance(part[0], np.ndarray) else part[0][0])
+            return function(*self._with_batch_size(next(b for b in _BATCH_SIZES if n <= b)), *part)
+
+        return in_batches(run, arrays, _BATCH_SIZES[-1])
+
+    @functools.cached_property
+    def _with_batch_size(self) -> Callable[[int], tuple[Callable, Scorer]]:
+        """Batch size -> extractor and scorer whose programs are compiled for it."""
+        config, backbone, scorer = self.config, self.backbone, self.scorer
+
+        def make(batch_size: int) -> tuple[Callable, Scorer]:
+            c = config.copy_and_resolve_references()
+            with c.unlocked():
+                c.batch_size = batch_size
+            return extractor_of(c, backbone), dataclasses.replace(scorer, config=c)
+
+        return functools.cache(make)
+
+    def _invertible(self) -> InvertibleScorer:
+        if not isinstance(self.scorer, InvertibleScorer):
+            raise InputError(
+                f"The detector {self.config.detector} has no latents. Use fastflow for that."
+            )
+        return self.scorer
 
     def _all_inputs(
         self, images: Images, tile: bool = False, live: bool = False
@@ -428,7 +457,9 @@ class Detector(PickledByFields):
 
         The batch is emptied, so that the maps of its images are not held together.
         """
-        scores, maps, likelihoods = self._programs.predict(*stacked([part for _, part in batch]))
+        scores, maps, likelihoods = self._in_batches(
+            _predict, *stacked([part for _, part in batch])
+        )
         for i in range(len(batch)):
             outputs, part = batch.popleft()
             outputs.add(part, scores[i], maps[i], None if likelihoods is None else likelihoods[i])
@@ -452,6 +483,14 @@ class Detector(PickledByFields):
             mask=None if pixel_limit is None else anomaly_map > pixel_limit.value,
             log_likelihood=outputs.log_likelihood,
         )
+
+
+def _predict(extract: Callable, scorer: Scorer, images: np.ndarray, valid: np.ndarray | None):
+    """Scores [B], anomaly maps [B, H, W], and log-likelihoods [B] or None."""
+    features = extract(images)
+    if isinstance(scorer, LikelihoodScorer):
+        return scorer.score_with_likelihood(features, valid)
+    return *scorer.score(features, valid), None
 
 
 def _log_differences(name: str, sentences: list[str]) -> None:
@@ -492,7 +531,7 @@ def _asked_for(images, config, groups, calibrate) -> tuple[ConfigDict, data.Data
             raise InputError("give a configuration that names a data set, or images and a config")
         images, config = None, images
     if isinstance(config, str):
-        data.check_choice("the detector", config, KINDS)
+        data.check_choice("the detector", config, DETECTORS)
         c = default()
         held_out = c.data.holdout
         c.update(recipe(config))

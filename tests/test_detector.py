@@ -28,7 +28,7 @@ from fastflow_jax import Detector, data
 from fastflow_jax.config import default, fill
 from fastflow_jax.data import tiling
 from fastflow_jax.data.transforms import normalise, resize
-from fastflow_jax.detectors.registry import KINDS, recipe
+from fastflow_jax.detectors.base import DETECTORS, recipe
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation import thresholds
 from fastflow_jax.features.prepare import split_holdout
@@ -40,10 +40,15 @@ def tiny(kind="fastflow", **fields):
     c = default()
     c.update(recipe(kind))
     c.backbone, c.image_size = "pixels", (16,)
-    c.flow.steps, c.flow.hidden_ratio, c.cflow.steps, c.cflow.encoding = 2, 2.0, 1, 8
-    c.vae.width = c.gan.width = 4
-    c.train.epochs, c.train.batch_size, c.data.holdout = 2, 8, 0.25
-    c.batch_size = 8
+    c.batch_size, c.data.holdout = 8, 0.25
+    own = {
+        "fastflow": {"flow.steps": 2, "flow.hidden_ratio": 2.0},
+        "cflow": {"cflow.steps": 1, "cflow.encoding": 8},
+        "vae": {"vae.width": 4},
+        "gan": {"gan.width": 4},
+    }
+    if kind in own:
+        c.update_from_flattened_dict(own[kind] | {"train.epochs": 2, "train.batch_size": 8})
     c.update_from_flattened_dict(fields)
     return c
 
@@ -65,7 +70,7 @@ def detector(tmp_path_factory):
     return Detector.fit(photographs(), config=tiny(), workdir=folder)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DETECTORS)
 def test_every_kind_is_fitted_saved_loaded_copied_and_finds_the_defect(kind, tmp_path):
     fitted = Detector.fit(photographs(), config=tiny(kind))
     assert_copies_predict_the_same(fitted)
@@ -277,7 +282,7 @@ def test_held_out_images_are_scored_under_a_calibration_by_others(detector):
     features = detector.features(held)
     maps = detector.scorer.location_maps(features)
     without_first = detector.scorer.recalibrated(tuple(m[1:] for m in maps))
-    (score,), _ = without_first.score_features(tuple(m[:1] for m in features))
+    (score,), _ = without_first.score(tuple(m[:1] for m in features))
     assert score == pytest.approx(detector.held_out.scores[0], rel=1e-3)
 
 

@@ -181,22 +181,25 @@ def test_a_finished_run_is_not_repeated(undisturbed, started, capsys, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=configs/folder.py", "--config.train.epoch=1"], "did you mean train.epochs"),
-        (["--config=configs/folder.py", "--config.trane.epochs=1"], "did you mean train.epochs"),
+        (["--config=configs/folder.py", "--config.train.epoch=1"], "Did you mean train.epochs"),
+        (["--config=configs/folder.py", "--config.trane.epochs=1"], "Did you mean train.epochs"),
         (["--config=configs/folder.py", "--config.seed=x"], "seed"),
         (["--config=configs/nosuch.py"], "configs/nosuch.py"),
         (["--config=configs/synthetic.py:marble"], "marble"),
         (["--config=configs/folder.py", "--config.data.root=no/such/folder"], "no/such/folder"),
         (["--config=configs/folder.py", "--bogus=1"], "bogus"),
-        (["--config", "configs/folder.py", "--config.train.epoch=1"], "did you mean train.epochs"),
-        (["--config=configs/demo.py", "--config.checkpoint_every=0"], "checkpoint_every is from 1"),
+        (["--config", "configs/folder.py", "--config.train.epoch=1"], "Did you mean train.epochs"),
+        (
+            ["--config=configs/demo.py", "--config.checkpoint_every=0"],
+            "checkpoint_every must be from 1",
+        ),
         (
             ["--config=configs/ablations.py:kernel/elpv"],
             "no ablation 'kernel'. Choose from kernels",
         ),
         (
             ["--config=configs/ablations.py:steps", "--config.variants.steps_2.flow.step=3"],
-            "did you mean variants.steps_2.flow.steps",
+            "Did you mean variants.steps_2.flow.steps",
         ),
         (["--config.seed=1"], "config.seed"),
         ([], "--config"),
@@ -248,7 +251,7 @@ def test_bad_input_ends_a_process_with_one_message(environment):
     arguments = ["--config=configs/folder.py", "--config.train.epoch=1"]
     code, _, err = finish(start(arguments, environment))
     assert code == 2
-    assert_one_message(err, "did you mean train.epochs")
+    assert_one_message(err, "Did you mean train.epochs")
 
 
 def test_names_that_are_not_utf8_are_printed_and_written(environment, tmp_path):

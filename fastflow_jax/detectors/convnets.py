@@ -1,29 +1,33 @@
-"""Small convolutional encoder and decoder, and their training: what the VAE and the GAN share.
+"""Small convolutional encoder and decoder, and what the VAE and the GAN share around them.
 
 Blocks of 2x2 pixels are folded into channels and back, so that every convolution has stride 1:
-the strided form computes the same kind of thing, and its gradients are slow in XLA on a CPU. There
-are no norms: batch norm would be state that changes in training, and nets so shallow do without.
+gradients of strided convolutions are slow in XLA on CPUs. There are no normalisation layers: the
+networks are shallow, and batch norm would be state that changes in training.
 """
 
-import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+from ml_collections import ConfigDict
 
-from fastflow_jax.detectors.scorer import Scorer
+from fastflow_jax.detectors.base import Scorer
 from fastflow_jax.errors import InputError
-from fastflow_jax.features.extract import Features, TrainingFeatures, inside
-from fastflow_jax.training.loop import train_in
+from fastflow_jax.features.extract import inside
+from fastflow_jax.training.context import FitContext
+from fastflow_jax.training.loop import train_variables
 from fastflow_jax.training.step import Objective
+
+# Fields that a network of one map reads, besides its own section.
+READS = ("train", "checkpoint_every", "evaluate_every")
 
 _HALVINGS = 3
 
 
 def fold(x: jax.Array) -> jax.Array:
-    """[B, h, w, C] -> [B, ceil(h/2), ceil(w/2), 4C]; odd sides get a line of zeros."""
+    """Folds 2x2 blocks, [B, h, w, C] -> [B, ceil(h/2), ceil(w/2), 4C]; pads odd sides with 0."""
     x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
     b, h, w, c = x.shape
     x = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5)
@@ -38,11 +42,11 @@ def unfold(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 
 class Encoder(nn.Module):
-    """A map [B, h, w, C] -> what three convolutions see in it, [B, D], and numbers from it.
+    """Encodes maps [B, h, w, C] to activations of three convolutions [B, D] and a code.
 
     Attributes:
       width: channels of the first convolution; each next one has twice as many.
-      features: numbers that come out, [B, features].
+      features: size of the code, [B, features].
     """
 
     width: int
@@ -52,15 +56,15 @@ class Encoder(nn.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         for i in range(_HALVINGS):
             x = nn.leaky_relu(nn.Conv(self.width * 2**i, (3, 3))(fold(x)), 0.2)
-        seen = x.reshape(len(x), -1)
-        return seen, nn.Dense(self.features)(seen)
+        activations = x.reshape(len(x), -1)
+        return activations, nn.Dense(self.features)(activations)
 
 
 class Decoder(nn.Module):
-    """Numbers [B, D] -> a map [B, h, w, C]: the encoder's mirror image.
+    """Decodes codes [B, D] to maps [B, h, w, C]; mirrors the encoder.
 
     Attributes:
-      width: as of the encoder.
+      width: see `Encoder`.
       shape: (h, w, C) of the map.
     """
 
@@ -81,57 +85,42 @@ class Decoder(nn.Module):
         return x
 
 
-def fit_one_map(
-    config,
-    objective: Objective,
-    scorer: Callable[[dict], Scorer],
-    features: TrainingFeatures,
-    holdout: Features | None,
-    holdout_valid: np.ndarray | None = None,
-    *,
-    seed: int,
-    folder: pathlib.Path,
-    beside: Sequence[tuple[int, pathlib.Path]] = (),
-    on_epoch: Callable[[int, Callable[[], Scorer]], dict] = lambda epoch, scorer: {},
-    progress: str = "train",
-) -> Scorer:
-    """Train a net that reconstructs one map.
+def layers(config: ConfigDict, spec: Any) -> tuple[str, ...]:
+    """The image itself with the backbone `pixels`; of other backbones the last published map."""
+    return spec.layers[-1:]
 
-    `objective` is what is trained, `scorer` makes what scores of the variables; the rest is that of
-    `fastflow.scorer.fit`.
+
+def fit_one_map(
+    context: FitContext, objective: Objective, make_scorer: Callable[[dict], Scorer]
+) -> Scorer:
+    """Trains a network that reconstructs one map.
+
+    Args:
+      context: of the training.
+      objective: the loss to minimise.
+      make_scorer: variables -> scorer.
 
     Raises:
-      InputError: the configuration names several maps.
-      Interrupted, InputError: see `loop.train`.
+      InputError: the configuration names several maps, or training diverged.
+      Interrupted: see `loop.train`.
     """
+    config = context.config
     if len(config.layers) != 1:
         raise InputError(
-            f"a {config.detector} reconstructs one map: give one of config.layers, not "
-            f"{', '.join(config.layers)}"
+            f"The detector {config.detector} reconstructs one map. Set config.layers to one of "
+            f"{', '.join(config.layers)}."
         )
-    variables = train_in(
-        folder,
-        config,
-        objective,
-        features,
-        holdout,
-        holdout_valid,
-        seed=seed,
-        beside=beside,
-        on_epoch=lambda epoch, variables, _: on_epoch(epoch, lambda: scorer(variables)),
-        progress=progress,
-    )
-    return scorer(variables)
+    return make_scorer(train_variables(context, objective, lambda v, seed: make_scorer(v)))
 
 
 def only_map(features: Sequence[jax.Array]) -> jax.Array:
-    """[B, h, w, C] in float32, of features that are one map."""
+    """The map [B, h, w, C] of features with one scale, in float32."""
     (x,) = features
     return x.astype(jnp.float32)
 
 
-def seen_of(x: jax.Array, valid: jax.Array | None) -> jax.Array:
-    """Which locations of a map [B, h, w, C] count, [B, h, w, 1]: 0 in padding, else 1."""
+def validity(x: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """Float [B, h, w, 1], 0 in padded locations of a map [B, h, w, C] and 1 elsewhere."""
     if valid is None:
         return jnp.ones((*x.shape[:3], 1))
     return inside(valid, x.shape[1:3])[..., None].astype(jnp.float32)

@@ -14,51 +14,34 @@ generator, so that other maps than images can be reconstructed; both players tak
 and not in turn; the default momentum of Adam.
 """
 
+import dataclasses
 import pathlib
-from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from fastflow_jax.detectors.convnets import Decoder, Encoder, fit_one_map, only_map, seen_of
-from fastflow_jax.detectors.fastflow.model import resize_map
-from fastflow_jax.detectors.scorer import Scorer
+from fastflow_jax.detectors import convnets
+from fastflow_jax.detectors.base import CompiledScorer, Method
+from fastflow_jax.detectors.convnets import Decoder, Encoder, fit_one_map, only_map, validity
+from fastflow_jax.detectors.maps import resize_map
 from fastflow_jax.features.extract import inside, without_padding
-from fastflow_jax.training.loop import once_a_configuration, trained_in
+from fastflow_jax.training.context import FitContext
+from fastflow_jax.training.loop import cached_by_config, load_variables
 from fastflow_jax.training.step import Objective
 
-# Fields of the configuration that differ from the default. The gradient is not clipped: a norm
-# over both players would tie one to the other.
-RECIPE = {
-    "backbone": "pixels",
-    "length_power": 1.0,
-    "train": {
-        "steps": 1000,
-        "max_epochs": 200,
-        "batch_size": 64,
-        "learning_rate": 1e-3,
-        "beta2": 0.999,
-        "clip": 0.0,
-    },
-    "heatmaps": 10,
-}
+
+def fit(context: FitContext) -> "GANScorer":
+    """See `Method.fit` and `convnets.fit_one_map`."""
+    config = context.config
+    return fit_one_map(context, objective(config), partial(GANScorer, config))
 
 
-def layers(spec) -> tuple[str, ...]:
-    """The image itself; of another backbone the last published map."""
-    return spec.layers[-1:]
-
-
-def fit(config, *images, **how) -> Scorer:
-    """Trains, see `fastflow.scorer.fit` and `convnets.fit_one_map` for arguments and errors."""
-    return fit_one_map(config, objective(config), partial(_scorer, config), *images, **how)
-
-
-def load(config, shapes, folder: pathlib.Path) -> Scorer:
-    """The scorer that `fit` left in a folder; see `fastflow.scorer.load`."""
-    return _scorer(config, trained_in(folder, config, objective(config), shapes))
+def load(config, shapes, directory: pathlib.Path) -> "GANScorer":
+    """See `Method.load`."""
+    return GANScorer(config, load_variables(directory, config, objective(config), shapes))
 
 
 class Generator(nn.Module):
@@ -89,7 +72,7 @@ class Generator(nn.Module):
         return z, reconstruction, z_again
 
 
-@once_a_configuration
+@cached_by_config
 def objective(config) -> Objective:
     """The losses of both players in one number, of which each player sees its own.
 
@@ -109,7 +92,7 @@ def objective(config) -> Objective:
     def loss(variables, features, valid, keys):
         players = variables["params"]
         x = only_map(features)
-        seen = seen_of(x, valid)
+        seen = validity(x, valid)
         made = generator.apply({"params": players["generator"]}, x, seen)
         fixed = jax.lax.stop_gradient(players["discriminator"])
         return generator_loss(config, fixed, x, seen, *made) + discriminator_loss(
@@ -120,7 +103,7 @@ def objective(config) -> Objective:
         """The generator's: the two players' sum says nothing of how far they are."""
         players = variables["params"]
         x = only_map(features)
-        seen = seen_of(x, valid)
+        seen = validity(x, valid)
         made = generator.apply({"params": players["generator"]}, x, seen)
         return generator_loss(config, players["discriminator"], x, seen, *made)
 
@@ -156,27 +139,67 @@ def discriminator_loss(config, judge, real, fake) -> jax.Array:
     return 0.5 * (jax.nn.softplus(-of_real) + jax.nn.softplus(of_fake))[:, 0]
 
 
-def _scorer(config, variables) -> Scorer:
-    return Scorer(config, variables, _score)
+def _score(config, size, params, batch):
+    """See `CompiledScorer.function`."""
+    features, valid = batch
+    x = only_map(features)
+    z, reconstruction, z_again = _generator(config).apply(params, x, validity(x, valid))
+    difference = jnp.abs(x - reconstruction).mean(-1)
+    if valid is not None:
+        difference = without_padding(difference, inside(valid, difference.shape[1:]))
+    return jnp.abs(z - z_again).mean(-1), resize_map(difference, size, config.map.sigma)
 
 
-@once_a_configuration
-def _score(config) -> Callable:
-    """See `Scorer.function_of`."""
-    generator = _generator(config)
+@dataclasses.dataclass(frozen=True)
+class GANScorer(CompiledScorer):
+    """Scores by the distance of the codes of an image and of its reconstruction."""
 
-    def score(variables, batch, size):
-        features, valid = batch
-        x = only_map(features)
-        params = {"params": variables["params"]["generator"]}
-        z, reconstruction, z_again = generator.apply(params, x, seen_of(x, valid))
-        difference = jnp.abs(x - reconstruction).mean(-1)
-        if valid is not None:
-            difference = without_padding(difference, inside(valid, difference.shape[1:]))
-        return jnp.abs(z - z_again).mean(-1), resize_map(difference, size)
+    function = staticmethod(_score)
+    config: ConfigDict  # filled
+    variables: dict
 
-    return score
+    def arrays(self) -> dict:
+        """The variables of the generator."""
+        return {"params": self.variables["params"]["generator"]}
 
 
 def _generator(config) -> Generator:
     return Generator(config.gan.width, config.gan.latent)
+
+
+METHOD = Method(
+    fit=fit,
+    load=load,
+    layers=convnets.layers,
+    fields={
+        "gan": {
+            "width": 16,  # channels of the first convolution; each next one has twice as many
+            "latent": 100,  # size of the code of an image
+            "adversarial": 1.0,  # weights of the three losses of the generator
+            "contextual": 50.0,
+            "encoder": 1.0,
+        }
+    },
+    # The gradient is not clipped: a norm over both players would make one depend on the other.
+    recipe={
+        "backbone": "pixels",
+        "length_power": 1.0,
+        "train": {
+            "steps": 1000,
+            "max_epochs": 200,
+            "batch_size": 64,
+            "learning_rate": 1e-3,
+            "beta2": 0.999,
+            "clip": 0.0,
+        },
+        "heatmaps": 10,
+    },
+    reads=("gan", *convnets.READS),
+    bounds={
+        "gan.width": (1, 10**4),
+        "gan.latent": (1, 10**6),
+        "gan.adversarial": (0, 1e6),
+        "gan.contextual": (0, 1e6),
+        "gan.encoder": (0, 1e6),
+    },
+)

@@ -13,46 +13,37 @@ the codes that an image is scored by is the same for all images: a score is one 
 else is scored.
 """
 
+import dataclasses
 import math
 import pathlib
-from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from fastflow_jax.detectors.convnets import Decoder, Encoder, fit_one_map, only_map, seen_of
-from fastflow_jax.detectors.fastflow.model import resize_map
-from fastflow_jax.detectors.scorer import Scorer
+from fastflow_jax.detectors import convnets
+from fastflow_jax.detectors.base import CompiledScorer, Method
+from fastflow_jax.detectors.convnets import Decoder, Encoder, fit_one_map, only_map, validity
+from fastflow_jax.detectors.maps import resize_map
 from fastflow_jax.features.extract import inside, without_padding
-from fastflow_jax.training.loop import once_a_configuration, trained_in
+from fastflow_jax.training.context import FitContext
+from fastflow_jax.training.loop import cached_by_config, load_variables
 from fastflow_jax.training.step import Objective
 
 _LOWEST_LOG_VARIANCE = -6.0  # deviations of 0.05 or more, in images from -1 to 1
 
-# Fields of the configuration that differ from the default.
-RECIPE = {
-    "backbone": "pixels",
-    "length_power": 1.0,
-    "train": {"steps": 1000, "max_epochs": 200, "batch_size": 64, "learning_rate": 2e-3},
-    "heatmaps": 10,
-}
+
+def fit(context: FitContext) -> "VAEScorer":
+    """See `Method.fit` and `convnets.fit_one_map`."""
+    config = context.config
+    return fit_one_map(context, objective(config), partial(VAEScorer, config))
 
 
-def layers(spec) -> tuple[str, ...]:
-    """The image itself; of another backbone the last published map."""
-    return spec.layers[-1:]
-
-
-def fit(config, *images, **how) -> Scorer:
-    """Trains, see `fastflow.scorer.fit` and `convnets.fit_one_map` for arguments and errors."""
-    return fit_one_map(config, objective(config), partial(_scorer, config), *images, **how)
-
-
-def load(config, shapes, folder: pathlib.Path) -> Scorer:
-    """The scorer that `fit` left in a folder; see `fastflow.scorer.load`."""
-    return _scorer(config, trained_in(folder, config, objective(config), shapes))
+def load(config, shapes, directory: pathlib.Path) -> "VAEScorer":
+    """See `Method.load`."""
+    return VAEScorer(config, load_variables(directory, config, objective(config), shapes))
 
 
 class VAE(nn.Module):
@@ -99,7 +90,7 @@ def negative_log_density(x: jax.Array, mean: jax.Array, log_variance: jax.Array)
     return 0.5 * (squares + log_variance + math.log(2 * math.pi))
 
 
-@once_a_configuration
+@cached_by_config
 def objective(config) -> Objective:
     """The negative evidence lower bound, in nats per value (equation 10)."""
     model = _model(config)
@@ -111,7 +102,7 @@ def objective(config) -> Objective:
 
     def bound(variables, features, valid, noise):
         x = only_map(features)
-        seen = seen_of(x, valid)
+        seen = validity(x, valid)
         mean, log_variance, *density = model.apply(variables, x * seen, noise[None])
         nll = (seen * negative_log_density(x, *density)[0]).sum((1, 2, 3))
         values = x.shape[-1] * seen.sum((1, 2, 3))
@@ -128,33 +119,59 @@ def objective(config) -> Objective:
     return Objective(init, loss, validation)
 
 
-def _scorer(config, variables) -> Scorer:
-    return Scorer(config, variables, _score)
+def _score(config, size, variables, batch):
+    """See `CompiledScorer.function`."""
+    features, valid = batch
+    x = only_map(features)
+    seen = validity(x, valid)
+    noise = _noise(config, config.vae.samples)[:, None]  # [L, 1, latent]
+    noise = jnp.tile(noise, (1, len(x), 1))
+    _, _, *density = _model(config).apply(variables, x * seen, noise)
+    nll = negative_log_density(x, *density).mean((0, -1))  # [B, h, w]
+    if valid is not None:
+        nll = without_padding(nll, inside(valid, nll.shape[1:]))
+    return nll.mean((1, 2)), resize_map(nll, size, config.map.sigma)
 
 
-@once_a_configuration
-def _score(config) -> Callable:
-    """See `Scorer.function_of`."""
-    model = _model(config)
+@dataclasses.dataclass(frozen=True)
+class VAEScorer(CompiledScorer):
+    """Scores by the reconstruction probability."""
 
-    def score(variables, batch, size):
-        features, valid = batch
-        x = only_map(features)
-        seen = seen_of(x, valid)
-        noise = _noise(config, config.vae.samples)[:, None]  # [L, 1, latent]
-        _, _, *density = model.apply(variables, x * seen, jnp.tile(noise, (1, len(x), 1)))
-        nll = negative_log_density(x, *density).mean((0, -1))  # [B, h, w]
-        if valid is not None:
-            nll = without_padding(nll, inside(valid, nll.shape[1:]))
-        return nll.mean((1, 2)), resize_map(nll, size)
+    function = staticmethod(_score)
+    config: ConfigDict  # filled
+    variables: dict
 
-    return score
+    def arrays(self) -> dict:
+        """The variables of the networks."""
+        return self.variables
 
 
 def _noise(config, samples: int) -> jax.Array:
-    """The same in every call, [samples, latent]."""
+    """Fixed noise of codes, [samples, latent]."""
     return jax.random.normal(jax.random.key(0), (samples, config.vae.latent))
 
 
 def _model(config) -> VAE:
     return VAE(config.vae.width, config.vae.latent)
+
+
+METHOD = Method(
+    fit=fit,
+    load=load,
+    layers=convnets.layers,
+    fields={
+        "vae": {
+            "width": 16,  # channels of the first convolution; each next one has twice as many
+            "latent": 64,  # size of the code of an image
+            "samples": 8,  # codes per image in scoring
+        }
+    },
+    recipe={
+        "backbone": "pixels",
+        "length_power": 1.0,
+        "train": {"steps": 1000, "max_epochs": 200, "batch_size": 64, "learning_rate": 2e-3},
+        "heatmaps": 10,
+    },
+    reads=("vae", *convnets.READS),
+    bounds={"vae.width": (1, 10**4), "vae.latent": (1, 10**6), "vae.samples": (1, 10**4)},
+)

@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 
+from fastflow_jax.detectors.base import CalibratedScorer
 from fastflow_jax.evaluation import thresholds
 from fastflow_jax.evaluation.thresholds import Threshold
 from fastflow_jax.features.extract import Features, in_batches
@@ -68,7 +69,7 @@ def score_held_out(
 
     Args:
       config: the filled configuration of the training.
-      scorer: the trained scorer. With `recalibrated` it is cross-fitted.
+      scorer: the trained scorer. A `CalibratedScorer` is cross-fitted.
       holdout: features of the images, [n, h, w, C] per scale.
       valid: bool [n, H, W], False in padded pixels, or None if there is no padding.
       groups: int [n], equal for images of the same part, or None if each shows another part.
@@ -84,9 +85,9 @@ def score_held_out(
 
     def score_features(rows):
         padding = None if valid is None else valid[rows]
-        return scorer.score_features(tuple(scale[rows] for scale in holdout), padding)
+        return scorer.score(tuple(scale[rows] for scale in holdout), padding)
 
-    if part.max() == 0 or not hasattr(scorer, "recalibrated"):
+    if part.max() == 0 or not isinstance(scorer, CalibratedScorer):
         score_rows(np.arange(n), score_features)
         return HeldOut(scores, tails, groups)
     maps = in_batches(lambda rows: scorer.location_maps(*rows), (holdout, valid), size)

@@ -70,7 +70,7 @@ def training_memory(config, variables, features) -> int:
       variables: shapes of those of `flow_model(config)`.
       features: shapes of a batch of features, [B, h, w, C] a scale.
     """
-    nll = objective(config, flow_model(config), None).loss
+    nll = objective(config).loss
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), features[0].shape[0]))
 
     def loss(params, constants, features, keys):

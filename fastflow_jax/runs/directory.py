@@ -1,4 +1,4 @@
-"""The run folder: one configuration, one run at a time, and files that are whole or absent."""
+"""The run directory: one configuration, and one run at a time."""
 
 import contextlib
 import json
@@ -13,20 +13,24 @@ from fastflow_jax.files import lock, make_folder, parse_json, read_json, to_plai
 
 @contextlib.contextmanager
 def claim(workdir: pathlib.Path, config) -> Iterator[None]:
-    """Hold the run folder for this run, of one process or several, and this filled configuration.
+    """Reserves a run directory for this run, of one or several processes, and its configuration.
 
-    A folder in which no training has begun yet takes on another configuration.
+    If no training has begun in the directory, its configuration is replaced.
+
+    Args:
+      workdir: the run directory, which is created.
+      config: filled.
 
     Raises:
-      InputError: another run is at work there, it holds a run with other settings or something
-        else, it cannot be a folder or is one among the images, or not all processes of this run
-        see it.
+      InputError: another process uses the directory, it has a run with other settings or other
+        files, it cannot be created, it is among the images, or not all processes of this run see
+        it.
     """
     with contextlib.ExitStack() as held:
         parallel.on_main(lambda: held.enter_context(_claim(workdir, config)))
         if parallel.any_process(not (workdir / ".lock").exists()):
             raise InputError(
-                f"not all processes of this run see {workdir}: choose a --workdir that they share"
+                f"Not all processes of this run see {workdir}. Pass a --workdir that they share."
             )
         yield
 
@@ -35,16 +39,14 @@ def claim(workdir: pathlib.Path, config) -> Iterator[None]:
 def _claim(workdir: pathlib.Path, config) -> Iterator[None]:
     images = config.data.root if config.data.name == "folder" else None
     if images is not None and workdir.resolve().is_relative_to(images):
-        raise InputError(
-            f"{workdir} lies in {images}, among the images: choose a --workdir elsewhere"
-        )
+        raise InputError(f"{workdir} is in {images}, among the images. Pass a --workdir elsewhere.")
     make_folder(workdir)
-    if _holds_something_else(workdir):
-        raise InputError(f"{workdir} holds something else: choose a --workdir of its own")
+    if _has_other_files(workdir):
+        raise InputError(f"{workdir} has other files. Pass a --workdir of its own.")
 
     def fail():
         raise InputError(
-            f"{workdir} is in use by another process: wait for it, or choose another --workdir"
+            f"{workdir} is in use by another process. Wait for it, or pass another --workdir."
         )
 
     with lock(workdir / ".lock", on_wait=fail):
@@ -52,19 +54,19 @@ def _claim(workdir: pathlib.Path, config) -> Iterator[None]:
         changed = differences(parse_json(file), config) if file.exists() else ["new"]
         if changed and any(workdir.rglob("checkpoints")):
             raise InputError(
-                f"{workdir} holds a run with other settings:\n  "
+                f"{workdir} has a run with other settings:\n  "
                 + "\n  ".join(changed)
-                + "\nchoose another --workdir, or remove that folder"
+                + "\nPass another --workdir, or remove that directory."
             )
         if changed:
             write_json(file, to_plain(config))
         yield
 
 
-def _holds_something_else(workdir: pathlib.Path) -> bool:
-    """Whether there are files, and neither the lock of a run nor, if a copy lacks that, its fields.
+def _has_other_files(workdir: pathlib.Path) -> bool:
+    """Whether there are files, but no lock of a run, nor the configuration of a copied run.
 
-    Hidden files do not count, as systems leave them everywhere.
+    Hidden files are ignored, because operating systems create them.
     """
     names = {file.name for file in workdir.iterdir()}
     if ".lock" in names or all(name.startswith(".") for name in names):
@@ -76,27 +78,29 @@ def _holds_something_else(workdir: pathlib.Path) -> bool:
     return not isinstance(known, dict) or not known.keys() >= {"backbone", "detector", "train"}
 
 
-def check_same_data(folder: pathlib.Path, contents: list[str], weights: dict) -> None:
-    """Hold a part of a run to the training images and the backbone's weights that it began with.
+def check_same_data(directory: pathlib.Path, contents: list[str], weights: dict) -> None:
+    """Checks that training images and weights are those that the training began with.
 
     Args:
-      folder: of the training.
-      contents: of the images to train on, see `data.Source`; without those held out.
+      directory: of the training.
+      contents: of the training images without the held-out ones, see `Split.contents`.
       weights: `Backbone.weights`.
 
     Raises:
-      InputError: there are others now.
+      InputError: they are others.
     """
-    file = folder / "learns_from.json"
+    file = directory / "learns_from.json"
     known, now = read_json(file), {"weights": weights.get("sha256"), "images": contents}
     if known is None:
-        if parallel.on_main((folder / "checkpoints").exists):
-            raise InputError(f"{folder} is of an older version: choose another --workdir")
+        if parallel.on_main((directory / "checkpoints").exists):
+            raise InputError(
+                f"{directory} was written by an older version. Pass another --workdir."
+            )
         write_json(file, now)
         return
     for what, words in (("images", "training images"), ("weights", "backbone's weights")):
         if known[what] != now[what]:
             raise InputError(
-                f"the {words} are no longer those that {folder} began with: bring them back, "
-                "or choose another --workdir"
+                f"The {words} are not those that {directory} began with. Restore them, or pass "
+                "another --workdir."
             )

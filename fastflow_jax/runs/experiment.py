@@ -1,4 +1,4 @@
-"""One experiment: data, features, training, evaluation, and the run folder that keeps them."""
+"""One run: features, training and evaluation of all its parts, and their results."""
 
 import dataclasses
 import importlib.metadata
@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -21,15 +20,16 @@ import fastflow_jax
 from fastflow_jax import data, parallel
 from fastflow_jax.config import variants, without
 from fastflow_jax.data.transforms import placement
-from fastflow_jax.detectors.registry import kind
+from fastflow_jax.detectors.base import Scorer
 from fastflow_jax.evaluation.evaluate import METRICS, Scored, measure, score_split
 from fastflow_jax.features.prepare import Prepared, feature_fingerprint, preparer
 from fastflow_jax.files import expanded, read_json, read_lines, to_plain, write_json, write_text
 from fastflow_jax.report.html import write_reports
 from fastflow_jax.report.pictures import write_pictures
 from fastflow_jax.report.table import format_csv, format_markdown, format_table
-from fastflow_jax.runs import advice, saved
-from fastflow_jax.runs.directory import check_same_data, claim
+from fastflow_jax.runs import advice
+from fastflow_jax.runs.directory import claim
+from fastflow_jax.runs.fit import Fitted, fit
 
 
 def default_workdir(config_file: str, config) -> pathlib.Path:
@@ -40,63 +40,48 @@ def default_workdir(config_file: str, config) -> pathlib.Path:
 
 
 def run(config, workdir: str | pathlib.Path) -> dict:
-    """Run every category and seed of a filled configuration, or what is left of them.
+    """Runs every category, variant and seed of a configuration, or continues an interrupted run.
 
     Args:
-      config: see `config.fill`.
-      workdir: the run folder: `config.json`, `results.json`, its table as `table.md` and
-        `table.csv`, and, in it or in a
-        sub-folder for each category, variant and seed where there are several, `checkpoints/`,
-        `metrics.jsonl`, `scores.json`, `heatmaps/`, `report.html`, which the run has too (that of a
-        finished run, removed, is written again), and `detector.json` and `held_out.npz` for
-        `detector.Detector.load`. Variants that differ only in what comes after training share one,
-        in the folder of the first. Until the run is finished, `features/` has those that the memory
-        has no room for.
+      config: filled, see `config.fill`.
+      workdir: the run directory. It gets `config.json`, `results.json` and its table as `table.md`
+        and `table.csv`. It, or a subdirectory for each category, variant and seed if there are
+        several, gets `checkpoints/`, `metrics.jsonl`, `scores.json`, `heatmaps/`, `report.html`,
+        and `detector.json` and `held_out.npz` for `Detector.load`. The run has a `report.html` too;
+        if it is removed from a finished run, it is written again. Variants that differ only after
+        the training share a training, in the directory of the first. Until the run is finished,
+        `features/` has cached features that do not fit into memory.
 
     Returns:
-      What stands in `results.json`.
+      The content of `results.json`.
 
     Raises:
-      InputError: bad data, a folder of another configuration or in use, diverging training.
-      Interrupted: SIGTERM or SIGINT came while training; the state is saved.
+      InputError: bad data, a directory of another configuration or in use, diverging training.
+      Interrupted: SIGTERM or SIGINT was received in training; the state is saved.
     """
     workdir = expanded(workdir)
     with claim(workdir, config):
-        results_file = workdir / "results.json"
-        results = read_json(results_file)
+        results = read_json(workdir / "results.json")
         if results is not None:
             if config.report:
                 report = workdir / "report.html"
                 parallel.on_main(lambda: report.exists() or write_reports(workdir, results))
             print(
-                f"{workdir} holds this run, finished; have the data changed since, choose another "
-                f"--workdir:\n\n{format_table(results)}"
+                f"{workdir} holds this run, finished. To train on changed data, pass another "
+                f"--workdir.\n\n{format_table(results)}"
             )
             return results
         plan = _plan(config, workdir)
-        features = workdir / "features"
-        prepare = preparer(config, features)
-        done = sum(part.file.exists() for part in plan)
-        bar = {"desc": workdir.name, "unit": "run", "dynamic_ncols": True, "smoothing": 0}
-        parts = []
-        with tqdm(total=len(plan), initial=done, disable=len(plan) == 1, **bar) as progress:
-            for _, alike in itertools.groupby(plan, _but_for_the_seed):
-                alike = list(alike)
-                for i, part in enumerate(alike):
-                    finished = read_json(part.file)
-                    if finished is None:
-                        finished = _run_part(part, alike[i + 1 :], prepare)
-                        progress.update()
-                    parts.append(finished)
+        parts = _run_parts(config, workdir, plan)
         results = _summarise(config, parts)
         write_text(workdir / "table.md", format_markdown(results))
         write_text(workdir / "table.csv", format_csv(results))
         if config.report:
             parallel.on_main(lambda: write_reports(workdir, results))
-        parallel.on_main(lambda: shutil.rmtree(features, ignore_errors=True))
-        write_json(results_file, results)
-        parallel.on_main(lambda: None)  # all wait for what the first one writes
-        print(f"\n{format_table(results)}\n\nRun folder: {workdir}")
+        parallel.on_main(lambda: shutil.rmtree(workdir / "features", ignore_errors=True))
+        write_json(workdir / "results.json", results)
+        parallel.on_main(lambda: None)  # all processes wait for the files of the first
+        print(f"\n{format_table(results)}\n\nRun directory: {workdir}")
         print(_advice(parts))
         if len(plan) == 1:
             print(f"New images: --mode=predict --workdir={workdir} --input=FOLDER --output=FOLDER")
@@ -107,19 +92,19 @@ def run(config, workdir: str | pathlib.Path) -> dict:
 class _Part:
     """One training and its evaluation."""
 
-    config: ConfigDict  # the variant's
+    config: ConfigDict  # of the variant
     variant: str | None
     category: str | None
     seed: int
-    folder: pathlib.Path
-    training: pathlib.Path  # its folder, or that of an earlier part that trains the very same,
-    scored: pathlib.Path  # or that scores the very same, too
-    pictures: int  # that its report shows at the most
+    directory: pathlib.Path
+    training: pathlib.Path  # its directory, or that of an earlier part with the same training
+    scored: pathlib.Path  # likewise of an earlier part with the same scores
+    pictures: int  # largest number of images in its report
 
     @property
     def file(self) -> pathlib.Path:
-        """Holds what came out of it, when it is finished."""
-        return self.folder / "part.json"
+        """The results of the part, written when it is finished."""
+        return self.directory / "part.json"
 
     @property
     def name(self) -> str:
@@ -130,9 +115,26 @@ class _Part:
         return f"{self.name}, {self.variant}" if self.variant else self.name
 
 
-# What the scores of images that are as they came do not hang on, and what a training does not.
+def _run_parts(config, workdir: pathlib.Path, plan: list[_Part]) -> list[dict]:
+    """The results of all parts, of which some may be finished already."""
+    prepare = preparer(config, workdir / "features")
+    done, parts = sum(part.file.exists() for part in plan), []
+    bar = {"desc": workdir.name, "unit": "run", "dynamic_ncols": True, "smoothing": 0}
+    with tqdm(total=len(plan), initial=done, disable=len(plan) == 1, **bar) as progress:
+        for _, group in itertools.groupby(plan, _group_key):
+            group = list(group)
+            for i, part in enumerate(group):
+                finished = read_json(part.file)
+                if finished is None:
+                    finished = _run_part(part, group[i + 1 :], prepare)
+                    progress.update()
+                parts.append(finished)
+    return parts
+
+
+# Fields that do not affect the scores of unchanged images, and fields that do not affect training.
 _AFTER_SCORING = (
-    "layers_as",  # what it made of `layers` counts
+    "layers_as",  # its effect is in `layers`
     *("data.tamper", "data.mask_resize"),
     *("heatmaps", "report", "report_pictures", "parallel"),
 )
@@ -143,70 +145,54 @@ _AFTER_TRAINING = (
 
 
 def _plan(config, workdir: pathlib.Path) -> list[_Part]:
-    """All parts of a run; those that share most follow upon each other."""
+    """All parts of a run; parts that share features follow each other."""
     categories = data.categories(config.data)
     seeds = [config.seed + i for i in range(config.seeds)]
     pairs = [(category, v) for category in categories for v in variants(config).items()]
-    if data.share_images(config.data):  # a variant of all categories at a time
+    if data.share_images(config.data):  # variants first: categories share features
         pairs = [(category, v) for v in variants(config).items() for category in categories]
     plan, first = [], {}
     pictures = config.report_pictures // (len(pairs) * len(seeds)) if config.report else 0
     for (category, (variant, changed)), seed in itertools.product(pairs, seeds):
-        folder = workdir
+        directory = workdir
         if len(categories) > 1:
-            folder /= category
+            directory /= category
         if variant:
-            folder /= variant
+            directory /= variant
         if len(seeds) > 1:
-            folder /= f"seed_{seed}"
+            directory /= f"seed_{seed}"
         training, scored = (
-            first.setdefault(json.dumps([category, seed, without(changed, after)]), folder)
+            first.setdefault(json.dumps([category, seed, without(changed, after)]), directory)
             for after in (_AFTER_TRAINING, _AFTER_SCORING)
         )
-        plan.append(_Part(changed, variant, category, seed, folder, training, scored, pictures))
+        plan.append(_Part(changed, variant, category, seed, directory, training, scored, pictures))
     features = [feature_fingerprint(part.config, part.seed) for part in plan]
     order = sorted(range(len(plan)), key=lambda i: features.index(features[i]))
     return [plan[i] for i in order]
 
 
-def _but_for_the_seed(part: _Part) -> tuple:
-    """What parts have in common whose trainings differ in their seed alone."""
+def _group_key(part: _Part) -> tuple:
+    """Key of the parts whose trainings differ in the seed alone."""
     return part.category, part.variant, feature_fingerprint(part.config, part.seed)
 
 
-def _run_part(part: _Part, beside: list[_Part], prepare: Callable[..., Prepared]) -> dict:
-    """Train and evaluate; returns what stands in `part.json`.
+def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepared]) -> dict:
+    """Trains and evaluates a part; returns the content of `part.json`.
 
-    Of the parts `beside`, which differ in the seed, some may be trained along.
+    The siblings differ in the seed alone; some may be trained in the same program.
     """
-    config = part.config
     start = time.perf_counter()
-    prepared = prepare(config, part.category, part.seed)
+    prepared = prepare(part.config, part.category, part.seed)
     seconds = {"features": time.perf_counter() - start}
     dataset = prepared.dataset
-    for each in [part, *beside]:
-        each.folder.mkdir(parents=True, exist_ok=True)
-        check_same_data(each.training, prepared.contents, prepared.backbone.weights)
-    scorer, seconds["train"] = _train(part, beside, prepared)
-    thresholds = saved.record(
-        config,
-        scorer,
-        prepared,
-        seed=part.seed,
-        folder=part.folder,
-        training=part.training,
-        scored=part.scored,
-    )
+    fitted, seconds["train"] = _fit(part, siblings, prepared)
     epochs = parallel.on_main(partial(read_lines, part.training / "metrics.jsonl"))
-    judged = [epoch for epoch in epochs if "holdout_loss" in epoch]
-    best = min(judged, key=lambda epoch: epoch["holdout_loss"])["step"] if judged else None
     results = {
         "name": part.name,
         "variant": part.variant,
         "seed": part.seed,
         "figures": dict.fromkeys(METRICS),
-        "best_on_test": _best_on_test(epochs) if part.training == part.folder else None,
-        "best_holdout_step": best,
+        "best_on_test": _best_on_test(epochs) if part.training == part.directory else None,
         "data": dataset.provenance
         | {
             "trained_on": prepared.train.n,
@@ -214,16 +200,16 @@ def _run_part(part: _Part, beside: list[_Part], prepare: Callable[..., Prepared]
         }
         | _test_counts(dataset.test),
         "weights": prepared.backbone.weights,
-        "training": os.path.relpath(part.training, part.folder),
-        "thresholds": thresholds,
+        "training": os.path.relpath(part.training, part.directory),
+        "thresholds": fitted.thresholds,
         "seconds": seconds,
     }
     if dataset.test:
         start = time.perf_counter()
-        scored = _score_test(part, prepared, scorer, "test")
+        scored = _score_test(part, prepared, fitted.scorer, "test")
         results["figures"] = measure(scored)
         seconds["evaluate"] = time.perf_counter() - start
-        _write_pictures(part, prepared, scorer, scored, thresholds["pixel"])
+        _write_pictures(part, prepared, fitted.scorer, scored, fitted.thresholds["pixel"])
     results["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
     write_json(part.file, results)
     return results
@@ -236,56 +222,54 @@ def _test_counts(test: data.Source | None) -> dict:
     return {"test_good": len(test) - defective, "test_defective": defective}
 
 
-def _train(part: _Part, beside: list[_Part], prepared: Prepared) -> tuple[Any, float]:
-    """The scorer of a part, and the seconds that its training took, in all processes that had it.
+def _fit(part: _Part, siblings: list[_Part], prepared: Prepared) -> tuple[Fitted, float]:
+    """Fits a part; returns also the seconds of its training, summed over interrupted processes.
 
-    Tests after an epoch, and what parts `beside` had of the time, are not counted.
+    Tests after an epoch and the share of siblings are not counted.
     """
     config = part.config
     tested = 0.0
 
-    def on_epoch(epoch: int, scorer: Callable) -> dict:
+    def on_epoch(epoch: int, make_scorer: Callable[[], Scorer]) -> dict:
         nonlocal tested
         every = config.evaluate_every
         if not (prepared.dataset.test and every and epoch % every == 0):
             return {}
         start = time.perf_counter()
-        figures = measure(_score_test(part, prepared, scorer(), f"epoch {epoch}"))
+        figures = measure(_score_test(part, prepared, make_scorer(), f"epoch {epoch}"))
         tested += time.perf_counter() - start
         return {"test": figures}
 
     def in_epochs(*parts: _Part) -> float:
-        """Seconds that trainings spent in epochs that they finished, in this process or before."""
-        epochs = (
-            parallel.on_main(partial(read_lines, p.training / "metrics.jsonl")) for p in parts
-        )
-        return sum(epoch["seconds"] for lines in epochs for epoch in lines)
+        """Seconds of the finished epochs of parts, in this process or earlier ones."""
+        files = (p.training / "metrics.jsonl" for p in parts)
+        epochs = itertools.chain(*(parallel.on_main(partial(read_lines, f)) for f in files))
+        return sum(epoch["seconds"] for epoch in epochs)
 
-    before, of_others = in_epochs(part), in_epochs(*beside)
-    start = time.perf_counter()
-    scorer = kind(config.detector).fit(
+    before, of_siblings = in_epochs(part), in_epochs(*siblings)
+    fitted = fit(
         config,
-        prepared.train,
-        prepared.holdout,
-        prepared.holdout_valid,
+        prepared,
         seed=part.seed,
-        folder=part.training,
-        beside=[(other.seed, other.training) for other in beside],
+        directory=part.directory,
+        training=part.training,
+        scored=part.scored,
+        sibling_runs=tuple((sibling.seed, sibling.training) for sibling in siblings),
         on_epoch=on_epoch,
-        progress=f"{part.title}: train",
+        label=f"{part.title}: train",
     )
     seconds_file = part.training / "seconds.json"
     took = read_json(seconds_file)
-    if took is None:  # else another part has trained before, and this one found it
-        of_others = in_epochs(*beside) - of_others
-        took = {"train": before + time.perf_counter() - start - tested - of_others}
+    if took is None:  # otherwise another part has made this training
+        of_siblings = in_epochs(*siblings) - of_siblings
+        took = {"train": before + fitted.seconds - tested - of_siblings}
         write_json(seconds_file, took)
-    return scorer, took["train"]
+    return fitted, took["train"]
 
 
-def _score_test(part: _Part, prepared: Prepared, scorer: Any, progress: str) -> Scored:
+def _score_test(part: _Part, prepared: Prepared, scorer: Scorer, progress: str) -> Scored:
     return score_split(
-        scorer.score_features,
+        scorer.score,
         prepared.test(),
         len(prepared.dataset.test),
         progress=f"{part.title}: {progress}",
@@ -293,7 +277,7 @@ def _score_test(part: _Part, prepared: Prepared, scorer: Any, progress: str) -> 
 
 
 def _best_on_test(epochs: list[dict]) -> dict | None:
-    """The best figure of each metric over the epochs that were tested: not an honest result."""
+    """Best value of each metric over the tested epochs, which is not an honest result."""
     rows = [epoch["test"] for epoch in epochs if "test" in epoch]
     if not rows:
         return None
@@ -304,17 +288,17 @@ def _best_on_test(epochs: list[dict]) -> dict | None:
 def _write_pictures(
     part: _Part, prepared: Prepared, scorer, scored: Scored, threshold: dict | None
 ) -> None:
-    """Heat maps and what the report shows, of the test images; `threshold` is that of pixels."""
+    """Writes heat maps and the images of the report, given the pixel threshold."""
     config, source = part.config, prepared.dataset.test
 
     def maps_of(indices) -> Iterable[np.ndarray]:
         if scored.maps is not None:
             return (scored.maps[i] for i in indices)
         batches = prepared.test(indices)
-        return (m for b in batches for m in scorer.score_features(b.image, b.valid)[1])
+        return (m for b in batches for m in scorer.score(b.image, b.valid)[1])
 
     write_pictures(
-        part.folder,
+        part.directory,
         source,
         scored,
         maps_of,
@@ -326,10 +310,9 @@ def _write_pictures(
 
 
 def _summarise(config, parts: list[dict]) -> dict:
-    """What `results.json` holds, from all parts of a run.
+    """The content of `results.json`, given the results of all parts.
 
-    Of an ablation the figures of each variant stand in "variants", and those of the first one
-    where they stand in every run.
+    The figures of each variant are in "variants"; those of the first are also at the top level.
     """
     names = list(dict.fromkeys(part["variant"] for part in parts))
     figures = {name: _figures([p for p in parts if p["variant"] == name]) for name in names}
@@ -359,7 +342,7 @@ def _summarise(config, parts: list[dict]) -> dict:
                 for name in categories
             },
         },
-        # Features that several share are told with the first of them.
+        # The time of features that several parts share is reported with the first of them.
         "seconds": {
             "/".join(filter(None, (p["name"], p["variant"], str(p["seed"])))): p["seconds"]
             for p in parts
@@ -374,7 +357,7 @@ def _summarise(config, parts: list[dict]) -> dict:
 
 
 def _figures(parts: list[dict]) -> dict:
-    """The figures of each category, over its seeds, and their mean over the categories."""
+    """Mean figures of each category over its seeds, and their mean over the categories."""
     names = list(dict.fromkeys(part["name"] for part in parts))
     seeds = list(dict.fromkeys(part["seed"] for part in parts))
 

@@ -1,36 +1,39 @@
-"""The folder of a finished training, with what `Detector.load` reads beside the training itself."""
+"""Saved detectors: the files of a finished training that `Detector.load` reads."""
 
 import dataclasses
+import logging
 import os
 import pathlib
 import shutil
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from fastflow_jax.backbones.weights import sha256
 from fastflow_jax.config import from_plain
 from fastflow_jax.data.profile import Profile
+from fastflow_jax.detectors.base import Scorer
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.held_out import HeldOut, score_held_out
 from fastflow_jax.evaluation.thresholds import Threshold
 from fastflow_jax.features.prepare import Prepared
 from fastflow_jax.files import expanded, make_folder, read_json, to_plain, write_json
 
-_ABOUT = "detector.json"
+_log = logging.getLogger(__name__)
+
+_DETECTOR = "detector.json"
 _HELD_OUT = "held_out.npz"
-_RATE, _PIXEL_RATE = 0.05, 0.01  # of false alarms, unless another one is asked for
+_RATE, _PIXEL_RATE = 0.05, 0.01  # default false-alarm rates
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Kept:
-    """What is known of a finished training."""
+class Saved:
+    """The record of a finished training."""
 
-    config: ConfigDict  # filled, that it was trained with
+    config: ConfigDict  # filled, of the training
     seed: int
     weights: dict  # of the backbone, see `Backbone.weights`
-    training: pathlib.Path  # the folder that it lies in
+    training: pathlib.Path  # directory of the training
     held_out: HeldOut | None
     image_threshold: Threshold | None
     pixel_threshold: Threshold | None
@@ -39,38 +42,32 @@ class Kept:
 
 def record(
     config,
-    scorer,
+    scorer: Scorer,
     prepared: Prepared,
     *,
     seed: int,
-    folder: pathlib.Path,
-    training: pathlib.Path | None = None,
+    directory: pathlib.Path,
+    training: pathlib.Path,
     scored: pathlib.Path | None = None,
 ) -> dict:
-    """Write what `read` reads; returns the thresholds, plain.
+    """Scores the held-out images and writes what `read` reads; returns the thresholds, plain.
 
-    Args:
-      config: filled, of this training.
-      scorer: what was trained.
-      prepared: what it was trained on.
-      seed: that it was trained with.
-      folder: of this part of a run.
-      training: the folder that the training lies in, where another part has made it.
-      scored: the folder of a part whose scorer finds the very same in held-out images.
+    For the arguments see `fit.fit`.
     """
     image = pixel = None
     if prepared.holdout is not None:
-        if scored in (None, folder):
+        if scored in (None, directory):
             held_out = score_held_out(
                 config, scorer, prepared.holdout, prepared.holdout_valid, prepared.holdout_groups
             )
         else:
             held_out = HeldOut.load(scored / _HELD_OUT)
-        held_out.save(folder / _HELD_OUT)
+        held_out.save(directory / _HELD_OUT)
         if len(held_out.scores) > 1 and np.ptp(held_out.scores) == 0:
-            tqdm.write(
-                f"All {len(held_out.scores)} held-out images have the same score. If the training "
-                "images are copies of one image, the threshold means nothing: give different ones."
+            _log.warning(
+                "All %d held-out images have the same score. If the training images are copies of "
+                "one image, the threshold means nothing. Use different images.",
+                len(held_out.scores),
             )
         image = held_out.image_threshold(max(_RATE, 1 / (held_out.n_parts + 1)))
         pixel = held_out.pixel_threshold(_PIXEL_RATE, warn=False)
@@ -78,139 +75,149 @@ def record(
         "config": to_plain(config),
         "seed": seed,
         "weights": prepared.backbone.weights,
-        "training": os.path.relpath(training or folder, folder),
+        "training": os.path.relpath(training, directory),
         "thresholds": _plain(image, pixel),
         "images": prepared.profile and dataclasses.asdict(prepared.profile),
     }
-    write_json(folder / _ABOUT, about)
+    write_json(directory / _DETECTOR, about)
     return about["thresholds"]
 
 
-def read(folder: pathlib.Path) -> Kept:
-    """What `record` or `save` wrote to a folder.
+def read(directory: pathlib.Path) -> Saved:
+    """Reads what `record` or `save` has written.
 
     Raises:
-      InputError: the folder holds no training, or several, which are listed.
+      InputError: the directory has no training, or several, which are listed.
     """
-    about = _about(folder)
-    training, file = (folder / about["training"]).resolve(), folder / _HELD_OUT
+    about = _about(directory)
+    training, file = (directory / about["training"]).resolve(), directory / _HELD_OUT
     if not (training / "checkpoints").exists():
-        raise InputError(f"{training} lacks its checkpoints: bring them back, or train again")
+        raise InputError(f"{training} lacks its checkpoints. Restore them, or train again.")
     held_out = HeldOut.load(file) if file.exists() else None
     limits = [_threshold(about["thresholds"][of]) for of in ("image", "pixel")]
     if held_out is None and any(t and t.kind in ("image", "pixel") for t in limits):
-        raise InputError(f"{folder} lacks its {_HELD_OUT}: bring it back, or train again")
-    config, seed, weights = from_plain(about["config"]), about["seed"], about["weights"]
+        raise InputError(f"{directory} lacks its {_HELD_OUT}. Restore it, or train again.")
     images = about.get("images")
-    profile = None if images is None else Profile.from_plain(images)
-    return Kept(config, seed, weights, training, held_out, *limits, profile)
+    return Saved(
+        config=from_plain(about["config"]),
+        seed=about["seed"],
+        weights=about["weights"],
+        training=training,
+        held_out=held_out,
+        image_threshold=limits[0],
+        pixel_threshold=limits[1],
+        images=None if images is None else Profile.from_plain(images),
+    )
 
 
 def find_weights(
-    kept: Kept, folder: pathlib.Path, weights: str | os.PathLike | None = None
+    record: Saved, directory: pathlib.Path, weights: str | os.PathLike | None = None
 ) -> str | None:
-    """`config.weights` of a detector, or the weight file that is in its place now.
+    """The weight file of a detector's backbone, as `config.weights`.
 
-    If the recorded file does not exist, a file of its name and content is searched in the folder of
-    the detector, in its run directory, and next to that.
+    If the recorded file does not exist, a file of its name and content is searched in the directory
+    of the detector, in its run directory, and next to that.
 
     Args:
-      kept: of the detector.
-      folder: that `kept` was read from.
-      weights: a file with the weights of the backbone; None for the recorded ones.
+      record: of the detector.
+      directory: that `record` was read from.
+      weights: a file with the weights of the backbone; None for the recorded one.
 
     Raises:
       InputError: there is no such file, or its sha256 is not the recorded one.
     """
-    recorded, digest = kept.config.weights, kept.weights.get("sha256")
+    recorded, digest = record.config.weights, record.weights.get("sha256")
     if weights is not None:
         file = expanded(weights)
         if digest is None:
             raise InputError(
-                f"{folder} was trained with a backbone without a weight file. Leave weights out."
+                f"{directory} was trained with a backbone without a weight file. Leave weights out."
             )
         if not file.is_file():
             raise InputError(f"{file} is not a file. Pass the weight file of the backbone.")
         if (found := sha256(file)) != digest:
+            trained_with = recorded or record.weights["file"]
             raise InputError(
-                f"{file} is not the weight file that {folder} was trained with: its sha256 is "
-                f"{found}, not {digest}. Pass the file that was {recorded or kept.weights['file']}."
+                f"{file} is not the weight file that {directory} was trained with: its sha256 is "
+                f"{found}, not {digest}. Pass the file that was {trained_with}."
             )
         return str(file.resolve())
-    if kept.weights.get("source") != "file" or recorded is None or os.path.exists(recorded):
+    if record.weights.get("source") != "file" or recorded is None or os.path.exists(recorded):
         return recorded
-    folder = folder.resolve()
-    run = next((f for f in (folder, *folder.parents) if (f / "config.json").exists()), folder)
-    for place in (folder, run, run.parent):
+    directory = directory.resolve()
+    parents = (directory, *directory.parents)
+    run = next((d for d in parents if (d / "config.json").exists()), directory)
+    for place in (directory, run, run.parent):
         file = place / pathlib.Path(recorded).name
         if file.is_file() and sha256(file) == digest:
             return str(file)
     raise InputError(
-        f"{folder} was trained with the weight file {recorded}, which does not exist. Put it there "
-        f"or into {run}, or pass its path: --weights=FILE with --mode=predict, or "
+        f"{directory} was trained with the weight file {recorded}, which does not exist. Put it "
+        f"there or into {run}, or pass its path: --weights=FILE with --mode=predict, or "
         "Detector.load(folder, weights=FILE)."
     )
 
 
 def save(
     source: pathlib.Path,
-    folder: pathlib.Path,
+    directory: pathlib.Path,
     weights: str | None,
     image_threshold: Threshold | None,
     pixel_threshold: Threshold | None,
 ) -> None:
-    """Copy what lies in a folder to a new one, with these thresholds; or change them where it lies.
+    """Copies a detector to a new directory with these thresholds, or changes them in place.
 
     Args:
-      source: of the detector.
-      folder: that it is saved to.
-      weights: `config.weights`, recorded anew as the file may have moved.
-      image_threshold: of scores.
+      source: directory of the detector.
+      directory: new directory, or the source.
+      weights: `config.weights`, recorded again because the file may have moved.
+      image_threshold: of image scores.
       pixel_threshold: of anomaly maps.
 
     Raises:
-      InputError: the folder holds something else.
+      InputError: the directory has other files.
     """
     about = _about(source)
-    if folder.resolve() != source.resolve():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} holds something else: save to a new folder")
-        make_folder(folder)
+    if directory.resolve() != source.resolve():
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise InputError(f"{directory} has other files. Save to a new directory.")
+        make_folder(directory)
         training = source / about["training"]
-        shutil.copytree(training / "checkpoints", folder / "checkpoints")
+        shutil.copytree(training / "checkpoints", directory / "checkpoints")
         for file in [*training.glob("*.npz"), *source.glob(_HELD_OUT)]:
-            shutil.copy(file, folder)
+            shutil.copy(file, directory)
         about["training"] = "."
     about["config"]["weights"] = weights
     about["thresholds"] = _plain(image_threshold, pixel_threshold)
-    write_json(folder / _ABOUT, about)
+    write_json(directory / _DETECTOR, about)
 
 
-def is_finished(folder: pathlib.Path) -> bool:
-    """Whether `record` or `save` has written to a folder."""
-    return (folder / _ABOUT).exists()
+def is_finished(directory: pathlib.Path) -> bool:
+    """Whether `record` or `save` has written to a directory."""
+    return (directory / _DETECTOR).exists()
 
 
-def _about(folder: pathlib.Path) -> dict:
-    """What `record` wrote; for errors see `read`."""
-    about = read_json(folder / _ABOUT)
+def _about(directory: pathlib.Path) -> dict:
+    """The content of `detector.json`; for errors see `read`."""
+    about = read_json(directory / _DETECTOR)
     if about is None:
-        raise InputError(_where_trainings_are(folder))
+        raise InputError(_where_trainings_are(directory))
     known = about if isinstance(about, dict) else {}
     if missing := {"config", "seed", "weights", "training", "thresholds"} - known.keys():
         raise InputError(
-            f"{folder / _ABOUT} is of an older version, without {min(missing)}: train anew"
+            f"{directory / _DETECTOR} was written by an older version, without {min(missing)}. "
+            "Train again."
         )
     return about
 
 
-def _where_trainings_are(folder: pathlib.Path) -> str:
-    if not folder.is_dir():
-        return f"{folder} is no folder: name the run folder of a training"
-    found = sorted(str(file.parent) for file in folder.rglob(_ABOUT))
+def _where_trainings_are(directory: pathlib.Path) -> str:
+    if not directory.is_dir():
+        return f"{directory} is not a directory. Pass the run directory of a training."
+    found = sorted(str(file.parent) for file in directory.rglob(_DETECTOR))
     if found:
-        return f"{folder} holds several trainings: name one of them:\n  " + "\n  ".join(found)
-    return f"{folder} holds no finished training, or one of an older version: train there first"
+        return f"{directory} has several trainings. Pass one of them:\n  " + "\n  ".join(found)
+    return f"{directory} has no finished training, or one of an older version. Train there first."
 
 
 def _plain(image: Threshold | None, pixel: Threshold | None) -> dict:
@@ -218,7 +225,7 @@ def _plain(image: Threshold | None, pixel: Threshold | None) -> dict:
 
 
 def _threshold(plain: dict | None) -> Threshold | None:
-    """The inverse of `_plain`, of one."""
+    """The inverse of `_plain` for one threshold."""
     if plain is None:
         return None
     try:
@@ -227,6 +234,6 @@ def _threshold(plain: dict | None) -> Threshold | None:
         return Threshold(**plain | number | interval)
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(
-            f"a threshold of another version, or a damaged one ({error}): install the version that "
-            "wrote it, or train again"
+            f"A threshold is damaged, or was written by another version ({error}). Install that "
+            "version, or train again."
         ) from error

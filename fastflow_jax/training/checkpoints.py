@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a run: the latest, to resume from, and the best by held-out loss."""
+"""Orbax checkpoints of a run, of which the latest is kept."""
 
 import atexit
 import contextlib
@@ -15,45 +15,32 @@ from fastflow_jax import parallel
 from fastflow_jax.errors import InputError
 from fastflow_jax.files import is_utf8, make_folder, remedy
 
-_policies = ocp.training.preservation_policies
 _WILDCARDS = "*?[\\"
 _BUCKETS = ("gs", "s3", "az", "hf")  # etils takes /gs/... for gs://...
 
 
 class Checkpoints:
-    """The checkpoints of one run folder; use it as a context manager.
+    """The checkpoints of one run directory, as a context manager.
 
-    A checkpoint is written in the background and appears under its name only when it is whole, so
-    that a process may die at any moment. Several processes write it together, into a folder that
-    all of them see.
-
-    After every save, the structure of what was written is read back: at the next save, at `wait`,
-    or at the end of the context.
+    A checkpoint is written in the background and appears under its name only when it is complete,
+    so that the process may be killed at any moment. Several processes write it together, into a
+    directory that all of them see. After every save, the structure of the checkpoint is read back:
+    at the next save, at `wait`, or at the end of the context.
 
     Raises:
-      InputError: the folder holds a damaged one, or what was written cannot be read back.
+      InputError: a checkpoint in the directory is damaged, or cannot be read back.
     """
 
     def __init__(self, directory: pathlib.Path):
-        # Two rules joined: with the best one alone, a resumed run would start from there.
-        keep = _policies.AnyPreservationPolicy(
-            [
-                _policies.LatestN(1),
-                _policies.BestN(
-                    get_metric_fn=lambda metrics: metrics["holdout_loss"],
-                    reverse=True,  # the lower, the better
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        )
         self._directory = directory.absolute()
         self._written: tuple[int, int] | None = None  # step and leaves of a save, until checked
         with contextlib.ExitStack() as stack:
             path = stack.enter_context(_literal_path(self._directory))
             with _damage_is_named(self._directory):
                 self._orbax = ocp.training.Checkpointer(
-                    path, preservation_policy=keep, cleanup_tmp_directories=True
+                    path,
+                    preservation_policy=ocp.training.preservation_policies.LatestN(1),
+                    cleanup_tmp_directories=True,
                 )
             self._link = stack.pop_all()
 
@@ -71,27 +58,20 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest checkpoint's step."""
+        """Step of the latest checkpoint, or None if there is none."""
         return None if self._orbax.latest is None else self._orbax.latest.step
 
-    @property
-    def best(self) -> int | None:
-        """The step with the lowest held-out loss, where there are held-out images."""
-        judged = [c for c in self._orbax.checkpoints if c.metrics]
-        return min(judged, key=lambda c: c.metrics["holdout_loss"]).step if judged else None
-
-    def save(self, step: int, state: Any, holdout_loss: float | None = None) -> None:
-        """Start writing `state`; returns once it is copied off the devices."""
+    def save(self, step: int, state: Any) -> None:
+        """Starts to write `state`; returns when it is copied off the devices."""
         if step == self.latest:
             return
-        metrics = None if holdout_loss is None else {"holdout_loss": holdout_loss}
         self.wait()
         with self._full_disk_is_named():
-            self._orbax.save_async(step, parallel.to_all(state), metrics=metrics, force=True)
+            self._orbax.save_async(step, parallel.to_all(state), force=True)
         self._written = step, len(jax.tree.leaves(state))
 
     def wait(self) -> None:
-        """Return once all that was saved is written, and was found readable."""
+        """Returns when every saved checkpoint is written and was found readable."""
         with self._full_disk_is_named():
             self._orbax.wait()
         written, self._written = self._written, None
@@ -105,14 +85,14 @@ class Checkpoints:
             n = len(jax.tree.leaves(self._orbax.metadata(step).metadata))
             if n != n_leaves:
                 raise ValueError(f"{n} of {n_leaves} arrays were found")
-        except Exception as error:  # of whatever part of Orbax met it first
+        except Exception as error:  # any part of Orbax may raise
             raise InputError(
                 f"{self._directory / str(step)} was written but cannot be read back "
                 f"({_first_line(error)}). Check the file system, or choose another --workdir."
             ) from error
 
     def _check_manifest(self, step: int) -> None:
-        """Raises FileNotFoundError where Orbax, which would go on, has not merged its files."""
+        """Raises FileNotFoundError if Orbax has not merged the files of a checkpoint."""
         if not any((self._directory / str(step)).glob("*/manifest.ocdbt")):
             raise FileNotFoundError("manifest.ocdbt is missing")
 
@@ -120,23 +100,23 @@ class Checkpoints:
     def _full_disk_is_named(self):
         try:
             yield
-        except Exception as error:  # of whatever library met it first
+        except Exception as error:  # any library may raise
             if "No space left on device" not in str(error):
                 raise
             raise InputError(
-                f"no space left to write {self._directory}: make room, and the same command "
-                "goes on from the checkpoint before"
+                f"No space is left to write {self._directory}. Free some space; the same command "
+                "then continues from the previous checkpoint."
             ) from error
 
     def restore(self, step: int | None, template: Any) -> Any:
-        """Read a checkpoint onto the default device of each process, whatever devices wrote it.
+        """Reads a checkpoint onto the default device of each process, whatever devices wrote it.
 
         Args:
-          step: `latest` or `best`.
+          step: `latest`.
           template: a state of the same structure, shapes and types (arrays or ShapeDtypeStructs).
 
         Raises:
-          InputError: there is no such checkpoint, it is damaged, or it holds something else.
+          InputError: there is no checkpoint, it is damaged, or its structure is another.
         """
         sharding = parallel.of_all()
         abstract = jax.tree.map(
@@ -153,12 +133,12 @@ class Checkpoints:
 def _damage_is_named(directory: pathlib.Path):
     try:
         yield
-    except Exception as error:  # of whatever part of Orbax met it first
+    except Exception as error:  # any part of Orbax may raise
         if parallel.is_lost(error) or remedy(error):
             raise
         raise InputError(
-            f"{directory} cannot be read ({_first_line(error)}): bring it back, or train anew in "
-            "another folder"
+            f"{directory} cannot be read ({_first_line(error)}). Restore it from a copy, or train "
+            "again in another directory."
         ) from error
 
 
@@ -168,12 +148,12 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _literal_path(directory: pathlib.Path):
-    r"""A path of a directory that Orbax reads as it is written.
+    r"""Yields a path of a directory that Orbax does not misread.
 
     Orbax takes brackets and other wildcards in a path for a pattern, and finds nothing to merge;
     TensorStore writes to `a/b` for `a\b` and takes UTF-8 only; etils takes `/gs/...` for a bucket.
-    A directory of such a path is reached by a symbolic link in a temporary directory. All processes
-    of a run use the same path, as Orbax requires.
+    For such a path a symbolic link in a temporary directory is yielded. All processes of a run use
+    the same path, as Orbax requires.
 
     Raises:
       InputError: there is no temporary directory for the link.

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from fastflow_jax import parallel
 from fastflow_jax.errors import InputError
-from fastflow_jax.features.extract import Features, TrainingFeatures, in_batches
+from fastflow_jax.features.extract import TrainingFeatures, in_batches
 from fastflow_jax.files import read_lines, write_text
 from fastflow_jax.training.checkpoints import Checkpoints
+from fastflow_jax.training.context import FitContext
 from fastflow_jax.training.step import (
     Objective,
     TrainState,
@@ -36,15 +37,15 @@ from fastflow_jax.training.step import (
 
 
 class Run(NamedTuple):
-    """One of the trainings of `train`: what it draws from, and where it is kept."""
+    """One seed of a training, with its files."""
 
-    seed: int  # of parameters, order and whatever the loss draws
+    seed: int  # of parameters, order and everything that the loss draws
     checkpoints: Checkpoints
-    metrics_file: pathlib.Path  # gets a JSON line an epoch, however often the run is resumed
+    metrics_file: pathlib.Path  # JSON lines, one per epoch, however often the run is resumed
 
 
 class Interrupted(Exception):
-    """SIGTERM or Ctrl-C: what is saved is saved, and the same command goes on from there."""
+    """SIGTERM or SIGINT has stopped a training; the same command continues it."""
 
     def __init__(self, signum: int, where: str):
         super().__init__(f"interrupted {where}")
@@ -53,9 +54,9 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def signals_set_a_flag() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list; a second one acts at once, as it did before."""
+    """Appends SIGTERM and SIGINT to the list that it yields; a second signal acts as before."""
     received: list[int] = []
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def handler(signum, frame):
         received.append(signum)
@@ -75,233 +76,246 @@ def signals_set_a_flag() -> Iterator[list[int]]:
 
 
 def signalled(received: list[int]) -> int:
-    """The signal that a process has got, or 0: the same in all of them."""
+    """The signal that any process has received, or 0; the same in all processes."""
     return parallel.any_process(received[0] if received else 0)
 
 
 def train(
-    config,
+    context: FitContext,
     objective: Objective,
-    features: TrainingFeatures,
-    holdout: Features | None,
-    holdout_valid: np.ndarray | None = None,
-    *,
     runs: Sequence[Run],
     on_epoch: Callable[[int, TrainState, int], dict] = lambda epoch, state, seed: {},
-    progress: str = "train",
-) -> TrainState:
-    """Train to the end of the configuration, from the latest checkpoints where there are any.
+) -> list[TrainState]:
+    """Trains to the last epoch of the configuration, starting from the latest checkpoints.
 
     Args:
-      config: filled, see `config.fill`.
-      objective: what is trained.
-      features: of the training images.
-      holdout: features of held-out normal images; `objective.validation` of them picks the best
-        checkpoint.
-      holdout_valid: bool [N, H, W], False in their padding; None without padding.
-      runs: one, or as many as `at_once` allows, all with their latest checkpoints at the same step
-        or none: these take each epoch in one program.
+      context: of the first run.
+      objective: the loss to minimise.
+      runs: one, or as many as `at_once` allows. Several must have their latest checkpoints at the
+        same step, or none, and run each epoch in one program.
       on_epoch: called after each epoch of each run with its number, from 1 on, the state and the
-        run's seed; what it returns goes into the epoch's line.
-      progress: label of the progress bar.
+        run's seed. What it returns is added to the epoch's line of metrics.
 
     Returns:
-      The state of the first run; what the others came to is in their checkpoints.
+      The final states of the runs.
 
     Raises:
-      Interrupted: SIGTERM or SIGINT came; the states are saved.
-      InputError: a loss is no longer finite, or the devices have no room for so many runs at once.
+      Interrupted: SIGTERM or SIGINT was received; the states are saved.
+      InputError: a loss is not finite, or the devices have no memory for so many runs at once.
     """
-    order = partial(
-        epoch_order,
-        features.n,
-        config.train.batch_size,
-        drop_last=config.train.drop_last,
-        multiple=parallel.n_devices(),
-    )
-    steps = len(order(seed=0, epoch=0)[0])
-    epochs = config.train.epochs
-    if epochs is None:
-        epochs = min(config.train.max_epochs, max(1, round(config.train.steps / steps)))
-    optimizer = _optimizer(FrozenConfigDict(config.train), epochs * steps)
-
-    def begin(run):
-        fresh = partial(create_state, objective, optimizer, features.shapes, run.seed)
-        latest = run.checkpoints.latest
-        return fresh() if latest is None else run.checkpoints.restore(latest, jax.eval_shape(fresh))
-
-    def save(lines):
-        for run, state, line in zip(runs, states, lines, strict=True):
-            run.checkpoints.save(int(state.step), state, line.get("holdout_loss"))
-            if len(runs) > 1 and parallel.n_processes() > 1:
-                # Two that are written at once would meet at one and the same barrier of Orbax.
-                run.checkpoints.wait()
-
-    first, position = divmod(runs[0].checkpoints.latest or 0, steps)
-    if first == epochs:
-        return begin(runs[0])
-    states = [begin(run) for run in runs]
+    training = _Training(context, objective, runs)
+    first, position = divmod(runs[0].checkpoints.latest or 0, training.steps)
+    states = [training.initial_state(run) for run in runs]
+    if first == training.epochs:
+        return states
     for run in runs:
         _keep_epochs(run.metrics_file, first)
-    holdout_losses = _holdout_losses(config, objective, holdout, holdout_valid, len(runs))
-    run_epoch = _epoch_runner(config, objective, optimizer, features, [run.seed for run in runs])
-    bar = tqdm(
-        total=epochs * steps,
-        initial=first * steps + position,
-        desc=progress if len(runs) == 1 else f"{progress}, {len(runs)} seeds",
-        unit="step",
-        dynamic_ncols=True,
-    )
-    with bar, signals_set_a_flag() as received:
-        for epoch in range(first, epochs):
+    with training.progress_bar(first, position) as bar, signals_set_a_flag() as received:
+        for epoch in range(first, training.epochs):
             start = time.perf_counter()
-            orders = [order(seed=run.seed, epoch=epoch) for run in runs]
-            batches = [tuple(parallel.columns(a)[position:] for a in each) for each in orders]
-            if position == 0:
-                zero = jnp.zeros(())
-                states = [s.replace(epoch_loss=zero, epoch_images=zero) for s in states]
-            for after in run_epoch(states, epoch, batches):
+            for done, after in training.steps_of_epoch(states, epoch, position):
                 states = after
-                done = int(states[0].step) - epoch * steps
                 bar.update(done - position)
                 position = done
                 signum = signalled(received)
-                if signum and position < steps:
-                    save([{} for _ in runs])
-                    at = epoch + position / steps
+                if signum and position < training.steps:
+                    training.save(states)
+                    at = epoch + position / training.steps
                     raise Interrupted(signum, f"at epoch {at:.1f}; saved")
             position = 0
-            lines = _lines(epoch + 1, states, holdout_losses)
-            seconds = round((time.perf_counter() - start) / len(runs), 3)  # the share of each
-            for run, state, line in zip(runs, states, lines, strict=True):
-                line["seconds"] = seconds
-                line |= on_epoch(epoch + 1, state, run.seed)
-                # The line stands before its checkpoint does, so that no saved epoch can lack one.
-                if parallel.is_main():
-                    with run.metrics_file.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
+            lines = training.finish_epoch(states, epoch + 1, start, on_epoch)
             losses = ", ".join(f"{line['loss']:.4g}" for line in lines)
-            bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, loss {losses}", False)
-            last = epoch + 1 == epochs
+            bar.set_postfix_str(f"epoch {epoch + 1}/{training.epochs}, loss {losses}", False)
+            last = epoch + 1 == training.epochs
             signum = signalled(received)
-            if last or signum or (epoch + 1) % config.checkpoint_every == 0:
-                save(lines)
-                signum = signalled(received)  # or in the meantime
+            if last or signum or (epoch + 1) % context.config.checkpoint_every == 0:
+                training.save(states)
+                signum = signalled(received)  # or during the saving
             if signum:
                 raise Interrupted(signum, f"at epoch {epoch + 1:.1f}; saved")
-    return states[0]
+    return states
 
 
-def _lines(epoch: int, states: Sequence[TrainState], holdout_losses) -> list[dict]:
-    """What each run has to tell of an epoch."""
-    lines = [
+class _Training:
+    """The parts of `train`: order of batches, programs, checkpoints and metrics of its runs."""
+
+    def __init__(self, context: FitContext, objective: Objective, runs: Sequence[Run]):
+        c, features = context.config.train, context.train
+        self._context, self._objective, self._runs = context, objective, runs
+        self._order = partial(
+            epoch_order,
+            features.n,
+            c.batch_size,
+            drop_last=c.drop_last,
+            multiple=parallel.n_devices(),
+        )
+        self.steps = len(self._order(seed=0, epoch=0)[0])  # per epoch
+        self.epochs = c.epochs
+        if self.epochs is None:
+            self.epochs = min(c.max_epochs, max(1, round(c.steps / self.steps)))
+        self._optimizer = _optimizer(FrozenConfigDict(c), self.epochs * self.steps)
+
+    @functools.cached_property
+    def _run_epoch(self) -> Callable:
+        seeds = [run.seed for run in self._runs]
+        context = self._context
+        return _epoch_runner(context.config, self._objective, self._optimizer, context.train, seeds)
+
+    @functools.cached_property
+    def _mean_losses(self) -> Callable | None:
+        return _holdout_losses(self._context, self._objective, len(self._runs))
+
+    def initial_state(self, run: Run) -> TrainState:
+        """The state of the latest checkpoint, or a new one."""
+        shapes = self._context.train.shapes
+        fresh = partial(create_state, self._objective, self._optimizer, shapes, run.seed)
+        latest = run.checkpoints.latest
+        return fresh() if latest is None else run.checkpoints.restore(latest, jax.eval_shape(fresh))
+
+    def progress_bar(self, epoch: int, step: int) -> tqdm:
+        """A progress bar over the steps of all epochs, at a step of an epoch."""
+        n, label = len(self._runs), self._context.label
+        return tqdm(
+            total=self.epochs * self.steps,
+            initial=epoch * self.steps + step,
+            desc=label if n == 1 else f"{label}, {n} seeds",
+            unit="step",
+            dynamic_ncols=True,
+        )
+
+    def steps_of_epoch(
+        self, states: list[TrainState], epoch: int, position: int
+    ) -> Iterator[tuple[int, list[TrainState]]]:
+        """Yields the number of steps done in this epoch, and the states after them."""
+        orders = [self._order(seed=run.seed, epoch=epoch) for run in self._runs]
+        batches = [tuple(parallel.columns(a)[position:] for a in each) for each in orders]
+        if position == 0:
+            zero = jnp.zeros(())
+            states = [s.replace(epoch_loss=zero, epoch_images=zero) for s in states]
+        for after in self._run_epoch(states, epoch, batches):
+            yield int(after[0].step) - epoch * self.steps, after
+
+    def finish_epoch(
+        self, states: Sequence[TrainState], epoch: int, start: float, on_epoch: Callable
+    ) -> list[dict[str, Any]]:
+        """Appends the epoch's line to the metrics of each run, and returns these lines."""
+        lines = _lines(epoch, states, self._mean_losses)
+        seconds = round((time.perf_counter() - start) / len(states), 3)  # the share of each
+        for run, state, line in zip(self._runs, states, lines, strict=True):
+            line["seconds"] = seconds
+            line |= on_epoch(epoch, state, run.seed)
+            # The line is written before its checkpoint, so that no saved epoch lacks one.
+            if parallel.is_main():
+                with run.metrics_file.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+        return lines
+
+    def save(self, states: Sequence[TrainState]) -> None:
+        """Saves a checkpoint of each run."""
+        for run, state in zip(self._runs, states, strict=True):
+            run.checkpoints.save(int(state.step), state)
+            if len(self._runs) > 1 and parallel.n_processes() > 1:
+                run.checkpoints.wait()  # two writes at once would meet at one barrier of Orbax
+
+
+def _lines(
+    epoch: int, states: Sequence[TrainState], mean_losses: Callable | None
+) -> list[dict[str, Any]]:
+    """The metrics of an epoch, one dictionary per run.
+
+    Raises:
+      InputError: a loss is not finite.
+    """
+    lines: list[dict[str, Any]] = [
         {"epoch": epoch, "step": int(s.step), "loss": float(s.epoch_loss / s.epoch_images)}
         for s in states
     ]
-    if holdout_losses is not None:
-        for line, loss in zip(lines, holdout_losses(states), strict=True):
+    if mean_losses is not None:
+        for line, loss in zip(lines, mean_losses(states), strict=True):
             line["holdout_loss"] = loss
     for line in lines:
         if not np.isfinite(list(line.values())).all():
             raise InputError(
-                f"training diverged in epoch {epoch} (loss {line['loss']}): in a new --workdir, "
-                "lower --config.train.learning_rate or set --config.train.clip=1.0"
+                f"Training diverged in epoch {epoch} (loss {line['loss']}). In a new --workdir, "
+                "lower --config.train.learning_rate or set --config.train.clip=1.0."
             )
     return lines
 
 
 def at_once(config, features: TrainingFeatures) -> int:
-    """How many runs may share a program: it takes all features at hand, the same for all runs.
+    """The number of runs that one program may train; the program needs all features in memory.
 
-    By default as many as there are where devices hold the features, and one where not: vmapped
-    convolutions are slow on CPUs.
+    By default all runs if the devices hold the features, and otherwise one: vmapped convolutions
+    are slow on CPUs.
     """
     if features.cached is None:
         return 1
     return config.train.seeds_at_once or (sys.maxsize if features.on_device else 1)
 
 
-def train_in(
-    folder: pathlib.Path,
-    config,
-    objective: Objective,
-    features: TrainingFeatures,
-    holdout: Features | None,
-    holdout_valid: np.ndarray | None = None,
-    *,
-    seed: int,
-    beside: Sequence[tuple[int, pathlib.Path]] = (),
-    on_epoch: Callable[[int, dict, int], dict] = lambda epoch, variables, seed: {},
-    progress: str = "train",
+def train_variables(
+    context: FitContext, objective: Objective, make_scorer: Callable[[dict, int], Any]
 ) -> dict:
-    """`train` with its `checkpoints/` and `metrics.jsonl` in a folder; returns the variables.
+    """Trains in the directory of a context, and returns the variables of `objective`.
 
-    `beside` are seeds and folders of trainings that differ from this one in nothing else. As many
-    of them as `at_once` allows, and as stand where this one does, are trained in the same program,
-    to the same end: in their own turn they are found finished. `on_epoch` gets, of each training,
-    the number of the epoch, the variables after it and the seed.
+    As many sibling runs as `at_once` allows, and as have their latest checkpoint at the same step,
+    are trained in the same program.
+
+    Args:
+      context: of the training.
+      objective: the loss to minimise.
+      make_scorer: (variables, seed) -> the scorer that `context.on_epoch` may ask for.
+
+    Raises:
+      Interrupted, InputError: see `train`.
     """
 
-    def opened(seed: int, folder: pathlib.Path) -> Run:
-        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
-        return Run(seed, checkpoints, folder / "metrics.jsonl")
+    def opened(seed: int, directory: pathlib.Path) -> Run:
+        checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints"))
+        return Run(seed, checkpoints, directory / "metrics.jsonl")
 
+    def on_epoch(epoch: int, state: TrainState, seed: int) -> dict:
+        return context.on_epoch(epoch, lambda: make_scorer(state.variables, seed))
+
+    n = at_once(context.config, context.train)
     with contextlib.ExitStack() as stack:
-        runs = [opened(seed, folder)]
-        for other in beside if at_once(config, features) > 1 else ():
-            run = opened(*other)
+        runs = [opened(context.seed, context.directory)]
+        for sibling in context.sibling_runs if n > 1 else ():
+            run = opened(*sibling)
             if run.checkpoints.latest == runs[0].checkpoints.latest:
                 runs.append(run)
-        state = train(
-            config,
-            objective,
-            features,
-            holdout,
-            holdout_valid,
-            runs=runs[: at_once(config, features)],
-            on_epoch=lambda epoch, state, seed: on_epoch(epoch, state.variables, seed),
-            progress=progress,
-        )
-    return state.variables
+        return train(context, objective, runs[:n], on_epoch)[0].variables
 
 
-def trained_in(folder: pathlib.Path, config, objective: Objective, shapes) -> dict:
-    """The variables that `train_in` left in a folder; `shapes` are (h, w, C) of each scale."""
-    # Of any number of steps: they are no part of the state.
+def load_variables(
+    directory: pathlib.Path, config, objective: Objective, shapes: Sequence[tuple[int, ...]]
+) -> dict:
+    """The variables that `train_variables` has left in a directory.
+
+    Args:
+      directory: of the training.
+      config: filled, of the training.
+      objective: of the training.
+      shapes: (h, w, C) of each scale.
+    """
+    # The template's number of steps is of no consequence: it is not part of the state.
     fresh = partial(create_state, objective, create_optimizer(config.train, 1000), shapes, 0)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    with Checkpoints(directory / "checkpoints") as checkpoints:
         return checkpoints.restore(checkpoints.latest, jax.eval_shape(fresh)).variables
 
 
-def _epoch_runner(config, objective, optimizer, features, seeds):
-    """`(states, epoch, batches)` -> an iterator of states, each step or once an epoch.
+def _epoch_runner(config, objective, optimizer, features, seeds) -> Callable:
+    """Returns a function (states, epoch, batches) -> iterator of states, per step or per epoch.
 
-    States and batches are lists, a run each. One program runs a whole epoch, of one run or several,
-    where the devices hold the features; but not on CPUs, where convolutions in a loop are ten times
-    slower.
+    States and batches are lists with an entry per run. If the devices hold the features, one
+    program runs a whole epoch of all runs. On CPUs it runs a step, because convolutions in a loop
+    are ten times slower there.
     """
     n = len(seeds)
     programs = _programs(objective.loss, optimizer, config.parallel, n)
     seeds = np.array(seeds, np.uint32)
     if features.on_device or n > 1:
-        kept = jax.tree.map(np.asarray, (features.cached, features.valid))
-        on_devices = parallel.on_devices(kept)
-
-        def run(states, epoch, batches):
-            begin = _together(states), seeds if n > 1 else seeds[0]
-            try:
-                after = programs.epoch(begin, on_devices, *_together(batches))
-                states = jax.block_until_ready(_apart(after, n))
-            except jax.errors.JaxRuntimeError as error:
-                if n == 1 or "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                raise InputError(
-                    f"the devices have no room for {n} seeds at once: go on with fewer, "
-                    f"--config.train.seeds_at_once={n // 2}"
-                ) from error
-            yield states
-
-        return run
+        return _whole_epochs(programs.epoch, features, seeds)
 
     def run(states, epoch, batches):
         ((state,), ((index, weight),)) = states, batches
@@ -317,23 +331,44 @@ def _epoch_runner(config, objective, optimizer, features, seeds):
     return run
 
 
-def _holdout_losses(config, objective, holdout, valid, n):
-    """States of n runs -> of each, `objective.validation` of the held-out images, their mean."""
-    if holdout is None:
-        return None
+def _whole_epochs(program: Callable, features: TrainingFeatures, seeds: np.ndarray) -> Callable:
+    """See `_epoch_runner`: a program per epoch."""
+    n = len(seeds)
+    on_devices = parallel.on_devices(jax.tree.map(np.asarray, (features.cached, features.valid)))
 
-    size = config.batch_size
-    run = _validation(objective.validation, config.parallel, size, n)
+    def run(states, epoch, batches):
+        begin = _together(states), seeds if n > 1 else seeds[0]
+        try:
+            after = program(begin, on_devices, *_together(batches))
+            states = jax.block_until_ready(_apart(after, n))
+        except jax.errors.JaxRuntimeError as error:
+            if n == 1 or "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise InputError(
+                f"The devices have no memory for {n} seeds at once. Continue with fewer: "
+                f"--config.train.seeds_at_once={n // 2}."
+            ) from error
+        yield states
+
+    return run
+
+
+def _holdout_losses(context: FitContext, objective: Objective, n: int) -> Callable | None:
+    """Returns a function from the states of n runs to their mean losses on held-out images."""
+    if context.holdout is None:
+        return None
+    held_out, size = (context.holdout, context.holdout_valid), context.config.batch_size
+    run = _validation(objective.validation, context.config.parallel, size, n)
 
     def means(states):
         variables = _together([state.variables for state in states])
-        losses = in_batches(partial(run, variables), (holdout, valid), size)
+        losses = in_batches(partial(run, variables), held_out, size)
         return losses.mean(0, dtype=np.float64).reshape(n).tolist()
 
     return means
 
 
-# One tree for several runs has an axis of them in front; of a single run it is left as it is.
+# The trees of several runs are stacked along a new first axis; that of a single run is not.
 
 
 def _together(trees: Sequence) -> Any:
@@ -354,25 +389,25 @@ def _unstacked(tree, n):
     return [jax.tree.map(operator.itemgetter(i), tree) for i in range(n)]
 
 
-# What is compiled serves all seeds and categories of a run that train alike: it is kept by what it
-# hangs on, and a seed is one of its arguments.
-_kept = functools.lru_cache(maxsize=8)
+# Compiled programs are cached by the settings that they depend on. The seed is an argument of the
+# program, so that all seeds and categories with the same settings share it.
+cached_program = functools.lru_cache(maxsize=16)
 
 
-def once_a_configuration(function: Callable) -> Callable:
-    """`function(config)`, called once for equal configurations: see `_kept`."""
-    kept = _kept(function)
-    return functools.wraps(function)(lambda config: kept(FrozenConfigDict(config)))
+def cached_by_config(function: Callable) -> Callable:
+    """Caches `function(config)`, so that equal configurations share what it returns."""
+    cached = cached_program(function)
+    return functools.wraps(function)(lambda config: cached(FrozenConfigDict(config)))
 
 
 class _Programs(NamedTuple):
-    """`train_step` and `train_epoch` with ((state, seed), ...) for arguments."""
+    """Compiled `train_step` and `train_epoch`, which take (state, seed) for a state."""
 
     step: Callable  # of one run
-    epoch: Callable  # of n, see `_together`
+    epoch: Callable  # of n runs, see `_together`
 
 
-@_kept
+@cached_program
 def _programs(
     loss: Callable, optimizer: optax.GradientTransformation, kind: str, n: int
 ) -> _Programs:
@@ -394,23 +429,23 @@ def _programs(
     return _Programs(parallel.step(step, kind), whole)
 
 
-@_kept
+@cached_program
 def _validation(validation: Callable, kind: str, size: int, n: int) -> Callable:
     def run(variables, images):
         return validation(variables, *images)
 
-    # The images come first in what is computed.
+    # The first axis of the result is the one over images.
     runs = run if n == 1 else jax.vmap(run, in_axes=(0, None), out_axes=1)
     return parallel.per_example(runs, kind, size)
 
 
-@_kept
+@cached_program
 def _optimizer(config: FrozenConfigDict, steps: int) -> optax.GradientTransformation:
     return create_optimizer(config, steps)
 
 
 def _keep_epochs(file: pathlib.Path, epochs: int) -> None:
-    """Drop the lines of epochs that a killed process wrote but did not save."""
+    """Removes the lines of epochs after the last saved one, which a killed process has written."""
     if not parallel.is_main() or not file.exists():
         return
     kept = [line for line in read_lines(file) if line["epoch"] <= epochs]

@@ -29,8 +29,7 @@ class Objective(NamedTuple):
     validation: Callable[..., jax.Array]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All that training changes, and the numbers that a model needs but never trains."""
 
     step: jax.Array  # int32

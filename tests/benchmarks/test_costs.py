@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastflow_jax.config import default, fill
-from fastflow_jax.detectors.registry import kind
+from fastflow_jax.detectors.base import detector_module
 from fastflow_jax.features.extract import cached_features
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
@@ -24,7 +24,7 @@ def trained(tmp_path_factory):
     config, folder = fill(c), tmp_path_factory.mktemp("training")
     images = np.random.default_rng(0).standard_normal((8, 16, 16, 3), np.float32)
     train, holdout = cached_features((images[:6],)), (images[6:],)
-    kind(config.detector).fit(config, train, holdout, seed=3, folder=folder)
+    detector_module(config.detector).fit(config, train, holdout, seed=3, folder=folder)
     for file in ("heatmaps/picture.png", "strips/0.webp", "scores.json"):
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_bytes(bytes(1 << 20))

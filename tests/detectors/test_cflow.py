@@ -13,6 +13,7 @@ from fastflow_jax.config import default, fill
 from fastflow_jax.detectors import cflow
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.extract import cached_features
+from fastflow_jax.training.context import FitContext
 
 SIZE = (32, 48)
 RNG = np.random.default_rng(0)
@@ -37,7 +38,7 @@ def fitted(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cflow")
     training = cached_features(tuple(m[:8] for m in FEATURES))
     holdout = tuple(m[8:] for m in FEATURES)
-    return cflow.fit(config, training, holdout, seed=1, folder=folder), folder
+    return cflow.fit(FitContext(config, training, folder, 1, holdout)), folder
 
 
 def log_p_of(variables, config, features):
@@ -99,10 +100,10 @@ def test_the_loss_of_whole_images_is_the_papers_formula(config, fitted):
     whole = config.copy_and_resolve_references()
     whole.cflow.fiber = 10**6  # all locations
     keys = jax.random.split(jax.random.key(0), 11)
-    loss = jax.jit(cflow.objective(whole).loss)(scorer.state[0], FEATURES, None, keys)
+    loss = jax.jit(cflow.objective(whole).loss)(scorer.variables, FEATURES, None, keys)
     expected = sum(
         np.log1p(np.exp(-log_p)).mean((1, 2))
-        for log_p in log_p_of(scorer.state[0], config, FEATURES)
+        for log_p in log_p_of(scorer.variables, config, FEATURES)
     )
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
@@ -126,23 +127,23 @@ def test_training_lowers_the_loss_and_finds_the_highest_likelihoods(config, fitt
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses[-1] < losses[0]
-    variables, maxima = scorer.state
+    variables, maxima = scorer.arrays()
     training = log_p_of(variables, config, tuple(m[:8] for m in FEATURES))
     np.testing.assert_allclose(maxima, [m.max() for m in training], rtol=1e-4)
 
 
 def test_scores_are_the_papers_and_stand_alone(config, fitted):
     scorer, _ = fitted
-    variables, maxima = scorer.state
+    variables, maxima = scorer.arrays()
     test = tuple(m[7:] for m in FEATURES)
-    scores, maps = scorer.score_features(test)
+    scores, maps = scorer.score(test)
     expected = -sum(
         jax.image.resize(jnp.exp(m - highest), (4, *SIZE), "bilinear")
         for m, highest in zip(log_p_of(variables, config, test), maxima, strict=True)
     )
     np.testing.assert_allclose(maps, expected, atol=1e-4)
     np.testing.assert_allclose(scores, maps.max((1, 2)), atol=1e-6)
-    alone, _ = scorer.score_features(tuple(m[2:3] for m in test))
+    alone, _ = scorer.score(tuple(m[2:3] for m in test))
     np.testing.assert_allclose(alone, scores[2:3], atol=1e-5)
 
 
@@ -152,7 +153,7 @@ def test_strange_features_score_higher_however_strange(config, fitted):
         spoilt = tuple(m[:4].copy() for m in FEATURES)
         for m in spoilt:
             m[:, : m.shape[1] // 2] += size
-        scores, maps = scorer.score_features(spoilt)
+        scores, maps = scorer.score(spoilt)
         assert np.isfinite([maps.min(), maps.max(), *scores]).all()
         assert maps[:, :12].mean() > maps[:, 20:].mean()
 
@@ -168,7 +169,7 @@ def test_padding_counts_for_nothing(config, fitted):
     plain = tuple(m[:8] for m in FEATURES)
     keys = jax.random.split(jax.random.key(0), 8)
     loss = jax.jit(cflow.objective(config).loss)
-    variables = scorer.state[0]
+    variables = scorer.variables
     np.testing.assert_allclose(
         loss(variables, spoilt, valid, keys), loss(variables, plain, valid, keys), rtol=1e-5
     )
@@ -178,8 +179,8 @@ def test_padding_counts_for_nothing(config, fitted):
     highest = [cflow.maxima(config, variables, cached_features(m, valid)) for m in (plain, spoilt)]
     np.testing.assert_allclose(highest[0], highest[1], rtol=1e-5)
     for one, other in zip(
-        scorer.score_features(tuple(m[:4] for m in spoilt), valid[:4]),
-        scorer.score_features(tuple(m[:4] for m in plain), valid[:4]),
+        scorer.score(tuple(m[:4] for m in spoilt), valid[:4]),
+        scorer.score(tuple(m[:4] for m in plain), valid[:4]),
         strict=True,
     ):
         np.testing.assert_allclose(one, other, atol=1e-5)
@@ -189,14 +190,14 @@ def test_it_loads_as_it_was(config, fitted):
     scorer, folder = fitted
     loaded = cflow.load(config, [m.shape[1:] for m in FEATURES], folder)
     test = tuple(m[8:] for m in FEATURES)
-    for one, other in zip(scorer.score_features(test), loaded.score_features(test), strict=True):
+    for one, other in zip(scorer.score(test), loaded.score(test), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("backbone", ["wide_resnet50_2", "tf_efficientnet_lite0"])
 def test_three_strides_of_a_pyramid(backbone):
     spec = BACKBONES[backbone]
-    layers = cflow.layers(spec)
+    layers = cflow.layers(None, spec)
     assert [spec.maps[layer][1] for layer in layers] == [8, 16, 32]
     names = list(spec.maps)
     for layer in layers:
@@ -208,11 +209,11 @@ def test_three_strides_of_a_pyramid(backbone):
 
 @pytest.mark.parametrize("backbone", ["cait_m48_448", "deit_base_distilled_patch16_384"])
 def test_the_one_map_of_a_transformer(backbone):
-    assert cflow.layers(BACKBONES[backbone]) == BACKBONES[backbone].layers
+    assert cflow.layers(None, BACKBONES[backbone]) == BACKBONES[backbone].layers
 
 
 def test_an_encoding_that_cannot_be_is_named():
     c = default()
     c.cflow.encoding = 6
-    with pytest.raises(InputError, match=r"config.cflow.encoding is a multiple of 4, not 6"):
+    with pytest.raises(InputError, match=r"config.cflow.encoding must be a multiple of 4, not 6"):
         fill(c)

@@ -9,6 +9,7 @@ from fastflow_jax.config import default, fill
 from fastflow_jax.detectors import gan
 from fastflow_jax.detectors.convnets import Encoder
 from fastflow_jax.features.extract import cached_features
+from fastflow_jax.training.context import FitContext
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def config():
 def fitted(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gan")
     training = cached_features((images(64),))
-    return gan.fit(config, training, (images(8, 1),), seed=1, folder=folder), folder
+    return gan.fit(FitContext(config, training, folder, 1, (images(8, 1),))), folder
 
 
 @pytest.fixture(scope="module")
@@ -98,19 +99,19 @@ def test_each_player_follows_its_own_loss_alone(config, players):
 def test_score_and_map_by_formula_and_alone(config, fitted):
     scorer, _ = fitted
     x = images(3, 2)
-    scores, maps = scorer.score_features((x,))
+    scores, maps = scorer.score((x,))
     z, fake, z_again = jax.jit(gan._generator(config).apply)(
-        {"params": scorer.state["params"]["generator"]}, x, ONES
+        {"params": scorer.variables["params"]["generator"]}, x, ONES
     )
     np.testing.assert_allclose(scores, np.abs(z - z_again).mean(1), rtol=1e-4)
     np.testing.assert_allclose(maps, np.abs(x - fake).mean(-1), atol=1e-5)
-    alone, _ = scorer.score_features((x[2:],))
+    alone, _ = scorer.score((x[2:],))
     np.testing.assert_allclose(alone, scores[2:], rtol=1e-4)
 
 
 def test_training_tells_strange_images(fitted):
     normal, strange = images(8, 3), images(8, 4)[:, :, ::-1]
-    scores, maps = fitted[0].score_features((np.concatenate([normal[:4], strange[:4]]),))
+    scores, maps = fitted[0].score((np.concatenate([normal[:4], strange[:4]]),))
     assert scores[4:].mean() > 2 * scores[:4].mean()
     assert maps[4:].mean() > 2 * maps[:4].mean()
 
@@ -121,19 +122,19 @@ def test_padding_counts_for_nothing(config, fitted):
     valid[:, :, :3] = False
     spoilt = np.where(valid[..., None], x, 7.0).astype(np.float32)
     loss = jax.jit(gan.objective(config).loss)
-    variables = fitted[0].state
+    variables = fitted[0].variables
     np.testing.assert_allclose(
         loss(variables, (x,), valid, None), loss(variables, (spoilt,), valid, None), rtol=1e-5
     )
-    one, other = (fitted[0].score_features((m,), valid) for m in (x, spoilt))
+    one, other = (fitted[0].score((m,), valid) for m in (x, spoilt))
     for a, b in zip(one, other, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    assert np.abs(fitted[0].score_features((spoilt,))[0] / one[0] - 1).min() > 0.1
+    assert np.abs(fitted[0].score((spoilt,))[0] / one[0] - 1).min() > 0.1
 
 
 def test_it_loads_as_it_was(config, fitted):
     scorer, folder = fitted
     loaded = gan.load(config, [(*SIZE, 3)], folder)
     x = (images(5, 6),)
-    for one, other in zip(scorer.score_features(x), loaded.score_features(x), strict=True):
+    for one, other in zip(scorer.score(x), loaded.score(x), strict=True):
         np.testing.assert_array_equal(one, other)

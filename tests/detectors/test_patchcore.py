@@ -21,6 +21,7 @@ from fastflow_jax.detectors.patchcore import (
 )
 from fastflow_jax.features.extract import cached_features
 from fastflow_jax.files import write_arrays
+from fastflow_jax.training.context import FitContext
 from fastflow_jax.training.loop import Interrupted
 
 RNG = np.random.default_rng(0)
@@ -30,7 +31,6 @@ SHAPES = ((8, 12, 5), (4, 6, 9))
 def config(**fields):
     c = default()
     c.detector, c.image_size = "patchcore", (32, 48)
-    c.train.batch_size = 4
     c.batch_size = 4
     c.patchcore.dimension, c.patchcore.projection = 16, 8
     c.update_from_flattened_dict(fields)
@@ -44,7 +44,7 @@ def random_maps(n, seed=0):
 
 def fitted(folder, maps, valid=None, seed=0, **fields):
     folder.mkdir(exist_ok=True)
-    return fit(config(**fields), cached_features(maps, valid), None, seed=seed, folder=folder)
+    return fit(FitContext(config(**fields), cached_features(maps, valid), folder, seed))
 
 
 def adaptive_mean(x, bins):
@@ -139,7 +139,7 @@ def test_scores_are_those_of_the_paper(tmp_path, kind, neighbours, reweight):
     fields = {"patchcore.neighbours": neighbours, "patchcore.reweight": reweight, "parallel": kind}
     scorer = fitted(tmp_path, random_maps(6), **{"patchcore.coreset": 0.3, **fields})
     test = random_maps(3, seed=1)
-    scores, maps = scorer.score_features(test)
+    scores, maps = scorer.score(test)
     assert (scores.shape, maps.shape) == ((3,), (3, 32, 48))
 
     patches = patch_features(test, 16)
@@ -170,7 +170,7 @@ def test_the_bank_holds_patches_of_the_training_images(tmp_path):
     patches = patch_features(maps, 16).reshape(-1, 16)
     assert scorer.bank.shape == (round(0.1 * len(patches)), 16)
     assert all_distances(scorer.bank, patches).min(1).max() < 1e-5
-    scores, _ = fitted(tmp_path / "whole", maps, **{"patchcore.coreset": 1.0}).score_features(
+    scores, _ = fitted(tmp_path / "whole", maps, **{"patchcore.coreset": 1.0}).score(
         tuple(m[:4] for m in maps)
     )
     assert scores.max() < 1e-4
@@ -181,9 +181,9 @@ def test_the_bank_holds_patches_of_the_training_images(tmp_path):
 def test_constant_images_are_normal_and_brighter_ones_are_not(tmp_path):
     constant = tuple(np.ones((6, *shape), np.float32) for shape in SHAPES)
     scorer = fitted(tmp_path, constant)
-    scores, _ = scorer.score_features(tuple(m[:2] for m in constant))
+    scores, _ = scorer.score(tuple(m[:2] for m in constant))
     assert scores.max() < 1e-3
-    scores, _ = scorer.score_features(tuple(2 * m[:2] for m in constant))
+    scores, _ = scorer.score(tuple(2 * m[:2] for m in constant))
     assert scores.min() > 0
 
 
@@ -193,7 +193,7 @@ def test_a_fitted_scorer_loads_as_it_was(tmp_path):
     test = random_maps(3, seed=1)
     again = fitted(tmp_path, random_maps(6, seed=9))  # finished: the bank is not filled again
     for other in (load(config(), scorer.shapes, tmp_path), again):
-        for one, two in zip(scorer.score_features(test), other.score_features(test), strict=True):
+        for one, two in zip(scorer.score(test), other.score(test), strict=True):
             np.testing.assert_array_equal(one, two)
     same, another = (fitted(tmp_path / str(s), maps, seed=s).bank for s in (0, 1))
     np.testing.assert_array_equal(same, scorer.bank)
@@ -212,10 +212,10 @@ def test_padding_neither_enters_the_bank_nor_scores(tmp_path):
             m[:, :quarter] += change
             m[:, -quarter:] -= change
         scorer = fitted(tmp_path / str(i), spoilt[0], valid)
-        results.append((scorer.bank, *scorer.score_features(spoilt[1], valid[:4])))
+        results.append((scorer.bank, *scorer.score(spoilt[1], valid[:4])))
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-    scores, _ = scorer.score_features(spoilt[1])
+    scores, _ = scorer.score(spoilt[1])
     assert np.all(scores > results[0][1] + 1)
 
 
@@ -233,7 +233,7 @@ def test_an_interrupted_fit_begins_anew(tmp_path, monkeypatch):
         with pytest.raises(Interrupted) as stop:
             fitted(tmp_path / "two", maps)
     assert stop.value.exit_code == 128 + signal.SIGTERM
-    assert "begins anew" in str(stop.value)
+    assert "start again" in str(stop.value)
     np.testing.assert_array_equal(fitted(tmp_path / "two", maps).bank, undisturbed.bank)
 
 
@@ -253,7 +253,7 @@ def test_a_signal_while_the_bank_is_written_is_heard(tmp_path, monkeypatch):
 
 
 def test_levels_are_found_by_their_strides():
-    chosen = {name: patchcore.layers(find_spec(name)) for name in BACKBONES}
+    chosen = {name: patchcore.layers(None, find_spec(name)) for name in BACKBONES}
     assert chosen["resnet18"] == chosen["wide_resnet50_2"] == ("layer2", "layer3")
     assert chosen["tf_efficientnet_lite0"] == ("blocks.2", "blocks.4")
     assert chosen["cait_m48_448"] == ("blocks.40",)
@@ -263,5 +263,5 @@ def test_levels_are_found_by_their_strides():
 
 def test_the_scorer_takes_maps_of_any_size():
     scorer = PatchCoreScorer(config(), SHAPES, RNG.normal(size=(5, 16)).astype(np.float32))
-    _, maps = scorer.score_features(random_maps(2), size=(20, 30))
+    _, maps = scorer.score(random_maps(2), size=(20, 30))
     assert maps.shape == (2, 20, 30)

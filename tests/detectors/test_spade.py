@@ -9,9 +9,10 @@ from sklearn.neighbors import NearestNeighbors
 from fastflow_jax.backbones import find_spec
 from fastflow_jax.config import default, fill
 from fastflow_jax.detectors import spade
-from fastflow_jax.detectors.fastflow.model import resize_map
+from fastflow_jax.detectors.maps import resize_map
 from fastflow_jax.detectors.spade import fit, load
 from fastflow_jax.features.extract import TrainingFeatures, cached_features
+from fastflow_jax.training.context import FitContext
 
 SHAPES = ((8, 12, 5), (4, 6, 9), (2, 3, 7))
 
@@ -19,7 +20,6 @@ SHAPES = ((8, 12, 5), (4, 6, 9), (2, 3, 7))
 def config(**fields):
     c = default()
     c.detector, c.image_size = "spade", (32, 48)
-    c.train.batch_size = 4
     c.batch_size = 4
     c.spade.images = 3
     c.update_from_flattened_dict(fields)
@@ -33,7 +33,7 @@ def random_maps(n, seed=0, shapes=SHAPES):
 
 def fitted(folder, maps, valid=None, **fields):
     folder.mkdir(exist_ok=True)
-    return fit(config(**fields), cached_features(maps, valid), None, seed=0, folder=folder)
+    return fit(FitContext(config(**fields), cached_features(maps, valid), folder))
 
 
 def neighbours(known, queries, k):
@@ -65,7 +65,7 @@ def expected(train, test, k, kappa, levels):
 def test_scores_are_those_of_the_paper(tmp_path, kind, k, kappa):
     train, test = random_maps(7), random_maps(3, seed=1)
     fields = {"spade.images": k, "spade.kappa": kappa, "parallel": kind}
-    scores, maps = fitted(tmp_path, train, **fields).score_features(test)
+    scores, maps = fitted(tmp_path, train, **fields).score(test)
     for one, other in zip((scores, maps), expected(train, test, min(k, 7), kappa, 2), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
@@ -73,7 +73,7 @@ def test_scores_are_those_of_the_paper(tmp_path, kind, k, kappa):
 def test_a_token_map_is_level_and_vector_in_one(tmp_path):
     shapes = ((4, 6, 9),)
     train, test = random_maps(7, shapes=shapes), random_maps(3, seed=1, shapes=shapes)
-    scores, maps = fitted(tmp_path, train).score_features(test)
+    scores, maps = fitted(tmp_path, train).score(test)
     for one, other in zip((scores, maps), expected(train, test, 3, 1, 1), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
@@ -84,17 +84,17 @@ def test_features_of_few_bits_come_back_from_the_folder(tmp_path):
     )
     scorer = fitted(tmp_path, train)
     loaded = load(config(), SHAPES, tmp_path)
-    for one, two in zip(scorer.score_features(test), loaded.score_features(test), strict=True):
+    for one, two in zip(scorer.score(test), loaded.score(test), strict=True):
         np.testing.assert_array_equal(one, two)
 
 
 def test_training_images_are_normal(tmp_path):
     train = random_maps(7)
     scorer = fitted(tmp_path, train, **{"spade.images": 1})
-    scores, maps = scorer.score_features(tuple(m[:4] for m in train))
+    scores, maps = scorer.score(tuple(m[:4] for m in train))
     assert scores.max() < 1e-5
     assert maps.max() < 1e-5
-    brighter, _ = scorer.score_features(tuple(2 * m[:4] for m in train))
+    brighter, _ = scorer.score(tuple(2 * m[:4] for m in train))
     assert brighter.min() > 0.1
 
 
@@ -104,9 +104,9 @@ def test_a_fitted_scorer_loads_as_it_was(tmp_path):
     again = fitted(tmp_path, random_maps(7, seed=9))  # finished: the gallery stays
     parts = TrainingFeatures(7, SHAPES, None, cached_features(train).parts, None)
     (tmp_path / "anew").mkdir()
-    recomputed = fit(config(), parts, None, seed=0, folder=tmp_path / "anew")
+    recomputed = fit(FitContext(config(), parts, tmp_path / "anew"))
     for other in (load(config(), SHAPES, tmp_path), again, recomputed):
-        for one, two in zip(scorer.score_features(test), other.score_features(test), strict=True):
+        for one, two in zip(scorer.score(test), other.score(test), strict=True):
             np.testing.assert_array_equal(one, two)
 
 
@@ -120,17 +120,17 @@ def test_padding_is_neither_compared_nor_scored(tmp_path):
         for m in (*spoilt[0], *spoilt[1]):
             m[:, m.shape[1] // 2 :] += change
         scorer = fitted(tmp_path / str(i), spoilt[0], valid)
-        results.append(scorer.score_features(spoilt[1], valid[:4]))
+        results.append(scorer.score(spoilt[1], valid[:4]))
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
     reloaded = load(config(), SHAPES, tmp_path / "1")
-    for one, other in zip(results[1], reloaded.score_features(spoilt[1], valid[:4]), strict=True):
+    for one, other in zip(results[1], reloaded.score(spoilt[1], valid[:4]), strict=True):
         np.testing.assert_array_equal(one, other)
-    plain, _ = fitted(tmp_path / "plain", maps).score_features(spoilt[1])
+    plain, _ = fitted(tmp_path / "plain", maps).score(spoilt[1])
     assert np.all(plain > results[0][0] + 1)
 
 
 def test_levels_are_found_by_their_strides():
-    assert spade.layers(find_spec("resnet18")) == ("layer1", "layer2", "layer3", "layer4")
+    assert spade.layers(None, find_spec("resnet18")) == ("layer1", "layer2", "layer3", "layer4")
     assert config().layers == ("blocks.1", "blocks.2", "blocks.4", "blocks.6")
-    assert spade.layers(find_spec("deit_base_distilled_patch16_384")) == ("blocks.7",)
+    assert spade.layers(None, find_spec("deit_base_distilled_patch16_384")) == ("blocks.7",)

@@ -10,6 +10,7 @@ from fastflow_jax.config import default, fill
 from fastflow_jax.detectors import convnets, vae
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.extract import cached_features
+from fastflow_jax.training.context import FitContext
 
 SIZE = (10, 13)  # no multiple of 8
 
@@ -37,13 +38,13 @@ def config():
 def fitted(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     training = cached_features((images(64),))
-    return vae.fit(config, training, (images(8, 1),), seed=1, folder=folder), folder
+    return vae.fit(FitContext(config, training, folder, 1, (images(8, 1),))), folder
 
 
 @pytest.fixture(scope="module")
 def untrained(config):
     variables = vae.objective(config).init(jax.random.key(0), (images(1),))
-    return vae._scorer(config, variables)
+    return vae.VAEScorer(config, variables)
 
 
 def test_folding_is_undone():
@@ -74,7 +75,7 @@ def test_divergence_and_density_by_their_definitions():
 
 def test_the_loss_is_the_bound(config, untrained):
     x = images(3)
-    variables = untrained.state
+    variables = untrained.variables
     noise = np.stack([jax.random.normal(k, (5,)) for k in jax.random.split(jax.random.key(3), 3)])
     loss = jax.jit(vae.objective(config).loss)(
         variables, (x,), None, jax.random.split(jax.random.key(3), 3)
@@ -90,30 +91,30 @@ def test_the_loss_is_the_bound(config, untrained):
 def test_the_score_is_the_reconstruction_probability(config, fitted):
     scorer, _ = fitted
     x = images(4, 2)
-    scores, maps = scorer.score_features((x,))
+    scores, maps = scorer.score((x,))
     noise = vae._noise(config, 3)
     by_sample = []
     for z in noise:
         _, _, mean, log_variance = jax.jit(vae._model(config).apply)(
-            scorer.state, x, jnp.tile(z, (1, 4, 1))
+            scorer.variables, x, jnp.tile(z, (1, 4, 1))
         )
         by_sample.append(stats.norm.logpdf(x, mean[0], np.exp(log_variance[0] / 2)))
     expected = -np.mean(by_sample, axis=(0, -1))
     np.testing.assert_allclose(maps, expected, atol=1e-3)
     np.testing.assert_allclose(scores, expected.mean((1, 2)), atol=1e-3)
-    alone, _ = scorer.score_features((x[2:3],))
+    alone, _ = scorer.score((x[2:3],))
     np.testing.assert_allclose(alone, scores[2:3], atol=1e-4)
 
 
 def test_training_tells_strange_images_and_an_untrained_net_does_not(fitted, untrained):
     normal, strange = images(8, 3), images(8, 4)[:, :, ::-1]
-    scores, maps = fitted[0].score_features((np.concatenate([normal[:4], strange[:4]]),))
+    scores, maps = fitted[0].score((np.concatenate([normal[:4], strange[:4]]),))
     assert scores[4:].min() > scores[:4].max() + 1
     patched = normal.copy()
     patched[:, 2:5, 2:5] = 1.0
-    _, maps = fitted[0].score_features((patched,))
+    _, maps = fitted[0].score((patched,))
     assert maps[:, 2:5, 2:5].mean() > np.median(maps) + 1
-    control, _ = untrained.score_features((np.concatenate([normal[:4], strange[:4]]),))
+    control, _ = untrained.score((np.concatenate([normal[:4], strange[:4]]),))
     assert not control[4:].min() > control[:4].max()
 
 
@@ -124,26 +125,26 @@ def test_padding_counts_for_nothing(config, fitted):
     spoilt = np.where(valid[..., None], x, 7.0).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 4)
     loss = jax.jit(vae.objective(config).loss)
-    variables = fitted[0].state
+    variables = fitted[0].variables
     np.testing.assert_allclose(
         loss(variables, (x,), valid, keys), loss(variables, (spoilt,), valid, keys), rtol=1e-5
     )
-    one, other = (fitted[0].score_features((m,), valid) for m in (x, spoilt))
+    one, other = (fitted[0].score((m,), valid) for m in (x, spoilt))
     np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
     np.testing.assert_allclose(one[1], other[1], atol=1e-4)
-    assert np.abs(fitted[0].score_features((spoilt,))[0] - one[0]).min() > 1
+    assert np.abs(fitted[0].score((spoilt,))[0] - one[0]).min() > 1
 
 
 def test_it_loads_as_it_was(config, fitted):
     scorer, folder = fitted
     loaded = vae.load(config, [(*SIZE, 3)], folder)
     x = (images(5, 6),)
-    for one, other in zip(scorer.score_features(x), loaded.score_features(x), strict=True):
+    for one, other in zip(scorer.score(x), loaded.score(x), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_several_maps_are_refused(tmp_path):
     c = default()
     c.detector, c.layers = "vae", ("blocks.1", "blocks.2")
-    with pytest.raises(InputError, match=r"a vae reconstructs one map: give one of config.layers"):
-        vae.fit(fill(c), None, None, seed=0, folder=tmp_path)
+    with pytest.raises(InputError, match=r"vae reconstructs one map. Set config.layers to one of"):
+        vae.fit(FitContext(fill(c), cached_features((images(2),)), tmp_path))

@@ -98,7 +98,7 @@ def test_a_report_that_was_removed_is_written_again_without_scoring(finished, mo
 
 def test_other_settings_are_refused(finished):
     folder, _ = finished
-    with pytest.raises(InputError, match=r"flow\.clamp: 2\.0 there, 1\.0 asked for"):
+    with pytest.raises(InputError, match=r"flow\.clamp: 2\.0 in the run, 1\.0 now"):
         experiment.run(tiny(**{"flow.clamp": 1.0}), folder)
 
 
@@ -361,7 +361,7 @@ def test_a_folder_of_something_else_is_no_run_folder(tmp_path, config):
     if config:
         (tmp_path / "config.json").write_text(config)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match="holds something else: choose a --workdir of its own"):
+    with pytest.raises(InputError, match=r"has other files\. Pass a --workdir of its own"):
         experiment.run(tiny(), tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
     assert not config or (tmp_path / "config.json").read_text() == config

@@ -15,18 +15,17 @@ import pytest
 from fastflow_jax import parallel
 from fastflow_jax.config import default
 from fastflow_jax.data.pipeline import Batch
-from fastflow_jax.detectors.fastflow.model import FastFlow
 from fastflow_jax.detectors.fastflow.scorer import objective
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.cache import Rows
 from fastflow_jax.features.extract import cached_features, recomputed_features
 from fastflow_jax.training import loop as training
 from fastflow_jax.training.checkpoints import Checkpoints
-from fastflow_jax.training.loop import Interrupted, Run, train, train_in
+from fastflow_jax.training.context import FitContext
+from fastflow_jax.training.loop import Interrupted, Run, train, train_variables
 from fastflow_jax.training.step import create_optimizer, create_state
 
 N = 11  # neither the batch size nor the number of devices divides it
-MODEL = FastFlow(steps=1, kernels=(3,))
 
 
 def images(n=N):
@@ -54,20 +53,21 @@ def small():
     c.train.optimizer = "sgd"  # Adam would hide a gradient that is wrong by a factor
     c.train.learning_rate = 0.05
     c.parallel = "jit"
+    c.flow.update(norm="whiten", steps=1, kernels=(3,), hidden_ratio=1.0, out_kernel=0)
+    c.flow.update(affine="softplus", zero_init=False)
     return c
 
 
-def run(config, folder, features=None, model=MODEL, **arguments):
+def run(config, folder, features=None, **arguments):
     """Train in `folder`; returns the state and the lines of metrics.jsonl."""
     folder.mkdir(exist_ok=True)
     metrics = folder / "metrics.jsonl"
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        state = train(
-            config,
-            objective(config, model, (features or FEATURES).statistics("whiten")),
-            features or FEATURES,
-            images(3),
-            runs=[Run(0, checkpoints, metrics)],
+        features = features or FEATURES
+        (state,) = train(
+            FitContext(config, features, folder, holdout=images(3)),
+            objective(config, features.statistics("whiten")),
+            [Run(0, checkpoints, metrics)],
             **arguments,
         )
     return state, lines_of(folder)
@@ -84,12 +84,14 @@ def run_seeds(config, folder, seeds, **arguments):
     """
     config.train.clip = 0.5
     features = cached_features(images(), VALID)
-    nll = objective(config, MODEL, features.statistics("whiten"))
+    nll = objective(config, features.statistics("whiten"))
     for seed in seeds:
         (folder / f"{seed}").mkdir(parents=True, exist_ok=True)
     first, *others = [(seed, folder / f"{seed}") for seed in seeds]
-    how = {"seed": first[0], "beside": others, **arguments}
-    train_in(first[1], config, noisy(nll), features, images(3), VALID[1:4], **how)
+    context = FitContext(
+        config, features, first[1], first[0], images(3), VALID[1:4], tuple(others), **arguments
+    )
+    train_variables(context, noisy(nll), lambda variables, seed: (variables, seed))
 
 
 @functools.cache
@@ -108,7 +110,7 @@ def noisy(nll):
 def kept(config, folder):
     """The state of the latest checkpoint, and the lines without the time that they took."""
     optimizer = create_optimizer(config.train, 9)
-    fresh = partial(create_state, objective(config, MODEL, None), optimizer, FEATURES.shapes, 0)
+    fresh = partial(create_state, objective(config), optimizer, FEATURES.shapes, 0)
     template = jax.eval_shape(fresh)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         state = checkpoints.restore(checkpoints.latest, template)
@@ -134,7 +136,7 @@ def test_scoring_pads_and_cuts(kind):
 
 
 def test_parallel_names_a_wrong_kind():
-    with pytest.raises(InputError, match="parallel is 'pjit'. It must be one of pmap, jit"):
+    with pytest.raises(InputError, match=r"parallel is 'pjit'\. It must be one of pmap, jit"):
         parallel.step(lambda *a, axis_name: a[0], "pjit")
 
 
@@ -218,9 +220,7 @@ def test_seeds_at_once_train_as_one_by_one(
     devices(n_devices)
     config.parallel, config.train.seeds_at_once = kind, 4
     epochs = []
-    seen = {
-        "on_epoch": lambda epoch, variables, seed: epochs.append(epoch) or {"told": len(epochs)}
-    }
+    seen = {"on_epoch": lambda epoch, make_scorer: epochs.append(epoch) or {"told": len(epochs)}}
     run_seeds(config, tmp_path, range(seeds), **seen)
     assert epochs == sorted([1, 2, 3] * seeds)
     for seed in range(seeds):
@@ -237,7 +237,7 @@ def test_seeds_at_once_go_on_where_they_stopped(config, tmp_path, one_by_one, mo
         """The first so many calls of `on_epoch`."""
         numbers = iter(range(1, 100))
 
-        def on_epoch(epoch, variables, seed):
+        def on_epoch(epoch, make_scorer):
             if next(numbers) == calls:
                 os.kill(os.getpid(), signal.SIGTERM)
             return {}
@@ -275,20 +275,21 @@ def test_no_room_for_all_seeds_at_once_says_what_to_do(config, tmp_path, monkeyp
 
     monkeypatch.setattr(training, "_programs", lambda *a: training._Programs(None, full))
     config.train.seeds_at_once = 3
-    with pytest.raises(InputError, match=r"no room for 3 seeds .*train\.seeds_at_once=1"):
+    with pytest.raises(InputError, match=r"no memory for 3 seeds .*train\.seeds_at_once=1"):
         run_seeds(config, tmp_path, range(3))
 
 
 def test_a_reversible_flow_trains_as_the_plain_one_does(config, tmp_path):
     config.parallel = "pmap"
     one, lines = run(config, tmp_path / "plain")
-    two, others = run(config, tmp_path / "reversible", model=MODEL.clone(reversible=True))
+    config.flow.reversible = True
+    two, others = run(config, tmp_path / "reversible")
     assert_close(one.params, two.params, rtol=1e-4)
     for line, other in zip(lines, others, strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
     # The checkpoint of one is that of the other.
     config.train.epochs = 4
-    after, _ = run(config, tmp_path / "plain", model=MODEL.clone(reversible=True))
+    after, _ = run(config, tmp_path / "plain")
     assert int(after.step) == 12
 
 
@@ -298,15 +299,13 @@ def undisturbed(tmp_path_factory):
     return folder, *run(small(), folder)
 
 
-def test_metrics_checkpoints_and_best(undisturbed):
+def test_metrics_and_checkpoints(undisturbed):
     folder, state, lines = undisturbed
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert [line["step"] for line in lines] == [3, 6, 9]
     assert lines[-1]["loss"] < lines[0]["loss"]
     with Checkpoints(folder / "checkpoints") as checkpoints:
         assert checkpoints.latest == 9
-        best = min(lines, key=lambda line: line["holdout_loss"])
-        assert checkpoints.best == best["step"]
         assert_same(checkpoints.restore(9, state), state)
 
 
@@ -317,16 +316,6 @@ def test_steps_become_whole_epochs_and_few_images_take_few(config, tmp_path):
     assert int(run(config, tmp_path / "two")[0].step) == 12
 
 
-def test_the_newest_stays_where_an_older_one_is_best(tmp_path):
-    state = {"x": jnp.arange(3.0)}
-    with Checkpoints(tmp_path) as checkpoints:
-        for step, nll in [(1, 2.0), (2, 1.0), (3, 5.0), (4, None), (5, 3.0)]:
-            checkpoints.save(step, {"x": state["x"] + step}, nll)
-    with Checkpoints(tmp_path) as checkpoints:
-        assert (checkpoints.latest, checkpoints.best) == (5, 2)
-        np.testing.assert_array_equal(checkpoints.restore(2, state)["x"], state["x"] + 2)
-
-
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
 
@@ -334,7 +323,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
             raise ValueError("RESOURCE_EXHAUSTED: Error: No space left on device [os_error_code]")
 
         monkeypatch.setattr(checkpoints._orbax, "save_async", fail)
-        with pytest.raises(InputError, match=r"no space left to write .*make room"):
+        with pytest.raises(InputError, match=r"No space is left to write .*Free some space"):
             checkpoints.save(1, {"x": jnp.zeros(1)})
 
 

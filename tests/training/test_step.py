@@ -8,12 +8,21 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_loop import FEATURES, MODEL, VALID, N, assert_close, assert_same, images, noisy_loss
+from test_loop import (
+    FEATURES,
+    VALID,
+    N,
+    assert_close,
+    assert_same,
+    images,
+    noisy_loss,
+    small,
+)
 
 from fastflow_jax import parallel
 from fastflow_jax.config import default
 from fastflow_jax.detectors.fastflow.model import negative_log_likelihood
-from fastflow_jax.detectors.fastflow.scorer import objective
+from fastflow_jax.detectors.fastflow.scorer import flow_model, objective
 from fastflow_jax.features.extract import inside
 from fastflow_jax.training.step import (
     create_optimizer,
@@ -26,11 +35,11 @@ from fastflow_jax.training.step import (
 
 @pytest.fixture(scope="module")
 def step_setup():
-    config = default()
-    config.train.update({"optimizer": "sgd", "learning_rate": 0.05, "clip": 0.0})
+    config = small()
+    config.train.update({"clip": 0.0, "window": 16})
     config.train.update({"schedule": "constant", "warmup": 0.0})
     optimizer = create_optimizer(config.train, 10)
-    nll = objective(config, MODEL, FEATURES.statistics("whiten"))
+    nll = objective(config, FEATURES.statistics("whiten"))
     state = create_state(nll, optimizer, FEATURES.shapes, seed=0)
 
     step = partial(train_step, loss=noisy_loss(nll.loss), optimizer=optimizer, seed=3)
@@ -64,7 +73,7 @@ def test_a_step_is_plain_gradient_descent(step_setup):
     noise = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row)))(np.arange(8))
 
     def loss(params):
-        latents = MODEL.apply({"params": params, **state.constants}, maps)
+        latents = flow_model(small()).apply({"params": params, **state.constants}, maps)
         masks = [inside(valid, m.shape[1:3]) for m in maps]
         nll = negative_log_likelihood(latents, per_dimension=True, inside=masks)
         return (nll * (1 + 0.1 * noise)).mean()

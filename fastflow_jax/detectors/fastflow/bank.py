@@ -1,13 +1,13 @@
-"""What the flow made of normal images: a bank of their latents, that new ones are compared with.
+"""Memory bank of latents of normal images, for nearest-neighbour scoring.
 
-A flow is trained to bring normal features to one Gaussian, and does not quite: the latents of
-normal images keep to some places and leave others empty, in which a defect may lie. So a location
-is also judged under a mixture of Gaussians of unit width about latents of training images, of which
-the nearest decides: |m - b|^2 / 2 beside |z|^2 / 2. That the base of a trained flow be estimated
-anew is the idea of Kim et al., AltUB (arXiv 2210.14913), who fit one Gaussian.
+A flow is trained to map normal features to one Gaussian, and does so only approximately: latents of
+normal images leave some regions empty, in which a defect may be. So a location is also scored under
+a mixture of Gaussians of unit width around latents of training images, of which the nearest
+decides: its energy is |m - b|^2 / 2 instead of |z|^2 / 2. Estimating the base distribution of a
+trained flow again is the idea of Kim et al., AltUB (arXiv 2210.14913), who fit one Gaussian.
 
-Both sides of that distance are means over 3x3 places, as a defect moves neighbours alike and chance
-does not. On coarse maps, of which 3x3 places are a large part, they are latents as they are.
+Both sides of the distance are means over 3x3 locations, because a defect changes neighbours alike
+and chance does not. Maps that are coarse, so that 3x3 locations are a large part, are not averaged.
 """
 
 from collections.abc import Callable
@@ -18,20 +18,21 @@ import numpy as np
 
 from fastflow_jax.features.extract import Features, TrainingFeatures, inside
 
-_COARSE = 12  # places on a map's shorter side, below which it has no means
+_COARSE = 12  # locations on the shorter side of a map, below which it is not averaged
 
 
 def entries(z: jax.Array, seen: jax.Array | None = None) -> jax.Array:
-    """What a bank holds of latents, and is asked about: their means over 3x3 places, or themselves.
+    """Entries and queries of a bank: means of latents over 3x3 locations.
 
-    Means are weighted 1, 2, 1 both ways; latents of a coarse map stay as they are.
+    The weights are 1, 2, 1 in both directions. Latents of a coarse map are returned as they are.
 
     Args:
-      z: [B, h, w, C].
-      seen: bool [B, h, w]; what is not seen, and what lies outside of the map, does not count.
+      z: latents [B, h, w, C].
+      seen: bool [B, h, w], False in padding; None without padding. Padding and the outside of the
+        map have no weight.
 
     Returns:
-      A tensor of the shape of `z`.
+      [B, h, w, C].
     """
     if min(z.shape[1:3]) < _COARSE:
         return z
@@ -42,7 +43,7 @@ def entries(z: jax.Array, seen: jax.Array | None = None) -> jax.Array:
 
 
 def _sums(x):
-    """Over 3x3 places of [B, h, w, C], weighted 1, 2, 1 both ways, zeros outside."""
+    """Sums over 3x3 locations of [B, h, w, C] with weights 1, 2, 1 in both directions."""
     for axis in (1, 2):
         n = x.shape[axis]
         beyond = [(0, 0)] * 4
@@ -60,16 +61,16 @@ def draw(
     batch_size: int,
     seed: int,
 ) -> tuple[np.ndarray, ...]:
-    """A bank for each scale, from random locations of the training images, float16 [M, C].
+    """Draws a bank for each scale from random locations of the training images, float16 [M, C].
 
     Args:
-      latents: (features, valid) of up to `batch_size` images -> `entries`, [B, h, w, C] a scale.
+      latents: (features, valid) of up to `batch_size` images -> `entries`, [B, h, w, C] per scale.
       features: of the training images.
-      size: of a bank, about: it has as many locations of each image, of as many images as it
-        takes, so that M is up to one for each image more (nearly twice the size at the worst), and
-        less where there are fewer locations.
+      size: approximate size of a bank. The same number of locations is drawn from each image, so
+        that M exceeds the size by at most one location per image, and is lower if there are not
+        enough locations.
       batch_size: images whose latents are computed at a time.
-      seed: of the choice.
+      seed: of the draw.
     """
     images = min(size, features.n)
     chosen = np.zeros(features.n, bool)
@@ -86,28 +87,12 @@ def draw(
 def _draw(
     rng: np.random.Generator, latents: np.ndarray, valid: np.ndarray | None, each: int
 ) -> np.ndarray:
-    """`each` random rows of every image, [B, h, w, C] -> [M, C]; fewer where it has not so many."""
+    """Draws `each` locations of every image, or all if it has fewer: [B, h, w, C] -> [M, C]."""
     order = rng.random(latents.shape[:3], np.float32)
     if valid is not None:
-        order[~np.asarray(inside(valid, order.shape[1:]))] = np.inf  # padding comes last
+        order[~np.asarray(inside(valid, order.shape[1:]))] = np.inf  # padding is sorted to the end
     order = order.reshape(len(latents), -1)
     places = np.argsort(order, axis=1)[:, :each]
     rows = latents.reshape(*order.shape, -1)
     rows = np.take_along_axis(rows, places[..., None], axis=1)
     return rows[np.isfinite(np.take_along_axis(order, places, axis=1))]
-
-
-def squared_distances(latents: jax.Array, bank: jax.Array) -> jax.Array:
-    """Of each of the latents [B, h, w, C] to its nearest in the bank [M, C], [B, h, w].
-
-    As |m|^2 - 2 mb + |b|^2, which is exact enough where values lie about the origin as latents do,
-    and several times as fast as to look up which one it is.
-    """
-    bank = jnp.asarray(bank, jnp.float32)
-    squares = jnp.sum(bank**2, axis=-1)
-
-    def of_image(rows):  # one at a time: the distances of all would take much memory
-        return jnp.min(squares - 2 * jnp.matmul(rows, bank.T, precision="highest"), axis=-1)
-
-    found = jax.lax.map(of_image, latents.reshape(len(latents), -1, latents.shape[-1]))
-    return jnp.maximum(found.reshape(latents.shape[:-1]) + jnp.sum(latents**2, axis=-1), 0.0)

@@ -5,27 +5,27 @@ import functools
 import json
 import pathlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import FrozenConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from fastflow_jax import parallel
+from fastflow_jax.detectors.base import CompiledScorer, Method, compiled
 from fastflow_jax.detectors.fastflow import bank
 from fastflow_jax.detectors.fastflow.model import (
+    NORMS,
     FastFlow,
     invert,
-    location_scores,
+    location_energies,
     negative_log_likelihood,
     random_windows,
-    resize_map,
-    top_mean,
-    window_maxima,
 )
-from fastflow_jax.detectors.pickling import PickledByFields
+from fastflow_jax.detectors.maps import resize_map, top_mean, window_maxima
+from fastflow_jax.detectors.nearest import nearest_squared_distances
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.extract import (
     Features,
@@ -35,107 +35,125 @@ from fastflow_jax.features.extract import (
     without_padding,
 )
 from fastflow_jax.files import read_arrays, to_plain, write_arrays
-from fastflow_jax.training.loop import train_in, trained_in
+from fastflow_jax.flows import Flow
+from fastflow_jax.flows.chain import is_double
+from fastflow_jax.flows.coupling import half_channels
+from fastflow_jax.training.context import FitContext
+from fastflow_jax.training.loop import cached_program, load_variables, train_variables
 from fastflow_jax.training.step import Objective
 
-_FEW = 4  # held-out images; fewer are too few for a spread
-# Of scores per channel; held-out images that are copies of training images lie in the bank.
+_FEW = 4  # held-out images; fewer do not give a standard deviation
+# Of energies; held-out images that are copies of training images are in the bank.
 _ROUNDING = 1e-5
 
 
-def fit(
-    config,
-    features: TrainingFeatures,
-    holdout: Features | None,
-    holdout_valid: np.ndarray | None = None,
-    *,
-    seed: int,
-    folder: pathlib.Path,
-    beside: Sequence[tuple[int, pathlib.Path]] = (),
-    on_epoch: Callable[[int, Callable[[], "FastFlowScorer"]], dict] = lambda epoch, scorer: {},
-    progress: str = "train",
-) -> "FastFlowScorer":
-    """Train to the end of the configuration, or what is left of it, and calibrate.
+def layers(config: ConfigDict, spec: Any) -> tuple[str, ...]:
+    """The deepest map of stride 8, the two deepest of 16 and the first of 32, if available.
 
-    Args:
-      config: filled, see `config.fill`.
-      features: of the training images.
-      holdout: features of held-out normal images, for the calibration; None without.
-      holdout_valid: bool [N, H, W], False in their padding; None without padding.
-      seed: of parameters, permutations and order.
-      folder: holds `checkpoints/`, `metrics.jsonl` and the calibration; training goes on from the
-        latest checkpoint.
-      beside: seeds and folders of trainings that differ in nothing else; where it saves time they
-        are trained along and, in their own turn, found finished: see `loop.train_in`.
-      on_epoch: called after each epoch of each training with its number, from 1 on, and a function
-        that makes a scorer of that epoch; what it returns goes into the epoch's line in
-        `metrics.jsonl`.
-      progress: label of the progress bar.
-
-    Raises:
-      Interrupted, InputError: see `loop.train`.
+    Of a backbone with a single stride, such as a transformer, the published map and the one before
+    it. With `config.published` the published maps.
     """
-    model = flow_model(config)
+    if config.published:
+        return spec.layers
+
+    def of(stride: int) -> list[str]:
+        return [name for name, (_, s) in spec.maps.items() if s == stride]
+
+    if of(16) and of(32):
+        return (*of(8)[-1:], *of(16)[-2:], of(32)[0])
+    names = list(spec.maps)
+    end = names.index(spec.layers[0]) + 1
+    return tuple(names[max(0, end - 2) : end])
+
+
+def fill(config: ConfigDict, spec: Any) -> None:
+    """Sets the flow's fields that depend on the backbone; see `Method.fill`."""
+    flow = spec.flow if config.published else _recipe(spec, config.layers)
+    for field, value in flow.items():
+        if config.flow[field] is None:
+            config.flow[field] = value
+    if not config.flow.kernels or not all(k in (1, 3, 5, 7) for k in config.flow.kernels):
+        raise InputError(
+            f"config.flow.kernels must be of 1, 3, 5 and 7, not {config.flow.kernels}."
+        )
+    if config.flow.out_kernel not in (0, 1, 3, 5, 7):
+        raise InputError(
+            f"config.flow.out_kernel must be 0, 1, 3, 5 or 7, not {config.flow.out_kernel}."
+        )
+    if config.detector != "fastflow":
+        return
+    channels = min(spec.maps[layer][0] for layer in config.layers)
+    passive, _ = half_channels(channels, swap=is_double(config.flow.coupling))
+    if passive * config.flow.hidden_ratio < 1:
+        raise InputError(
+            f"config.flow.hidden_ratio must be at least 1/{passive} with "
+            f"{', '.join(config.layers)}, not {config.flow.hidden_ratio}: a subnet needs a hidden "
+            "channel."
+        )
+
+
+def _recipe(spec: Any, layers: tuple[str, ...]) -> dict[str, Any]:
+    """Fields of the flow that the default recipe derives from a backbone.
+
+    The work of a convolution grows with its input and output channels: if the widest map has more
+    channels than EfficientNet-Lite0's 192, the ratio of hidden channels falls with the square, down
+    to the paper's 0.16.
+    """
+    widest = max(spec.maps[layer][0] for layer in layers)
+    ratio = 2.0 * min(1.0, 192 / widest) ** 2
+    return {"norm": "whiten", "steps": 4, "kernels": (3,), "hidden_ratio": max(ratio, 0.16)}
+
+
+def fit(context: FitContext) -> "FastFlowScorer":
+    """Trains the flows, draws the banks, and calibrates on the held-out images.
+
+    Training continues from the latest checkpoint. For errors see `loop.train`.
+    """
+    config = context.config
 
     def scorer(variables: dict, seed: int) -> FastFlowScorer:
-        variables = with_banks(config, model, variables, features, seed)
-        calibration = calibrate(config, model, variables, holdout, holdout_valid)
-        return FastFlowScorer(config, model, variables, calibration)
+        variables = with_banks(config, variables, context.train, seed)
+        calibration = calibrate(config, variables, context.holdout, context.holdout_valid)
+        return FastFlowScorer(config, variables, calibration)
 
-    variables = train_in(
-        folder,
-        config,
-        objective(config, model, features.statistics(config.flow.norm)),
-        features,
-        holdout,
-        holdout_valid,
-        seed=seed,
-        beside=beside,
-        on_epoch=lambda epoch, variables, seed: on_epoch(epoch, lambda: scorer(variables, seed)),
-        progress=progress,
-    )
-    trained = scorer(variables, seed)
+    nll = objective(config, context.train.statistics(config.flow.norm))
+    trained = scorer(train_variables(context, nll, scorer), context.seed)
     arrays = dataclasses.asdict(trained.calibration) | trained.variables.get("bank", {})
-    write_arrays(_calibration_file(config, folder), arrays)
+    write_arrays(_calibration_file(config, context.directory), arrays)
     return trained
 
 
-def load(config, shapes, folder: pathlib.Path) -> "FastFlowScorer":
-    """The scorer that `fit` left in a folder.
-
-    Args:
-      config: that it was trained with.
-      shapes: (h, w, C) of each scale.
-      folder: that `fit` was given.
-
-    Raises:
-      InputError: it has no calibration for this configuration.
-    """
-    file = _calibration_file(config, folder)
+def load(config, shapes, directory: pathlib.Path) -> "FastFlowScorer":
+    """See `Method.load`."""
+    file = _calibration_file(config, directory)
     arrays = read_arrays(file) if file.exists() else {}
     names = [field.name for field in dataclasses.fields(Calibration)]
     if not arrays.keys() >= set(names):
-        raise InputError(f"{file} is missing, or of another version of this package: train it anew")
-    model = flow_model(config)
-    variables = trained_in(folder, config, objective(config, model, None), shapes)
+        raise InputError(
+            f"{file} is missing, or was written by another version of this package. Train again."
+        )
+    variables = load_variables(directory, config, objective(config), shapes)
     calibration = Calibration(**{name: arrays.pop(name) for name in names})
     if arrays:
         variables = variables | {"bank": arrays}
-    return FastFlowScorer(config, model, variables, calibration)
+    return FastFlowScorer(config, variables, calibration)
 
 
-def with_banks(config, model, variables, features: TrainingFeatures, seed: int) -> dict:
-    """Variables of the flows with the collection "bank": what `bank.draw` gives, one a scale."""
+def with_banks(config, variables, features: TrainingFeatures, seed: int) -> dict:
+    """Adds the collection "bank" to the variables of the flows: a bank per scale."""
     if not config.map.bank:
         return variables
-    run = _compiled(_entries, FrozenConfigDict(config), model)
+    run = compiled(_entries, FrozenConfigDict(config))
     size = config.batch_size
     banks = bank.draw(lambda *batch: run(variables, batch), features, config.map.bank, size, seed)
     return variables | {"bank": {f"bank_{i}": rows for i, rows in enumerate(banks)}}
 
 
 def _calibration_file(config, folder: pathlib.Path) -> pathlib.Path:
-    """Runs that share a training may differ in what the calibration hangs on: each has its own."""
+    """File of the calibration, whose name depends on the settings of the calibration.
+
+    Runs that share a training may differ in these settings.
+    """
     settings = json.dumps([to_plain(config.map), to_plain(config.score)])
     return folder / f"calibration_{zlib.crc32(settings.encode()):08x}.npz"
 
@@ -145,20 +163,19 @@ def flow_model(config) -> FastFlow:
     fields = config.flow.to_dict()
     fields["kernels"], fields["dtype"] = tuple(fields["kernels"]), jnp.dtype(fields["dtype"])
     fields["out_kernel"] = fields["out_kernel"] or None
-    return FastFlow(**fields)
+    norm = fields.pop("norm")
+    return FastFlow(Flow(**fields), norm)
 
 
-def objective(config, model: FastFlow, statistics: dict | None) -> Objective:
-    """The negative log-likelihood, as `config.train.loss` has it.
+def objective(config, statistics: dict | None = None) -> Objective:
+    """The negative log-likelihood in the form of `config.train.loss`.
 
     Args:
       config: filled.
-      model: the flows.
-      statistics: see `extract.channel_statistics`; None leaves those of a fresh model, for a
-        template.
+      statistics: see `extract.channel_statistics`; None for a template.
     """
     per_dimension = config.train.loss == "per_dimension"
-    fresh, loss, validation = _functions(model, per_dimension, config.train.window)
+    fresh, loss, validation = _functions(flow_model(config), per_dimension, config.train.window)
 
     def init(key, features):
         variables = dict(fresh(key, features))
@@ -169,15 +186,12 @@ def objective(config, model: FastFlow, statistics: dict | None) -> Objective:
     return Objective(init, loss, validation)
 
 
-# Kept by what they hang on, so that what is compiled of them serves every seed of a run.
-_kept = functools.lru_cache(maxsize=8)
-
-
-@_kept
+# Cached, so that all seeds of a run share the compiled programs.
+@cached_program
 def _functions(
     model: FastFlow, per_dimension: bool, window: int
 ) -> tuple[Callable, Callable, Callable]:
-    """Fresh variables, and the functions of an `Objective`."""
+    """The functions of an `Objective`."""
 
     def loss(variables, features, valid, keys):
         def cut(scale, x):
@@ -193,7 +207,7 @@ def _functions(
 
 
 def _nll(model, variables, features, valid, per_dimension, cut=lambda scale, x: x) -> jax.Array:
-    """Of images [B], without their padding; see `model.negative_log_likelihood`."""
+    """`model.negative_log_likelihood` of images without their padding, [B]."""
     masks = None
     if valid is not None:
         seen = (inside(valid, m.shape[1:3])[..., None] for m in features)
@@ -202,121 +216,22 @@ def _nll(model, variables, features, valid, per_dimension, cut=lambda scale, x: 
     return negative_log_likelihood(latents, per_dimension=per_dimension, inside=masks)
 
 
-@flax.struct.dataclass
-class Calibration:
-    """What normal images that the flow has not seen look like to it.
+class Calibration(flax.struct.PyTreeNode):
+    """Statistics per map over held-out normal images, which make the maps comparable."""
 
-    Maps differ in how far their scores spread; in units of the spread over held-out normal images
-    they compare.
-    """
-
-    scale_mean: jax.Array  # [maps], of location scores
-    scale_std: jax.Array
-    window_mean: jax.Array  # [maps], of each image's `model.window_maxima`, all sides together
-    peak_std: jax.Array  # [maps], of each image's highest location
+    scale_mean: jax.Array  # [maps], mean of energies
+    scale_std: jax.Array  # [maps], their standard deviation
+    window_mean: jax.Array  # [maps], mean of `maps.window_maxima` over images and sides
+    peak_std: jax.Array  # [maps], standard deviation of the highest energy of an image
 
 
-@dataclasses.dataclass(frozen=True)
-class FastFlowScorer(PickledByFields):
-    """Scores features; higher is more anomalous."""
-
-    config: object  # filled, see `config.fill`
-    model: FastFlow
-    variables: dict  # of the flows, and the "bank" if there is one
-    calibration: Calibration
-
-    def score_features(
-        self,
-        features: Features,
-        valid: np.ndarray | None = None,
-        *,
-        size: tuple[int, int] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Features of images -> scores [B] and anomaly maps [B, H, W].
-
-        Args:
-          features: [B, h, w, C] a scale, as `extract.extractor` gives them, B up to the batch size
-            of the configuration.
-          valid: bool [B, H, W], False in padding; None without padding. What lies there counts
-            for nothing.
-          size: (H, W) of the maps; None for the input size of the configuration.
-        """
-        run = self._programs(_score, tuple(size or self.config.image_size))
-        return run(self._state, (features, valid))
-
-    def predict_features(
-        self,
-        features: Features,
-        valid: np.ndarray | None = None,
-        *,
-        size: tuple[int, int] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`score_features`, and log p of each image's features in nats per dimension, [B]."""
-        run = self._programs(_predict, tuple(size or self.config.image_size))
-        return run(self._state, (features, valid))
-
-    def latents(self, features: Features) -> tuple[np.ndarray, ...]:
-        """The z of features, [B, h, w, C] a scale as they are; standard normal under the model."""
-        return self._programs(_latents)(self._state[0], (features,))
-
-    def invert(self, latents: Features) -> tuple[np.ndarray, ...]:
-        """The flow backwards: the features whose `latents` these are.
-
-        Raises:
-          InputError: the features went through a norm of each image, which keeps no way back.
-        """
-        return self._programs(_invert)(self._state[0], (latents,))
-
-    def location_maps(
-        self, features: Features, valid: np.ndarray | None = None
-    ) -> tuple[np.ndarray, ...]:
-        """Location scores [B, h, w], all that scores and their calibration come from.
-
-        One map a scale, each followed by that of its bank where there are banks.
-        """
-        return self._programs(_location_maps)(self._state[0], (features, valid))
-
-    def score_maps(self, maps: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """`score_features` of features with these `location_maps`."""
-        run = self._programs(_score_maps, tuple(self.config.image_size))
-        return run(self.calibration, maps)
-
-    def recalibrated(self, maps: tuple[np.ndarray, ...]) -> "FastFlowScorer":
-        """The same flows, calibrated by other held-out normal images with these `location_maps`."""
-        calibration = calibrate_on(self.config, maps)
-        if len(maps[0]) < _FEW:  # their spread is chance, and new images are in units of another
-            calibration = calibration.replace(peak_std=self.calibration.peak_std)
-        return dataclasses.replace(self, calibration=calibration)
-
-    @functools.cached_property
-    def _state(self) -> tuple[dict, Calibration]:
-        """Where it is computed with: to send it there takes longer than to score an image."""
-        return parallel.on_devices((self.variables, self.calibration))
-
-    @functools.cached_property
-    def _programs(self):
-        """From a function, and the size of images, to what runs it on their features."""
-        config, model = FrozenConfigDict(self.config), self.model
-        return functools.cache(lambda function, *size: _compiled(function, config, model, *size))
+def _score(config, size, state, batch):
+    """See `CompiledScorer.function`."""
+    return _score_maps(config, size, state[1], _location_maps(config, state, batch))
 
 
-@_kept
-def _compiled(function: Callable, config: FrozenConfigDict, *arguments) -> Callable:
-    """`function(config, *arguments, state, batch)` of a state and a batch, compiled once."""
-    bound = functools.partial(function, config, *arguments)
-    return parallel.per_example(bound, config.parallel, config.batch_size)
-
-
-def _score(config, model, size, state, batch):
-    """See `FastFlowScorer.score_features`."""
-    variables, calibration = state
-    return _score_maps(
-        config, model, size, calibration, _location_maps(config, model, variables, batch)
-    )
-
-
-def _score_maps(config, model, size, calibration, maps):
-    """See `FastFlowScorer.score_maps`."""
+def _score_maps(config, size, calibration, maps):
+    """See `CalibratedScorer.score_maps`."""
     anomaly_map = fuse(maps, calibration, size, config.map.sigma, config.map.compress)
     if config.score.form == "top_k":
         return top_mean(anomaly_map, config.score.top_k), anomaly_map
@@ -324,47 +239,47 @@ def _score_maps(config, model, size, calibration, maps):
     return ((windows - calibration.window_mean) / calibration.peak_std).mean(-1), anomaly_map
 
 
-def _predict(config, model, size, state, batch):
-    """See `FastFlowScorer.predict_features`; the compiler runs the flows once for both."""
-    return *_score(config, model, size, state, batch), -_nll(model, state[0], *batch, True)
+def _score_with_likelihood(config, size, state, batch):
+    """See `LikelihoodScorer`; the compiler runs the flows once for both."""
+    nll = _nll(flow_model(config), state[0], *batch, True)
+    return *_score(config, size, state, batch), -nll
 
 
-def _latents(config, model, variables, batch):
-    return tuple(z for z, _ in model.apply(variables, batch[0]))
+def _latents(config, state, batch):
+    return tuple(z for z, _ in flow_model(config).apply(state[0], batch[0]))
 
 
-def _entries(config, model, variables, batch):
-    """What banks are drawn from."""
+def _entries(config, variables, batch):
+    """The entries that banks are drawn from, [B, h, w, C] per scale."""
     features, valid = batch
-    latents = model.apply(variables, features)
+    latents = flow_model(config).apply(variables, features)
     return tuple(bank.entries(z, _seen(valid, log_det)) for z, log_det in latents)
 
 
-def _invert(config, model, variables, batch):
-    return invert(model, variables, batch[0])
+def _invert(config, state, batch):
+    return invert(flow_model(config), state[0], batch[0])
 
 
 def calibrate(
     config,
-    model: FastFlow,
     variables: dict,
     holdout: Features | None,
     valid: np.ndarray | None = None,
 ) -> Calibration:
-    """The calibration by held-out normal features; for `valid` see `FastFlowScorer`.
+    """Calibrates on features of held-out normal images.
 
-    Without held-out images, or where the configuration does not ask for it, a calibration that
-    leaves scores as they are.
+    Without held-out images, or if the configuration does not ask for it, the calibration is the
+    identity.
     """
     if holdout is None or not len(holdout[0]):
         return _calibration(len(config.layers) + len(variables.get("bank", ())))
-    run = _compiled(_location_maps, FrozenConfigDict(config), model)
-    maps_of = functools.partial(run, variables)
+    run = compiled(_location_maps, FrozenConfigDict(config))
+    maps_of = functools.partial(run, (variables, None))
     return calibrate_on(config, in_batches(maps_of, (holdout, valid), config.batch_size))
 
 
 def calibrate_on(config, maps: tuple[np.ndarray, ...]) -> Calibration:
-    """`calibrate` by the `FastFlowScorer.location_maps` of held-out normal images."""
+    """Calibrates on the `FastFlowScorer.location_maps` of held-out normal images."""
     calibration = _calibration(len(maps))
     if config.map.standardise:
         spread = np.array([m.std(dtype=np.float64) for m in maps], np.float32)
@@ -373,11 +288,11 @@ def calibrate_on(config, maps: tuple[np.ndarray, ...]) -> Calibration:
             scale_std=np.where(spread > _ROUNDING, spread, np.float32(1)),
         )
     if config.score.form == "windows":
-        run = _compiled(_windows, FrozenConfigDict(config), None)
+        run = compiled(_windows, FrozenConfigDict(config))
         windows = in_batches(functools.partial(run, ()), maps, config.batch_size)
         means = np.array([of_map.mean() for of_map in windows])
         peaks = np.array([of_map[:, 0].std() for of_map in windows]) / calibration.scale_std
-        # Few images may agree by chance: no map counts ten times the others.
+        # Few images may agree by chance: the weight of a map is bounded.
         known = peaks.max() > _ROUNDING
         peaks = np.maximum(peaks, 0.1 * peaks.mean()) if known else np.ones_like(peaks)
         calibration = calibration.replace(window_mean=means, peak_std=peaks * calibration.scale_std)
@@ -385,34 +300,34 @@ def calibrate_on(config, maps: tuple[np.ndarray, ...]) -> Calibration:
 
 
 def _calibration(maps: int) -> Calibration:
-    """One that leaves scores as they are."""
+    """A calibration that does not change scores."""
     zeros, ones = np.zeros(maps, np.float32), np.ones(maps, np.float32)
     return Calibration(zeros, ones, zeros, ones)
 
 
-def _windows(config, model, state, maps):
+def _windows(config, _, maps):
     """`window_maxima` of each map."""
     return tuple(window_maxima(m) for m in maps)
 
 
-def _location_maps(config, model, variables, batch) -> tuple[jax.Array, ...]:
+def _location_maps(config, state, batch) -> tuple[jax.Array, ...]:
     """See `FastFlowScorer.location_maps`."""
-    features, valid = batch
+    variables, (features, valid) = state[0], batch
     maps, banks = [], variables.get("bank", {})
-    for i, (z, log_det) in enumerate(model.apply(variables, features)):
+    for i, (z, log_det) in enumerate(flow_model(config).apply(variables, features)):
         seen = _seen(valid, log_det)
-        score = functools.partial(location_scores, z, log_det, form=config.map.form)
+        score = functools.partial(location_energies, z, log_det, form=config.map.form)
         found = [score(log_det_weight=config.map.log_det)]
         if banks:
-            squares = bank.squared_distances(bank.entries(z, seen), banks[f"bank_{i}"])
-            # The flow has no determinant for a mean over places.
+            squares = nearest_squared_distances(bank.entries(z, seen), banks[f"bank_{i}"])
+            # A mean over locations has no log-determinant.
             found.append(score(log_det_weight=0.0, squares=squares))
         maps += found if seen is None else [without_padding(each, seen) for each in found]
     return tuple(maps)
 
 
 def _seen(valid: jax.Array | None, scores: jax.Array) -> jax.Array | None:
-    """`extract.inside` for location scores [B, h, w]; None without padding."""
+    """`extract.inside` for energies [B, h, w]; None without padding."""
     return None if valid is None else inside(valid, scores.shape[1:])
 
 
@@ -423,16 +338,15 @@ def fuse(
     sigma: float = 0.0,
     compress: bool = False,
 ) -> jax.Array:
-    """Mean over the maps, each in its calibrated units, [B, h, w] each -> [B, *size].
+    """Mean of the calibrated and resized maps, [B, h, w] each -> [B, *size].
 
     Args:
       maps: see `FastFlowScorer.location_maps`.
       calibration: of these maps.
       size: (H, W) of the result.
-      sigma: see `model.resize_map`.
-      compress: take the inverse hyperbolic sine of each: what is ordinary stays as it is, what is
-        far out counts by its logarithm, so that one scale does not drown the others there, nor a
-        place its neighbours.
+      sigma: of the blur, see `maps.resize_map`.
+      compress: takes the inverse hyperbolic sine of each value: typical values do not change, and
+        outliers contribute their logarithm, so that no scale and no location dominates.
     """
     standard = [
         (m - mean) / std
@@ -440,3 +354,108 @@ def fuse(
     ]
     standard = [resize_map(jnp.arcsinh(m) if compress else m, size, sigma) for m in standard]
     return sum(standard) / len(standard)
+
+
+@dataclasses.dataclass(frozen=True)
+class FastFlowScorer(CompiledScorer):
+    """Scores by the energies of latents and by their distances to the banks."""
+
+    function = staticmethod(_score)
+    config: ConfigDict  # filled
+    variables: dict  # of the flows, and the collection "bank" if there are banks
+    calibration: Calibration
+
+    def arrays(self) -> tuple[dict, Calibration]:
+        """Variables and calibration."""
+        return self.variables, self.calibration
+
+    def score_with_likelihood(
+        self,
+        features: Features,
+        valid: np.ndarray | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """See `LikelihoodScorer`; the log-likelihood is that of the normalised features."""
+        run = self._program(_score_with_likelihood, tuple(size or self.config.image_size))
+        return run(self._state, (features, valid))
+
+    def latents(self, features: Features) -> tuple[np.ndarray, ...]:
+        """See `InvertibleScorer.latents`."""
+        return self._program(_latents)(self._state, (features,))
+
+    def invert(self, latents: Features) -> tuple[np.ndarray, ...]:
+        """See `InvertibleScorer.invert`."""
+        return self._program(_invert)(self._state, (latents,))
+
+    def location_maps(
+        self, features: Features, valid: np.ndarray | None = None
+    ) -> tuple[np.ndarray, ...]:
+        """Energies [B, h, w], a map per scale, each followed by that of its bank if there is one.
+
+        Scores and their calibration depend on features through these maps only.
+        """
+        return self._program(_location_maps)(self._state, (features, valid))
+
+    def score_maps(self, maps: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """See `CalibratedScorer.score_maps`."""
+        run = self._program(_score_maps, tuple(self.config.image_size))
+        return run(self.calibration, maps)
+
+    def recalibrated(self, maps: tuple[np.ndarray, ...]) -> "FastFlowScorer":
+        """See `CalibratedScorer.recalibrated`."""
+        calibration = calibrate_on(self.config, maps)
+        if len(maps[0]) < _FEW:  # too few for a standard deviation
+            calibration = calibration.replace(peak_std=self.calibration.peak_std)
+        return dataclasses.replace(self, calibration=calibration)
+
+
+METHOD = Method(
+    fit=fit,
+    load=load,
+    layers=layers,
+    fields={
+        "flow": {
+            "norm": str,  # "whiten", "standardise", "layer", "layer_plain" or "none"
+            "steps": int,
+            "kernels": tuple,  # kernel sizes of the steps in turn: (3,) or (3, 1)
+            "out_kernel": 1,  # size of a subnet's last kernel; 0: as its first, as in the reference
+            "hidden_ratio": float,  # hidden channels of a subnet over its input's
+            "clamp": 2.0,  # bound of a coupling's log-scale
+            "coupling": "single",  # or "double"
+            "affine": "exp",  # form of the learned scale; "softplus" in the reference
+            "zero_init": True,  # a new flow only permutes channels; False in the reference
+            "dtype": "float32",  # of the convolutions; "bfloat16" suits GPUs and TPUs
+            "reversible": False,  # a fifth of the memory at 20 steps, for a third more computation
+        },
+        "map": {
+            "form": "log",  # or "probability", as in the reference
+            "log_det": 0.1,  # weight of the log-determinant: 1 in a likelihood, 0 in the reference
+            "standardise": True,  # divides scales by their standard deviation on held-out images
+            "compress": True,  # reduces the weight of outliers, see `fuse`
+            "bank": 4000,  # latents of normal images that z is compared with, see `bank`; 0: none
+        },
+        "score": {
+            "form": "windows",  # see `maps.window_maxima`; or "top_k"
+            "top_k": 0.0,  # mean over this part of the anomaly map's pixels; 0: the maximum
+        },
+    },
+    reads=("flow", "map", "score", "train", "checkpoint_every", "evaluate_every"),
+    bounds={
+        "flow.steps": (1, 1000),
+        "flow.hidden_ratio": (1e-3, 100),
+        "flow.clamp": (1e-3, 100),
+        "map.log_det": (0, 1),
+        "map.bank": (0, 10**7),
+        "score.top_k": (0, 1),
+    },
+    choices={
+        "flow.norm": NORMS,
+        "flow.affine": ("exp", "softplus"),
+        "flow.coupling": ("single", "double"),
+        "flow.dtype": ("float32", "bfloat16"),
+        "map.form": ("log", "probability"),
+        "score.form": ("windows", "top_k"),
+    },
+    fill=fill,
+)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from scipy.ndimage import convolve
 
-from fastflow_jax.detectors.fastflow.bank import draw, entries, squared_distances
+from fastflow_jax.detectors.fastflow.bank import draw, entries
+from fastflow_jax.detectors.nearest import nearest_squared_distances
 from fastflow_jax.features.extract import cached_features
 
 RNG = np.random.default_rng(0)
@@ -54,7 +55,9 @@ def test_distances_are_those_to_the_nearest_of_the_bank(size):
     latents[0, 0, 0] = bank[0]  # one that is in it
     offsets = latents[..., None, :].astype(float) - bank.astype(float)
     expected = (offsets**2).sum(-1).min(-1)
-    np.testing.assert_allclose(jax.jit(squared_distances)(latents, bank), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(nearest_squared_distances)(latents, bank), expected, atol=1e-5
+    )
 
 
 def numbered(n, shapes):
@@ -134,6 +137,6 @@ def test_between_two_kinds_of_normal_a_location_is_far_from_the_bank():
     """At the origin the Gaussian is at its densest, though no latent is ever there."""
     bank = np.repeat([[3.0, 0.0], [-3.0, 0.0]], 5, axis=0).astype(np.float16)
     between, normal = np.zeros((1, 2, 2, 2), np.float32), np.full((1, 2, 2, 2), [3.0, 0.0], "f")
-    far, near = (squared_distances(z, bank) for z in (between, normal))
+    far, near = (nearest_squared_distances(z, bank) for z in (between, normal))
     np.testing.assert_allclose(far, 9, atol=1e-5)
     np.testing.assert_allclose(near, 0, atol=1e-5)

@@ -17,16 +17,15 @@ from fastflow_jax.detectors.fastflow.model import (
     FastFlow,
     FeatureNorm,
     invert,
-    location_scores,
+    location_energies,
     negative_log_likelihood,
     random_windows,
-    resize_map,
-    top_mean,
-    window_maxima,
 )
 from fastflow_jax.detectors.fastflow.scorer import FastFlowScorer, calibrate, flow_model, objective
+from fastflow_jax.detectors.maps import resize_map, top_mean, window_maxima
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.extract import channel_statistics, compress, inside
+from fastflow_jax.flows import Flow
 from fastflow_jax.training.step import TrainState, create_optimizer, train_step
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "goldens"
@@ -65,24 +64,22 @@ def reference(published):
 
 
 def test_map_and_score_equal_anomalib(published, reference):
-    model, params, constants, golden = reference
+    _model, params, constants, golden = reference
     variables = {"params": params, **constants}
-    scorer = FastFlowScorer(
-        published, model, variables, calibrate(published, model, variables, None)
-    )
-    scores, maps = scorer.score_features(tuple(anomalib.features(0)))
+    scorer = FastFlowScorer(published, variables, calibrate(published, variables, None))
+    scores, maps = scorer.score(tuple(anomalib.features(0)))
     np.testing.assert_allclose(maps, golden["map"], atol=1e-5, rtol=1e-4)
     np.testing.assert_allclose(scores, golden["score"], rtol=1e-4)
 
 
 def test_twenty_adam_steps_follow_anomalib(published, reference):
-    model, params, constants, golden = reference
+    _model, params, constants, golden = reference
     # Twenty steps hardly feel these two.
     assert (published.train.beta2, published.train.weight_decay) == (0.999, 1e-5)
     optimizer = create_optimizer(published.train, 20)
     zero = jnp.zeros(())
     state = TrainState(zero, params, constants, optimizer.init(params), zero, zero)
-    loss = objective(published, model, None).loss
+    loss = objective(published).loss
     step = jax.jit(partial(train_step, loss=loss, optimizer=optimizer, seed=0))
     rows, weight = jnp.arange(anomalib.BATCH), jnp.ones(anomalib.BATCH)
     losses = []
@@ -99,7 +96,7 @@ def test_the_published_form_trains_on_whole_maps():
     c = c["get_config"]()
     c.image_size, c.flow.steps = (128,), 1  # maps of up to 32x32, more than the golden file's
     config = fill(c)
-    model, nll = flow_model(config), objective(config, flow_model(config), None)
+    model, nll = flow_model(config), objective(config)
     rng = np.random.default_rng(10)
     shapes = [(32, 32, 64), (16, 16, 128), (8, 8, 256)]
     maps = tuple(rng.normal(size=(1, *shape)).astype(np.float32) for shape in shapes)
@@ -124,11 +121,11 @@ def test_likelihood_is_the_gaussian_of_z_plus_the_log_det():
     np.testing.assert_allclose(total, expected - constant, rtol=1e-5)
 
 
-def test_location_scores_in_both_forms():
+def test_location_energies_in_both_forms():
     rng = np.random.default_rng(1)
     z, log_det = rng.normal(size=(1, 2, 2, 4)), rng.normal(size=(1, 2, 2))
     energy = (0.5 * (z**2).sum(-1) - log_det) / 4
-    score = partial(location_scores, z, log_det)
+    score = partial(location_energies, z, log_det)
     np.testing.assert_allclose(score(form="log", log_det_weight=1.0), energy, rtol=1e-5)
     np.testing.assert_allclose(
         score(form="probability", log_det_weight=0.0), -np.exp(-0.5 * (z**2).mean(-1)), rtol=1e-5
@@ -156,28 +153,28 @@ def test_windows_are_parts_of_the_maps_from_everywhere():
 
 
 @pytest.mark.parametrize("norm", ["layer", "standardise"])
-def test_the_flow_sees_a_part_of_what_the_norm_sees(norm):
-    """A norm of each image is of the whole of it, and one with numbers for each place fits."""
+def test_windows_are_cut_from_normalised_maps(norm):
+    """A layer norm is computed over the whole map, also with parameters per location."""
     rng = np.random.default_rng(8)
     maps = tuple(rng.normal(size=(2, n, n, 4)).astype(np.float32) for n in (6, 3))
-    model = FastFlow(norm=norm, steps=2)
+    model = FastFlow(Flow(steps=2), norm)
     variables = model.init(jax.random.key(0), maps)
-    seen = []
+    statistics = jax.tree.map(lambda m: m + rng.uniform(size=m.shape), variables)
+    variables = {**variables, **{k: statistics[k] for k in variables if k == "statistics"}}
 
     def cut(scale, x):
-        seen.append((scale, x))
-        return x[:, 1:4, :3]
+        return x[:, scale : scale + 3, :3]
 
     latents = model.apply(variables, maps, cut)
     assert [z.shape for z, _ in latents] == [(2, 3, 3, 4), (2, 2, 3, 4)]
-    for i, (scale, x) in enumerate(seen):
-        assert scale == i
-        normalised = FeatureNorm(norm).apply(_of_norm(variables, i), maps[i])
-        np.testing.assert_allclose(x, normalised, rtol=1e-5, atol=1e-6)
+    for i, (z, _) in enumerate(latents):
+        normalised = FeatureNorm(norm).apply(_part(variables, f"norm_{i}"), maps[i])
+        expected, _ = model.flow.apply(_part(variables, f"flow_{i}"), cut(i, normalised))
+        np.testing.assert_allclose(z, expected, rtol=1e-4, atol=1e-5)
 
 
-def _of_norm(variables, i):
-    return {k: tree[f"norm_{i}"] for k, tree in variables.items() if f"norm_{i}" in tree}
+def _part(variables, name):
+    return {k: tree[name] for k, tree in variables.items() if name in tree}
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -192,7 +189,7 @@ def test_training_takes_windows_and_validation_whole_maps(padded):
     valid = np.ones((2, 64, 64), bool)
     valid[1, 16:] = False  # some windows have nothing but padding
     valid = valid if padded else None
-    nll = objective(config, model, None)
+    nll = objective(config)
     variables = nll.init(jax.random.key(0), tuple(m[:1] for m in maps))
 
     def expected(cut):
@@ -319,7 +316,7 @@ def test_no_norm_leaves_features_as_they_are():
 
 
 def test_one_model_takes_any_size():
-    model = FastFlow(steps=2)
+    model = FastFlow(Flow(steps=2))
     small = (jnp.ones((1, 4, 4, 6)),)
     variables = jax.jit(model.init)(jax.random.key(0), small)
     ((z, log_det),) = model.apply(variables, (jnp.ones((2, 5, 9, 6)),))
@@ -330,7 +327,9 @@ def test_one_model_takes_any_size():
 def test_bfloat16_convolutions_leave_the_likelihood_float32():
     rng = np.random.default_rng(9)
     maps = (jnp.asarray(rng.normal(size=(2, 4, 5, 6)), jnp.float32),)
-    one, half = (FastFlow(steps=2, affine="exp", dtype=d) for d in (jnp.float32, jnp.bfloat16))
+    one, half = (
+        FastFlow(Flow(steps=2, affine="exp", dtype=d)) for d in (jnp.float32, jnp.bfloat16)
+    )
     variables = jax.jit(one.init)(jax.random.key(0), maps)
 
     def loss(params, model):
@@ -384,4 +383,4 @@ def test_top_mean_and_windows_against_numpy():
 @pytest.mark.parametrize("norm", ["layer", "layer_plain"])
 def test_norms_of_each_image_have_no_way_back(norm):
     with pytest.raises(InputError, match=rf"flow\.norm='{norm}'"):
-        invert(FastFlow(norm=norm, steps=1), {}, ())
+        invert(FastFlow(Flow(steps=1), norm), {}, ())

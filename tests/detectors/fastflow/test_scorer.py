@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from fastflow_jax.backbones import create_backbone
 from fastflow_jax.config import default, fill
 from fastflow_jax.detector import Detector
-from fastflow_jax.detectors.fastflow.model import location_scores, window_maxima
+from fastflow_jax.detectors.fastflow.model import location_energies
 from fastflow_jax.detectors.fastflow.scorer import (
     Calibration,
     FastFlowScorer,
@@ -23,9 +23,11 @@ from fastflow_jax.detectors.fastflow.scorer import (
     load,
     with_banks,
 )
+from fastflow_jax.detectors.maps import window_maxima
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.extract import cached_features, compress
 from fastflow_jax.files import write_arrays
+from fastflow_jax.training.context import FitContext
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +50,14 @@ def location_maps(setup, config):
     _, _, model, variables, _, features = setup
     latents = jax.jit(model.apply)(variables, features)
     return [
-        location_scores(z, ld, form=config.map.form, log_det_weight=config.map.log_det)
+        location_energies(z, ld, form=config.map.form, log_det_weight=config.map.log_det)
         for z, ld in latents
     ]
 
 
 def test_held_out_maps_and_windows_become_standard(setup):
-    config, _, model, variables, _, features = setup
-    calibration = calibrate(config, model, variables, features)
+    config, _, _, variables, _, features = setup
+    calibration = calibrate(config, variables, features)
     maps = location_maps(setup, config)
     for m, mean, std in zip(maps, calibration.scale_mean, calibration.scale_std, strict=True):
         standard = (np.asarray(m) - mean) / std
@@ -68,8 +70,8 @@ def test_held_out_maps_and_windows_become_standard(setup):
 
 
 def test_without_held_out_images_scores_stay_as_they_are(setup):
-    config, _, model, variables, _, _ = setup
-    calibration = calibrate(config, model, variables, None)
+    config, _, _model, variables, _, _ = setup
+    calibration = calibrate(config, variables, None)
     maps = location_maps(setup, config)
     resized = [jax.image.resize(m, (11, 32, 48), "bilinear") for m in maps]
     np.testing.assert_allclose(
@@ -79,8 +81,8 @@ def test_without_held_out_images_scores_stay_as_they_are(setup):
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_few_held_out_images_leave_scores_finite_and_balanced(setup, n):
-    config, _, model, variables, _, features = setup
-    calibration = calibrate(config, model, variables, tuple(m[:n] for m in features))
+    config, _, _, variables, _, features = setup
+    calibration = calibrate(config, variables, tuple(m[:n] for m in features))
     spread = calibration.peak_std / calibration.scale_std
     assert np.all(np.isfinite(spread))
     assert spread.min() >= 0.09 * spread.mean() > 0
@@ -107,7 +109,7 @@ def test_no_map_rules_because_few_images_agree_on_it_by_chance(setup):
 
 def test_two_held_out_images_keep_the_promise_of_p_values(setup):
     """Cross-fitted, both of two scores are below a new one in a third of the cases."""
-    config, _, model, *_ = setup
+    config, _, _model, *_ = setup
     rng = np.random.default_rng(0)
 
     def draw(n):  # six maps of images that differ as a whole
@@ -121,7 +123,7 @@ def test_two_held_out_images_keep_the_promise_of_p_values(setup):
     above = []
     for _ in range(60):
         held, new = draw(2), draw(32)
-        scorer = FastFlowScorer(config, model, {}, calibrate_on(config, held))
+        scorer = FastFlowScorer(config, {}, calibrate_on(config, held))
         scores = [
             scorer.recalibrated(tuple(m[1 - i :][:1] for m in held)).score_maps(
                 tuple(m[i:][:1] for m in held)
@@ -134,11 +136,11 @@ def test_two_held_out_images_keep_the_promise_of_p_values(setup):
 
 @pytest.mark.parametrize("form", ["windows", "top_k"])
 def test_scores_of_images_follow_from_their_features(setup, form):
-    config, backbone, model, variables, images, features = setup
+    config, backbone, _model, variables, images, features = setup
     config = config.copy_and_resolve_references()
     config.score.form = form
-    calibration = calibrate(config, model, variables, features)
-    detector = Detector(config, backbone, FastFlowScorer(config, model, variables, calibration))
+    calibration = calibrate(config, variables, features)
+    detector = Detector(config, backbone, FastFlowScorer(config, variables, calibration))
     scores, anomaly_maps = [
         np.concatenate(parts)
         for parts in zip(*map(detector.score, np.split(images, [4, 8])), strict=True)
@@ -161,11 +163,11 @@ def test_scores_of_images_follow_from_their_features(setup, form):
 
 @pytest.mark.parametrize("kind", ["pmap", "jit"])
 def test_weights_are_sent_to_the_devices_once(setup, monkeypatch, kind):
-    config, backbone, model, variables, images, features = setup
+    config, backbone, _model, variables, images, features = setup
     config = config.copy_and_resolve_references()
     config.parallel = kind
-    calibration = calibrate(config, model, variables, features)
-    detector = Detector(config, backbone, FastFlowScorer(config, model, variables, calibration))
+    calibration = calibrate(config, variables, features)
+    detector = Detector(config, backbone, FastFlowScorer(config, variables, calibration))
     detector.score(images[:4])
     sent, put = [], jax.device_put
     monkeypatch.setattr(jax, "device_put", lambda x, *to: sent.append(np.shape(x)) or put(x, *to))
@@ -182,9 +184,9 @@ def test_compressed_maps_keep_small_values_and_the_order_of_large_ones():
 
 
 def test_what_normal_images_do_not_show_scores_higher(setup):
-    config, backbone, model, variables, images, features = setup
-    calibration = calibrate(config, model, variables, features)
-    detector = Detector(config, backbone, FastFlowScorer(config, model, variables, calibration))
+    config, backbone, _model, variables, images, features = setup
+    calibration = calibrate(config, variables, features)
+    detector = Detector(config, backbone, FastFlowScorer(config, variables, calibration))
     spoilt = images[:4].copy()
     spoilt[:, 8:24, 16:32] += 6.0
     before, _ = detector.score(images[:4])
@@ -200,9 +202,9 @@ def test_banks_add_a_map_to_each_scale(setup):
     config, _, model, variables, _, features = setup
     config = config.copy_and_resolve_references()
     config.map.bank = 20
-    banked = with_banks(config, model, variables, cached_features(features), seed=0)
-    calibration = calibrate(config, model, banked, features)
-    scorer = FastFlowScorer(config, model, banked, calibration)
+    banked = with_banks(config, variables, cached_features(features), seed=0)
+    calibration = calibrate(config, banked, features)
+    scorer = FastFlowScorer(config, banked, calibration)
     found = scorer.location_maps(tuple(m[:4] for m in features))
     latents = jax.jit(model.apply)(variables, tuple(m[:4] for m in features))
     assert len(found) == len(calibration.scale_mean) == 2 * len(latents)
@@ -222,15 +224,15 @@ def test_banks_add_a_map_to_each_scale(setup):
 
 
 def test_without_held_out_images_banks_still_score(setup):
-    config, _, model, variables, _, features = setup
-    banked = with_banks(config, model, variables, cached_features(features), seed=0)
-    scorer = FastFlowScorer(config, model, banked, calibrate(config, model, banked, None))
-    scores, maps = scorer.score_features(tuple(m[:4] + 3 for m in features))
-    plain, _ = scorer.score_features(tuple(m[:4] for m in features))
+    config, _, _model, variables, _, features = setup
+    banked = with_banks(config, variables, cached_features(features), seed=0)
+    scorer = FastFlowScorer(config, banked, calibrate(config, banked, None))
+    scores, maps = scorer.score(tuple(m[:4] + 3 for m in features))
+    plain, _ = scorer.score(tuple(m[:4] for m in features))
     assert np.all(np.isfinite(maps))
     assert np.all(scores > plain)
-    unbanked = FastFlowScorer(config, model, variables, calibrate(config, model, variables, None))
-    without, _ = unbanked.score_features(tuple(m[:4] for m in features))
+    unbanked = FastFlowScorer(config, variables, calibrate(config, variables, None))
+    without, _ = unbanked.score(tuple(m[:4] for m in features))
     assert np.all(np.abs(plain - without) > 1e-3)
 
 
@@ -245,9 +247,11 @@ def padded(images, noise):
 @pytest.mark.parametrize("bank", [0, 30])
 @pytest.mark.parametrize("form", ["windows", "top_k"])
 def test_what_the_flow_says_of_padding_counts_for_nothing(setup, form, bank):
-    config, _, model, _, images, features = setup
+    config, _, _model, _, images, features = setup
     config = config.copy_and_resolve_references()
     config.score.form, config.map.bank = form, bank
+    config.flow.kernels = (1,)  # a flow whose locations do not depend on their neighbours
+    pointwise = flow_model(config)
     _, valid = padded(images, 0)
     # Features change in padding only, at either scale: rows 2 to 5 of 8 lie inside, 4 to 11 of 16.
     spoilt = tuple(m.copy() for m in features)
@@ -257,26 +261,25 @@ def test_what_the_flow_says_of_padding_counts_for_nothing(setup, form, bank):
         m[:, -quarter:] -= 7.0
     results = []
     for maps in (features, spoilt):
-        pointwise = model.clone(kernels=(1,))  # a flow that does not look around itself
         params = jax.jit(pointwise.init)(jax.random.key(0), tuple(m[:1] for m in maps))
-        params = with_banks(config, pointwise, params, cached_features(maps, valid), 0)
-        calibration = calibrate(config, pointwise, params, maps, valid)
-        scorer = FastFlowScorer(config, pointwise, params, calibration)
-        results.append(scorer.score_features(tuple(m[:4] for m in maps), valid[:4]))
+        params = with_banks(config, params, cached_features(maps, valid), 0)
+        calibration = calibrate(config, params, maps, valid)
+        scorer = FastFlowScorer(config, params, calibration)
+        results.append(scorer.score(tuple(m[:4] for m in maps), valid[:4]))
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
-    scores, _ = scorer.score_features(tuple(m[:4] for m in spoilt))
+    scores, _ = scorer.score(tuple(m[:4] for m in spoilt))
     assert np.abs(scores - results[0][0]).min() > 0.1
 
 
 def test_images_and_their_features_score_alike(setup):
-    config, backbone, model, variables, images, features = setup
-    calibration = calibrate(config, model, variables, features)
-    detector = Detector(config, backbone, FastFlowScorer(config, model, variables, calibration))
+    config, backbone, _model, variables, images, features = setup
+    calibration = calibrate(config, variables, features)
+    detector = Detector(config, backbone, FastFlowScorer(config, variables, calibration))
     images, valid = padded(images[:4], 1)
     maps = tuple(np.asarray(compress(m, config.length_power)) for m in backbone(images))
     for one, other in zip(
-        detector.score(images, valid), detector.scorer.score_features(maps, valid), strict=True
+        detector.score(images, valid), detector.scorer.score(maps, valid), strict=True
     ):
         np.testing.assert_allclose(one, other, atol=5e-3)
 
@@ -287,11 +290,9 @@ def test_a_fitted_scorer_loads_as_it_was(setup, tmp_path):
     config.train.epochs = 1
     training = cached_features(tuple(m[:8] for m in features))
     holdout = tuple(m[8:] for m in features)
-    fitted = fit(config, training, holdout, seed=1, folder=tmp_path)
+    fitted = fit(FitContext(config, training, tmp_path, 1, holdout))
     loaded = load(config, training.shapes, tmp_path)
-    for one, other in zip(
-        fitted.score_features(holdout), loaded.score_features(holdout), strict=True
-    ):
+    for one, other in zip(fitted.score(holdout), loaded.score(holdout), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -299,10 +300,10 @@ def test_a_training_of_another_version_is_refused(setup, tmp_path):
     config = setup[0].copy_and_resolve_references()
     config.train.epochs = 1
     training = cached_features(tuple(m[:4] for m in setup[5]))
-    fit(config, training, None, seed=1, folder=tmp_path)
+    fit(FitContext(config, training, tmp_path, 1))
     file = next(tmp_path.glob("calibration_*.npz"))
     write_arrays(file, {"window_std": np.ones(3)})  # as an earlier version left it
-    with pytest.raises(InputError, match="of another version"):
+    with pytest.raises(InputError, match="another version"):
         load(config, training.shapes, tmp_path)
     file.unlink()
     with pytest.raises(InputError, match=r"calibration_.* is missing"):
@@ -341,8 +342,8 @@ def test_a_second_seed_compiles_nothing(tmp_path, form):
     def run(seed):
         folder = tmp_path / str(seed)
         folder.mkdir()
-        scorer = fit(config, training, holdout, seed=seed, folder=folder)
-        return scorer.score_features(tuple(m[:4] for m in features))[0]
+        scorer = fit(FitContext(config, training, folder, seed, holdout))
+        return scorer.score(tuple(m[:4] for m in features))[0]
 
     with compilations() as first:
         one = run(0)

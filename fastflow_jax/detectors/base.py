@@ -1,0 +1,218 @@
+"""Protocols of detectors and scorers, the registry of detectors, and compiled scorers.
+
+A detector is a module with a `Method` named `METHOD`. To add one, write such a module and add its
+name to `DETECTORS`; see docs/adding_a_detector.md.
+"""
+
+import dataclasses
+import functools
+import importlib
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from fastflow_jax import parallel
+from fastflow_jax.data.dataset import check_choice
+from fastflow_jax.features.extract import Features
+from fastflow_jax.training.context import FitContext
+from fastflow_jax.training.loop import cached_program
+
+DETECTORS = {
+    "fastflow": "fastflow_jax.detectors.fastflow.scorer",
+    "patchcore": "fastflow_jax.detectors.patchcore",
+    "spade": "fastflow_jax.detectors.spade",
+    "cflow": "fastflow_jax.detectors.cflow",
+    "vae": "fastflow_jax.detectors.vae",
+    "gan": "fastflow_jax.detectors.gan",
+}
+
+
+class Scorer(Protocol):
+    """Image scores and anomaly maps from features; higher is more anomalous.
+
+    Scorers are frozen dataclasses.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def config(self) -> Any:
+        """The filled configuration; its `batch_size` is the largest batch of `score`."""
+        ...
+
+    def score(
+        self,
+        features: Features,
+        valid: np.ndarray | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores features.
+
+        Args:
+          features: [B, h, w, C] per scale, as `extract.extractor` returns them, with B up to the
+            batch size of the configuration.
+          valid: bool [B, H, W], False in padded pixels, or None if there is no padding. Padded
+            pixels affect neither scores nor maps.
+          size: (H, W) of the anomaly maps; the input size of the configuration by default.
+
+        Returns:
+          Image scores [B] and anomaly maps [B, H, W], float32.
+        """
+        ...
+
+
+@runtime_checkable
+class LikelihoodScorer(Scorer, Protocol):
+    """A scorer with a likelihood of an image's features."""
+
+    def score_with_likelihood(
+        self,
+        features: Features,
+        valid: np.ndarray | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns `score`'s results and log-likelihoods [B], in nats per dimension."""
+        ...
+
+
+@runtime_checkable
+class InvertibleScorer(Scorer, Protocol):
+    """A scorer with invertible flows."""
+
+    def latents(self, features: Features) -> tuple[np.ndarray, ...]:
+        """Latents of features, [B, h, w, C] per scale; standard normal under the model."""
+        ...
+
+    def invert(self, latents: Features) -> tuple[np.ndarray, ...]:
+        """Features of latents, [B, h, w, C] per scale.
+
+        Raises:
+          InputError: the features were normalised in a way that cannot be inverted.
+        """
+        ...
+
+
+@runtime_checkable
+class CalibratedScorer(Scorer, Protocol):
+    """A scorer that is calibrated on held-out normal images."""
+
+    def location_maps(
+        self, features: Features, valid: np.ndarray | None = None
+    ) -> tuple[np.ndarray, ...]:
+        """Energies per location before the calibration, [B, h, w] per map."""
+        ...
+
+    def score_maps(self, maps: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what `score` returns for features with these `location_maps`."""
+        ...
+
+    def recalibrated(self, maps: tuple[np.ndarray, ...]) -> "CalibratedScorer":
+        """A copy that is calibrated on other held-out images, given their `location_maps`."""
+        ...
+
+
+def _nothing(config: ConfigDict, spec: Any) -> None:
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A detector: how it is trained and loaded, and its part of the configuration."""
+
+    # Trains, or continues an interrupted training. Raises Interrupted after SIGTERM or SIGINT, and
+    # InputError if the configuration does not suit the detector or training diverged.
+    fit: Callable[[FitContext], Scorer]
+    # (filled configuration, (h, w, C) of each scale, directory of the training) -> what `fit`
+    # returned. Raises InputError if files are missing or damaged.
+    load: Callable[[ConfigDict, Sequence[tuple[int, ...]], pathlib.Path], Scorer]
+    # (configuration, specification of a backbone) -> the feature maps that it takes by default
+    layers: Callable[[ConfigDict, Any], tuple[str, ...]]
+    # Sections of the configuration with the defaults of their fields; a type stands for a field of
+    # that type that is None until `fill` sets it.
+    fields: Mapping[str, Mapping[str, Any]]
+    # Differences of its runs from the default configuration.
+    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Sections and fields that it reads, in addition to those that all detectors read.
+    reads: Sequence[str] = ()
+    # Lowest and highest values of its numbers, and possible values of its strings, by field.
+    bounds: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    choices: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    # Sets fields of its own sections that depend on the backbone, for runs of any detector, and
+    # checks fields that depend on each other, for runs of its own.
+    fill: Callable[[ConfigDict, Any], None] = _nothing
+
+
+def method(name: str) -> Method:
+    """The detector of a name.
+
+    Raises:
+      InputError: there is no detector of this name.
+    """
+    check_choice("the detector", name, DETECTORS)
+    return importlib.import_module(DETECTORS[name]).METHOD
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """Fields of the configuration that make a run use this detector, with its recipe."""
+    return {"detector": name, **method(name).recipe}
+
+
+class PickledByFields:
+    """Mixin of dataclasses whose pickles and copies hold their fields only.
+
+    Compiled programs and other cached values are left out, and made again on first use. JAX pickles
+    its arrays as numpy arrays and puts them on the default device again.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]  of subclasses
+        return {field.name: getattr(self, field.name) for field in fields}
+
+
+@cached_program
+def compiled(function: Callable, config: FrozenConfigDict, *arguments: Any) -> Callable:
+    """Compiles `function(config, *arguments, state, batch)` to a function (state, batch)."""
+    bound = functools.partial(function, config, *arguments)
+    return parallel.per_example(bound, config.parallel, config.batch_size)
+
+
+class CompiledScorer(PickledByFields):
+    """Base of scorers whose work is done by pure functions of a configuration and arrays.
+
+    A subclass is a dataclass with the field `config`. It defines `function` and `arrays`.
+    """
+
+    config: Any
+    # (config, size, state, (features, valid)) -> scores [B] and anomaly maps [B, *size]
+    function: ClassVar[Callable]
+
+    def arrays(self) -> Any:
+        """The tree of arrays that `function` gets as its state."""
+        raise NotImplementedError
+
+    def score(
+        self,
+        features: Features,
+        valid: np.ndarray | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `Scorer.score`."""
+        run = self._program(type(self).function, tuple(size or self.config.image_size))
+        return run(self._state, (features, valid))
+
+    @functools.cached_property
+    def _state(self) -> Any:
+        """`arrays` on the devices: sending them takes longer than scoring an image."""
+        return parallel.on_devices(self.arrays())
+
+    @functools.cached_property
+    def _program(self) -> Callable[..., Callable]:
+        """(function, *arguments) -> the compiled function of a state and a batch."""
+        config = FrozenConfigDict(self.config)  # not `self`: a reference cycle is freed late
+        return functools.cache(lambda function, *arguments: compiled(function, config, *arguments))

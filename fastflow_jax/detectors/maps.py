@@ -1,0 +1,58 @@
+"""From energies of locations to anomaly maps and image scores."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.ndimage import gaussian_filter1d
+
+
+def resize_map(scores: jax.Array, size: tuple[int, int], sigma: float = 0.0) -> jax.Array:
+    """Resizes maps, bilinearly with half-pixel centres (torch's align_corners=False), and blurs.
+
+    Args:
+      scores: [B, h, w].
+      size: (H, W) of the result.
+      sigma: standard deviation of the Gaussian blur in pixels of a map whose shorter side is 224,
+        scaled to other sizes; borders are mirrored as in scipy's gaussian_filter.
+
+    Returns:
+      [B, *size].
+    """
+    sigma *= min(size) / 224
+    # Both are linear and separable: one matrix for rows and one for columns.
+    down, across = (
+        _interpolation(*sides, sigma) for sides in zip(scores.shape[1:], size, strict=True)
+    )
+    return jnp.einsum("ih,bhw,jw->bij", down, scores, across, precision="highest")
+
+
+def _interpolation(before: int, after: int, sigma: float) -> np.ndarray:
+    """Matrix [after, before] that interpolates between the centres of cells, and blurs."""
+    centres = (np.arange(after) + 0.5) * before / after - 0.5
+    centres = np.clip(centres, 0, before - 1)[:, None]
+    weights = np.maximum(0, 1 - np.abs(centres - np.arange(before)))
+    return gaussian_filter1d(weights, sigma, axis=0) if sigma else weights
+
+
+def top_mean(anomaly_map: jax.Array, part: float) -> jax.Array:
+    """Mean of the highest `part` of the pixels of each map [B, H, W]; the maximum for 0."""
+    pixels = anomaly_map.reshape(len(anomaly_map), -1)
+    return jax.lax.top_k(pixels, max(1, round(part * pixels.shape[1])))[0].mean(-1)
+
+
+def window_maxima(scores: jax.Array) -> jax.Array:
+    """Highest mean of each map [B, h, w] over square windows of sides 1, 2, 4, ... up to its half.
+
+    A scan statistic: a small defect stands out in small windows, a large and faint one in large
+    windows. Windows are placed at every location.
+
+    Returns:
+      [B, K], in the order of sides.
+    """
+    maxima, side = [], 1
+    while side <= max(1, min(scores.shape[1:]) // 2):
+        windows = nn.avg_pool(scores[..., None], (side, side), padding="VALID")
+        maxima.append(windows.max((1, 2, 3)))
+        side *= 2
+    return jnp.stack(maxima, axis=-1)

@@ -1,0 +1,61 @@
+"""The example of docs/adding_a_detector.md is a detector like the others."""
+
+import pathlib
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from fastflow_jax import Detector
+from fastflow_jax.config import default, fill
+from fastflow_jax.detectors import base
+from fastflow_jax.errors import InputError
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "adding_a_detector.md"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """The registered example."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    module = types.ModuleType("mean_detector")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(base.DETECTORS, "mean", module.__name__)
+    exec(code, module.__dict__)
+    return module
+
+
+def grey(n, seed=0):
+    return np.random.default_rng(seed).integers(118, 138, (n, 20, 30, 3), np.uint8)
+
+
+def config():
+    c = default()
+    c.detector, c.backbone, c.image_size, c.data.holdout = "mean", "pixels", (16,), 0.25
+    return c
+
+
+def test_the_example_finds_a_defect(example, tmp_path):
+    detector = Detector.fit(grey(16), config=config(), workdir=tmp_path / "run")
+    defective = grey(1, seed=1)[0]
+    defective[6:16, 12:24] = (250, 20, 20)
+    result = detector.predict(defective)
+    assert result.is_anomalous
+    assert not detector.predict(grey(1, seed=2)[0]).is_anomalous
+    y, x = np.unravel_index(result.anomaly_map.argmax(), result.anomaly_map.shape)
+    assert 6 <= y < 16
+    assert 12 <= x < 24
+    assert Detector.load(tmp_path / "run").predict(defective).score == result.score
+    with pytest.raises(InputError, match="mean has no latents"):
+        detector.sample()
+
+
+def test_its_fields_belong_to_the_configuration(example):
+    c = config()
+    c.mean.power = 2.0
+    assert fill(c).mean.power == 2.0
+    c.detector = "fastflow"
+    with pytest.raises(InputError, match=r"config\.mean\.power has no effect on fastflow"):
+        fill(c)

@@ -42,7 +42,7 @@ def train_with_curve(config, folder: pathlib.Path) -> list[dict]:
     start, not_counted, calibration, curve = time.perf_counter(), 0.0, None, []
 
     def features(source, rows=None):
-        maps = [batch.image for batch in feature_batches(config, backbone, source, rows)]
+        maps = [batch.features for batch in feature_batches(config, backbone, source, rows)]
         return tuple(map(np.concatenate, zip(*maps, strict=True)))
 
     train, held_out = split_holdout(len(dataset.train), config.data.holdout)

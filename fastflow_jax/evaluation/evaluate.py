@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from fastflow_jax.data.pipeline import Batch
 from fastflow_jax.evaluation import metrics
+from fastflow_jax.features.extract import FeatureBatch
 
 # Called with images [B, H, W, 3], or the features that a detector takes instead, and, if there is
 # padding, the padding mask [B, H, W]. Returns image scores [B] and anomaly maps [B, H, W].
@@ -29,7 +29,7 @@ class Scored(NamedTuple):
     valid: np.ndarray | None  # bool [N, H, W], False in padded pixels; None without padding
 
 
-def score_split(score: Score, batches: Iterable[Batch], n: int, *, progress: str) -> Scored:
+def score_split(score: Score, batches: Iterable[FeatureBatch], n: int, *, progress: str) -> Scored:
     """Scores each image of a split once.
 
     Args:
@@ -42,7 +42,7 @@ def score_split(score: Score, batches: Iterable[Batch], n: int, *, progress: str
     with tqdm(total=n, desc=progress, unit="img", leave=False, dynamic_ncols=True) as bar:
         for batch in batches:
             padding = () if batch.valid is None else (batch.valid,)
-            scores, maps = score(batch.image, *padding)
+            scores, maps = score(batch.features, *padding)
             maps = None if batch.mask is None else maps
             parts.append((scores, batch.label, maps, batch.mask, batch.valid))
             bar.update(len(batch.label))

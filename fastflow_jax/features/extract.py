@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -96,6 +96,17 @@ _SHRINKAGE = 0.5
 # Minimum standard deviation of a channel, as a fraction of their median. In 32 images of each of
 # three data sets, no channel of EfficientNet-Lite0's default maps was below 0.6.
 _FLOOR = 0.05
+
+
+class FeatureBatch(NamedTuple):
+    """A `Batch` with the features of its images instead of the images."""
+
+    features: Features  # [b, h, w, C] per scale
+    mask: np.ndarray | None  # bool [b, H, W]
+    label: np.ndarray  # int32 [b]
+    index: np.ndarray  # int32 [b], position in the source
+    valid: np.ndarray | None = None  # bool [b, H, W], False in padding; None without padding
+
 
 Part = tuple[Features, np.ndarray | None]  # features of some images, and their `Batch.valid`
 

@@ -24,6 +24,7 @@ from fastflow_jax.data.profile import Profile, profile_of
 from fastflow_jax.errors import InputError
 from fastflow_jax.features import cache, siblings
 from fastflow_jax.features.extract import (
+    FeatureBatch,
     Features,
     TrainingFeatures,
     cached_features,
@@ -61,7 +62,7 @@ class Prepared(_Training):
 
     dataset: data.Dataset
     backbone: Backbone
-    test: Callable[..., Iterable[Batch]]
+    test: Callable[..., Iterable[FeatureBatch]]
 
 
 def split_holdout(
@@ -202,7 +203,7 @@ class _Preparer:
         self._datasets: KeepLast[data.Dataset] = KeepLast()
         self._backbones: KeepLast[Backbone] = KeepLast()
         self._training: KeepLast[_Training] = KeepLast()
-        self._test: KeepLast[Callable[..., Iterable[Batch]]] = KeepLast()
+        self._test: KeepLast[Callable[..., Iterable[FeatureBatch]]] = KeepLast()
         # Features of all images that categories share.
         self._shared_train: KeepLast[Features] = KeepLast()
         self._shared_test: KeepLast[Features] = KeepLast()
@@ -299,7 +300,7 @@ class _FeatureCache:
 
         def compute(places):
             for batch in feature_batches(config, backbone, source, rows[places]):
-                yield cast(Features, batch.image)
+                yield batch.features
 
         return cache.load_or_compute(
             compute,
@@ -367,13 +368,13 @@ def extractor_of(
 
 def feature_batches(
     config, backbone: Backbone, source: data.Source, indices=None
-) -> Iterator[Batch]:
+) -> Iterator[FeatureBatch]:
     """`image_batches` with features in the place of images; each process computes its share."""
     extract = extractor_of(config, backbone)
 
     def read(rows, size):
         for batch in image_batches(config, backbone, source, rows, size):
-            yield batch._replace(image=extract(batch.image))
+            yield FeatureBatch(extract(batch.image), *batch[1:])
 
     rows = np.arange(len(source)) if indices is None else np.asarray(indices)
     return parallel.shared_out(read, rows, config.batch_size)
@@ -455,7 +456,7 @@ def _warn_of_siblings(maps: Features, parts: Split, holdout: Features, title: st
 
 def _test_batches(
     cached: _FeatureCache, source: data.Source | None
-) -> Callable[..., Iterable[Batch]]:
+) -> Callable[..., Iterable[FeatureBatch]]:
     """See `Prepared.test`."""
     if source is None:
         return lambda indices=None: ()
@@ -482,7 +483,7 @@ def _test_batches(
         for i in range(0, len(rows), config.batch_size):
             part = rows[i : i + config.batch_size]
             mask, padding = (None if a is None else a[part] for a in (masks, valid))
-            maps = cast(Any, tuple(m[part] for m in features()))
-            yield Batch(maps, mask, source.labels[part], part, padding)
+            maps = tuple(m[part] for m in features())
+            yield FeatureBatch(maps, mask, source.labels[part], part, padding)
 
     return batches_of

@@ -295,7 +295,7 @@ def _write_pictures(
         if scored.maps is not None:
             return (scored.maps[i] for i in indices)
         batches = prepared.test(indices)
-        return (m for b in batches for m in scorer.score(b.image, b.valid)[1])
+        return (m for b in batches for m in scorer.score(b.features, b.valid)[1])
 
     write_pictures(
         part.directory,

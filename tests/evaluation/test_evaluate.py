@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from fastflow_jax.data.pipeline import Batch
 from fastflow_jax.evaluation.evaluate import measure, score_split
+from fastflow_jax.features.extract import FeatureBatch
 
 RNG = np.random.default_rng(0)
 N = 5
@@ -14,11 +14,11 @@ LABELS = np.array([0, 1, 1, 0, 1], np.int32)
 
 
 def split(masks=None, valid=None):
-    """Batches of two; the "images" are indices of maps."""
+    """Batches of two; the "features" are indices of maps."""
     rows = [np.arange(i, min(i + 2, N)) for i in range(0, N, 2)]
     return [
-        Batch(
-            image=r,
+        FeatureBatch(
+            features=r,
             mask=None if masks is None else masks[r],
             label=LABELS[r],
             index=r,

@@ -91,7 +91,7 @@ def test_categories_share_the_features_of_their_images(tiny, seen, tmp_path):
         np.testing.assert_allclose(prepared.holdout[0], train[3:], rtol=1e-5, atol=1e-5)
         batches = list(prepared.test())
         for given, expected in (
-            (np.concatenate([b.image[0] for b in batches]), test),
+            (np.concatenate([b.features[0] for b in batches]), test),
             (np.concatenate([b.label for b in batches]), dataset.test.labels),
             (np.concatenate([b.index for b in batches]), np.arange(20)),
         ):
@@ -202,7 +202,9 @@ def test_test_images_can_be_selected_in_any_order(tiny, tmp_path, cache):
     assert some.valid.shape == (2, 32, 48)
     for row, i in enumerate((17, 3)):
         batch = whole[i // 8]
-        np.testing.assert_allclose(some.image[0][row], batch.image[0][i % 8], rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(
+            some.features[0][row], batch.features[0][i % 8], rtol=1e-3, atol=1e-3
+        )
 
 
 def test_heat_maps_are_drawn_without_masks(tiny, tmp_path):

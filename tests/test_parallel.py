@@ -93,10 +93,14 @@ def run(arguments, environment, folder):
 
 def assert_same_run(one, two):
     """Asserts equal results and curves, up to the rounding of sums in another order."""
-    for name in ("results.json", "part.json"):
-        results = [json.loads((folder / name).read_text()) for folder in (one, two)]
-    figures = [result["figures"] for result in results]
-    assert figures[0] == pytest.approx(figures[1], abs=1e-3)
+    for name, field in (("results.json", "mean"), ("part.json", "figures")):
+        figures = [json.loads((folder / name).read_text())[field] for folder in (one, two)]
+        assert figures[0] == pytest.approx(figures[1], abs=1e-3)
+    scores = [json.loads((folder / "scores.json").read_text())["images"] for folder in (one, two)]
+    assert len(scores[0]) == len(scores[1]) == 7
+    for image, other in zip(*scores, strict=True):
+        assert image["name"] == other["name"]
+        assert image["score"] == pytest.approx(other["score"], rel=1e-3, abs=1e-3)
     assert_same_curves(one, two)
     arrays = [np.load(next(folder.glob("calibration_*.npz"))) for folder in (one, two)]
     for name in arrays[0]:

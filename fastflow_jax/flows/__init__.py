@@ -1,13 +1,13 @@
 """Normalising-flow layers for any Flax model.
 
-Every layer is a linen module with one contract:
+Every layer is a linen module:
 
-    y, log_det = layer(x)                  # forward, x and y [..., C], log_det [...]
-    x, log_det = layer(y, inverse=True)    # exact inverse, log_det with the opposite sign
+    y, log_det = layer(x)                  # x and y [..., C], log_det [...]
+    x, log_det = layer(y, inverse=True)    # exact inverse; log_det has the opposite sign
 
-`log_det` is the log-determinant **per location**: its sum over the locations is that of the whole
-map, and the map itself is what a likelihood map needs. `flows.nnx` has the same layers for Flax
-NNX. This package imports jax and flax only.
+`log_det` is the log-determinant **per location**; summed over the locations, it is that of the
+whole feature map. `flows.nnx` has the same layers for Flax NNX. This package imports only jax and
+flax.
 """
 
 from fastflow_jax.flows.chain import Flow, FlowStep

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,18 +16,18 @@ from fastflow_jax.flows.permute import Permute
 class FlowStep(nn.Module):
     """Coupling, learned scale and offset, channel shuffle: one step of FastFlow (figure 3).
 
-    Equals FrEIA's `AllInOneBlock` in the form that FastFlow was published with.
+    Equals FrEIA's `AllInOneBlock` in the published form of FastFlow.
 
     Attributes:
       kernel_size: side of the subnet's kernels.
-      hidden_ratio: hidden channels of the subnet, relative to those that come in.
+      hidden_ratio: hidden channels of the subnet, relative to its input channels.
       clamp: bound of a coupling's log-scale.
-      coupling: "single" transforms half of the channels, "double" the second half and then, given
-        it, the first.
+      coupling: "single" transforms the second half of the channels; "double" also transforms the
+        first half, given the transformed second half.
       affine: form of `GlobalAffine`.
       zero_init: see `ConvSubnet`.
-      dtype: type that the convolutions compute in.
-      out_kernel: side of the subnet's last kernel, where it is another.
+      dtype: type of the convolutions' computation; None for the input's.
+      out_kernel: side of the subnet's last kernel; None or 0 for `kernel_size`.
     """
 
     kernel_size: int = 3
@@ -54,24 +55,24 @@ class FlowStep(nn.Module):
         self.layers = [*couplings, affine, Permute(name="permute")]
 
     def __call__(self, x: jax.Array, *, inverse: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Transform x [B, h, w, C]; log_det [B, h, w]."""
+        """Transforms x [B, h, w, C]; log_det [B, h, w]."""
         return compose(self.layers, x, inverse)
 
 
 class Flow(nn.Module):
-    """A chain of steps whose kernels take turns: the 2D flow of one scale.
+    """Chain of steps with alternating kernel sizes: the 2D flow of one scale.
 
-    FastFlow (arXiv 2111.07677), section 3.3: kernels (3,) for ResNet18, (3, 1) in turn for larger
-    backbones; 8 steps on ResNets, 20 on transformers.
+    FastFlow (arXiv 2111.07677), section 3.3: kernels (3,) for ResNet18, (3, 1) for larger
+    backbones; 8 steps on ResNets, 20 on transformers. A module with a field of type `Flow` gets
+    one flow per scale by `self.flow.copy(name=f"flow_{i}")`.
 
     Attributes:
       steps: number of steps.
-      kernels: kernel sides, taken in turn.
+      kernels: kernel sizes; step i has `kernels[i % len(kernels)]`.
       hidden_ratio, clamp, coupling, affine, zero_init, dtype, out_kernel: see `FlowStep`.
-      reversible: the backward pass rebuilds what each step saw by inverting the chain, instead of
-        keeping it from the forward pass: the memory of 20 steps is a fifth or less (XLA still keeps
-        some of what it could drop), and each subnet runs once more. Variables and results are the
-        same.
+      reversible: whether the backward pass recomputes the input of each step by inverting the
+        chain, instead of storing it in the forward pass. With 20 steps this takes at most a fifth
+        of the memory and evaluates each subnet once more. Variables and results are the same.
     """
 
     steps: int = 8
@@ -86,43 +87,41 @@ class Flow(nn.Module):
     out_kernel: int | None = None
 
     def setup(self):
-        self.step = [
-            FlowStep(
-                kernel_size=self.kernels[i % len(self.kernels)],
-                hidden_ratio=self.hidden_ratio,
-                clamp=self.clamp,
-                coupling=self.coupling,
-                affine=self.affine,
-                zero_init=self.zero_init,
-                dtype=self.dtype,
-                out_kernel=self.out_kernel,
-            )
-            for i in range(self.steps)
-        ]
+        self.step = [FlowStep(**step_fields(self, i)) for i in range(self.steps)]
 
     def __call__(self, x: jax.Array, *, inverse: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Map features [B, h, w, C] to z of the same shape, or z back; log_det [B, h, w]."""
+        """Maps features [B, h, w, C] to z of the same shape, or z back; log_det [B, h, w]."""
         if not self.reversible or self.is_initializing():
             return compose(self.step, x, inverse)
-        steps, variables = zip(*(step.unbind() for step in self.step), strict=True)
-        params = tuple(v["params"] for v in variables)
-        constants = tuple({k: v[k] for k in v if k != "params"} for v in variables)
+        unbound: list[tuple[nn.Module, Any]] = [step.unbind() for step in self.step]
+        params = tuple(variables["params"] for _, variables in unbound)
+        constants = tuple({k: v[k] for k in v if k != "params"} for _, v in unbound)
+        steps = tuple(step for step, _ in unbound)
         return rebuilding(_apply, steps, inverse, params, constants, x)
 
 
+def step_fields(flow: Flow, i: int) -> dict[str, Any]:
+    """Returns the fields of the flow's `FlowStep` number `i`."""
+    shared = ("hidden_ratio", "clamp", "coupling", "affine", "zero_init", "dtype", "out_kernel")
+    return {
+        "kernel_size": flow.kernels[i % len(flow.kernels)],
+        **{name: getattr(flow, name) for name in shared},
+    }
+
+
 def is_double(coupling: str) -> bool:
-    """Whether a step has two couplings.
+    """Returns whether a step has two couplings.
 
     Raises:
       ValueError: `coupling` is neither "single" nor "double".
     """
     if coupling not in ("single", "double"):
-        raise ValueError(f"coupling is 'single' or 'double', not {coupling!r}")
+        raise ValueError(f"coupling must be 'single' or 'double', not {coupling!r}.")
     return coupling == "double"
 
 
 def compose(layers: Sequence[Callable], x: jax.Array, inverse: bool) -> tuple[jax.Array, jax.Array]:
-    """All layers upon x, from the last to the first if `inverse`; their log_dets add up."""
+    """Applies layers in order, in reverse if `inverse`; returns x and the summed log_det."""
     log_det = jnp.zeros(x.shape[:-1], jnp.promote_types(x.dtype, jnp.float32))
     for layer in reversed(layers) if inverse else layers:
         x, layer_log_det = layer(x, inverse=inverse)
@@ -136,17 +135,17 @@ def _apply(step, constants, params, x, inverse):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def rebuilding(apply, steps, inverse, params, constants, x):
-    """`compose` of steps and their variables, whose gradient needs the output alone.
+    """`compose` with a backward pass that recomputes inputs from the output.
 
-    Gomez et al., The Reversible Residual Network (arXiv 1707.04585), algorithm 1, for steps whose
-    inverse is exact up to rounding.
+    Gomez et al., The Reversible Residual Network (arXiv 1707.04585), algorithm 1. The inverse of
+    each step must be exact up to rounding.
 
     Args:
-      apply: `apply(step, constants, params, x, inverse=inverse)` is what a step makes of x.
-      steps: what `apply` takes for each step, without its variables.
-      inverse: invert the chain.
-      params: of each step.
-      constants: what else each step has, without a gradient.
+      apply: `apply(step, constants, params, x, inverse=inverse)` returns the result of a step.
+      steps: the steps, without their variables.
+      inverse: whether to invert the chain.
+      params: trained variables of each step.
+      constants: other variables of each step; they get no gradient.
       x: features [B, h, w, C].
     """
     parts = zip(steps, constants, params, strict=True)
@@ -162,10 +161,10 @@ def _rebuilding_backward(apply, steps, inverse, residuals, cotangents):
     params, constants, y = residuals
     g, log_det_g = cotangents
     gradients = []
-    chain = list(zip(steps, constants, params, strict=True))
+    chain: list[Any] = list(zip(steps, constants, params, strict=True))
     for step, c, p in chain if inverse else reversed(chain):
-        # Rebuilding needs no gradient: without the barrier, XLA may rebuild every step first and
-        # keep them all.
+        # The recomputation does not depend on the gradient. Without this barrier, XLA may
+        # recompute all inputs first and store them.
         y, g, gradients = jax.lax.optimization_barrier((y, g, gradients))
         run = partial(apply, step, c)
         y, _ = run(p, y, inverse=not inverse)

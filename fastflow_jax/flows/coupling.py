@@ -1,4 +1,4 @@
-"""Affine coupling: half of the channels scales and shifts the other half.
+"""Affine coupling: half of the channels determines the scale and shift of the other half.
 
 Dinh et al., Density estimation using Real NVP (arXiv 1605.08803), section 3.2; with convolutional
 subnets as in FastFlow (arXiv 2111.07677), section 3.3.
@@ -14,21 +14,21 @@ import jax.numpy as jnp
 def affine_coupling(
     x: jax.Array, scale_shift: jax.Array, *, clamp: float = 2.0, inverse: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Scale and shift the active half by what the subnet made of the passive half.
+    """Scales and shifts the active half by the output of the subnet.
 
         a, b    = split(0.1 * scale_shift)
         log s   = clamp * tanh(a)
         forward:  y = s * x + b          log_det =  sum_C log s
         inverse:  x = (y - b) / s        log_det = -sum_C log s
 
-    This is the soft clamp that FastFlow was published with (FrEIA before August 2023); later FrEIA
-    divides `a` by the clamp inside the tanh. |log s| never exceeds the clamp.
+    This soft clamp is that of the published FastFlow (FrEIA before August 2023); later versions of
+    FrEIA divide `a` by the clamp inside the tanh. |log s| is at most `clamp`.
 
     Args:
-      x: the active half, [..., A].
-      scale_shift: the subnet's output, [..., 2A]; log-scales first, then shifts.
+      x: active half, [..., A].
+      scale_shift: output of the subnet, [..., 2A]; log-scales first, then shifts.
       clamp: bound of the log-scale.
-      inverse: undo the forward direction.
+      inverse: whether to compute x from y.
 
     Returns:
       The transformed half [..., A] and the log-determinant per location [...].
@@ -38,10 +38,10 @@ def affine_coupling(
     """
     if scale_shift.shape[-1] != 2 * x.shape[-1]:
         raise ValueError(
-            f"scale_shift has {scale_shift.shape[-1]} channels; {x.shape[-1]} active channels need "
-            f"{2 * x.shape[-1]}"
+            f"scale_shift must have {2 * x.shape[-1]} channels for {x.shape[-1]} active channels, "
+            f"not {scale_shift.shape[-1]}."
         )
-    # Likelihoods are exact whatever the type that the subnet computes in.
+    # At least float32, whatever the subnet computes in, so that likelihoods are exact.
     scale_shift = 0.1 * scale_shift.astype(jnp.promote_types(x.dtype, jnp.float32))
     a, shift = jnp.split(scale_shift, 2, axis=-1)
     log_scale = clamp * jnp.tanh(a)  # [..., A]
@@ -59,19 +59,19 @@ def couple(
     swap: bool = False,
     inverse: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """One half of the channels passes, and `subnet` makes of it what transforms the other half.
+    """Transforms the active half of the channels, given the passive half.
 
     Args:
       x: [..., C].
-      subnet: from the passive half, and the condition after it, to `scale_shift` of
+      subnet: maps the passive half, concatenated with the condition, to `scale_shift` of
         `affine_coupling`.
-      condition: what else the subnet sees, [..., D].
+      condition: further input of the subnet, [..., D], or None.
       clamp: bound of the log-scale.
-      swap: the last C//2 channels pass, not the first C - C//2, see `half_channels`.
-      inverse: undo the forward direction.
+      swap: whether the last C//2 channels are passive, instead of the first C - C//2.
+      inverse: whether to compute x from y.
 
     Returns:
-      All channels [..., C], in their places, and the log-determinant per location [...].
+      All channels [..., C], in their order, and the log-determinant per location [...].
     """
     first, last = jnp.split(x, [x.shape[-1] - x.shape[-1] // 2], axis=-1)
     passive, active = (last, first) if swap else (first, last)
@@ -82,56 +82,44 @@ def couple(
 
 
 def half_channels(channels: int, swap: bool) -> tuple[int, int]:
-    """How many channels of `couple` are passive and how many active.
+    """Returns the numbers of passive and active channels of `couple`.
 
     Raises:
-      ValueError: there are not two channels.
+      ValueError: there are fewer than two channels.
     """
     if channels < 2:
-        raise ValueError(f"a coupling needs two channels or more, not {channels}")
+        raise ValueError(f"A coupling needs at least two channels, not {channels}.")
     first, last = channels - channels // 2, channels // 2
     return (last, first) if swap else (first, last)
 
 
 def hidden_channels(channels: int, ratio: float) -> int:
-    """Channels between the convolutions of a subnet that `channels` come into.
+    """Returns the number of hidden channels of a subnet with `channels` input channels.
 
     Raises:
-      ValueError: there would be none.
+      ValueError: the number would be zero.
     """
     hidden = int(channels * ratio)
     if hidden < 1:
-        raise ValueError(f"hidden_ratio {ratio} leaves no hidden channel of {channels}")
+        raise ValueError(f"hidden_ratio {ratio} gives no hidden channels for {channels} channels.")
     return hidden
-
-
-def fan_in_uniform(fan_in: int) -> nn.initializers.Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for convolutions, weight and bias alike.
-
-    Part of the reference's behaviour: a fresh coupling is near the identity but not equal to it.
-    """
-    bound = fan_in**-0.5
-
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
 
 
 class ConvSubnet(nn.Module):
     """Convolution, ReLU, convolution: the subnet of FastFlow (section 3.3).
 
-    [B, h, w, P] -> [B, h, w, features], for any h and w.
+    [B, h, w, P] -> [B, h, w, features], for any h and w. Weights and biases are drawn from
+    U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default, as in the published FastFlow.
 
     Attributes:
-      features: channels that come out.
-      hidden_ratio: channels between the convolutions, relative to those that come in.
+      features: number of output channels.
+      hidden_ratio: hidden channels, relative to the input channels.
       kernel_size: side of the kernels: 3 or 1 in the paper.
-      out_kernel: side of the last one, where it is another: with 1 a location hangs on its nearest
-        neighbours alone, for half the work.
-      zero_init: begin with zeros in the last convolution, so that a fresh coupling is the identity
-        (Glow, section 3.3); otherwise with the reference's small random numbers.
-      dtype: type that the convolutions compute in; parameters are float32.
+      zero_init: whether to initialise the last convolution with zeros, so that the coupling is
+        the identity (Glow, section 3.3).
+      dtype: type of the convolutions' computation, None for the input's; parameters are float32.
+      out_kernel: side of the last kernel; None or 0 for `kernel_size`. With 1, a location depends
+        only on its nearest neighbours, for about half of the computation.
     """
 
     features: int
@@ -143,32 +131,33 @@ class ConvSubnet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        def conv(inputs: jax.Array, features: int, side: int, name: str, zeros: bool) -> jax.Array:
+            bound = (inputs.shape[-1] * side**2) ** -0.5
+
+            def uniform(key, shape, dtype=jnp.float32):
+                return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+            init = nn.initializers.zeros if zeros else uniform
+            how = {"kernel_init": init, "bias_init": init, "dtype": self.dtype}
+            return nn.Conv(features, (side, side), name=name, **how)(inputs)
+
         hidden = hidden_channels(x.shape[-1], self.hidden_ratio)
-
-        def conv(inputs, features, side, init, name):
-            init = init or fan_in_uniform(inputs.shape[-1] * side**2)
-            kernel = (side, side)
-            layer = nn.Conv(
-                features, kernel, kernel_init=init, bias_init=init, dtype=self.dtype, name=name
-            )
-            return layer(inputs)
-
-        h = nn.relu(conv(x, hidden, self.kernel_size, None, "conv_in"))
-        init = nn.initializers.zeros if self.zero_init else None
-        return conv(h, self.features, self.out_kernel or self.kernel_size, init, "conv_out")
+        h = nn.relu(conv(x, hidden, self.kernel_size, "conv_in", False))
+        out_kernel = self.out_kernel or self.kernel_size
+        return conv(h, self.features, out_kernel, "conv_out", self.zero_init)
 
 
 class AffineCoupling(nn.Module):
-    """One half of the channels passes and conditions the other: y_b = s(y_a) * y_b + b(y_a).
+    """Transforms half of the channels, given the other half: y_b = s(y_a) * y_b + b(y_a).
 
-    The passive half is the first C - C//2 channels, the active one the last C//2; `swap` lets the
-    last C//2 pass and transforms the first C - C//2, so that two couplings touch every channel.
+    The first C - C//2 channels are passive and the last C//2 active. With `swap` it is the other
+    way round, so that two couplings transform every channel.
 
     Attributes:
-      subnet: called with `features=` twice the active channels; gives the module that maps the
-        passive half [..., P] (and what conditions it) to [..., features].
+      subnet: makes a module when called with `features=`, which is twice the number of active
+        channels. The module maps the passive half and the condition to [..., features].
       clamp: bound of the log-scale.
-      swap: exchange the halves' parts.
+      swap: whether the last C//2 channels are passive.
     """
 
     subnet: Callable[..., nn.Module] = ConvSubnet
@@ -179,7 +168,7 @@ class AffineCoupling(nn.Module):
     def __call__(
         self, x: jax.Array, condition: jax.Array | None = None, *, inverse: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """Transform x [..., C], conditioned on `condition` [..., D] where given."""
+        """Transforms x [..., C], given `condition` [..., D] if there is one; log_det [...]."""
         _, active = half_channels(x.shape[-1], self.swap)
         subnet = self.subnet(features=2 * active, name="subnet")
         return couple(x, subnet, condition, clamp=self.clamp, swap=self.swap, inverse=inverse)

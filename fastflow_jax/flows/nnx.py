@@ -1,26 +1,25 @@
-"""The same layers for Flax NNX.
+"""The layers of `fastflow_jax.flows` as Flax NNX modules.
 
     flow = Flow(64, steps=4, rngs=nnx.Rngs(0))
     z, log_det = flow(x)                # x and z [B, h, w, 64], log_det [B, h, w]
     x, log_det = flow(z, inverse=True)
 
-They hold parameters alone; what is computed are the functions that the linen modules call, and
-fields mean what they mean there. As NNX has it, channels are given beforehand. Parameters are
-`nnx.Param` under linen's names, permutations are `Permutation`: `nnx.state(flow, nnx.Param)` and
-`nnx.Optimizer(flow, ..., wrt=nnx.Param)` see the former alone, a checkpoint wants both.
+Each layer takes the number of channels, then the fields of the linen layer of the same name.
+Parameters are `nnx.Param` and permutations `Permutation`, so `nnx.Optimizer(flow, ...,
+wrt=nnx.Param)` trains the parameters only. Save both with a checkpoint.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fastflow_jax.flows.chain import compose, is_double, rebuilding
-from fastflow_jax.flows.coupling import couple, fan_in_uniform, half_channels, hidden_channels
-from fastflow_jax.flows.elementwise import global_affine, unit_scale
-from fastflow_jax.flows.permute import draw_permutation, shuffle
+from fastflow_jax import flows
+from fastflow_jax.flows.chain import compose, rebuilding, step_fields
+from fastflow_jax.flows.coupling import couple, half_channels
 
 __all__ = [
     "AffineCoupling",
@@ -33,53 +32,69 @@ __all__ = [
 ]
 
 
+@nnx.register_variable_name("permutations")
 class Permutation(nnx.Variable):
-    """The index of a `Permute`, int32 [C]: no parameter, but to be saved with them."""
+    """Index of a `Permute`, int32 [C]: saved with the parameters, but not trained."""
 
 
-class ConvSubnet(nnx.Module):
-    """Convolution, ReLU, convolution, as `flows.ConvSubnet`: [B, h, w, P] -> [B, h, w, features].
+class _LinenLayer(nnx.bridge.ToNNX):
+    """A linen layer, initialised for `channels` channels; the variables have linen's names."""
 
-    Attributes:
-      conv_in, conv_out: the convolutions.
+    def __init__(self, layer: nn.Module, channels: int, rngs: nnx.Rngs):
+        super().__init__(layer)
+        self.lazy_init(jnp.zeros((1, 1, 1, channels), jnp.float32), rngs=rngs.params())
+        for name, value in list(vars(self).items()):
+            if isinstance(value, Mapping) and not name.startswith("_"):
+                setattr(self, name, _as_attributes(value))
+
+
+def _as_attributes(tree: Any) -> Any:
+    """Nested dicts as `nnx.Dict`, so that `step.permute.index` can be written."""
+    if not isinstance(tree, Mapping):
+        return tree
+    return nnx.Dict({name: _as_attributes(value) for name, value in tree.items()})
+
+
+class ConvSubnet(_LinenLayer):
+    """Convolution, ReLU, convolution; [B, h, w, channels] -> [B, h, w, features].
+
+    Takes `channels`, the fields of `flows.ConvSubnet` and `rngs`.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        features: int,
-        hidden_ratio: float = 1.0,
-        kernel_size: int = 3,
-        zero_init: bool = False,
-        dtype: jnp.dtype | None = None,
-        out_kernel: int | None = None,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        hidden = hidden_channels(channels, hidden_ratio)
+    def __init__(self, channels: int, *fields: Any, rngs: nnx.Rngs, **named: Any):
+        super().__init__(flows.ConvSubnet(*fields, **named), channels, rngs)
 
-        def conv(inputs, features, side, init):
-            init = init or fan_in_uniform(inputs * side**2)
-            kernel = (side, side)
-            return nnx.Conv(
-                inputs, features, kernel, kernel_init=init, bias_init=init, dtype=dtype, rngs=rngs
-            )
 
-        self.conv_in = conv(channels, hidden, kernel_size, None)
-        init = nnx.initializers.zeros if zero_init else None
-        self.conv_out = conv(hidden, features, out_kernel or kernel_size, init)
+class GlobalAffine(_LinenLayer):
+    """Learned scale and offset of each channel, see `flows.GlobalAffine`."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, h, w, channels] -> [B, h, w, features], for any h and w."""
-        return self.conv_out(nnx.relu(self.conv_in(x)))
+    def __init__(self, channels: int, form: str = "softplus"):
+        super().__init__(flows.GlobalAffine(form), channels, nnx.Rngs(0))  # draws no numbers
+
+
+class Permute(_LinenLayer):
+    """Fixed shuffle of the channels, drawn from the "params" key; see `flows.Permute`."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        super().__init__(flows.Permute(), channels, rngs)
+
+
+class FlowStep(_LinenLayer):
+    """Coupling, learned scale and offset, channel shuffle; [B, h, w, C], log_det [B, h, w].
+
+    Takes `channels`, the fields of `flows.FlowStep` and `rngs`.
+    """
+
+    def __init__(self, channels: int, *fields: Any, rngs: nnx.Rngs, **named: Any):
+        super().__init__(flows.FlowStep(*fields, **named), channels, rngs)
 
 
 class AffineCoupling(nnx.Module):
-    """One half of the channels passes and conditions the other, as `flows.AffineCoupling`.
+    """Affine coupling with an NNX subnet; see `flows.AffineCoupling`.
 
     Attributes:
-      subnet: given as what makes it, `subnet(channels, features, rngs=rngs)`: the module that maps
-        the passive half and what conditions it, [..., channels], to [..., features].
+      subnet: made by `subnet(channels, features, rngs=rngs)`; maps the passive half and the
+        condition, [..., channels], to [..., features].
       clamp, swap: see `flows.AffineCoupling`.
     """
 
@@ -94,106 +109,35 @@ class AffineCoupling(nnx.Module):
         rngs: nnx.Rngs,
     ):
         passive, active = half_channels(channels, swap)
-        self.subnet = subnet(passive + condition_channels, 2 * active, rngs=rngs)
+        self.subnet: Any = subnet(passive + condition_channels, 2 * active, rngs=rngs)
         self.clamp = clamp
         self.swap = swap
 
     def __call__(
         self, x: jax.Array, condition: jax.Array | None = None, *, inverse: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """Transform x [..., C], conditioned on `condition` [..., D] where given."""
+        """Transforms x [..., C], given `condition` [..., D] if there is one; log_det [...]."""
         return couple(x, self.subnet, condition, clamp=self.clamp, swap=self.swap, inverse=inverse)
 
 
-class GlobalAffine(nnx.Module):
-    """Learned scale and offset of each channel, as `flows.GlobalAffine`."""
-
-    def __init__(self, channels: int, form: str = "softplus"):
-        self.scale = nnx.Param(jnp.full(channels, unit_scale(form), jnp.float32))
-        self.offset = nnx.Param(jnp.zeros(channels, jnp.float32))
-        self.form = form
-
-    def __call__(self, x: jax.Array, *, inverse: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Transform x [..., C]; log_det [...] is the same number at every location."""
-        raw, offset = self.scale[...], self.offset[...]
-        return global_affine(x, raw, offset, form=self.form, inverse=inverse)
-
-
-class Permute(nnx.Module):
-    """A shuffle of the channels, drawn once from the "params" key, as `flows.Permute`."""
-
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.index = Permutation(draw_permutation(rngs.params(), channels))
-
-    def __call__(self, x: jax.Array, *, inverse: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Shuffle x [..., C]; log_det [...] is zero."""
-        return shuffle(x, self.index[...], inverse=inverse)
-
-
-class FlowStep(nnx.Module):
-    """Coupling, learned scale and offset, channel shuffle, as `flows.FlowStep`."""
-
-    def __init__(
-        self,
-        channels: int,
-        kernel_size: int = 3,
-        hidden_ratio: float = 1.0,
-        clamp: float = 2.0,
-        coupling: str = "single",
-        affine: str = "softplus",
-        zero_init: bool = False,
-        dtype: jnp.dtype | None = None,
-        out_kernel: int | None = None,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        fields = (hidden_ratio, kernel_size, zero_init, dtype, out_kernel)
-
-        def subnet(inputs, features, *, rngs):
-            return ConvSubnet(inputs, features, *fields, rngs=rngs)
-
-        coupled = partial(AffineCoupling, channels, subnet, clamp, rngs=rngs)
-        self.coupling = coupled()
-        self.coupling_swapped = coupled(swap=True) if is_double(coupling) else None
-        self.affine = GlobalAffine(channels, affine)
-        self.permute = Permute(channels, rngs=rngs)
-
-    def __call__(self, x: jax.Array, *, inverse: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Transform x [B, h, w, C]; log_det [B, h, w]."""
-        layers = [self.coupling, self.coupling_swapped, self.affine, self.permute]
-        return compose([layer for layer in layers if layer is not None], x, inverse)
-
-
 class Flow(nnx.Module):
-    """A chain of steps whose kernels take turns, as `flows.Flow`, from whose fields it is made."""
+    """Chain of steps with alternating kernel sizes.
 
-    def __init__(
-        self,
-        channels: int,
-        steps: int = 8,
-        kernels: tuple[int, ...] = (3, 1),
-        hidden_ratio: float = 1.0,
-        clamp: float = 2.0,
-        coupling: str = "single",
-        affine: str = "softplus",
-        zero_init: bool = False,
-        dtype: jnp.dtype | None = None,
-        reversible: bool = False,
-        out_kernel: int | None = None,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        fields = (hidden_ratio, clamp, coupling, affine, zero_init, dtype, out_kernel)
+    Takes `channels`, the fields of `flows.Flow` and `rngs`.
+
+    Attributes:
+      step: `nnx.List` of `FlowStep`.
+    """
+
+    def __init__(self, channels: int, *fields: Any, rngs: nnx.Rngs, **named: Any):
+        flow = flows.Flow(*fields, **named)
         self.step = nnx.List(
-            [
-                FlowStep(channels, kernels[i % len(kernels)], *fields, rngs=rngs)
-                for i in range(steps)
-            ]
+            [FlowStep(channels, rngs=rngs, **step_fields(flow, i)) for i in range(flow.steps)]
         )
-        self.reversible = reversible
+        self.reversible = flow.reversible
 
     def __call__(self, x: jax.Array, *, inverse: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Map features [B, h, w, C] to z of the same shape, or z back; log_det [B, h, w]."""
+        """Maps features [B, h, w, C] to z of the same shape, or z back; log_det [B, h, w]."""
         if not self.reversible:
             return compose(self.step, x, inverse)
         parts = (nnx.split(step, nnx.Param, ...) for step in self.step)

@@ -1,4 +1,4 @@
-"""A flow step is FrEIA's AllInOneBlock: output, log-det, inverse and gradients."""
+"""A flow step equals FrEIA's AllInOneBlock: output, log-det, inverse and gradients."""
 
 import pathlib
 import sys

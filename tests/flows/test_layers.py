@@ -1,7 +1,8 @@
-"""One law for every layer: inverse undoes forward, and log_det is the Jacobian's."""
+"""Every layer: the inverse is exact, and log_det is that of the Jacobian."""
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,11 +23,11 @@ LAYERS = {
     "flow_double": partial(flows.Flow, steps=2, kernels=(3,), coupling="double"),
     "flow_out_1x1": partial(flows.Flow, steps=2, kernels=(3,), out_kernel=1),
 }
-SHAPES = [(2, 3, 2, 5), (1, 4, 3, 4)]  # odd and even channel counts, maps that are not square
+SHAPES = [(2, 3, 2, 5), (1, 4, 3, 4)]  # odd and even numbers of channels; h != w
 
 
 def randomised(layer, x, seed=0):
-    """Variables with every parameter away from its start: a fresh GlobalAffine hides mistakes."""
+    """Variables with random parameters: an initialised GlobalAffine is the identity."""
     variables = layer.init(jax.random.key(seed), x)
     rng = np.random.default_rng(seed)
     params = jax.tree.map(
@@ -71,7 +72,7 @@ def test_inverse_in_float32(name):
     assert y.dtype == log_det.dtype == jnp.float32
 
 
-def test_a_fresh_flow_of_eight_steps_inverts_in_float32():
+def test_initialised_flow_of_eight_steps_inverts_in_float32():
     flow = flows.Flow(steps=8, kernels=(3, 1))
     x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 6, 5, 24)), jnp.float32)
     variables = flow.init(jax.random.key(0), x)
@@ -93,18 +94,18 @@ def test_coupling_function_inverts_and_is_bounded(values, clamp):
     scale_shift = np.concatenate([10 * a, b], -1)
     y, log_det = flows.affine_coupling(x, scale_shift, clamp=clamp)
     back, _ = flows.affine_coupling(y, scale_shift, clamp=clamp, inverse=True)
-    # The scale is at least exp(-4): an error of y grows by exp(4) at the most.
+    # The scale is at least exp(-4), so an error of y grows by at most exp(4).
     np.testing.assert_allclose(back, x, atol=1e-4)
     assert np.all(np.abs(log_det) <= clamp * x.shape[-1] * (1 + 1e-6))
 
 
-def test_soft_clamp_is_the_old_form():
-    # Raw 10, times 0.1, is 1: clamp * tanh(1) = 1.5232, not 2 * tanh(1/2) = 0.9242.
+def test_soft_clamp_is_that_of_the_published_form():
+    # a = 0.1 * 10: clamp * tanh(a) = 1.5232; FrEIA now has 2 * tanh(a / 2) = 0.9242.
     _, log_det = flows.affine_coupling(jnp.ones((1, 1)), jnp.array([[10.0, 0.0]]), clamp=2.0)
     np.testing.assert_allclose(log_det, [1.5232], atol=1e-4)
 
 
-def test_passive_half_passes_and_a_fresh_affine_is_the_identity():
+def test_passive_half_is_unchanged_and_initialised_affine_is_the_identity():
     x = jnp.asarray(np.random.default_rng(4).normal(size=(1, 3, 3, 5)), jnp.float32)
     y, _ = flows.AffineCoupling().init_with_output(jax.random.key(0), x)[0]
     np.testing.assert_array_equal(y[..., :3], x[..., :3])  # C - C//2 passive channels
@@ -114,7 +115,7 @@ def test_passive_half_passes_and_a_fresh_affine_is_the_identity():
     np.testing.assert_allclose(log_det, 0, atol=1e-5)
 
 
-def test_a_zero_subnet_leaves_a_pure_permutation():
+def test_step_with_zero_subnet_is_a_permutation():
     x = jnp.asarray(np.random.default_rng(5).normal(size=(1, 2, 3, 6)), jnp.float32)
     step = flows.FlowStep()
     variables = step.init(jax.random.key(0), x)
@@ -128,7 +129,7 @@ def test_a_zero_subnet_leaves_a_pure_permutation():
 
 
 @pytest.mark.parametrize(("out_kernel", "reach"), [(None, 2), (1, 1)])
-def test_how_far_a_step_looks(out_kernel, reach):
+def test_receptive_field_of_a_step(out_kernel, reach):
     x = jnp.asarray(np.random.default_rng(7).normal(size=(1, 9, 9, 4)), jnp.float32)
     step = flows.FlowStep(out_kernel=out_kernel)
     variables, apply = step.init(jax.random.key(0), x), jax.jit(step.apply)
@@ -137,7 +138,7 @@ def test_how_far_a_step_looks(out_kernel, reach):
     assert (rows.min(), rows.max()) == (columns.min(), columns.max()) == (4 - reach, 4 + reach)
 
 
-def test_permutations_come_from_the_seed_and_are_no_parameters():
+def test_permutations_depend_on_the_seed_and_are_not_parameters():
     x = jnp.zeros((1, 1, 1, 64))
     draw = [flows.Permute().init(jax.random.key(seed), x)["permutations"] for seed in (0, 0, 1)]
     assert jax.tree.all(jax.tree.map(np.array_equal, draw[0], draw[1]))
@@ -145,7 +146,7 @@ def test_permutations_come_from_the_seed_and_are_no_parameters():
     assert "params" not in flows.Permute().init(jax.random.key(0), x)
 
 
-def test_the_gradient_of_a_permutation_is_its_inverse():
+def test_gradient_of_a_permutation_is_its_inverse():
     x = jnp.arange(5.0)
     index = jnp.array([3, 0, 4, 1, 2])
     weights = jnp.array([1.0, 10.0, 100.0, 1000.0, 10000.0])
@@ -153,7 +154,7 @@ def test_the_gradient_of_a_permutation_is_its_inverse():
     np.testing.assert_array_equal(gradient, weights[np.argsort(index)])
 
 
-def test_a_condition_changes_the_active_half_only():
+def test_condition_changes_only_the_active_half():
     x = jnp.asarray(np.random.default_rng(6).normal(size=(1, 2, 2, 4)), jnp.float32)
     layer = flows.AffineCoupling()
     variables = layer.init(jax.random.key(0), x, jnp.zeros((1, 2, 2, 3)))
@@ -164,25 +165,49 @@ def test_a_condition_changes_the_active_half_only():
     assert not np.allclose(one[..., 2:], two[..., 2:])
 
 
-def test_likelihoods_stay_float32_when_convolutions_are_bfloat16():
+def test_outputs_are_float32_with_bfloat16_convolutions():
     x = jnp.asarray(np.random.default_rng(7).normal(size=(1, 4, 4, 6)), jnp.float32)
     flow = flows.Flow(steps=2, dtype=jnp.bfloat16)
     variables = flow.init(jax.random.key(0), x)
     z, log_det = jax.jit(flow.apply)(variables, x)
     assert z.dtype == log_det.dtype == jnp.float32
     assert {leaf.dtype.name for leaf in jax.tree.leaves(variables["params"])} == {"float32"}
-    # Exact inversion does not depend on the type that the subnets compute in.
+    # The inverse is exact in any type of the subnets.
     back, _ = jax.jit(partial(flow.apply, inverse=True))(variables, z)
     np.testing.assert_allclose(back, x, atol=1e-2)
 
 
-def test_bad_arguments_are_named():
+def test_invalid_arguments_are_refused():
     x = jnp.zeros((1, 2, 2, 1))
-    with pytest.raises(ValueError, match="two channels or more, not 1"):
+    with pytest.raises(ValueError, match="at least two channels, not 1"):
         flows.AffineCoupling().init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="not 'triple'"):
         flows.FlowStep(coupling="triple").init(jax.random.key(0), jnp.zeros((1, 2, 2, 4)))
-    with pytest.raises(ValueError, match="no hidden channel"):
+    with pytest.raises(ValueError, match="no hidden channels"):
         flows.ConvSubnet(features=2, hidden_ratio=0.1).init(jax.random.key(0), x)
-    with pytest.raises(ValueError, match="5 channels; 2 active channels need 4"):
+    with pytest.raises(ValueError, match="4 channels for 2 active channels, not 5"):
         flows.affine_coupling(jnp.zeros((1, 2)), jnp.zeros((1, 5)))
+
+
+class Scales(nn.Module):
+    """One flow per scale, all with the fields of `flow`."""
+
+    flow: flows.Flow
+
+    @nn.compact
+    def __call__(self, features):
+        return [self.flow.copy(name=f"flow_{i}")(x) for i, x in enumerate(features)]
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+def test_flow_as_a_field_gives_one_flow_per_scale(reversible):
+    flow = flows.Flow(steps=2, reversible=reversible)
+    features = [jnp.ones((1, 2, 2, 4)), jnp.ones((1, 1, 1, 6))]
+    scales = Scales(flow)
+    variables = scales.init(jax.random.key(0), features)
+    assert set(variables["params"]) == {"flow_0", "flow_1"}
+    for i, (z, log_det) in enumerate(jax.jit(scales.apply)(variables, features)):
+        own = {collection: tree[f"flow_{i}"] for collection, tree in variables.items()}
+        want = jax.jit(flow.apply)(own, features[i])
+        np.testing.assert_allclose(z, want[0], atol=1e-6)
+        np.testing.assert_allclose(log_det, want[1], atol=1e-6)

@@ -1,4 +1,4 @@
-"""The layers for NNX: linen's numbers from the same parameters, and an NNX module's manners."""
+"""NNX layers: the results of linen with the same parameters, and the conventions of NNX."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from flax import nnx
 from fastflow_jax import flows
 from fastflow_jax.flows import nnx as layers
 
-X = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)  # an odd number
+X = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)  # C is odd
 FIELDS = {
     "single": {"steps": 2, "kernels": (3, 1), "hidden_ratio": 2.0},
     "double": {"steps": 2, "kernels": (1,), "coupling": "double", "affine": "exp", "clamp": 1.0},
@@ -24,7 +24,7 @@ FIELDS = {
 
 
 def linen_tree(flow):
-    """The variables of an NNX flow as the linen one has them."""
+    """Variables of an NNX flow in the layout of linen."""
     params, permutations = (
         nnx.to_pure_dict(nnx.state(flow, kind)) for kind in (nnx.Param, layers.Permutation)
     )
@@ -36,7 +36,7 @@ def linen_tree(flow):
 
 
 def moved(flow):
-    """Every parameter away from its start: a fresh affine is the identity and hides mistakes."""
+    """The flow with random parameters: an initialised affine is the identity."""
     rng = np.random.default_rng(1)
     params = nnx.state(flow, nnx.Param)
     nnx.update(flow, jax.tree.map(lambda a: a + 0.3 * rng.normal(size=a.shape), params))
@@ -53,7 +53,7 @@ def gradients(flow, x):
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_same_numbers_as_linen(name):
+def test_same_results_as_linen(name):
     fields = FIELDS[name]
     flow = moved(layers.Flow(5, **fields, rngs=nnx.Rngs(0)))
     linen, variables = flows.Flow(**fields), linen_tree(flow)
@@ -78,7 +78,7 @@ def test_same_numbers_as_linen(name):
     np.testing.assert_allclose(inverse_log_det, -log_det, atol=1e-4)
 
 
-def test_fresh_parameters_are_drawn_as_linen_draws_them():
+def test_parameters_are_initialised_as_in_linen():
     flow = layers.Flow(64, steps=1, rngs=nnx.Rngs(0))
     variables = flows.Flow(steps=1).init(jax.random.key(0), jnp.zeros((1, 1, 1, 64)))
     same = jax.tree.map(
@@ -93,7 +93,7 @@ def test_fresh_parameters_are_drawn_as_linen_draws_them():
     np.testing.assert_array_equal(z, 1)
 
 
-def test_permutations_come_from_the_seed_and_are_no_parameters():
+def test_permutations_depend_on_the_seed_and_are_not_parameters():
     index = [layers.Permute(64, rngs=nnx.Rngs(seed)).index[...] for seed in (0, 0, 1)]
     assert sorted(index[0].tolist()) == list(range(64))
     np.testing.assert_array_equal(index[0], index[1])
@@ -103,7 +103,7 @@ def test_permutations_come_from_the_seed_and_are_no_parameters():
     assert [leaf.dtype.name for leaf in jax.tree.leaves(rest)] == ["int32", "int32"]
 
 
-def test_an_optimizer_trains_the_parameters_alone():
+def test_optimizer_trains_only_the_parameters():
     class Model(nnx.Module):
         def __init__(self, rngs):
             self.encoder = nnx.Linear(5, 4, rngs=rngs)
@@ -128,38 +128,38 @@ def test_an_optimizer_trains_the_parameters_alone():
     np.testing.assert_array_equal(model.flow.step[0].permute.index[...], index)
 
 
-def test_a_subnet_of_ones_own_and_a_condition():
+def test_own_subnet_and_condition():
     def subnet(channels, features, *, rngs):
         return nnx.Sequential(
             nnx.Linear(channels, 8, rngs=rngs), nnx.gelu, nnx.Linear(8, features, rngs=rngs)
         )
 
     layer = layers.AffineCoupling(5, subnet, swap=True, condition_channels=2, rngs=nnx.Rngs(0))
-    x = X[:, 0, 0]  # vectors: a subnet says what comes before the channels
+    x = X[:, 0, 0]  # vectors: this subnet takes any leading axes
     one, _ = layer(x, jnp.zeros((2, 2)))
     two, _ = layer(x, jnp.ones((2, 2)))
-    np.testing.assert_array_equal(one[:, 3:], x[:, 3:])  # the last C // 2 pass
+    np.testing.assert_array_equal(one[:, 3:], x[:, 3:])  # the last C // 2 are passive
     assert not np.any(one[:, :3] == two[:, :3])
     back, _ = layer(two, jnp.ones((2, 2)), inverse=True)
     np.testing.assert_allclose(back, x, atol=1e-5)
 
 
-def test_bad_arguments_are_named():
+def test_invalid_arguments_are_refused():
     rngs = nnx.Rngs(0)
-    with pytest.raises(ValueError, match="two channels or more, not 1"):
+    with pytest.raises(ValueError, match="at least two channels, not 1"):
         layers.AffineCoupling(1, rngs=rngs)
     with pytest.raises(ValueError, match="not 'triple'"):
         layers.FlowStep(4, coupling="triple", rngs=rngs)
     with pytest.raises(ValueError, match="not 'log'"):
         layers.GlobalAffine(4, "log")
-    with pytest.raises(ValueError, match="no hidden channel"):
+    with pytest.raises(ValueError, match="no hidden channels"):
         layers.ConvSubnet(1, 2, hidden_ratio=0.1, rngs=rngs)
 
 
 @pytest.mark.parametrize(
     ("module", "others"), [("fastflow_jax.flows", ("optax",)), ("fastflow_jax.flows.nnx", ())]
 )
-def test_the_layers_load_no_more_than_they_need(module, others):
+def test_layers_import_only_jax_and_flax(module, others):
     code = f"import sys, {module}; print(*sorted(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = ran.stdout.split()

@@ -1,4 +1,4 @@
-"""A reversible flow is the plain one with another backward pass: same numbers, less memory."""
+"""A reversible flow has the results and gradients of the plain one, and uses less memory."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ import pytest
 
 from fastflow_jax.flows import Flow
 
-X = np.random.default_rng(0).normal(size=(2, 3, 4, 5))  # an odd number of channels
+X = np.random.default_rng(0).normal(size=(2, 3, 4, 5))  # C is odd
 VARIANTS = [  # coupling, affine, inverse
     ("single", "softplus", False),
     ("double", "exp", False),
@@ -24,14 +24,14 @@ def pair(**fields):
 
 
 def trained_like(variables, size=0.3):
-    """Every parameter away from its start: a fresh affine is the identity and hides mistakes."""
+    """Variables with random parameters: an initialised affine is the identity."""
     rng = np.random.default_rng(1)
     moved = jax.tree.map(lambda a: a + size * rng.normal(size=a.shape), variables["params"])
     return {**variables, "params": moved}
 
 
 def gradients(flow, variables, x, inverse=False):
-    """Of a loss in which z and log_det of every location count, by parameters and features."""
+    """A loss of z and log_det at every location, and its gradients by parameters and x."""
     constants = {k: v for k, v in variables.items() if k != "params"}
 
     def loss(params, x):
@@ -43,7 +43,7 @@ def gradients(flow, variables, x, inverse=False):
 
 
 def assert_close(got, want, atol):
-    """Errors within `atol` of the largest entry of each array."""
+    """Asserts that errors are at most `atol` times the largest entry of each array."""
 
     def check(g, w):
         np.testing.assert_allclose(g, w, rtol=0, atol=atol * np.abs(w).max())
@@ -65,7 +65,7 @@ def test_gradients_equal_autodiff_in_float64(coupling, affine, inverse):
         assert_close(got, want, 1e-5)
 
 
-def test_both_have_the_same_variables_and_results():
+def test_same_variables_and_results():
     plain, reversible = pair(steps=2, kernels=(3, 1))
     x = jnp.asarray(X, jnp.float32)
     one, other = (flow.init(jax.random.key(0), x) for flow in (plain, reversible))
@@ -83,7 +83,7 @@ def compiled(flow, variables, x):
 
 @pytest.fixture(scope="module")
 def trained():
-    """Twenty steps trained on features that hang together; both gradients, compiled."""
+    """Twenty steps trained on correlated features; compiled gradients of both flows."""
     plain, reversible = pair(steps=20, kernels=(3, 1), affine="exp")
     rng = np.random.default_rng(2)
     x = rng.normal(size=(4, 16, 16, 3)) @ rng.normal(size=(3, 12))
@@ -104,14 +104,14 @@ def trained():
         params, state = update(variables["params"], grads, state)
         variables = {**variables, "params": params}
         losses.append(float(value))
-    assert losses[-1] < losses[0] - 0.5  # it has learnt
+    assert losses[-1] < losses[0] - 0.5
     return programs, variables, x
 
 
 def test_gradients_of_twenty_trained_steps_in_float32(trained):
     programs, variables, x = trained
     want, got = (program(variables, x)[1] for program in programs)
-    for g, w in zip(got, want, strict=True):  # by parameters and features
+    for g, w in zip(got, want, strict=True):  # gradients by parameters and x
         largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(w))
         jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-3 * largest), g, w)
 
@@ -137,7 +137,7 @@ def test_gradients_with_bfloat16_subnets():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(got)} == {"float32"}
 
 
-def test_it_goes_under_vmap_scan_and_pmap():
+def test_works_in_vmap_scan_and_pmap():
     plain, reversible = pair(steps=2, kernels=(3, 1))
     devices = jax.local_device_count()
     x = jnp.asarray(np.random.default_rng(3).normal(size=(devices, 2, 3, 3, 4)), jnp.float32)

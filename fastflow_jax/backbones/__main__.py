@@ -1,4 +1,4 @@
-"""Prints the backbones there are: python -m fastflow_jax.backbones."""
+"""Prints a table of the backbones: python -m fastflow_jax.backbones."""
 
 from fastflow_jax.backbones import listing
 

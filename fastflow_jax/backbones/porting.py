@@ -74,7 +74,7 @@ def port(
     wanted: Mapping[str, Slot],
     state: Mapping[str, np.ndarray],
     *,
-    may_hold: Callable[[str], bool],
+    is_known: Callable[[str], bool],
     title: str,
 ) -> dict:
     """The variables of a module, float32, from a timm state dict.
@@ -82,7 +82,7 @@ def port(
     Args:
       wanted: what the module needs, from `slots`.
       state: tensors by timm's names.
-      may_hold: whether a tensor that is not wanted belongs to the model nevertheless.
+      is_known: whether a tensor that is not wanted belongs to the model nevertheless.
       title: what the error says does not fit what.
 
     Raises:
@@ -93,7 +93,7 @@ def port(
     unknown = [
         name
         for name in state
-        if not (name in wanted or name.endswith(".num_batches_tracked") or may_hold(name))
+        if not (name in wanted or name.endswith(".num_batches_tracked") or is_known(name))
     ]
     misshapen = [
         name for name in wanted if name in state and state[name].shape != wanted[name].timm_shape

@@ -1,8 +1,8 @@
-"""Reads PyTorch's weight files with numpy, and runs nothing that stands in them.
+"""Reader of PyTorch's weight files that runs no code from them.
 
-A .pth file is a pickle, a small program that may call anything. Here its instructions are decoded
-by `pickletools` and obeyed only as far as building dicts, lists and tensors goes; it may name the
-few globals that a state dict needs and no other. Memory and time are bounded by the file's size.
+A .pth file is a pickle, a program that may call any function. `_Machine` executes only the
+instructions and the functions that a state dict needs. Memory and time are bounded by the size of
+the file.
 """
 
 import io
@@ -10,9 +10,9 @@ import math
 import mmap
 import pickletools
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,12 +33,18 @@ _DTYPES = {
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _MAX_INSTRUCTIONS = 300_000  # the largest state dicts have 30,000
+_Load = Callable[[str | int, np.dtype, int], np.ndarray]  # key, type and size of a storage
+
+
+def reason(error: Exception) -> str:
+    """Returns a short, printable description of the error that a damaged file caused."""
+    return ascii(str(error) or type(error).__name__)[1:200].rstrip("'\".")
 
 
 def read_torch(path: Path) -> Any:
-    """The object in a .pth or .pt file: dicts and lists, tensors as numpy arrays.
+    """Reads a .pth or .pt file: dicts, lists and plain values, with tensors as numpy arrays.
 
-    Reads the zip format of torch 1.6 and later and the format before it.
+    Reads the zip format of torch 1.6 and later, and the format before it.
 
     Raises:
       InputError: the file is damaged, or needs more than tensors, dicts and plain values.
@@ -46,23 +52,22 @@ def read_torch(path: Path) -> Any:
     try:
         if zipfile.is_zipfile(path):
             return _read_zip(path)
-        # Mapped, a read of more bytes than there are returns what there is and allocates no more.
+        # A read from mapped memory allocates at most what the file has, whatever its pickle claims.
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _read_legacy(data)
-    except Exception as error:  # whatever a hostile file provokes
-        reason = ascii(str(error) or type(error).__name__)[1:200].rstrip("'\"")
+    except Exception as error:  # a hostile file may cause any
         raise InputError(
-            f"{path}: cannot be read as PyTorch weights: {reason}. "
-            "If it was downloaded in full, save its state_dict alone, best as .safetensors."
+            f"{path} cannot be read as PyTorch weights: {reason(error)}. Download it again, or "
+            "save only its state_dict, best as .safetensors."
         ) from error
 
 
 def stored_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
-    """The members of a zip file that holds arrays as they are.
+    """Returns the members of a zip file without compression.
 
     Raises:
-      ValueError: a member is compressed, or they claim more bytes than the file has: either could
-        unpack to any size.
+      ValueError: a member is compressed, or the members claim more than `size` bytes together.
+        Either could unpack to any size.
     """
     members = {info.filename: info for info in archive.infolist()}
     for name, info in members.items():
@@ -78,68 +83,78 @@ def _read_zip(path: Path) -> Any:
         members = stored_members(archive, path.stat().st_size)
         pickles = [name for name in members if name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise ValueError("there is not one data.pkl in it")
+            raise ValueError("it must contain one data.pkl")
         folder = pickles[0].removesuffix("data.pkl")
         order = members.get(f"{folder}byteorder")
         if order is not None and archive.read(order) != b"little":
-            raise ValueError("its numbers are not little-endian")
-        storages = {}
+            raise ValueError("its numbers must be little-endian")
+        storages: dict[str | int, np.ndarray] = {}
 
-        def load(key: str, dtype: np.dtype, numel: int) -> np.ndarray:
+        def load(key: str | int, dtype: np.dtype, numel: int) -> np.ndarray:
             if key not in storages:
                 data = archive.read(members[f"{folder}data/{key}"])
                 storages[key] = np.frombuffer(data, dtype)
             return _checked(storages[key], key, dtype, numel)
 
-        return _obey(io.BytesIO(archive.read(pickles[0])), load)
+        return _Machine(load).run(io.BytesIO(archive.read(pickles[0])))
 
 
-def _read_legacy(file: mmap.mmap) -> Any:
-    """Magic number, protocol, system, the object, the keys of its storages, their bytes."""
-    storages = {}
+def _read_legacy(data: mmap.mmap) -> Any:
+    """Reads the pickles of the old format, and the bytes of the storages after them."""
+    storages: dict[str | int, np.ndarray] = {}
     total = 0
 
-    def nothing(key: str, dtype: np.dtype, numel: int) -> np.ndarray:
-        raise ValueError("a tensor stands where none may")
+    def refuse(key: str | int, dtype: np.dtype, numel: int) -> np.ndarray:
+        raise ValueError("it has a tensor in its header")
 
-    def load(key: str, dtype: np.dtype, numel: int) -> np.ndarray:
+    def load(key: str | int, dtype: np.dtype, numel: int) -> np.ndarray:
         nonlocal total
         if key not in storages:
             total += numel * dtype.itemsize
-            if total > len(file):
+            if total > len(data):
                 raise ValueError("its tensors claim more bytes than the file has")
             storages[key] = np.empty(numel, dtype)  # filled below; tensors are views of it
         return _checked(storages[key], key, dtype, numel)
 
-    if _obey(file, nothing) != _LEGACY_MAGIC:
-        raise ValueError("it does not begin as such a file does")
-    _obey(file, nothing)  # protocol
-    if _obey(file, nothing).get("little_endian") is not True:
-        raise ValueError("its numbers are not little-endian")
-    loaded = _obey(file, load)
-    for key in _obey(file, nothing):
-        storage = storages.pop(_text(key))
-        numel = int.from_bytes(file.read(8), "little")
-        data = file.read(storage.nbytes)
-        if numel != storage.size or len(data) != storage.nbytes:
-            raise ValueError("it ends too early; was it downloaded in full?")
-        storage[:] = np.frombuffer(data, storage.dtype)
+    def unpickle(load: _Load = refuse) -> Any:
+        return _Machine(load).run(cast(BinaryIO, data))
+
+    if unpickle() != _LEGACY_MAGIC:
+        raise ValueError("it does not begin with PyTorch's magic number")
+    unpickle()  # version of the format
+    if unpickle().get("little_endian") is not True:
+        raise ValueError("its numbers must be little-endian")
+    loaded = unpickle(load)
+    for key in unpickle():
+        storage = storages.pop(_checked_key(key))
+        numel = int.from_bytes(data.read(8), "little")
+        content = data.read(storage.nbytes)
+        if numel != storage.size or len(content) != storage.nbytes:
+            raise ValueError("it ends too early")
+        storage[:] = np.frombuffer(content, storage.dtype)
     if storages:
         raise ValueError(f"the numbers of {len(storages)} tensors are missing")
     return loaded
 
 
-def _checked(storage: np.ndarray, key: str, dtype: np.dtype, numel: int) -> np.ndarray:
+def _checked(storage: np.ndarray, key: str | int, dtype: np.dtype, numel: int) -> np.ndarray:
     if storage.dtype != dtype or storage.size != numel:
-        raise ValueError(f"storage {key!r} has {storage.size} numbers, {numel} are claimed")
+        raise ValueError(f"storage {key!r} has {storage.size} numbers instead of {numel}")
     return storage
+
+
+def _checked_key(key: Any) -> str | int:
+    # The hash of a deeply nested tuple overflows the C stack and ends the process.
+    if not isinstance(key, (str, int)):
+        raise ValueError("a key is neither text nor a number")
+    return key
 
 
 def _rebuild_tensor(
     storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> np.ndarray:
     if not (isinstance(storage, np.ndarray) and len(size) == len(stride) <= 8):
-        raise ValueError("a tensor is built of something else")
+        raise ValueError("a tensor needs a storage and at most eight axes")
     if min((offset, *size, *stride)) < 0 or math.prod(size) > storage.size:
         raise ValueError("a tensor is larger than its storage")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
@@ -151,15 +166,12 @@ def _rebuild_tensor(
     return np.lib.stride_tricks.as_strided(storage[offset:], size, steps)
 
 
-def _ordered_dict(pairs: list = ()) -> dict:
-    """Python 2 wrote an OrderedDict as its list of pairs."""
-    target: dict = {}
-    for key, value in pairs:
-        _set_items(target, [key, value])
-    return target
+def _ordered_dict(pairs: Sequence = ()) -> dict:
+    """Returns a dict of (key, value) pairs, as Python 2 pickled an OrderedDict."""
+    return {_checked_key(key): value for key, value in pairs}
 
 
-# The globals that a state dict needs, and what stands for them here.
+# The functions and types that a state dict needs, and their replacements.
 _GLOBALS = {
     "collections OrderedDict": _ordered_dict,
     "torch._utils _rebuild_tensor": _rebuild_tensor,
@@ -170,98 +182,108 @@ _GLOBALS = {
 }
 
 
-def _text(key: Any) -> str | int:
-    # Hashing a tuple nested a million deep overflows the stack, so keys are plain.
-    if not isinstance(key, (str, int)):
-        raise ValueError("a key is neither text nor a number")
-    return key
+class _Machine:
+    """Interpreter of the pickle instructions that a state dict needs.
+
+    `pickle.Unpickler` with `find_class` and `persistent_load` would not bound a hostile file: a
+    nested tuple as the key of a dict ends the process (see `_checked_key`), a memo index of 2**27
+    takes 2 GB, a length of bytes is allocated before it is read, and BUILD and SETITEM may change
+    any object, such as a tensor or a dtype of numpy.
+    """
+
+    def __init__(self, load: _Load):
+        self.load = load
+        self.stack: list = []
+        self.marked: list[list] = []  # the stacks below each mark
+        self.memo: dict[int, Any] = {}
+        self.n_pairs = 0  # of all OrderedDicts; a short file can pass one list many times
+
+    def run(self, file: BinaryIO) -> Any:
+        """Returns the object of the next pickle in the file."""
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            if count == _MAX_INSTRUCTIONS:
+                raise ValueError("its pickle is too long for weights")
+            if opcode.name == "STOP":
+                return self.stack.pop()
+            if opcode.name not in _INSTRUCTIONS:
+                raise ValueError(f"its pickle has the instruction {opcode.name}, which is refused")
+            _INSTRUCTIONS[opcode.name](self, argument)
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop(self, n: int) -> list:
+        return [self.stack.pop() for _ in range(n)][::-1]
+
+    def mark(self, _: None) -> None:
+        self.marked.append(self.stack)
+        self.stack = []
+
+    def pop_to_mark(self) -> list:
+        items, self.stack = self.stack, self.marked.pop()
+        return items
+
+    def put(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def extend(self, items: list) -> None:
+        if not isinstance(self.stack[-1], list):
+            raise ValueError("it appends to an object that is not a list")
+        self.stack[-1].extend(items)
+
+    def set_items(self, items: list) -> None:
+        if not isinstance(self.stack[-1], dict):
+            raise ValueError("it sets an item of an object that is not a dict")
+        self.stack[-1].update(zip(map(_checked_key, items[::2]), items[1::2], strict=True))
+
+    def push_global(self, name: str) -> None:
+        if name not in _GLOBALS:
+            raise ValueError(f"it names {name.replace(' ', '.')}, which is not allowed")
+        self.push(_GLOBALS[name])
+
+    def call(self, _: None) -> None:
+        function, arguments = self.pop(2)
+        if not any(function is allowed for allowed in _GLOBALS.values()):
+            raise ValueError("it calls an object that is not a function")
+        if function is _ordered_dict:
+            self.n_pairs += sum(map(len, arguments))
+            if self.n_pairs > _MAX_INSTRUCTIONS:
+                raise ValueError("its dicts are too large for weights")
+        self.push(function(*arguments))
+
+    def push_storage(self, _: None) -> None:
+        kind, dtype, key, _, numel, *view = self.stack.pop()
+        if kind != "storage" or not isinstance(dtype, np.dtype) or any(view):
+            raise ValueError("it refers to an object that is not the storage of a tensor")
+        self.push(self.load(_checked_key(key), dtype, numel))
 
 
-def _set_items(target: Any, items: list) -> None:
-    if not isinstance(target, dict):
-        raise ValueError("it sets an item of something that is no dict")
-    target.update(zip(map(_text, items[::2]), items[1::2], strict=True))
-
-
-def _extend(target: Any, items: list) -> None:
-    if not isinstance(target, list):
-        raise ValueError("it appends to something that is no list")
-    target.extend(items)
-
-
-def _obey(file: BinaryIO, load: Callable[[str, np.dtype, int], np.ndarray]) -> Any:
-    """Runs the next pickle in the file; `load` gives the storage of a key."""
-    stack: list = []
-    marked: list[list] = []  # the stacks below each mark
-    memo: dict[int, Any] = {}
-    pairs = 0  # that OrderedDicts were made of: one list can be handed in any number of times
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if count == _MAX_INSTRUCTIONS:
-            raise ValueError("its pickle is too long for weights")
-        match opcode.name:
-            case "PROTO":
-                pass
-            case "STOP":
-                return stack.pop()
-            case "MARK":
-                marked.append(stack)
-                stack = []
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
-                stack.append(argument)
-            case "BINUNICODE" | "BINSTRING" | "SHORT_BINSTRING":
-                stack.append(argument)
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                n = int(opcode.name[-1])
-                stack[-n:] = [tuple(stack[-n:])]
-            case "TUPLE":
-                items, stack = stack, marked.pop()
-                stack.append(tuple(items))
-            case "EMPTY_LIST":
-                stack.append([])
-            case "APPEND":
-                item = stack.pop()
-                _extend(stack[-1], [item])
-            case "APPENDS":
-                items, stack = stack, marked.pop()
-                _extend(stack[-1], items)
-            case "EMPTY_DICT":
-                stack.append({})
-            case "SETITEM":
-                items = [stack.pop(-2), stack.pop()]
-                _set_items(stack[-1], items)
-            case "SETITEMS":
-                items, stack = stack, marked.pop()
-                _set_items(stack[-1], items)
-            case "GLOBAL":
-                if argument not in _GLOBALS:
-                    raise ValueError(f"it names {argument.replace(' ', '.')}, which is not allowed")
-                stack.append(_GLOBALS[argument])
-            case "REDUCE":
-                arguments = stack.pop()
-                function = stack.pop()
-                if not any(function is allowed for allowed in _GLOBALS.values()):
-                    raise ValueError("it calls something that is no global")
-                if function is _ordered_dict:
-                    pairs += sum(map(len, arguments))
-                    if pairs > _MAX_INSTRUCTIONS:
-                        raise ValueError("its dicts are too large for weights")
-                stack.append(function(*arguments))
-            case "BUILD":  # attributes of an OrderedDict, such as the versions of modules
-                stack.pop()
-            case "BINPERSID":
-                kind, dtype, key, _, numel, *view = stack.pop()
-                if kind != "storage" or not isinstance(dtype, np.dtype) or any(view):
-                    raise ValueError("it holds something else than the storage of a tensor")
-                stack.append(load(_text(key), dtype, numel))
-            case name:
-                raise ValueError(f"its pickle has an instruction {name}, which weights never need")
+_PUSH = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
+_PUSH += ("BINUNICODE", "BINSTRING", "SHORT_BINSTRING")
+_INSTRUCTIONS: dict[str, Callable[[_Machine, Any], object]] = {
+    "PROTO": lambda machine, _: None,
+    "MARK": _Machine.mark,
+    "BINPUT": _Machine.put,
+    "LONG_BINPUT": _Machine.put,
+    "BINGET": lambda machine, index: machine.push(machine.memo[index]),
+    "LONG_BINGET": lambda machine, index: machine.push(machine.memo[index]),
+    **dict.fromkeys(_PUSH, _Machine.push),
+    "NONE": lambda machine, _: machine.push(None),
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "TUPLE1": lambda machine, _: machine.push(tuple(machine.pop(1))),
+    "TUPLE2": lambda machine, _: machine.push(tuple(machine.pop(2))),
+    "TUPLE3": lambda machine, _: machine.push(tuple(machine.pop(3))),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_to_mark())),
+    "APPEND": lambda machine, _: machine.extend(machine.pop(1)),
+    "APPENDS": lambda machine, _: machine.extend(machine.pop_to_mark()),
+    "SETITEM": lambda machine, _: machine.set_items(machine.pop(2)),
+    "SETITEMS": lambda machine, _: machine.set_items(machine.pop_to_mark()),
+    "GLOBAL": _Machine.push_global,
+    "REDUCE": _Machine.call,
+    "BUILD": lambda machine, _: machine.pop(1),  # attributes, such as versions of modules
+    "BINPERSID": _Machine.push_storage,
+}

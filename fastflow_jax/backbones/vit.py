@@ -1,9 +1,11 @@
-"""Vision transformers: ViT, https://arxiv.org/abs/2010.11929, DeiT, https://arxiv.org/abs/2012.12877,
-and DINOv2, https://arxiv.org/abs/2304.07193.
+"""Vision transformers: ViT (arXiv 2010.11929), DeiT (2012.12877), DINOv2 (2304.07193), CaiT.
+
+CaiT (class attention in image transformers, arXiv 2103.17239) has only its self-attention blocks
+here; its class token is added after them.
 """
 
 import functools
-from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,6 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastflow_jax.backbones.convolution import Conv
+from fastflow_jax.backbones.spec import (
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Architecture,
+    Maps,
+    Spec,
+)
 from fastflow_jax.errors import InputError
 
 Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.zeros)
@@ -18,7 +28,7 @@ LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6)
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, H, W, 3] -> one token a patch, [B, H / patch, W / patch, C]."""
+    """Convolution of each patch: images [B, H, W, 3] -> tokens [B, H / patch, W / patch, C]."""
 
     patch: int
     width: int
@@ -26,10 +36,11 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        if images.shape[1] % self.patch or images.shape[2] % self.patch:
+        height, width = images.shape[1:3]
+        if height % self.patch or width % self.patch:
             raise InputError(
-                f"images of {images.shape[1]}x{images.shape[2]} do not divide into patches of "
-                f"{self.patch}: choose an image_size of multiples of {self.patch}"
+                f"Images of {height}x{width} cannot be divided into patches of {self.patch}. "
+                f"Choose an image_size of multiples of {self.patch}."
             )
         conv = Conv(
             self.width, self.patch, self.patch, 0, use_bias=True, dtype=self.dtype, name="proj"
@@ -38,6 +49,8 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two dense layers with GELU between them, on tokens [B, N, C]."""
+
     dtype: jnp.dtype
 
     @nn.compact
@@ -46,21 +59,51 @@ class Mlp(nn.Module):
         return Dense(x.shape[-1], dtype=self.dtype, name="fc2")(nn.gelu(y, approximate=False))
 
 
+class MixHeads(nn.Module):
+    """Linear layer over the heads of [heads, B, queries, keys]."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        heads = x.shape[0]
+        kernel = self.param("kernel", nn.initializers.zeros, (heads, heads)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (heads,)).astype(self.dtype)
+        return jnp.einsum("hbqk,hg->gbqk", x, kernel) + bias.reshape(-1, 1, 1, 1)
+
+
 class Attention(nn.Module):
+    """Self-attention of tokens [B, N, C].
+
+    Attributes:
+      heads: number of heads.
+      dtype: type of the computation.
+      talking: whether heads are mixed before and after the softmax (talking heads, arXiv
+        2003.02436).
+    """
+
     heads: int
     dtype: jnp.dtype
+    talking: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, n, c = x.shape
         qkv = Dense(3 * c, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, c // self.heads), 2, 0)
-        x = jax.nn.dot_product_attention(q, k, v).reshape(b, n, c)
-        return Dense(c, dtype=self.dtype, name="proj")(x)
+        if self.talking:
+            # The heads are the first axis, so that mixing them is one matrix product.
+            attention = jnp.einsum("bqhd,bkhd->hbqk", q * (c // self.heads) ** -0.5, k)
+            attention = nn.softmax(MixHeads(self.dtype, name="proj_l")(attention))
+            attention = MixHeads(self.dtype, name="proj_w")(attention)
+            x = jnp.einsum("hbqk,bkhd->bqhd", attention, v)
+        else:
+            x = jax.nn.dot_product_attention(q, k, v)
+        return Dense(c, dtype=self.dtype, name="proj")(x.reshape(b, n, c))
 
 
 class LayerScale(nn.Module):
-    """A learned gain for each channel, https://arxiv.org/abs/2103.17239."""
+    """Learned scale of each channel, https://arxiv.org/abs/2103.17239."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -69,6 +112,8 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
+    """Transformer block, with a learned scale of each residual if `layer_scale`."""
+
     heads: int
     layer_scale: bool
     dtype: jnp.dtype
@@ -83,17 +128,38 @@ class Block(nn.Module):
         return x + (LayerScale(name="ls2")(y) if self.layer_scale else y)
 
 
+class CaiTBlock(nn.Module):
+    """Transformer block with talking heads and a learned scale of each residual."""
+
+    heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gamma_1, gamma_2 = (
+            self.param(name, nn.initializers.ones, (x.shape[-1],)).astype(x.dtype).reshape(1, 1, -1)
+            for name in ("gamma_1", "gamma_2")
+        )
+        y = LayerNorm(dtype=self.dtype, name="norm1")(x)
+        x += gamma_1 * Attention(self.heads, self.dtype, talking=True, name="attn")(y)
+        y = LayerNorm(dtype=self.dtype, name="norm2")(x)
+        return x + gamma_2 * Mlp(self.dtype, name="mlp")(y)
+
+
 def resize_positions(
     positions: jax.Array, height: int, width: int, antialias: bool = True
 ) -> jax.Array:
-    """Position embeddings of a square grid, [1, n * n, C], for another grid: [1, height, width, C].
+    """Interpolates the position embeddings of a square grid for another grid.
 
     Args:
-      positions: of the patches, without those of class tokens.
-      height: patches of the new grid in a column.
-      width: and in a row.
-      antialias: resize as timm does; False as torch's plain bicubic does, which reads four points
-        however much smaller the new grid is.
+      positions: embeddings of the patches, without class tokens, [1, n * n, C].
+      height: number of rows of the new grid.
+      width: number of columns of the new grid.
+      antialias: whether to resize as timm does; False for torch's bicubic interpolation, which
+        reads four points at any scale.
+
+    Returns:
+      The embeddings [1, height, width, C].
     """
     side = round(positions.shape[1] ** 0.5)
     grid = positions.reshape(side, side, -1)
@@ -106,12 +172,12 @@ def resize_positions(
 
 
 def _cubic(old: int, new: int) -> np.ndarray:
-    """Bicubic interpolation of a row as torch has it (a = -0.75, edges repeated): [new, old]."""
-    places = (np.arange(new) + 0.5) * old / new - 0.5
-    first = np.floor(places).astype(int)
+    """Torch's bicubic interpolation of a row (a = -0.75, edges repeated) as a matrix [new, old]."""
+    centres = (np.arange(new) + 0.5) * old / new - 0.5
+    first = np.floor(centres).astype(int)
     matrix = np.zeros((new, old), np.float32)
     for tap in (-1, 0, 1, 2):
-        t = np.abs(places - (first + tap))
+        t = np.abs(centres - (first + tap))
         near = 1.25 * t**3 - 2.25 * t**2 + 1
         far = -0.75 * (t**3 - 5 * t**2 + 8 * t - 4)
         column = np.clip(first + tap, 0, old - 1)
@@ -119,119 +185,133 @@ def _cubic(old: int, new: int) -> np.ndarray:
     return matrix
 
 
-class ViT(nn.Module):
-    """Images [B, H, W, 3] -> a map [B, H / patch, W / patch, C] for each of `layers`.
+class ViT(Architecture):
+    """Vision transformer with its blocks "blocks.0", "blocks.1", ... as layers.
 
-    A layer is a block, "blocks.0" to "blocks.11"; its map is its patch tokens through the model's
-    own final norm. Computes up to the last of `layers`. Sides are multiples of the patch.
+    A feature map has the patch tokens of a block after the final norm of the model. Height and
+    width of the images must be multiples of `patch`.
+
+    Attributes:
+      depth: number of blocks.
+      width: number of channels.
+      heads: number of attention heads.
+      patch: side of a patch, in pixels.
+      native: side of the images of the position embeddings, in pixels.
+      tokens: names of the tokens in front of the patches.
+      layer_scale: see `Block`.
+      is_cait: whether the blocks are `CaiTBlock`.
+      antialias: see `resize_positions`.
     """
 
-    spec: "ViTSpec"
-    layers: tuple[str, ...]
-    antialias: bool = True  # see `resize_positions`
-    dtype: jnp.dtype = jnp.float32  # of the computation; maps are float32
+    depth: int = 12
+    width: int = 192
+    heads: int = 3
+    patch: int = 16
+    native: int = 224
+    tokens: tuple[str, ...] = ("cls_token",)
+    layer_scale: bool = False
+    is_cait: bool = False
+    antialias: bool = True
+
+    @property
+    def maps(self) -> Maps:
+        return {f"blocks.{i}": (self.width, self.patch) for i in range(self.depth)}
 
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, ...]:
-        spec = self.spec
         zeros = nn.initializers.zeros
-        x = PatchEmbed(spec.patch, spec.width, self.dtype, name="patch_embed")(images)
+        x = PatchEmbed(self.patch, self.width, self.dtype, name="patch_embed")(images)
         b, h, w, c = x.shape
 
-        names = ("cls_token", "dist_token") if spec.distilled else ("cls_token",)
-        tokens = jnp.concatenate([self.param(name, zeros, (1, 1, c)) for name in names], axis=1)
-        n = (spec.native // spec.patch) ** 2
-        positions = self.param("pos_embed", zeros, (1, len(names) + n, c))
-        tokens = (tokens + positions[:, : len(names)]).astype(x.dtype)
-        positions = resize_positions(positions[:, len(names) :], h, w, self.antialias)
-        x = (x + positions.astype(x.dtype)).reshape(b, h * w, c)
-        x = jnp.concatenate([jnp.broadcast_to(tokens, (b, *tokens.shape[1:])), x], axis=1)
+        n_tokens, n_patches = len(self.tokens), (self.native // self.patch) ** 2
+        tokens = [self.param(name, zeros, (1, 1, c)) for name in self.tokens]
+        positions = self.param("pos_embed", zeros, (1, n_tokens + n_patches, c))
+        resized = resize_positions(positions[:, n_tokens:], h, w, self.antialias)
+        x = (x + resized.astype(x.dtype)).reshape(b, h * w, c)
+        if tokens:
+            first = (jnp.concatenate(tokens, axis=1) + positions[:, :n_tokens]).astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(first, (b, *first.shape[1:])), x], axis=1)
 
         norm = LayerNorm(dtype=self.dtype, name="norm")
         maps = {}
-        for i, layer in enumerate(spec.maps):
-            x = Block(spec.heads, spec.layer_scale, self.dtype, name=f"blocks_{i}")(x)
+        for i, layer in enumerate(self.maps):
+            if self.is_cait:
+                x = CaiTBlock(self.heads, self.dtype, name=f"blocks_{i}")(x)
+            else:
+                x = Block(self.heads, self.layer_scale, self.dtype, name=f"blocks_{i}")(x)
             if layer in self.layers:
-                patches = norm(x)[:, len(names) :]
+                patches = norm(x)[:, n_tokens:]
                 maps[layer] = patches.reshape(b, h, w, c).astype(jnp.float32)
             if len(maps) == len(self.layers):
                 break
         return tuple(maps[layer] for layer in self.layers)
 
 
-@dataclass(frozen=True)
-class ViTSpec:
-    """A vision transformer by timm's name, and FastFlow's use of it."""
-
-    name: str
-    tag: str  # of the weights: timm/<name>.<tag> on the hub
-    parameters: int  # of the whole classifier
-    width: int
-    heads: int
-    patch: int = 16
-    native: int = 224  # side of the images that the position embeddings are for
-    distilled: bool = False
-    layer_scale: bool = False
-    image_size: tuple[int, int] = (224, 224)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    layers: tuple[str, ...] = ("blocks.7",)
-    package: str | None = None  # none on PyPI holds the weights
-    # What a file holds after the last layer, and DINOv2's token of masked patches.
-    unused: tuple[str, ...] = ("head.", "head_dist.", "mask_token")
-
-    @property
-    def flow(self) -> dict:
-        """FastFlow's settings for this backbone, whose own last norm stands before the flow."""
-        return {"norm": "none", "steps": 20, "kernels": (3, 1), "hidden_ratio": 0.16}
-
-    @property
-    def maps(self) -> dict[str, tuple[int, int]]:
-        """Channels and stride of each layer that can be asked for, in order of depth."""
-        return {f"blocks.{i}": (self.width, self.patch) for i in range(12)}
-
-    def module(self, layers: tuple[str, ...], dtype: jnp.dtype = jnp.float32) -> ViT:
-        return ViT(self, layers, dtype=dtype)
-
-    def timm_name(self, name: str) -> str:
-        """The name in timm of a tensor in a weight file: itself."""
-        return name
+_AUGREG = "augreg_in21k_ft_in1k"
 
 
-def _family(name: str, tag: str, parameters: tuple[int, ...], **fields) -> tuple[ViTSpec, ...]:
-    """The tiny, small and base of a model, as many as there are parameters, base last."""
-    sizes = (("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12))[-len(parameters) :]
-    return tuple(
-        ViTSpec(name.format(size), tag, count, width, heads, **fields)
-        for (size, width, heads), count in zip(sizes, parameters, strict=True)
+def _spec(
+    name: str, tag: str, parameters: int, size: int, *, layer: str = "blocks.7", **fields: Any
+) -> Spec:
+    """Specification for images of size x size; `fields` are those of `ViT`."""
+    architecture = ViT(**{"native": size} | fields)
+    of_cait = ("cls_token", "blocks_token_only.", "head.")
+    return Spec(
+        name=name,
+        tag=tag,
+        parameters=parameters,
+        architecture=architecture,
+        layers=(layer,),
+        image_size=(size, size),
+        # The feature maps are normalised already, by the final norm of the model.
+        flow={"norm": "none", "steps": 20, "kernels": (3, 1), "hidden_ratio": 0.16},
+        mean=HALF if tag == _AUGREG else IMAGENET_MEAN,
+        std=HALF if tag == _AUGREG else IMAGENET_STD,
+        unused=of_cait if architecture.is_cait else ("head.", "head_dist.", "mask_token"),
     )
 
 
-_AT_384 = {"native": 384, "image_size": (384, 384)}
-_HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-_AUGREG = "augreg_in21k_ft_in1k"
+def _family(
+    name: str, tag: str, size: int, parameters: tuple[int, ...], **fields: Any
+) -> list[Spec]:
+    """Specifications of the tiny, small and base model, or only of the last of these."""
+    sizes = (("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12))[-len(parameters) :]
+    return [
+        _spec(name.format(model), tag, count, size, width=width, heads=heads, **fields)
+        for (model, width, heads), count in zip(sizes, parameters, strict=True)
+    ]
+
+
+_DEIT, _DISTILLED = "fb_in1k", {"tokens": ("cls_token", "dist_token")}
+_DINO = {"patch": 14, "native": 518, "layer_scale": True}
 
 VITS = (
-    *_family("deit_{}_patch16_224", "fb_in1k", (5_717_416, 22_050_664, 86_567_656)),
-    *_family("deit_{}_patch16_384", "fb_in1k", (86_859_496,), **_AT_384),
+    *_family("deit_{}_patch16_224", _DEIT, 224, (5_717_416, 22_050_664, 86_567_656)),
+    *_family("deit_{}_patch16_384", _DEIT, 384, (86_859_496,)),
     *_family(
-        "deit_{}_distilled_patch16_224",
-        "fb_in1k",
-        (5_910_800, 22_436_432, 87_338_192),
-        distilled=True,
+        *("deit_{}_distilled_patch16_224", _DEIT, 224, (5_910_800, 22_436_432, 87_338_192)),
+        **_DISTILLED,
     ),
-    *_family("deit_{}_distilled_patch16_384", "fb_in1k", (87_630_032,), distilled=True, **_AT_384),
-    *_family("vit_{}_patch16_224", _AUGREG, (5_717_416, 22_050_664, 86_567_656), **_HALF),
-    *_family(
-        "vit_{}_patch16_384", _AUGREG, (5_790_376, 22_196_584, 86_859_496), **_HALF, **_AT_384
-    ),
-    *_family(
-        "vit_{}_patch14_dinov2",
-        "lvd142m",
-        (22_056_192, 86_579_712),
-        patch=14,
-        native=518,
-        layer_scale=True,
-        image_size=(252, 252),
-    ),
+    *_family("deit_{}_distilled_patch16_384", _DEIT, 384, (87_630_032,), **_DISTILLED),
+    *_family("vit_{}_patch16_224", _AUGREG, 224, (5_717_416, 22_050_664, 86_567_656)),
+    *_family("vit_{}_patch16_384", _AUGREG, 384, (5_790_376, 22_196_584, 86_859_496)),
+    *_family("vit_{}_patch14_dinov2", "lvd142m", 252, (22_056_192, 86_579_712), **_DINO),
+)
+
+
+CAITS = tuple(
+    _spec(
+        *(name, "fb_dist_in1k", parameters, size),
+        layer=layer,
+        depth=depth,
+        width=width,
+        heads=heads,
+        tokens=(),
+        is_cait=True,
+    )
+    for name, parameters, size, layer, depth, width, heads in (
+        ("cait_xxs24_224", 11_956_264, 224, "blocks.20", 24, 192, 4),
+        ("cait_s24_224", 46_916_200, 224, "blocks.20", 24, 384, 8),
+        ("cait_m48_448", 356_460_520, 448, "blocks.40", 48, 768, 16),
+    )
 )

@@ -140,7 +140,7 @@ def test_folded_batch_norm_changes_nothing(name):
     state = seeded_state(name, layer)
     module = spec.module(layer)
     slots = porting.slots(module, spec.image_size)
-    variables = porting.port(slots, state, may_hold=lambda _: False, title="")
+    variables = porting.port(slots, state, is_known=lambda _: False, title="")
     folded, without = convolution.fold_batch_norm(module, variables)
     assert set(without) == {"params"}
     images = seeded_images(32, 48)

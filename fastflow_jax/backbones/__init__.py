@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,8 @@ class Backbone:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(module: Architecture, variables: dict, images: jax.Array) -> tuple[jax.Array, ...]:
-    return module.apply(variables, images)
+    maps: Any = module.apply(variables, images)
+    return maps
 
 
 def create_backbone(

@@ -1,4 +1,6 @@
-"""Convolution and batch norm of the frozen backbones, and batch norm folded away."""
+"""Convolution and batch norm of the frozen backbones, and folding of batch norm."""
+
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -7,18 +9,18 @@ import numpy as np
 from jax import lax
 
 from fastflow_jax import parallel
+from fastflow_jax.backbones.spec import Architecture
 
 Array = jax.Array
-Padding = str | int  # "SAME" as TensorFlow has it, or as many zeros on every side as torch adds
+Padding = Literal["SAME"] | int  # TensorFlow's padding, or zeros on each side as in torch
 
 
 def convolve(x: Array, kernel: Array, stride: int, padding: Padding, groups: int) -> Array:
     """2-D convolution, [B, H, W, C] with [k, k, C / groups, D] -> [B, h, w, D].
 
-    The one place that knows how a backend likes its convolutions. XLA's CPU code is slow where few
-    numbers meet in one product: a depthwise convolution is 4 to 30 times faster as a sum of
-    shifted slices, which XLA fuses into one loop, and a 1x1 convolution of few channels up to 6
-    times as a matrix product.
+    On a CPU, XLA's convolutions of few channels are slow. There a depthwise convolution is computed
+    as a sum of shifted slices, 4 to 30 times faster, and a 1x1 convolution as a matrix product, up
+    to 6 times faster.
     """
     on_cpu = parallel.on_cpu()
     k = kernel.shape[0]
@@ -30,14 +32,14 @@ def convolve(x: Array, kernel: Array, stride: int, padding: Padding, groups: int
         x,
         kernel,
         window_strides=(stride, stride),
-        padding=padding if padding == "SAME" else [(padding, padding)] * 2,
+        padding="SAME" if padding == "SAME" else [(padding, padding)] * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
 
 
 def _sum_of_shifts(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """A depthwise convolution, tap by tap; kernel [k, k, 1, C]."""
+    """Depthwise convolution as a sum over the taps of the kernel [k, k, 1, C]."""
     k = kernel.shape[0]
     if padding == "SAME":
         pads = lax.padtype_to_pads(x.shape[1:3], (k, k), (stride, stride), "SAME")
@@ -45,7 +47,7 @@ def _sum_of_shifts(x: Array, kernel: Array, stride: int, padding: Padding) -> Ar
         pads = [(padding, padding)] * 2
     x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
     height, width = (x.shape[1] - k) // stride + 1, (x.shape[2] - k) // stride + 1
-    total = 0.0
+    total = jnp.zeros((), x.dtype)
     for i in range(k):
         for j in range(k):
             rows = slice(i, i + (height - 1) * stride + 1, stride)
@@ -55,7 +57,7 @@ def _sum_of_shifts(x: Array, kernel: Array, stride: int, padding: Padding) -> Ar
 
 
 class Conv(nn.Module):
-    """`nn.Conv` for square kernels, by way of `convolve`; zero until weights are loaded."""
+    """`nn.Conv` with a square kernel by `convolve`; initialised with zeros."""
 
     features: int
     kernel_size: int
@@ -91,21 +93,20 @@ def conv_norm(
     folded: bool = False,
     dtype: jnp.dtype = jnp.float32,
 ) -> Array:
-    """A convolution and its batch norm, under the two names they have in timm.
-
-    To be called in the compact method of a module, to which both then belong.
+    """Convolution and batch norm as submodules of the calling compact module.
 
     Args:
       x: [B, H, W, C].
-      features: channels of the result.
+      features: number of output channels.
       kernel_size: side of the kernel.
-      stride: in both directions.
-      names: of the convolution and of the batch norm.
-      epsilon: of the batch norm.
-      same: pad as TensorFlow's "SAME" does, which is lopsided at stride 2; else as torch does.
-      groups: of channels; C of them make a depthwise convolution.
-      folded: there is no batch norm any more, see `fold_batch_norm`.
-      dtype: of the computation.
+      stride: stride in both directions.
+      names: timm's names of the convolution and of the batch norm.
+      epsilon: epsilon of the batch norm.
+      same: whether to pad as TensorFlow's "SAME", which is asymmetric at stride 2, instead of as
+        torch.
+      groups: number of groups of channels; C for a depthwise convolution.
+      folded: whether batch norm is folded into the convolution, see `fold_batch_norm`.
+      dtype: type of the computation.
     """
     conv, norm = names
     padding = "SAME" if same else kernel_size // 2
@@ -115,17 +116,17 @@ def conv_norm(
     return nn.BatchNorm(use_running_average=True, epsilon=epsilon, dtype=dtype, name=norm)(x)
 
 
-def fold_batch_norm(module: nn.Module, variables: dict) -> tuple[nn.Module, dict]:
-    """The same function without batch norm: its scale goes into the kernel before it.
+def fold_batch_norm(module: Architecture, variables: dict) -> tuple[Architecture, dict]:
+    """Folds each batch norm into the convolution before it; the function stays the same.
 
     Args:
       module: a backbone with a field `folded`.
-      variables: "params" and "batch_stats" of it, numpy arrays.
+      variables: its "params" and "batch_stats", numpy arrays.
 
     Returns:
       The module with `folded` set, and its variables.
     """
-    pairs = []  # paths of each convolution and of the batch norm called right after it
+    pairs: list[list[Any]] = []  # (path of the convolution, path and epsilon of its batch norm)
 
     def note(call, args, kwargs, context):
         if isinstance(context.module, Conv):

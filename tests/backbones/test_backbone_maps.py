@@ -1,4 +1,4 @@
-"""Feature maps equal timm's, folded or not, whatever layers are asked for."""
+"""Feature maps equal timm's, with and without folding, for any layers."""
 
 import functools
 import importlib.util
@@ -26,7 +26,7 @@ unusual = pytest.mark.skipif(
 )
 GOLDENS = np.load(Path(__file__).parents[1] / "goldens" / "backbones.npz")
 
-# One of each kind; FASTFLOW_ALL_BACKBONES=1 tests all, which takes ten minutes.
+# One of each family; FASTFLOW_ALL_BACKBONES=1 tests all, which takes ten minutes.
 USUAL = {
     "resnet18": ("256x256", "192x320"),
     "wide_resnet50_2": ("256x256", "192x320"),
@@ -41,13 +41,13 @@ CASES = [
     for name, size in dict.fromkeys(tuple(key.split("/")[:2]) for key in GOLDENS.files)
 ]
 
-TOLERANCE = 2e-5  # of the largest number of a map; what float32 leaves is 2e-6
+TOLERANCE = 2e-5  # relative to the largest number of a map; the error of float32 is 2e-6
 HAS_TIMM = all(importlib.util.find_spec(m) for m in ("torch", "torchvision", "timm"))
 
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
-    """A backbone of seeded numbers, by name; each is made once and the last few are kept."""
+    """Backbone with seeded numbers, by name; the last three are cached."""
 
     @functools.lru_cache(3)
     def create(name):
@@ -63,7 +63,7 @@ def backbone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def maps(backbone):
-    """Its maps of the seeded images of a size; each is compiled once."""
+    """Feature maps of seeded images, by backbone and image size; the last eight are cached."""
     return functools.lru_cache(8)(
         lambda name, size: [np.asarray(m) for m in backbone(name)(seeded_images(*size))]
     )
@@ -77,7 +77,7 @@ def parse(size: str) -> tuple[int, int]:
 @pytest.mark.filterwarnings("ignore")  # torch's
 @pytest.mark.parametrize(("name", "size"), CASES)
 def test_equals_timm(maps, name, size):
-    """A few channels and places against what timm gave, then all against timm if it is here."""
+    """Compares samples with stored maps of timm, and whole maps with timm if it is installed."""
     layers = BACKBONES[name].layers
     ours = maps(name, parse(size))
     for layer, picked in zip(layers, sample(ours), strict=True):
@@ -92,8 +92,8 @@ def test_equals_timm(maps, name, size):
 @pytest.mark.skipif(not HAS_TIMM, reason="timm, the oracle, needs torch")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name != "pixels"])
-def test_spec_is_timm_s(name):
-    """Every tensor with its shape, the heads, the normalisation of the tag."""
+def test_spec_equals_timm(name):
+    """Compares shapes of all tensors, attention heads, normalisation and input size."""
     timm = import_timm()
     import torch
 
@@ -107,15 +107,15 @@ def test_spec_is_timm_s(name):
     assert {key: slot.timm_shape for key, slot in whole.items()} == {
         key: shape for key, shape in theirs.items() if key not in rest
     }
-    if hasattr(spec, "heads"):
-        assert model.blocks[0].attn.num_heads == spec.heads
+    if isinstance(spec.architecture, vit.ViT):
+        assert model.blocks[0].attn.num_heads == spec.architecture.heads
         assert model.norm.eps == vit.LayerNorm.keywords["epsilon"]
     config = timm.get_pretrained_cfg(f"{name}.{spec.tag}")
     assert (config.mean, config.std) == (spec.mean, spec.std)
-    assert getattr(spec, "native", config.input_size[1]) == config.input_size[1]
+    assert getattr(spec.architecture, "native", config.input_size[1]) == config.input_size[1]
 
 
-def test_pixels_are_the_image_itself():
+def test_pixels_are_the_image():
     images = np.random.default_rng(0).normal(size=(2, 6, 8, 3)).astype(np.float32)
     pixels = create_backbone("pixels")
     (same,) = pixels(images)
@@ -124,7 +124,7 @@ def test_pixels_are_the_image_itself():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0"])
-def test_channels_and_strides_are_as_the_spec_says(maps, backbone, name):
+def test_channels_and_strides_equal_the_spec(maps, backbone, name):
     height, width = 192, 320
     b = backbone(name)
     for m, channels, stride in zip(maps(name, (height, width)), b.channels, b.strides, strict=True):
@@ -134,7 +134,7 @@ def test_channels_and_strides_are_as_the_spec_says(maps, backbone, name):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "tf_efficientnet_lite0"])
-def test_folded_batch_norm_changes_nothing(name):
+def test_folding_batch_norm_keeps_the_feature_maps(name):
     spec = BACKBONES[name]
     layer = tuple(spec.maps)[1:2]
     state = seeded_state(name, layer)
@@ -151,7 +151,7 @@ def test_folded_batch_norm_changes_nothing(name):
     assert relative_error(after, np.asarray(before)) < 1e-5
 
 
-def test_layers_come_in_the_order_asked_and_no_later_one_is_held():
+def test_layers_are_in_the_given_order_and_later_ones_have_no_weights():
     one = create_backbone("resnet18", weights="random", layers=("layer1",))
     assert not any(name.startswith("layer2") for name in one.variables["params"])
     two = create_backbone("resnet18", weights="random", layers=("layer2", "layer1"))
@@ -159,12 +159,12 @@ def test_layers_come_in_the_order_asked_and_no_later_one_is_held():
     images = jnp.asarray(seeded_images(32, 32))
     coarse, fine = two(images)
     assert (coarse.shape[1], fine.shape[1]) == (4, 8)
-    # The same seed means the same numbers, whatever else is asked for.
+    # Random weights do not depend on the other layers.
     np.testing.assert_array_equal(fine, one(images)[0])
 
 
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "deit_tiny_patch16_224"])
-def test_bfloat16_computes_nearly_the_same(name):
+def test_bfloat16_is_close_to_float32(name):
     layers = tuple(BACKBONES[name].maps)[:1]
     images = seeded_images(32, 32)
     exact, rough = (
@@ -175,9 +175,9 @@ def test_bfloat16_computes_nearly_the_same(name):
     assert 1e-4 < relative_error(rough, np.asarray(exact)) < 0.03
 
 
-def test_images_that_do_not_divide_into_patches_are_told():
+def test_images_that_are_not_multiples_of_the_patch_are_refused():
     backbone = create_backbone("vit_small_patch14_dinov2", weights="random", layers=("blocks.0",))
-    with pytest.raises(InputError, match="256x252 do not divide into patches of 14"):
+    with pytest.raises(InputError, match="256x252 cannot be divided into patches of 14"):
         backbone(np.zeros((1, 256, 252, 3), np.float32))
 
 
@@ -185,7 +185,7 @@ def test_images_that_do_not_divide_into_patches_are_told():
     ("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, "SAME"), (5, 2, "SAME")]
 )
 @pytest.mark.parametrize("size", [(7, 10), (8, 9)])
-def test_depthwise_sum_of_shifts_is_the_native_convolution(kernel, stride, padding, size):
+def test_depthwise_sum_of_shifts_equals_the_native_convolution(kernel, stride, padding, size):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, *size, 6)), jnp.float32)
     k = jnp.asarray(rng.standard_normal((kernel, kernel, 1, 6)), jnp.float32)

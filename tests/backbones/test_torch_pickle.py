@@ -1,4 +1,4 @@
-"""PyTorch's files are read exactly, and no file makes the reader do anything else."""
+"""PyTorch's files are read exactly, and hostile files are refused at little cost."""
 
 import contextlib
 import io
@@ -56,7 +56,7 @@ def test_reads_every_kind_of_tensor(path):
 
 
 class Evil:
-    """Pickled, it asks to be unpickled by running a command."""
+    """An object whose pickle runs a command."""
 
     def __reduce__(self):
         return os.system, ("touch owned",)
@@ -72,7 +72,7 @@ def as_zip(pickled: bytes, **members: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("wrap", [as_zip, lambda pickled: LEGACY_START + pickled, lambda p: p])
-def test_refuses_another_global_and_names_it(tmp_path, monkeypatch, wrap):
+def test_other_functions_are_refused_by_name(tmp_path, monkeypatch, wrap):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "evil.pth"
     path.write_bytes(wrap(pickle.dumps({"conv1.weight": Evil()}, 2)))
@@ -154,8 +154,8 @@ def test_hostile_pickles_cost_little(tmp_path, pickled, wrap):
     ],
     ids=["key", "storage", "storage of the old format"],
 )
-def test_a_deep_tuple_is_not_hashed(tmp_path, wrapped):
-    """Python's own hash of it overflows the stack and ends the process."""
+def test_deep_tuple_is_not_hashed(tmp_path, wrapped):
+    """The hash of such a tuple overflows the C stack and ends the process."""
     path = tmp_path / "deep.pth"
     path.write_bytes(wrapped(b")" + b"\x85" * 250_000))
     with pytest.raises(InputError, match="neither text nor a number"):
@@ -163,7 +163,7 @@ def test_a_deep_tuple_is_not_hashed(tmp_path, wrapped):
 
 
 def test_compressed_members_are_refused(tmp_path):
-    """A bomb: 50 MB of zeros in 50 kB."""
+    """50 MB of zeros, compressed to 50 kB."""
     path = tmp_path / "bomb.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data.pkl", b"\x80\x02}.")
@@ -173,7 +173,7 @@ def test_compressed_members_are_refused(tmp_path):
 
 
 def test_overlapping_members_are_refused(tmp_path):
-    """Many names in the directory for one run of bytes."""
+    """Many entries of the directory for the same bytes."""
     data = as_zip(b"\x80\x02}.", **{"0": bytes(10_000)})
     end = data.rindex(b"PK\x05\x06")
     directory_start = struct.unpack("<I", data[end + 16 : end + 20])[0]
@@ -189,7 +189,7 @@ def test_overlapping_members_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_truncation_is_an_error(path, tmp_path):
+def test_truncated_files_are_refused(path, tmp_path):
     data = path.read_bytes()
     cut = tmp_path / "cut.pth"
     for end in {*range(0, len(data), 97), len(data) - 1}:
@@ -206,7 +206,7 @@ def test_every_truncation_is_an_error(path, tmp_path):
 )
 @given(data=st.data())
 def test_damaged_files_are_read_or_refused(tmp_path, data):
-    """Fuzz: any bytes changed, taken out or put in."""
+    """Fuzzing: bytes are changed, removed or inserted."""
     content = bytearray(data.draw(st.sampled_from(FILES)).read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(content)))

@@ -1,4 +1,4 @@
-"""timm's feature maps for seeded numbers that need no torch to be made again."""
+"""Feature maps of timm for seeded numbers, which are made without torch."""
 
 import importlib
 import warnings
@@ -11,7 +11,7 @@ from fastflow_jax.backbones import BACKBONES, porting
 
 
 def seeded_state(name: str, layers: tuple[str, ...], seed: int = 0) -> dict[str, np.ndarray]:
-    """Tensors by timm's names for all up to `layers`, batch statistics included."""
+    """Tensors by timm's names up to the last of `layers`, including batch statistics."""
     spec = BACKBONES[name]
     state = {}
     for key, slot in porting.slots(spec.module(layers), spec.image_size).items():
@@ -28,7 +28,7 @@ def seeded_state(name: str, layers: tuple[str, ...], seed: int = 0) -> dict[str,
 
 
 def seeded_images(height: int, width: int) -> np.ndarray:
-    """Two images [2, H, W, 3], smooth enough that padding and alignment show."""
+    """Two images [2, H, W, 3], smooth, so that errors of padding and alignment are visible."""
     rng = np.random.default_rng([height, width])
     coarse = rng.standard_normal((2, height // 16 + 2, width // 16 + 2, 3))
     y, x = np.arange(height) / 16, np.arange(width) / 16
@@ -37,7 +37,7 @@ def seeded_images(height: int, width: int) -> np.ndarray:
 
 
 def sample(maps: tuple[np.ndarray, ...]) -> list[np.ndarray]:
-    """A few channels and places of each map, the corners among them."""
+    """A few channels and locations of each map, including the corners."""
     picked = []
     for m in maps:
         _, h, w, c = m.shape
@@ -52,7 +52,7 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def import_timm():
-    """The oracle; it needs torchvision only to be importable."""
+    """Imports timm, with a replacement for torchvision if needed."""
     import_torchvision()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -60,7 +60,7 @@ def import_timm():
 
 
 def timm_maps(name: str, state: dict, images: np.ndarray, layers: tuple[str, ...]) -> tuple:
-    """What timm computes at `layers`, as [B, h, w, C]; tokens go through the model's norm."""
+    """Feature maps of timm at `layers`, [B, h, w, C]; tokens after the norm of the model."""
     timm = import_timm()
     import torch
 
@@ -68,7 +68,7 @@ def timm_maps(name: str, state: dict, images: np.ndarray, layers: tuple[str, ...
     size = {}
     if name.startswith(("vit", "deit")):
         size = {"dynamic_img_size": True}
-    elif name.startswith("cait"):  # has one size; timm's function for the others
+    elif name.startswith("cait"):  # has one input size; timm resizes its positions
         size = {"img_size": images.shape[1:3]}
         grid = [side // 16 for side in images.shape[1:3]]
         tensors["pos_embed"] = timm.layers.resample_abs_pos_embed(

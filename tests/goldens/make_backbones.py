@@ -18,10 +18,10 @@ from fastflow_jax.backbones import BACKBONES  # noqa: E402
 
 def sizes(spec) -> list[tuple[int, int]]:
     """The size that the weights are for, and one that is not square."""
-    if not hasattr(spec, "native"):
+    if not hasattr(spec.architecture, "native"):
         return [(256, 256), (192, 320)]
     stride = spec.maps[spec.layers[0]][1]
-    return [(spec.native, spec.native), (10 * stride, 16 * stride)]
+    return [(spec.architecture.native,) * 2, (10 * stride, 16 * stride)]
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def test_values_given_by_hand_stay():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("backbone", "resnet19", "no backbone 'resnet19'. Choose from resnet18"),
+        ("backbone", "resnet19", r"no backbone 'resnet19'\. Choose from resnet18"),
         ("layers", ("layer9",), "no layer 'layer9'; it has"),
         ("flow.norm", "batch", "config.flow.norm must be one of whiten, .*, not 'batch'"),
         ("map.form", "logit", "config.map.form must be one of log, probability, not 'logit'"),

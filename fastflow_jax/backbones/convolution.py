@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
 from fastflow_jax import parallel
@@ -26,26 +27,25 @@ def convolve(x: Array, kernel: Array, stride: int, padding: Padding, groups: int
     k = kernel.shape[0]
     if on_cpu and k == 1:
         return x[:, ::stride, ::stride] @ kernel[0, 0]
+    if padding == "SAME":
+        pads = lax.padtype_to_pads(x.shape[1:3], (k, k), (stride, stride), "SAME")
+    else:
+        pads = [(padding, padding)] * 2
     if on_cpu and groups == x.shape[-1] == kernel.shape[-1]:
-        return _sum_of_shifts(x, kernel, stride, padding)
+        return _sum_of_shifts(jnp.pad(x, [(0, 0), *pads, (0, 0)]), kernel, stride)
     return lax.conv_general_dilated(
         x,
         kernel,
         window_strides=(stride, stride),
-        padding="SAME" if padding == "SAME" else [(padding, padding)] * 2,
+        padding=pads,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
 
 
-def _sum_of_shifts(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """Depthwise convolution as a sum over the taps of the kernel [k, k, 1, C]."""
+def _sum_of_shifts(x: Array, kernel: Array, stride: int) -> Array:
+    """Depthwise convolution of padded x as a sum over the taps of the kernel [k, k, 1, C]."""
     k = kernel.shape[0]
-    if padding == "SAME":
-        pads = lax.padtype_to_pads(x.shape[1:3], (k, k), (stride, stride), "SAME")
-    else:
-        pads = [(padding, padding)] * 2
-    x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
     height, width = (x.shape[1] - k) // stride + 1, (x.shape[2] - k) // stride + 1
     total = jnp.zeros((), x.dtype)
     for i in range(k):
@@ -138,22 +138,11 @@ def fold_batch_norm(module: Architecture, variables: dict) -> tuple[Architecture
     with nn.intercept_methods(note):
         jax.eval_shape(module.apply, variables, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
 
-    folded = jax.tree.map(lambda x: x, variables["params"])  # new dicts, the same arrays
+    params: dict[tuple, Any] = dict(flatten_dict(variables["params"]))
+    statistics: dict[tuple, Any] = dict(flatten_dict(variables["batch_stats"]))
     for conv, norm, epsilon in pairs:
-        affine = _pop(folded, norm)
-        statistics = _get(variables["batch_stats"], norm)
-        gain = affine["scale"] / np.sqrt(statistics["var"] + np.float32(epsilon))
-        layer = _get(folded, conv)
-        layer["kernel"] = layer["kernel"] * gain
-        layer["bias"] = affine["bias"] - statistics["mean"] * gain
-    return module.clone(folded=True), {"params": folded}
-
-
-def _get(tree: dict, path: tuple[str, ...]) -> dict:
-    for name in path:
-        tree = tree[name]
-    return tree
-
-
-def _pop(tree: dict, path: tuple[str, ...]) -> dict:
-    return _get(tree, path[:-1]).pop(path[-1])
+        variance = statistics[*norm, "var"]
+        gain = params.pop((*norm, "scale")) / np.sqrt(variance + np.float32(epsilon))
+        params[*conv, "kernel"] = params[*conv, "kernel"] * gain
+        params[*conv, "bias"] = params.pop((*norm, "bias")) - statistics[*norm, "mean"] * gain
+    return module.clone(folded=True), {"params": unflatten_dict(params)}

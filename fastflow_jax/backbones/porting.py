@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from fastflow_jax.errors import InputError
 
@@ -66,16 +67,6 @@ def _slots(module: Any, image_size: tuple[int, int]) -> Mapping[str, Slot]:
     return dict(sorted(found.items()))
 
 
-def _build(wanted: Mapping[str, Slot], value: Callable[[str, Slot], np.ndarray]) -> dict:
-    variables: dict[str, Any] = {}
-    for name, slot in wanted.items():
-        tree = variables
-        for part in slot.path[:-1]:
-            tree = tree.setdefault(part, {})
-        tree[slot.path[-1]] = value(name, slot)
-    return variables
-
-
 def port(
     wanted: Mapping[str, Slot],
     state: Mapping[str, np.ndarray],
@@ -124,7 +115,7 @@ def port(
             raise InputError(f"{title}: {name} has negative variances.")
         return np.ascontiguousarray(array)
 
-    return _build(wanted, value)
+    return unflatten_dict({slot.path: value(name, slot) for name, slot in wanted.items()})
 
 
 def _listed(names: list[str], line: Callable[[str], str]) -> list[str]:
@@ -157,4 +148,4 @@ def random_variables(wanted: Mapping[str, Slot], seed: int) -> dict:
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         return rng.standard_normal(slot.shape, np.float32) * np.float32(deviation)
 
-    return _build(wanted, value)
+    return unflatten_dict({slot.path: value(name, slot) for name, slot in wanted.items()})

@@ -201,89 +201,88 @@ class _Machine:
     def run(self, file: BinaryIO) -> Any:
         """Returns the object of the next pickle in the file."""
         for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            name = opcode.name
             if count == _MAX_INSTRUCTIONS:
                 raise ValueError("its pickle is too long for weights")
-            if opcode.name == "STOP":
+            if name == "STOP":
                 return self.stack.pop()
-            if opcode.name not in _INSTRUCTIONS:
-                raise ValueError(f"its pickle has the instruction {opcode.name}, which is refused")
-            _INSTRUCTIONS[opcode.name](self, argument)
+            if name in _NEW:
+                self.stack.append(_NEW[name]())
+            elif name in _WITH_VALUE:
+                self.stack.append(argument)
+            elif name in _N_OPERANDS:
+                self._combine(name, self._pop(_N_OPERANDS[name]))
+            else:
+                self._execute(name, argument)
 
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
-
-    def pop(self, n: int) -> list:
+    def _pop(self, n: int | None) -> list:
+        """Removes the last `n` objects of the stack, or those after the last mark."""
+        if n is None:
+            operands, self.stack = self.stack, self.marked.pop()
+            return operands
         return [self.stack.pop() for _ in range(n)][::-1]
 
-    def mark(self, _: None) -> None:
-        self.marked.append(self.stack)
-        self.stack = []
+    def _execute(self, name: str, argument: Any) -> None:
+        match name:
+            case "PROTO":
+                pass
+            case "MARK":
+                self.marked.append(self.stack)
+                self.stack = []
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = self.stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                self.stack.append(self.memo[argument])
+            case "GLOBAL":
+                if argument not in _GLOBALS:
+                    raise ValueError(f"it names {argument.replace(' ', '.')}, which is not allowed")
+                self.stack.append(_GLOBALS[argument])
+            case _:
+                raise ValueError(f"its pickle has the instruction {name}, which is not allowed")
 
-    def pop_to_mark(self) -> list:
-        items, self.stack = self.stack, self.marked.pop()
-        return items
+    def _combine(self, name: str, operands: list) -> None:
+        match name:
+            case "APPEND" | "APPENDS":
+                if not isinstance(self.stack[-1], list):
+                    raise ValueError("it appends to an object that is not a list")
+                self.stack[-1].extend(operands)
+            case "SETITEM" | "SETITEMS":
+                if not isinstance(self.stack[-1], dict):
+                    raise ValueError("it sets an item of an object that is not a dict")
+                keys = map(_checked_key, operands[::2])
+                self.stack[-1].update(zip(keys, operands[1::2], strict=True))
+            case "REDUCE":
+                self.stack.append(self._call(*operands))
+            case "BINPERSID":
+                kind, dtype, key, _, numel, *view = operands[0]
+                if kind != "storage" or not isinstance(dtype, np.dtype) or any(view):
+                    raise ValueError("it refers to an object that is not the storage of a tensor")
+                self.stack.append(self.load(_checked_key(key), dtype, numel))
+            case "BUILD":  # sets attributes, such as the versions of modules
+                pass
+            case _:
+                self.stack.append(tuple(operands))
 
-    def put(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
-
-    def extend(self, items: list) -> None:
-        if not isinstance(self.stack[-1], list):
-            raise ValueError("it appends to an object that is not a list")
-        self.stack[-1].extend(items)
-
-    def set_items(self, items: list) -> None:
-        if not isinstance(self.stack[-1], dict):
-            raise ValueError("it sets an item of an object that is not a dict")
-        self.stack[-1].update(zip(map(_checked_key, items[::2]), items[1::2], strict=True))
-
-    def push_global(self, name: str) -> None:
-        if name not in _GLOBALS:
-            raise ValueError(f"it names {name.replace(' ', '.')}, which is not allowed")
-        self.push(_GLOBALS[name])
-
-    def call(self, _: None) -> None:
-        function, arguments = self.pop(2)
+    def _call(self, function: Any, arguments: Any) -> Any:
         if not any(function is allowed for allowed in _GLOBALS.values()):
             raise ValueError("it calls an object that is not a function")
         if function is _ordered_dict:
             self.n_pairs += sum(map(len, arguments))
             if self.n_pairs > _MAX_INSTRUCTIONS:
                 raise ValueError("its dicts are too large for weights")
-        self.push(function(*arguments))
-
-    def push_storage(self, _: None) -> None:
-        kind, dtype, key, _, numel, *view = self.stack.pop()
-        if kind != "storage" or not isinstance(dtype, np.dtype) or any(view):
-            raise ValueError("it refers to an object that is not the storage of a tensor")
-        self.push(self.load(_checked_key(key), dtype, numel))
+        return function(*arguments)
 
 
-_PUSH = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
-_PUSH += ("BINUNICODE", "BINSTRING", "SHORT_BINSTRING")
-_INSTRUCTIONS: dict[str, Callable[[_Machine, Any], object]] = {
-    "PROTO": lambda machine, _: None,
-    "MARK": _Machine.mark,
-    "BINPUT": _Machine.put,
-    "LONG_BINPUT": _Machine.put,
-    "BINGET": lambda machine, index: machine.push(machine.memo[index]),
-    "LONG_BINGET": lambda machine, index: machine.push(machine.memo[index]),
-    **dict.fromkeys(_PUSH, _Machine.push),
-    "NONE": lambda machine, _: machine.push(None),
-    "NEWTRUE": lambda machine, _: machine.push(True),
-    "NEWFALSE": lambda machine, _: machine.push(False),
-    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
-    "EMPTY_LIST": lambda machine, _: machine.push([]),
-    "EMPTY_DICT": lambda machine, _: machine.push({}),
-    "TUPLE1": lambda machine, _: machine.push(tuple(machine.pop(1))),
-    "TUPLE2": lambda machine, _: machine.push(tuple(machine.pop(2))),
-    "TUPLE3": lambda machine, _: machine.push(tuple(machine.pop(3))),
-    "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_to_mark())),
-    "APPEND": lambda machine, _: machine.extend(machine.pop(1)),
-    "APPENDS": lambda machine, _: machine.extend(machine.pop_to_mark()),
-    "SETITEM": lambda machine, _: machine.set_items(machine.pop(2)),
-    "SETITEMS": lambda machine, _: machine.set_items(machine.pop_to_mark()),
-    "GLOBAL": _Machine.push_global,
-    "REDUCE": _Machine.call,
-    "BUILD": lambda machine, _: machine.pop(1),  # attributes, such as versions of modules
-    "BINPERSID": _Machine.push_storage,
+_NEW: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
 }
+_WITH_VALUE = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
+_WITH_VALUE |= {"BINUNICODE", "BINSTRING", "SHORT_BINSTRING"}
+_N_OPERANDS = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}  # None: up to the mark
+_N_OPERANDS |= {"APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None}
+_N_OPERANDS |= {"REDUCE": 2, "BUILD": 1, "BINPERSID": 1}

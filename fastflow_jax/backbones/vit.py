@@ -112,38 +112,32 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block, with a learned scale of each residual if `layer_scale`."""
+    """Transformer block on tokens [B, N, C].
+
+    Attributes:
+      heads: number of attention heads.
+      layer_scale: whether residuals have a `LayerScale`.
+      is_cait: whether residuals have CaiT's scale instead, and heads are mixed.
+      dtype: type of the computation.
+    """
 
     heads: int
     layer_scale: bool
+    is_cait: bool
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        def scaled(y: jax.Array, i: int) -> jax.Array:
+            if self.is_cait:
+                gamma = self.param(f"gamma_{i}", nn.initializers.ones, (x.shape[-1],))
+                return y * gamma.astype(y.dtype).reshape(1, 1, -1)
+            return LayerScale(name=f"ls{i}")(y) if self.layer_scale else y
+
         y = LayerNorm(dtype=self.dtype, name="norm1")(x)
-        y = Attention(self.heads, self.dtype, name="attn")(y)
-        x += LayerScale(name="ls1")(y) if self.layer_scale else y
+        x += scaled(Attention(self.heads, self.dtype, self.is_cait, name="attn")(y), 1)
         y = LayerNorm(dtype=self.dtype, name="norm2")(x)
-        y = Mlp(self.dtype, name="mlp")(y)
-        return x + (LayerScale(name="ls2")(y) if self.layer_scale else y)
-
-
-class CaiTBlock(nn.Module):
-    """Transformer block with talking heads and a learned scale of each residual."""
-
-    heads: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gamma_1, gamma_2 = (
-            self.param(name, nn.initializers.ones, (x.shape[-1],)).astype(x.dtype).reshape(1, 1, -1)
-            for name in ("gamma_1", "gamma_2")
-        )
-        y = LayerNorm(dtype=self.dtype, name="norm1")(x)
-        x += gamma_1 * Attention(self.heads, self.dtype, talking=True, name="attn")(y)
-        y = LayerNorm(dtype=self.dtype, name="norm2")(x)
-        return x + gamma_2 * Mlp(self.dtype, name="mlp")(y)
+        return x + scaled(Mlp(self.dtype, name="mlp")(y), 2)
 
 
 def resize_positions(
@@ -199,7 +193,7 @@ class ViT(Architecture):
       native: side of the images of the position embeddings, in pixels.
       tokens: names of the tokens in front of the patches.
       layer_scale: see `Block`.
-      is_cait: whether the blocks are `CaiTBlock`.
+      is_cait: see `Block`.
       antialias: see `resize_positions`.
     """
 
@@ -235,10 +229,10 @@ class ViT(Architecture):
         norm = LayerNorm(dtype=self.dtype, name="norm")
         maps = {}
         for i, layer in enumerate(self.maps):
-            if self.is_cait:
-                x = CaiTBlock(self.heads, self.dtype, name=f"blocks_{i}")(x)
-            else:
-                x = Block(self.heads, self.layer_scale, self.dtype, name=f"blocks_{i}")(x)
+            block = Block(
+                self.heads, self.layer_scale, self.is_cait, self.dtype, name=f"blocks_{i}"
+            )
+            x = block(x)
             if layer in self.layers:
                 patches = norm(x)[:, n_tokens:]
                 maps[layer] = patches.reshape(b, h, w, c).astype(jnp.float32)
@@ -298,8 +292,6 @@ VITS = (
     *_family("vit_{}_patch16_384", _AUGREG, 384, (5_790_376, 22_196_584, 86_859_496)),
     *_family("vit_{}_patch14_dinov2", "lvd142m", 252, (22_056_192, 86_579_712), **_DINO),
 )
-
-
 CAITS = tuple(
     _spec(
         *(name, "fb_dist_in1k", parameters, size),

@@ -62,11 +62,11 @@ def sha256(path: Path) -> str:
 
 
 def _tag(spec: Spec, weights: str | None) -> str:
-    """Returns the full tag "resnet18.a1_in1k" for any of a1_in1k, timm/... and hf-hub:timm/..."""
+    """Returns the full tag, such as resnet18.a1_in1k for a1_in1k or timm/resnet18.a1_in1k."""
     if weights is None:
         return f"{spec.name}.{spec.tag}"
     if Path(weights).suffix in _SUFFIXES or Path(weights).exists():
-        raise InputError(f"The weight file {weights} was not found.")
+        raise InputError(f"The weight file {weights} was not found. Pass the path of a file.")
     tag = weights.removeprefix("hf-hub:").removeprefix("timm/")
     tag = tag if "." in tag else f"{spec.name}.{tag}"
     if not re.fullmatch(r"\w+\.\w+", tag):
@@ -75,7 +75,10 @@ def _tag(spec: Spec, weights: str | None) -> str:
             f'"{spec.name}.{spec.tag}", or "random", not {weights!r}.'
         )
     if not tag.startswith(f"{spec.name}."):
-        raise InputError(f"The weights {weights!r} are not for {spec.name}.")
+        raise InputError(
+            f'The weights {weights!r} are not for {spec.name}. Pass a tag such as "{spec.name}.'
+            f'{spec.tag}".'
+        )
     return tag
 
 
@@ -123,7 +126,8 @@ def _from_hub(spec: Spec, tag: str) -> tuple[Path, dict]:
     except Exception as error:  # of the client, its HTTP library or the OS
         cause = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
-            f"The weights {repository} cannot be downloaded from the hub ({cause}). Or {otherwise}."
+            f"The weights {repository} cannot be downloaded from the hub ({cause}). Check the tag "
+            f"and the network, or {otherwise}."
         ) from error
     # .../snapshots/<commit>/model.safetensors
     return Path(path), {"source": "hub", "tag": tag, "revision": Path(path).parent.name}
@@ -186,9 +190,11 @@ def _named_tensors(path: Path, loaded: Any) -> dict[str, np.ndarray]:
     items = loaded.items() if isinstance(loaded, dict) else ()
     state = {name: x for name, x in items if isinstance(x, np.ndarray) and isinstance(name, str)}
     if not state:
-        raise InputError(f"{path} has no named tensors.")
+        raise InputError(f"{path} has no named tensors. Save a state_dict.")
     if not all(name.isprintable() and len(name) < 200 for name in state):
-        raise InputError(f"{path} has names of tensors that are unprintable or too long.")
+        raise InputError(
+            f"{path} has tensors with unprintable or too long names. Download it again."
+        )
     while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in state)), None):
         state = {name.removeprefix(prefix): x for name, x in state.items()}
     return state

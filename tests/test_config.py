@@ -93,7 +93,7 @@ def test_values_given_by_hand_stay():
     ("field", "value", "message"),
     [
         ("backbone", "resnet19", r"no backbone 'resnet19'\. Choose from resnet18"),
-        ("layers", ("layer9",), "no layer 'layer9'; it has"),
+        ("layers", ("layer9",), r"no layer 'layer9'\. Choose from"),
         ("flow.norm", "batch", "config.flow.norm must be one of whiten, .*, not 'batch'"),
         ("map.form", "logit", "config.map.form must be one of log, probability, not 'logit'"),
         ("image_size", ("big",), "config.image_size must be .side"),

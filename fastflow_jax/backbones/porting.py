@@ -20,12 +20,7 @@ from flax.traverse_util import unflatten_dict
 
 from fastflow_jax.errors import InputError
 
-_TIMM_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "mean": "running_mean",
-    "var": "running_var",
-}
+_TIMM_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 _TO_FLAX = {4: (2, 3, 1, 0), 2: (1, 0)}  # axes of a kernel, by their number
 _LISTED = 12  # differences of one kind in an error
 

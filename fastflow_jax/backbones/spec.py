@@ -1,4 +1,4 @@
-"""The form of a backbone's specification, shared by all families."""
+"""Specification of a backbone, in one form for all families."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

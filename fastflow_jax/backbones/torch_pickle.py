@@ -52,7 +52,7 @@ def read_torch(path: Path) -> Any:
     try:
         if zipfile.is_zipfile(path):
             return _read_zip(path)
-        # A read from mapped memory allocates at most what the file has, whatever its pickle claims.
+        # A read from mapped memory allocates at most the size of the file, for any claimed length.
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _read_legacy(data)
     except Exception as error:  # a hostile file may cause any

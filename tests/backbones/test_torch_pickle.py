@@ -100,6 +100,8 @@ HOSTILE = {
     "memo": b"\x80\x02Nr\xff\xff\xff\xffj\xfe\xff\xff\xff.",
     "long text": b"\x80\x02X\xff\xff\xff\xff.",
     "long bytes": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.",
+    "long bytes of protocol 3": b"\x80\x03B\xff\xff\xff\xff.",
+    "long integer": b"\x80\x02\x8b\xff\xff\xff\x7f.",
     "endless": b"\x80\x02" + b"N" * 3_000_000 + b".",
     "square of pairs": b"\x80\x02]q\x00("
     + b"h\x00" * 250_000
@@ -115,6 +117,7 @@ HOSTILE = {
     "call of data": b"\x80\x02})R.",
     "call of a type": b"\x80\x02ctorch\nFloatStorage\n)R.",
     "append to a tensor": b"\x80\x02" + tensor(ONE, ONE) + b"Na.",
+    "item of a tensor": b"\x80\x02" + tensor(ONE, ONE) + b"K\x00Ns.",
     "repeated": b"\x80\x02" + tensor(HUGE + b"\x85", b"K\x00\x85") + b".",
     "beyond": b"\x80\x02" + tensor(b"K\x02\x85", b"K\x04\x85") + b".",
     "negative": b"\x80\x02" + tensor(b"J\xff\xff\xff\xff\x85", ONE) + b".",
@@ -124,6 +127,13 @@ HOSTILE = {
     "storage claims": b"\x80\x02" + tensor(ONE, ONE, 2**31 - 1) + b".",
     "not a storage": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(NK\x00))tR.",
 }
+
+
+def test_build_changes_nothing(tmp_path):
+    """BUILD of `pickle` would change the attributes of any object, such as a dtype of numpy."""
+    path = tmp_path / "build.pth"
+    path.write_bytes(as_zip(b"\x80\x02}X\x01\x00\x00\x00actorch\nFloatStorage\n}bs."))
+    assert read_torch(path) == {"a": np.dtype(np.float32)}
 
 
 @pytest.mark.parametrize("wrap", [as_zip, None], ids=["zip", "legacy"])
@@ -169,6 +179,13 @@ def test_compressed_members_are_refused(tmp_path):
         archive.writestr("x/data.pkl", b"\x80\x02}.")
         archive.writestr("x/data/0", bytes(50_000_000))
     with pytest.raises(InputError, match="compressed"):
+        read_torch(path)
+
+
+def test_zip_in_a_zip_is_refused(tmp_path):
+    path = tmp_path / "nested.pth"
+    path.write_bytes(as_zip(as_zip(b"\x80\x02}.")))
+    with pytest.raises(InputError, match=r"nested\.pth cannot be read"):
         read_torch(path)
 
 

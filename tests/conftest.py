@@ -10,16 +10,16 @@ from importlib.metadata import version
 # process. Compilation takes most of the time of tests, so it is not optimised, unless
 # FASTFLOW_OPTIMISED is set. The older emitters compile in a third of the time; jaxlib versions
 # after 0.10 do not have the flag.
-_UNOPTIMISED = [
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_parallel_codegen_split_count=1",
-    *["--xla_cpu_use_fusion_emitters=false"] * version("jaxlib").startswith("0.10."),
-]
 os.environ["XLA_FLAGS"] = " ".join(
     [
         *os.environ.get("XLA_FLAGS", "").split(),
         "--xla_force_host_platform_device_count=4",
-        *_UNOPTIMISED * ("FASTFLOW_OPTIMISED" not in os.environ),
+        *[
+            "--xla_backend_optimization_level=0",
+            "--xla_cpu_parallel_codegen_split_count=1",
+            *["--xla_cpu_use_fusion_emitters=false"] * version("jaxlib").startswith("0.10."),
+        ]
+        * ("FASTFLOW_OPTIMISED" not in os.environ),
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

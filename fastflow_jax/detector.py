@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -422,8 +422,8 @@ class Detector(PickledByFields):
 
     def _all_inputs(
         self, images: Images, tile: bool = False, live: bool = False
-    ) -> Iterator[tuple[str, Inputs | InputError]]:
-        """Name by name, the image or why it cannot be read; logs how files differ from training."""
+    ) -> Generator[tuple[str, Inputs | InputError], None, None]:
+        """Yields each name with its image or error; logs how files differ from training images."""
 
         def read(given: Given) -> Iterator[tuple[str, Inputs | InputError, dict[str, str]]]:
             try:
@@ -436,7 +436,7 @@ class Detector(PickledByFields):
                 yield given.name, error, {}
 
         def start(given: Given):
-            """The first page, read in this thread, and an iterator over the other ones."""
+            """Reads the first page in this thread; returns it and an iterator over the others."""
             pages = read(given)
             return next(pages), pages
 

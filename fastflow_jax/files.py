@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -157,7 +157,7 @@ def files_in(workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
     return sorted(file for file in workdir.rglob(name) if not is_of_another(file))
 
 
-def read_json(file: pathlib.Path) -> dict | list | None:
+def read_json(file: pathlib.Path) -> Any:
     """What `write_json` wrote; None where there is no such file.
 
     Raises:
@@ -166,7 +166,7 @@ def read_json(file: pathlib.Path) -> dict | list | None:
     return parallel.on_main(lambda: parse_json(file) if file.exists() else None)
 
 
-def parse_json(file: pathlib.Path) -> dict | list:
+def parse_json(file: pathlib.Path) -> Any:
     """What `write_json` wrote, in this process; for errors see `read_json`."""
     try:
         return json.loads(file.read_text("utf-8"))

@@ -204,7 +204,7 @@ def recomputed_features(
     return TrainingFeatures(n, shapes, stream, parts, None, valid)
 
 
-def inside(valid: jax.Array, size: tuple[int, int]) -> jax.Array:
+def inside(valid: jax.Array | np.ndarray, size: tuple[int, ...]) -> jax.Array:
     """Which locations of a map lie in the image, not in padding: bool [b, h, w].
 
     A location counts as padding where more than half of it is, by what of its image lies most

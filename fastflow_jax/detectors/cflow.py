@@ -42,7 +42,7 @@ from fastflow_jax.features.extract import TrainingFeatures, inside, without_padd
 from fastflow_jax.files import read_arrays, write_arrays
 from fastflow_jax.flows import AffineCoupling, ConvSubnet, GlobalAffine, Permute
 from fastflow_jax.training.context import FitContext
-from fastflow_jax.training.loop import cached_by_config, load_variables, train_variables
+from fastflow_jax.training.loop import READS, cached_by_config, load_variables, train_variables
 from fastflow_jax.training.step import Objective
 
 _MAXIMA = "likelihood_maxima.npz"
@@ -320,7 +320,7 @@ METHOD = Method(
         "checkpoint_every": 10,
     },
     fill=fill,
-    reads=("cflow", "train", "checkpoint_every", "evaluate_every"),
+    reads=("cflow", *READS),
     bounds={
         "cflow.steps": (1, 1000),
         "cflow.clamp": (1e-3, 100),

@@ -20,9 +20,6 @@ from fastflow_jax.training.context import FitContext
 from fastflow_jax.training.loop import train_variables
 from fastflow_jax.training.step import Objective
 
-# Fields that a network of one map reads, besides its own section.
-READS = ("train", "checkpoint_every", "evaluate_every")
-
 _HALVINGS = 3
 
 

@@ -36,7 +36,7 @@ from fastflow_jax.detectors.convnets import (
 from fastflow_jax.detectors.maps import resize_map
 from fastflow_jax.features.extract import inside, without_padding
 from fastflow_jax.training.context import FitContext
-from fastflow_jax.training.loop import cached_by_config, load_variables
+from fastflow_jax.training.loop import READS, cached_by_config, load_variables
 from fastflow_jax.training.step import Objective
 
 
@@ -202,7 +202,7 @@ METHOD = Method(
         },
         "heatmaps": 10,
     },
-    reads=("gan", *convnets.READS),
+    reads=("gan", *READS),
     bounds={
         "gan.width": (1, 10**4),
         "gan.latent": (1, 10**6),

@@ -36,7 +36,7 @@ from fastflow_jax.detectors.convnets import (
 from fastflow_jax.detectors.maps import resize_map
 from fastflow_jax.features.extract import inside, without_padding
 from fastflow_jax.training.context import FitContext
-from fastflow_jax.training.loop import cached_by_config, load_variables
+from fastflow_jax.training.loop import READS, cached_by_config, load_variables
 from fastflow_jax.training.step import Objective
 
 _LOWEST_LOG_VARIANCE = -6.0  # deviations of 0.05 or more, in images from -1 to 1
@@ -179,6 +179,6 @@ METHOD = Method(
         "train": {"steps": 1000, "max_epochs": 200, "batch_size": 64, "learning_rate": 2e-3},
         "heatmaps": 10,
     },
-    reads=("vae", *convnets.READS),
+    reads=("vae", *READS),
     bounds={"vae.width": (1, 10**4), "vae.latent": (1, 10**6), "vae.samples": (1, 10**4)},
 )

@@ -40,7 +40,7 @@ from fastflow_jax.flows import Flow
 from fastflow_jax.flows.chain import is_double
 from fastflow_jax.flows.coupling import half_channels
 from fastflow_jax.training.context import FitContext
-from fastflow_jax.training.loop import cached_program, load_variables, train_variables
+from fastflow_jax.training.loop import READS, cached_program, load_variables, train_variables
 from fastflow_jax.training.step import Objective
 
 Array = jax.Array | np.ndarray
@@ -450,7 +450,7 @@ METHOD = Method(
             "top_k": 0.0,  # mean over this part of the anomaly map's pixels; 0: the maximum
         },
     },
-    reads=("flow", "map", "score", "train", "checkpoint_every", "evaluate_every"),
+    reads=("flow", "map", "score", "train.loss", "train.window", *READS),
     bounds={
         "flow.steps": (1, 1000),
         "flow.hidden_ratio": (1e-3, 100),

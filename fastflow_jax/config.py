@@ -137,7 +137,7 @@ _SHARED = (
 )
 
 # Fields that all detectors read, in sections that some detectors read.
-_READ_BY_ALL = ("map.sigma", "train.cache")
+_READ_BY_ALL = ("map.sigma.", "train.cache.")
 
 _CHOICES = {
     "detector": DETECTORS,
@@ -198,7 +198,8 @@ def fill(config: ConfigDict) -> ConfigDict:
     c.unlock()
     names = _names_of_variants(config)
     detectors = [config.variants[name].get("detector", config.detector) for name in names]
-    _check_read("config", config.to_dict() | {"variants": {}}, detectors or [config.detector])
+    base = {k: v for k, v in config.to_dict().items() if k != "variants"}
+    _check_read("config", config, base, detectors or [config.detector])
     for name, detector in zip(names, detectors, strict=True):
         changes, field = config.variants[name], f"config.variants.{name}"
         changed = _flat(changes.to_dict())
@@ -208,16 +209,28 @@ def fill(config: ConfigDict) -> ConfigDict:
             raise InputError(
                 f"{field} changes {min(shared)}, which all variants share. Make it a separate run."
             )
-        _check_read(field, changes.to_dict(), [detector])
-        filled = _flat(_fill(_changed(config, changes)).to_dict())
+        variant = _changed(config, changes)
+        _check_read(field, variant, changes.to_dict(), [detector])
+        filled = _flat(_fill(variant).to_dict())
         c.variants[name] = ConfigDict(
             _nested({field: v for field, v in filled.items() if v != plain.get(field)})
         )
     return c.lock()
 
 
-def _check_read(name: str, fields: dict[str, Any], detectors: Sequence[str]) -> None:
-    """Raises InputError if a field is not at its default and none of the detectors reads it."""
+def _check_read(
+    name: str, config: ConfigDict, changes: dict[str, Any], detectors: Sequence[str]
+) -> None:
+    """Raises InputError if a field was changed and none of the detectors reads it.
+
+    Values that `fill` sets are not changes, so that a filled configuration can be filled again.
+
+    Args:
+      name: of the configuration or variant in the message.
+      config: with all of its fields.
+      changes: the fields to check.
+      detectors: names of the detectors of the run.
+    """
 
     def reads(names: Sequence[str]) -> list[str]:
         return [f"{each}." for name in names for each in method(name).reads]
@@ -225,10 +238,21 @@ def _check_read(name: str, fields: dict[str, Any], detectors: Sequence[str]) -> 
     def within(field: str, prefixes: Sequence[str]) -> bool:
         return any(f"{field}.".startswith(prefix) for prefix in prefixes)
 
-    usual = _flat(default().to_dict())
-    for field, value in _flat(fields).items():
-        of_some = within(field, reads(list(DETECTORS))) and field not in _READ_BY_ALL
-        if of_some and value != usual[field] and not within(field, reads(detectors)):
+    usual, of_some, of_run = _flat(default().to_dict()), reads(list(DETECTORS)), reads(detectors)
+    unread = {
+        field: value
+        for field, value in _flat(changes).items()
+        if within(field, of_some) and not within(field, (*of_run, *_READ_BY_ALL))
+        if value != usual[field]
+    }
+    if not unread:
+        return
+    plain = config.copy_and_resolve_references()
+    with plain.unlocked():
+        plain.update_from_flattened_dict({field: usual[field] for field in unread})
+    filled = _flat(_fill(plain).to_dict())
+    for field, value in unread.items():
+        if value != filled[field]:
             raise InputError(
                 f"{name}.{field} has no effect on {' and '.join(dict.fromkeys(detectors))}. Leave "
                 f"it at its default, {usual[field]}."

@@ -1,4 +1,4 @@
-"""The detector that applications import: it is fitted, saved, loaded, and scores images."""
+"""`Detector`, the class that applications import: fit, load, save, predict."""
 
 import collections
 import contextlib
@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,6 @@ from fastflow_jax.data.inputs import Inputs, Outputs, Part, cut, stacked
 from fastflow_jax.data.pipeline import prefetch
 from fastflow_jax.data.profile import Profile
 from fastflow_jax.detectors.base import (
-    DETECTORS,
     InvertibleScorer,
     LikelihoodScorer,
     PickledByFields,
@@ -47,32 +46,31 @@ from fastflow_jax.runs.fit import fit
 
 _log = logging.getLogger(__name__)
 
-# Numbers of images that are scored at a time. The smallest that is large enough is used: a single
-# image takes the time of one, many images use the devices well, and at most three programs are
-# compiled.
+# Batch sizes of scoring; the smallest one that holds the images is used. A single image is then not
+# padded to a large batch, and at most three programs are compiled.
 _BATCH_SIZES = (1, 8, 32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a detector makes of one image, [H, W] pixels large.
+    """Result for one image of [H, W] pixels.
 
-    The p-value, `is_anomalous` and the mask are None for a detector without held-out images, the
-    log-likelihood is for one that has none.
+    `p_value`, `is_anomalous` and `mask` are None if the detector has no held-out images and no
+    threshold was set.
     """
 
-    name: str  # its path, or "image 3" for the fourth array
+    name: str  # path of the image, or "image 3" for the fourth array
     score: float  # higher is more anomalous
-    p_value: float | None  # how often a normal image scores so high, see `thresholds.p_values`
-    is_anomalous: bool | None  # the score is above the threshold
-    anomaly_map: np.ndarray  # float32 [H, W]
-    mask: np.ndarray | None  # bool [H, W], where the map is above the pixel threshold
-    log_likelihood: float | None  # of what the flows see, in nats per dimension
+    p_value: float | None  # bound of the share of normal images with this score or a higher one
+    is_anomalous: bool | None  # whether the score is above the threshold
+    anomaly_map: np.ndarray  # float32 [H, W], higher is more anomalous
+    mask: np.ndarray | None  # bool [H, W], True where the map is above the pixel threshold
+    log_likelihood: float | None  # in nats per dimension; None if the detector has no likelihood
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Detector(PickledByFields):
-    """Finds what is anomalous in images, having seen normal ones.
+    """Anomaly detector that is trained on normal images.
 
     >>> from fastflow_jax import Detector
     >>> detector = Detector.fit(normal_images, config=config)
@@ -90,10 +88,10 @@ class Detector(PickledByFields):
     held_out: HeldOut | None = None
     image_threshold: Threshold | None = None
     pixel_threshold: Threshold | None = None
-    folder: pathlib.Path | None = None  # where it lies, see `save`
-    training_images: Profile | None = None  # None if it is not known
-    # Of a detector that was fitted without a folder: removed with its last copy in the process.
-    _temporary: "_TemporaryFolder | None" = None
+    folder: pathlib.Path | None = None  # directory that it was loaded from, see `save`
+    training_images: Profile | None = None  # None in directories of older versions
+    # Directory of a detector that was fitted without `workdir`; removed with its last copy.
+    _temporary: "_TemporaryDirectory | None" = None
 
     @classmethod
     def fit(
@@ -105,33 +103,39 @@ class Detector(PickledByFields):
         groups: Sequence[Any] | None = None,
         calibrate: Images | None = None,
     ) -> "Detector":
-        """Learn from normal images.
+        """Trains a detector on normal images.
 
         Args:
-          images: a folder, bare or as `data.folder` has it; paths or uint8 arrays [H, W, 3] in
-            RGB; a `data.Dataset`; a data set's name, such as "elpv/mono", or a configuration that
-            names one. Some of them are held out for thresholds: see `config.data.holdout`.
-          config: see `config.default`; or the name of a detector, for its recipe; None: FastFlow.
-          workdir: run folder, as of `main`: an interrupted fit goes on there, and a finished one
-            is loaded, with the thresholds that it was saved with. None: a temporary one; `save`
-            keeps the detector.
-          groups: a label per image of a list or an array of images. Images with equal labels show
-            the same part and are held out together. For directories see `config.data.groups`.
-          calibrate: normal images of other parts than `images`, for calibration and thresholds;
-            all of `images` are then trained on. None: `calibration/good` of a directory, or held
-            out images.
+          images: one of
+            - a directory of images, bare or with the layout of `data.folder`;
+            - paths, or uint8 arrays [H, W, 3] in RGB;
+            - a `data.Dataset`;
+            - the name of a data set, such as "elpv/mono";
+            - a configuration that names a data set, without `config`.
+            Some images are held out for calibration and thresholds, see `config.data.holdout`.
+          config: the configuration, see `config.default`; or the name of a detector for its recipe.
+            FastFlow by default.
+          workdir: the run directory, as with `main`. An interrupted fit is continued; a finished
+            one is loaded with its saved thresholds. By default a temporary directory; call `save`
+            to keep the detector.
+          groups: a label per image, if `images` is a list or an array. Images with equal labels
+            show the same part and are held out together. For directories see `config.data.groups`.
+          calibrate: normal images of other parts than `images`, for calibration and thresholds.
+            All of `images` are then used for training. By default `calibration/good` of a
+            directory if it exists, otherwise held-out images.
 
         Raises:
-          InputError: images or configuration that no training can have, a folder of another run,
-            or groups that do not fit the images.
-          Interrupted: SIGTERM or SIGINT came; in a `workdir`, the state is saved.
+          InputError: the images or the configuration do not suit a training, `workdir` has another
+            run, or the groups do not fit the images.
+          Interrupted: SIGTERM or SIGINT was received; the state is saved in `workdir`.
         """
         parallel.check_not_forked()
         folder = None if workdir is None else expanded(workdir)
-        config, dataset = _asked_for(images, config, groups, calibrate)
+        config = _fit_config(images, config)
+        dataset = _fit_dataset(images, config, groups, calibrate)
         temporary = None
         if folder is None:
-            temporary = _TemporaryFolder()
+            temporary = _TemporaryDirectory()
             folder = pathlib.Path(temporary.path)
         with directory.claim(folder, config):
             if parallel.on_main(lambda: saved.is_finished(folder)):
@@ -150,19 +154,18 @@ class Detector(PickledByFields):
     def load(
         cls, folder: str | os.PathLike, *, weights: str | os.PathLike | None = None
     ) -> "Detector":
-        """The detector in a folder that `save`, `fit` or `main` wrote.
-
-        Of a run of several trainings, give the folder of one: of a category, variant or seed.
+        """Loads a detector from a directory that `save`, `fit` or `main` has written.
 
         Args:
-          folder: of the detector.
-          weights: the weight file of the backbone, if it is no longer where it was in training;
-            None for the recorded one, or a file of its name in or next to the run directory. Its
-            sha256 must be the recorded one.
+          folder: the directory. If a run has several trainings, the directory of one of them, that
+            is, of a category, a variant or a seed.
+          weights: weight file of the backbone, if it was moved after the training. By default the
+            recorded file, or a file of its name in or next to the run directory. Its sha256 must
+            be the recorded one.
 
         Raises:
-          InputError: the folder holds no training, or several, which are listed; or the backbone's
-            weights were not found, or are not those that it was trained with.
+          InputError: the directory has no training, or several, which are listed; or the weights of
+            the backbone were not found, or are not those of the training.
         """
         folder = expanded(folder)
         kept = saved.read(folder)
@@ -185,12 +188,12 @@ class Detector(PickledByFields):
 
     @classmethod
     def from_training(cls, config: ConfigDict, folder: pathlib.Path, seed: int = 0) -> "Detector":
-        """What scores, as a training left it; it has no thresholds.
+        """Loads a detector without thresholds from the directory of a training.
 
         Args:
-          config: filled, that it was trained with.
-          folder: of one training, see `runs.experiment.run`.
-          seed: that it was trained with: of random backbones.
+          config: the filled configuration of the training.
+          folder: the directory of the training, see `runs.experiment.run`.
+          seed: the seed of the training, which determines the weights of random backbones.
         """
         parallel.check_not_forked()
         backbone = create_backbone(
@@ -200,24 +203,31 @@ class Detector(PickledByFields):
         return cls(config, backbone, scorer)
 
     def save(self, folder: str | os.PathLike | None = None) -> pathlib.Path:
-        """Write what `load` reads to a new folder; or, where it lies, the thresholds alone.
+        """Saves the detector for `load`; returns the directory.
 
-        The backbone's weights are not copied: they are found again where they are now, see `load`.
+        The weight file of the backbone is not copied; `load` reads it where it is.
+
+        Args:
+          folder: a new directory. By default the directory of the detector, in which only the
+            thresholds change.
 
         Raises:
-          InputError: the folder holds something else, or the detector's own folder is gone.
+          InputError: the directory has other files, or the directory of the detector was removed.
         """
         if self.folder is None:
-            raise InputError("a detector without a folder cannot be saved: make it by fit or load")
+            raise InputError(
+                "This detector has no directory to copy. Make it with Detector.fit or "
+                "Detector.load to save it."
+            )
         if not self.folder.exists():
             raise InputError(
-                f"{self.folder}, the folder of this detector, no longer exists. Bring it back, or "
-                "load the detector from where it is now. If it was fitted without workdir, its "
-                "folder was temporary: call save(FOLDER) before you pickle it."
+                f"{self.folder}, the directory of this detector, no longer exists. Restore it, or "
+                "load the detector from another directory. A detector that is fitted without "
+                "workdir has a temporary directory: call save(folder) before you pickle it."
             )
         folder = self.folder if folder is None else expanded(folder)
-        limits = self.image_threshold, self.pixel_threshold
-        saved.save(self.folder, folder, self.config.weights, *limits)
+        thresholds = self.image_threshold, self.pixel_threshold
+        saved.save(self.folder, folder, self.config.weights, *thresholds)
         return folder
 
     def with_threshold(
@@ -228,22 +238,26 @@ class Detector(PickledByFields):
         pixel: Threshold | float | None = None,
         pixel_rate: float | None = None,
     ) -> "Detector":
-        """The same detector with other thresholds; nothing is fitted again. `save` keeps them.
+        """Returns a copy with other thresholds, without training. `save` stores them.
 
         Args:
-          image: of scores: a number, or `thresholds.f1_optimal(scores, labels)`.
-          rate: in its place, the part of normal images that may be called anomalous.
-          pixel: of maps, likewise.
-          pixel_rate: in its place, the part of normal images' pixels that masks may hold.
+          image: threshold of image scores: a number, or `thresholds.f1_optimal(scores, labels)`.
+          rate: false-alarm rate, instead of `image`: the expected share of normal images above the
+            threshold.
+          pixel: threshold of anomaly maps, as `image`.
+          pixel_rate: false-alarm rate of pixels, instead of `pixel`: the expected share of the
+            pixels of normal images above the threshold.
 
         Raises:
-          InputError: a threshold and a rate, a rate that is not between 0 and 1, or a rate and no
-            held-out images.
+          InputError: both a threshold and a rate were given, a rate is not between 0 and 1, or a
+            rate was given and there are no held-out images.
         """
-        if (image is not None and rate is not None) or (
-            pixel is not None and pixel_rate is not None
+        for names, pair in (
+            ("image and rate", (image, rate)),
+            ("pixel and pixel_rate", (pixel, pixel_rate)),
         ):
-            raise InputError("give a threshold or a rate of false alarms, not both")
+            if None not in pair:
+                raise InputError(f"{names} cannot be set together. Pass a threshold or a rate.")
         held_out = self.held_out or HeldOut(np.zeros(0), np.zeros((0, 1)))
         if rate is not None:
             image = held_out.image_threshold(rate)
@@ -255,7 +269,7 @@ class Detector(PickledByFields):
             if value is None:
                 continue
             if not isinstance(value, numbers.Real) or np.isnan(value):
-                raise InputError(f"{name} must be a number, not {value!r}")
+                raise InputError(f"{name} must be a number, not {value!r}.")
         return dataclasses.replace(
             self,
             **{
@@ -266,21 +280,24 @@ class Detector(PickledByFields):
         )
 
     def predict(self, images: Images, *, tile: bool = False) -> Prediction | list[Prediction]:
-        """Scores one image, or many: a `Prediction`, or a list of these.
+        """Scores one image or several.
 
         Args:
-          images: a path, the content of a file, uint8 [H, W, 3] in RGB or [H, W], an image of
-            Pillow's, or several of these, each of any size; of a directory, all images in it and
-            below; of a file of several pages, all pages. Each is resized to the input's size as in
-            training (`config.data.resize`), and its map back to its own.
-          tile: cut images larger than the input into tiles of its size that overlap, so that
-            details are seen as large as they are. The score is the highest of a tile, and the
-            p-value that tile's, so that rates of false alarms are a tile's too: a normal image of
-            k tiles is flagged up to k times as often. For a detector that was fitted on images of
-            about the input's size.
+          images: a path, the content of a file, an open file, an array uint8 [H, W, 3] in RGB or
+            [H, W], a Pillow image, or several of these, each of any size. A directory stands for
+            all images in it and its subdirectories, a file of several pages for all pages. Images
+            are resized to the input size as in training (`config.data.resize`), and their anomaly
+            maps back to the size of the image.
+          tile: cuts images larger than the input size into overlapping tiles of the input size,
+            which keeps small details. Meant for detectors that were trained on images of about the
+            input size. The score of an image is the highest score of its tiles. False-alarm rates
+            then hold per tile: a normal image of k tiles is flagged up to k times as often.
+
+        Returns:
+          A `Prediction` for one image, a list of them for several.
 
         Raises:
-          InputError: a file or array that is no image.
+          InputError: a file or an array is not an image.
         """
         results = list(self.stream(images, tile=tile))
         return results[0] if is_one(images) and len(results) == 1 else results
@@ -293,15 +310,15 @@ class Detector(PickledByFields):
         on_error: Callable[[str, InputError], None] | None = None,
         live: bool = False,
     ) -> Iterator[Prediction]:
-        """`predict`, one after the other, for more images than fit into memory.
+        """Yields a `Prediction` per image, for more images than fit into memory.
 
         Args:
-          images: see `predict`; an iterator may go on for ever.
+          images: see `predict`; also an endless iterator.
           tile: see `predict`.
-          on_error: `on_error(name, error)` is called for an image that cannot be read, and the rest
-            goes on. None: the error is raised after the results of the images before.
-          live: score each image before the next one is asked for, as for a camera. Otherwise
-            batches of 32 are scored, and some more images are read ahead.
+          on_error: called as `on_error(name, error)` for each image that cannot be read; the other
+            images are scored. By default the error is raised after the results of earlier images.
+          live: scores each image before the next one is requested, for cameras. Otherwise images
+            are read ahead and scored in batches of 32.
         """
         size = 1 if live else _BATCH_SIZES[-1]
         with contextlib.closing(self._all_inputs(images, tile, live)) as inputs:
@@ -316,13 +333,13 @@ class Detector(PickledByFields):
                     else:
                         raise image
 
-            # Each batch is blended into the maps of its images before the next one is cut.
+            # The maps of a batch are added to their images before the next batch is cut.
             remaining, error = parts(), None
             while error is None:
                 batch = collections.deque()
                 try:
                     batch.extend(itertools.islice(remaining, size))
-                except Exception as failure:  # of the images: what came before is scored first
+                except Exception as failure:  # raised after earlier images are scored
                     error = failure
                 if batch:
                     yield from self._predicted(batch)
@@ -331,43 +348,48 @@ class Detector(PickledByFields):
             raise error
 
     def features(self, images: Images) -> Features:
-        """What the scorer sees of images, [B, h, w, C] a scale."""
+        """Returns features of images, [B, h, w, C] per scale, as `scorer` takes them."""
         found = []
         for _, image in self._all_inputs(images):
             if isinstance(image, InputError):
                 raise image
             (part,) = image.parts
-            extract = self._in_batches(lambda extract, _, x: extract(x), part.image[None])
-            found.append(extract)
+            found.append(self._in_batches(lambda extract, _, x: extract(x), part.image[None]))
         return tuple(np.concatenate(scale) for scale in zip(*found, strict=True))
 
     def latents(self, features: Features) -> Features:
-        """The z of features, [B, h, w, C] a scale: standard normal under the model."""
-        self._invertible()
+        """Returns latents of features, [B, h, w, C] per scale; standard normal under the model.
+
+        Raises:
+          InputError: the detector has no latents.
+        """
+        self._check_invertible()
         return self._in_batches(lambda _, scorer, x: scorer.latents(x), features)
 
     def invert(self, latents: Features) -> Features:
-        """The flow backwards: the features that have these z.
+        """Returns the features of latents, [B, h, w, C] per scale; the inverse of `latents`.
 
         Raises:
-          InputError: a detector without z, or see `model.invert`.
+          InputError: the detector has no latents, or its features were normalised in a way that
+            cannot be inverted.
         """
-        self._invertible()
+        self._check_invertible()
         return self._in_batches(lambda _, scorer, z: scorer.invert(z), latents)
 
     def sample(self, n: int = 1, *, seed: int = 0, temperature: float = 1.0) -> Features:
-        """Features of normal images, as the flow imagines them: of z drawn at random.
+        """Draws features from the model, [n, h, w, C] per scale.
 
         Args:
-          n: how many.
-          seed: of z.
-          temperature: deviation of z, 1 in the model; lower ones are more typical.
+          n: number of images, at least 1.
+          seed: seed of the latents.
+          temperature: standard deviation of the latents, 1 under the model. Lower values give more
+            typical features.
 
         Raises:
-          InputError: n is below 1, or see `invert`.
+          InputError: n is below 1, or as for `invert`.
         """
         if n < 1:
-            raise InputError(f"n is a number of images, 1 or more, not {n}")
+            raise InputError(f"n must be at least 1, not {n}.")
         rng = np.random.default_rng(seed)
         shapes = _shapes(self.config, self.backbone)
         return self.invert(
@@ -377,22 +399,26 @@ class Detector(PickledByFields):
     def score(
         self, images: np.ndarray, valid: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Images -> scores [B] and anomaly maps [B, H, W].
+        """Scores a batch of normalised images.
 
         Args:
-          images: [B, H, W, 3], normalised, B up to the batch size of the configuration.
-          valid: bool [B, H, W], False in padding; None without padding. What lies there counts
-            for nothing.
+          images: float32 [B, H, W, 3], normalised, with B up to the batch size of the
+            configuration.
+          valid: bool [B, H, W], False in padded pixels, or None if there is no padding. Padded
+            pixels affect neither scores nor maps.
+
+        Returns:
+          Image scores [B] and anomaly maps [B, H, W].
         """
         return self.scorer.score(self.extract(images), valid, size=images.shape[1:3])
 
     @functools.cached_property
     def extract(self) -> Callable[[np.ndarray], Features]:
-        """Images [B, H, W, 3] -> what `scorer` scores, see `extract.extractor`."""
+        """Function from images [B, H, W, 3] to features, see `extract.extractor`."""
         return extractor_of(self.config, self.backbone)
 
     def _in_batches(self, function: Callable, *arrays: Any) -> Any:
-        """`function(extract, scorer, *arrays)` of any number of images, in batches."""
+        """Computes `function(extract, scorer, *arrays)` for any number of images in batches."""
         parallel.check_not_forked()
 
         def run(part):
@@ -403,7 +429,7 @@ class Detector(PickledByFields):
 
     @functools.cached_property
     def _with_batch_size(self) -> Callable[[int], tuple[Callable, Scorer]]:
-        """Batch size -> extractor and scorer whose programs are compiled for it."""
+        """Function from a batch size to an extractor and a scorer that are compiled for it."""
         config, backbone, scorer = self.config, self.backbone, self.scorer
 
         def make(batch_size: int) -> tuple[Callable, Scorer]:
@@ -414,17 +440,16 @@ class Detector(PickledByFields):
 
         return functools.cache(make)
 
-    def _invertible(self) -> InvertibleScorer:
+    def _check_invertible(self) -> None:
         if not isinstance(self.scorer, InvertibleScorer):
             raise InputError(
-                f"The detector {self.config.detector} has no latents. Use fastflow for that."
+                f"The detector {self.config.detector} has no latents. Fit a fastflow detector."
             )
-        return self.scorer
 
     def _all_inputs(
         self, images: Images, tile: bool = False, live: bool = False
-    ) -> Iterator[tuple[str, Inputs | InputError]]:
-        """Name by name, the image or why it cannot be read; logs how files differ from training."""
+    ) -> Generator[tuple[str, Inputs | InputError], None, None]:
+        """Yields each name with its image or error; logs how files differ from training images."""
 
         def read(given: Given) -> Iterator[tuple[str, Inputs | InputError, dict[str, str]]]:
             try:
@@ -437,11 +462,11 @@ class Detector(PickledByFields):
                 yield given.name, error, {}
 
         def start(given: Given):
-            """The first page, read in this thread, and an iterator over the other ones."""
+            """Reads the first page in this thread; returns it and an iterator over the others."""
             pages = read(given)
             return next(pages), pages
 
-        # Images to be tiled are large: of few the decoded pixels fit into memory.
+        # One thread for images to be tiled: they are large, and few of them fit into memory.
         calls = (functools.partial(start, given) for given in each(images))
         threads, logged = 0 if live else 1 if tile else None, set()
         with contextlib.closing(prefetch(calls, threads)) as started:
@@ -453,9 +478,9 @@ class Detector(PickledByFields):
                     yield name, inputs
 
     def _predicted(self, batch: collections.deque[tuple[Outputs, Part]]) -> Iterator[Prediction]:
-        """Scores a batch of parts; yields the predictions of images that are complete with it.
+        """Scores a batch of parts; yields the predictions of the images that it completes.
 
-        The batch is emptied, so that the maps of its images are not held together.
+        The batch is emptied, so that completed maps are freed.
         """
         scores, maps, likelihoods = self._in_batches(
             _predict, *stacked([part for _, part in batch])
@@ -470,17 +495,17 @@ class Detector(PickledByFields):
         score, anomaly_map = outputs.score, outputs.anomaly_map
         if not np.isfinite(score):
             raise InputError(
-                f"{outputs.name} scores {score}: the training or the backbone's weights are "
-                "broken, train anew"
+                f"{outputs.name} scores {score}. The training or the weights of the backbone are "
+                "damaged: train again."
             )
-        image_limit, pixel_limit = self.image_threshold, self.pixel_threshold
+        image_threshold, pixel_threshold = self.image_threshold, self.pixel_threshold
         return Prediction(
             name=outputs.name,
             score=score,
             p_value=None if self.held_out is None else self.held_out.p_value(score),
-            is_anomalous=None if image_limit is None else score > image_limit.value,
+            is_anomalous=None if image_threshold is None else score > image_threshold.value,
             anomaly_map=anomaly_map,
-            mask=None if pixel_limit is None else anomaly_map > pixel_limit.value,
+            mask=None if pixel_threshold is None else anomaly_map > pixel_threshold.value,
             log_likelihood=outputs.log_likelihood,
         )
 
@@ -502,60 +527,71 @@ def _log_differences(name: str, sentences: list[str]) -> None:
     )
 
 
-class _TemporaryFolder:
-    """A folder that is there as long as this object is, and no longer than the process.
+class _TemporaryDirectory:
+    """A directory that is removed with this object, or at the end of the process.
 
-    Copies and what is unpickled in the same process share the object; elsewhere there is None.
+    Copies and pickles that are loaded in the same process share the object. In other processes they
+    have None instead.
     """
 
     def __init__(self):
         self.path = tempfile.mkdtemp(prefix="fastflow_jax_")
-        _temporary_folders[self.path] = self
+        _temporary_directories[self.path] = self
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
     def __reduce__(self):
-        return _temporary_folder, (self.path,)
+        return _temporary_directory, (self.path,)
 
 
-_temporary_folders = weakref.WeakValueDictionary()  # of this process, by their paths
+_temporary_directories = weakref.WeakValueDictionary()  # of this process, by path
 
 
-def _temporary_folder(path: str) -> _TemporaryFolder | None:
-    return _temporary_folders.get(path)
+def _temporary_directory(path: str) -> _TemporaryDirectory | None:
+    return _temporary_directories.get(path)
 
 
-def _asked_for(images, config, groups, calibrate) -> tuple[ConfigDict, data.Dataset]:
-    """The filled configuration of a fit, and its training images as a data set."""
+def _fit_config(images: Any, config: ConfigDict | str | None) -> ConfigDict:
+    """The filled configuration of a fit; its `data` names `images` if they are a data set."""
     if isinstance(images, ConfigDict):
         if config is not None:
-            raise InputError("give a configuration that names a data set, or images and a config")
+            raise InputError(
+                "Two configurations were given. Pass one that names a data set, or images and a "
+                "configuration."
+            )
         images, config = None, images
     if isinstance(config, str):
-        data.check_choice("the detector", config, DETECTORS)
         c = default()
-        held_out = c.data.holdout
+        holdout = c.data.holdout
         c.update(recipe(config))
-        c.data.holdout = held_out  # some recipes do without; thresholds do not
+        c.data.holdout = holdout  # some recipes hold no images out, but thresholds need them
     else:
         c = default() if config is None else config.copy_and_resolve_references()
     path = expanded(images) if isinstance(images, str | pathlib.Path) else None
     with c.unlocked():
-        if isinstance(images, str) and not path.exists():
+        if isinstance(images, str) and path and not path.exists():
             if images.partition("/")[0] not in data.DATASETS:
                 raise InputError(
-                    f"{images} is neither a folder nor a data set ({', '.join(data.DATASETS)})"
+                    f"{images} is neither a directory nor a data set. Pass a directory of images, "
+                    f"or one of {', '.join(data.DATASETS)}."
                 )
             name_data(c, images)
         elif images is not None:
-            is_folder = path is not None and path.is_dir()
             c.data.name, c.data.category = "folder", None
-            c.data.root = str(path) if is_folder else None
-    config = fill(c)
-    if config.seeds > 1 or len(config.variants) or len(data.categories(config.data)) > 1:
-        raise InputError("a detector has one seed, one variant and one category: main runs several")
+            c.data.root = str(path) if path and path.is_dir() else None
+    c = fill(c)
+    if c.seeds > 1 or len(c.variants) or len(data.categories(c.data)) > 1:
+        raise InputError(
+            "A detector has one seed, one variant and one category. Train several with python -m "
+            "fastflow_jax.main."
+        )
+    return c
+
+
+def _fit_dataset(images: Any, config: ConfigDict, groups: Any, calibrate: Any) -> data.Dataset:
+    """The images of a fit as a data set without test images."""
     if isinstance(images, data.Dataset):
         dataset = images
-    elif images is None or config.data.name != "folder" or config.data.root is not None:
+    elif isinstance(images, ConfigDict) or config.data.name != "folder" or config.data.root:
         dataset = data.open_dataset(config.data)
     else:
         dataset = as_dataset(images, groups)
@@ -566,7 +602,7 @@ def _asked_for(images, config, groups, calibrate) -> tuple[ConfigDict, data.Data
     calibration = dataset.calibration
     if calibrate is not None:
         calibration = as_dataset([calibrate] if is_one(calibrate) else calibrate).train
-    return config, dataclasses.replace(dataset, test=None, calibration=calibration)
+    return dataclasses.replace(dataset, test=None, calibration=calibration)
 
 
 def _shapes(config, backbone: Backbone) -> list[tuple[int, int, int]]:

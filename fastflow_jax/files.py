@@ -160,7 +160,7 @@ def files_in(workdir: Path, name: str) -> list[Path]:
     return sorted(file for file in workdir.rglob(name) if not is_of_another(file))
 
 
-def read_json(file: Path) -> dict | list | None:
+def read_json(file: Path) -> Any:
     """Content of a JSON file, read by the first process for all; None if there is no file.
 
     Raises:
@@ -169,7 +169,7 @@ def read_json(file: Path) -> dict | list | None:
     return parallel.on_main(lambda: parse_json(file) if file.exists() else None)
 
 
-def parse_json(file: Path) -> dict | list:
+def parse_json(file: Path) -> Any:
     """Content of a JSON file, read by this process.
 
     Raises:

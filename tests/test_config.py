@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from fastflow_jax.backbones import find_spec
 from fastflow_jax.config import default, differences, fill, from_plain, misspelt, variants, without
+from fastflow_jax.detectors.base import recipe
 from fastflow_jax.detectors.fastflow.scorer import flow_model
 from fastflow_jax.errors import InputError
 from fastflow_jax.files import to_plain
@@ -129,6 +130,45 @@ def test_impossible_values_are_named(field, value, message):
     c.update_from_flattened_dict({field: value})
     with pytest.raises(InputError, match=message):
         fill(c)
+
+
+@pytest.mark.parametrize(
+    ("detector", "field", "value"),
+    [
+        ("patchcore", "train.epochs", 3),
+        ("spade", "map.bank", 0),
+        ("cflow", "flow.steps", 2),
+        ("vae", "train.window", 8),
+        ("gan", "train.loss", "sum"),
+        ("fastflow", "patchcore.neighbours", 3),
+    ],
+)
+def test_a_changed_field_that_the_detector_does_not_read_is_refused(detector, field, value):
+    c = default()
+    c.update(recipe(detector))
+    c.update_from_flattened_dict({field: value})
+    with pytest.raises(
+        InputError, match=rf"config\.{field} has no effect on {detector}\. Leave it"
+    ):
+        fill(c)
+
+
+def test_a_variant_may_change_only_fields_that_its_detector_reads():
+    fields = {"detector": "patchcore", "patchcore": {"neighbours": 3}}
+    fill(with_variants(flow={}, patches=fields))
+    with pytest.raises(
+        InputError, match=r"variants\.patches\.score\.top_k has no effect on patchcore"
+    ):
+        fill(with_variants(flow={}, patches=fields | {"score": {"top_k": 0.1}}))
+    c = with_variants(flow={}, patches=fields)
+    c.score.top_k = 0.1  # of the run: one of its detectors reads it
+    fill(c)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_filled_configuration_is_filled_to_itself(path):
+    filled = fill(load(path.stem))
+    assert to_plain(fill(filled)) == to_plain(filled)
 
 
 def test_differences_name_fields_and_skip_what_changes_no_number():

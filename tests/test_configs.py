@@ -1,4 +1,4 @@
-"""Every configuration from its file to its table, on data sets in miniature with official names."""
+"""Every configuration file, run on tiny copies of its data sets."""
 
 import csv
 import json
@@ -81,21 +81,23 @@ def elpv_folder(root):
 
 
 def tiny(config, **fields):
-    """In the form of the configuration, but of a size that takes seconds."""
+    """The configuration with a small backbone, small images and a short training."""
     config.weights, config.image_size, config.layers = "random", (32,), ("blocks.2",)
-    config.backbone = "tf_efficientnet_lite0"
-    config.flow.steps, config.flow.kernels, config.flow.hidden_ratio = 1, (3,), 0.5
-    config.train.epochs, config.train.batch_size, config.heatmaps = 1, 4, 1
-    config.batch_size = 4
+    config.backbone, config.batch_size, config.heatmaps = "tf_efficientnet_lite0", 4, 1
+    detectors = {each.detector for each in variants(config).values()}
+    if "fastflow" in detectors:
+        config.flow.steps, config.flow.kernels, config.flow.hidden_ratio = 1, (3,), 0.5
+    if not detectors <= {"patchcore", "spade"}:
+        config.train.epochs, config.train.batch_size = 1, 4
     config.update_from_flattened_dict(fields)
     return fill(config)
 
 
 @pytest.fixture
 def run_config(tmp_path, capsys):
-    """run(name, argument, **fields): the results, what was printed, the run folder.
+    """run(name, argument, **fields) -> results, output, run directory.
 
-    Of an ablation all variants, or those named.
+    `named` selects variants of an ablation.
     """
 
     def run(name, argument=None, workdir="run", named=(), **fields):

@@ -25,7 +25,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -42,7 +42,7 @@ from fastflow_jax.features.extract import TrainingFeatures, inside, without_padd
 from fastflow_jax.files import read_arrays, write_arrays
 from fastflow_jax.flows import AffineCoupling, ConvSubnet, GlobalAffine, Permute
 from fastflow_jax.training.context import FitContext
-from fastflow_jax.training.loop import cached_by_config, load_variables, train_variables
+from fastflow_jax.training.loop import READS, cached_by_config, load_variables, train_variables
 from fastflow_jax.training.step import Objective
 
 _MAXIMA = "likelihood_maxima.npz"
@@ -166,7 +166,7 @@ def objective(config) -> Objective:
             rows, counts = _draw(scale_keys, seen.reshape(len(seen), -1), each)
             drawn.append((_take(x, rows), _take(conditions[i], rows), counts))
         vectors, given, counts = zip(*drawn, strict=True)
-        latents = model.apply(variables, vectors, given)
+        latents = cast(Latents, model.apply(variables, vectors, given))
         return [(-log_p[:, 0], c) for log_p, c in zip(_log_p(latents), counts, strict=True)]
 
     def loss(variables, features, valid, keys):
@@ -213,13 +213,14 @@ def _score_with_likelihood(config, size, state, batch):
     maps = [jnp.exp(m - top) for m, top in zip(log_p, highest, strict=True)]
     if valid is not None:
         maps = [without_padding(m, inside(valid, m.shape[1:])) for m in maps]
-    anomaly_map = -sum(resize_map(m, size, config.map.sigma) for m in maps)
+    resized = [resize_map(m, size, config.map.sigma) for m in maps]
+    anomaly_map = -sum(resized, start=jnp.zeros(()))
     return anomaly_map.max((1, 2)), anomaly_map, _likelihood(features, valid, log_p)
 
 
 def _likelihood(features, valid, log_p) -> jax.Array:
     """Log-likelihood of each image's features in nats per dimension, [B]."""
-    total = dimensions = 0.0
+    total = dimensions = jnp.zeros(())
     for x, m in zip(features, log_p, strict=True):
         seen = jnp.ones(m.shape, bool) if valid is None else inside(valid, m.shape[1:])
         total += x.shape[-1] * m.sum((1, 2), where=seen)
@@ -252,7 +253,7 @@ def _model(config) -> CFlow:
 
 def _conditions(config, features: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     """Position encodings of each scale, [B, h, w, D]."""
-    encodings = (position_encoding(*m.shape[1:3], config.cflow.encoding) for m in features)
+    encodings = (position_encoding(m.shape[1], m.shape[2], config.cflow.encoding) for m in features)
     pairs = zip(features, encodings, strict=True)
     return tuple(jnp.broadcast_to(e, (len(m), *e.shape)) for m, e in pairs)
 
@@ -268,7 +269,8 @@ def _log_p(latents: Latents) -> list[jax.Array]:
 
 def _log_p_of(config, variables, features) -> list[jax.Array]:
     """`_log_p` of features [B, h, w, C] per scale."""
-    return _log_p(_model(config).apply(variables, features, _conditions(config, features)))
+    latents = _model(config).apply(variables, features, _conditions(config, features))
+    return _log_p(cast(Latents, latents))
 
 
 def _draw(keys: jax.Array, seen: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
@@ -318,7 +320,7 @@ METHOD = Method(
         "checkpoint_every": 10,
     },
     fill=fill,
-    reads=("cflow", "train", "checkpoint_every", "evaluate_every"),
+    reads=("cflow", *READS),
     bounds={
         "cflow.steps": (1, 1000),
         "cflow.clamp": (1e-3, 100),

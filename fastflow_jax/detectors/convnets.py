@@ -6,7 +6,7 @@ networks are shallow, and batch norm would be state that changes in training.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -19,9 +19,6 @@ from fastflow_jax.features.extract import inside
 from fastflow_jax.training.context import FitContext
 from fastflow_jax.training.loop import train_variables
 from fastflow_jax.training.step import Objective
-
-# Fields that a network of one map reads, besides its own section.
-READS = ("train", "checkpoint_every", "evaluate_every")
 
 _HALVINGS = 3
 
@@ -75,7 +72,8 @@ class Decoder(nn.Module):
     def __call__(self, code: jax.Array) -> jax.Array:
         sizes = [self.shape[:2]]
         for _ in range(_HALVINGS):
-            sizes.append(tuple(-(-side // 2) for side in sizes[-1]))
+            height, width = sizes[-1]
+            sizes.append((-(-height // 2), -(-width // 2)))
         channels = [self.shape[2], *(self.width * 2**i for i in range(_HALVINGS))]
         height, width = sizes[-1]
         x = nn.Dense(height * width * channels[-1])(code)
@@ -111,6 +109,11 @@ def fit_one_map(
             f"{', '.join(config.layers)}."
         )
     return make_scorer(train_variables(context, objective, lambda v, seed: make_scorer(v)))
+
+
+def apply(module: nn.Module, variables: dict, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Applies a module that returns a tuple of arrays."""
+    return cast(tuple[jax.Array, ...], module.apply(variables, *arrays))
 
 
 def only_map(features: Sequence[jax.Array]) -> jax.Array:

@@ -24,16 +24,23 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from fastflow_jax.detectors import convnets
-from fastflow_jax.detectors.base import CompiledScorer, Method
-from fastflow_jax.detectors.convnets import Decoder, Encoder, fit_one_map, only_map, validity
+from fastflow_jax.detectors.base import CompiledScorer, Method, Scorer
+from fastflow_jax.detectors.convnets import (
+    Decoder,
+    Encoder,
+    apply,
+    fit_one_map,
+    only_map,
+    validity,
+)
 from fastflow_jax.detectors.maps import resize_map
 from fastflow_jax.features.extract import inside, without_padding
 from fastflow_jax.training.context import FitContext
-from fastflow_jax.training.loop import cached_by_config, load_variables
+from fastflow_jax.training.loop import READS, cached_by_config, load_variables
 from fastflow_jax.training.step import Objective
 
 
-def fit(context: FitContext) -> "GANScorer":
+def fit(context: FitContext) -> Scorer:
     """See `Method.fit` and `convnets.fit_one_map`."""
     config = context.config
     return fit_one_map(context, objective(config), partial(GANScorer, config))
@@ -66,8 +73,9 @@ class Generator(nn.Module):
         Returns:
           z [B, latent], the reconstruction [B, h, w, C], and z' [B, latent].
         """
+        h, w, c = x.shape[1:]
         _, z = Encoder(self.width, self.latent, name="encoder")(seen * x)
-        reconstruction = Decoder(self.width, x.shape[1:], name="decoder")(z)
+        reconstruction = Decoder(self.width, (h, w, c), name="decoder")(z)
         _, z_again = Encoder(self.width, self.latent, name="second_encoder")(seen * reconstruction)
         return z, reconstruction, z_again
 
@@ -93,7 +101,7 @@ def objective(config) -> Objective:
         players = variables["params"]
         x = only_map(features)
         seen = validity(x, valid)
-        made = generator.apply({"params": players["generator"]}, x, seen)
+        made = apply(generator, {"params": players["generator"]}, x, seen)
         fixed = jax.lax.stop_gradient(players["discriminator"])
         return generator_loss(config, fixed, x, seen, *made) + discriminator_loss(
             config, players["discriminator"], seen * x, seen * jax.lax.stop_gradient(made[1])
@@ -104,7 +112,7 @@ def objective(config) -> Objective:
         players = variables["params"]
         x = only_map(features)
         seen = validity(x, valid)
-        made = generator.apply({"params": players["generator"]}, x, seen)
+        made = apply(generator, {"params": players["generator"]}, x, seen)
         return generator_loss(config, players["discriminator"], x, seen, *made)
 
     return Objective(init, loss, validation)
@@ -117,8 +125,8 @@ def generator_loss(config, judge, x, seen, z, reconstruction, z_again) -> jax.Ar
     is what it gave.
     """
     discriminator = Encoder(config.gan.width, 1)
-    real, _ = discriminator.apply({"params": judge}, seen * x)
-    fake, _ = discriminator.apply({"params": judge}, seen * reconstruction)
+    real, _ = apply(discriminator, {"params": judge}, seen * x)
+    fake, _ = apply(discriminator, {"params": judge}, seen * reconstruction)
     adversarial = jnp.mean((real - fake) ** 2, axis=-1)  # of what the discriminator sees
     difference = jnp.abs(seen * (x - reconstruction)).mean(-1)
     contextual = difference.sum((1, 2)) / seen.sum((1, 2, 3))
@@ -134,8 +142,8 @@ def generator_loss(config, judge, x, seen, z, reconstruction, z_again) -> jax.Ar
 def discriminator_loss(config, judge, real, fake) -> jax.Array:
     """Cross-entropy of taking images [B, h, w, C] for real and reconstructions for fake, [B]."""
     discriminator = Encoder(config.gan.width, 1)
-    _, of_real = discriminator.apply({"params": judge}, real)
-    _, of_fake = discriminator.apply({"params": judge}, fake)
+    _, of_real = apply(discriminator, {"params": judge}, real)
+    _, of_fake = apply(discriminator, {"params": judge}, fake)
     return 0.5 * (jax.nn.softplus(-of_real) + jax.nn.softplus(of_fake))[:, 0]
 
 
@@ -143,7 +151,7 @@ def _score(config, size, params, batch):
     """See `CompiledScorer.function`."""
     features, valid = batch
     x = only_map(features)
-    z, reconstruction, z_again = _generator(config).apply(params, x, validity(x, valid))
+    z, reconstruction, z_again = apply(_generator(config), params, x, validity(x, valid))
     difference = jnp.abs(x - reconstruction).mean(-1)
     if valid is not None:
         difference = without_padding(difference, inside(valid, difference.shape[1:]))
@@ -194,7 +202,7 @@ METHOD = Method(
         },
         "heatmaps": 10,
     },
-    reads=("gan", *convnets.READS),
+    reads=("gan", *READS),
     bounds={
         "gan.width": (1, 10**4),
         "gan.latent": (1, 10**6),

@@ -170,9 +170,9 @@ def embed(
       [B, h, w, dimension], and bool [B, h, w], False in padding.
     """
     grid = max(m.shape[1:3] for m in maps)
-    total = 0.0
+    total = jnp.zeros(())
     for m, kernel in zip(maps, kernels, strict=True):
-        m = m.astype(jnp.float32)
+        m = jnp.asarray(m, jnp.float32)
         if valid is not None:
             m = jnp.where(inside(valid, m.shape[1:3])[..., None], m, 0)
         layout = ("NHWC", "HWIO", "NHWC")

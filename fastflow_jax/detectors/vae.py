@@ -24,18 +24,25 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from fastflow_jax.detectors import convnets
-from fastflow_jax.detectors.base import CompiledScorer, Method
-from fastflow_jax.detectors.convnets import Decoder, Encoder, fit_one_map, only_map, validity
+from fastflow_jax.detectors.base import CompiledScorer, Method, Scorer
+from fastflow_jax.detectors.convnets import (
+    Decoder,
+    Encoder,
+    apply,
+    fit_one_map,
+    only_map,
+    validity,
+)
 from fastflow_jax.detectors.maps import resize_map
 from fastflow_jax.features.extract import inside, without_padding
 from fastflow_jax.training.context import FitContext
-from fastflow_jax.training.loop import cached_by_config, load_variables
+from fastflow_jax.training.loop import READS, cached_by_config, load_variables
 from fastflow_jax.training.step import Objective
 
 _LOWEST_LOG_VARIANCE = -6.0  # deviations of 0.05 or more, in images from -1 to 1
 
 
-def fit(context: FitContext) -> "VAEScorer":
+def fit(context: FitContext) -> Scorer:
     """See `Method.fit` and `convnets.fit_one_map`."""
     config = context.config
     return fit_one_map(context, objective(config), partial(VAEScorer, config))
@@ -103,7 +110,7 @@ def objective(config) -> Objective:
     def bound(variables, features, valid, noise):
         x = only_map(features)
         seen = validity(x, valid)
-        mean, log_variance, *density = model.apply(variables, x * seen, noise[None])
+        mean, log_variance, *density = apply(model, variables, x * seen, noise[None])
         nll = (seen * negative_log_density(x, *density)[0]).sum((1, 2, 3))
         values = x.shape[-1] * seen.sum((1, 2, 3))
         return (nll + divergence(mean, log_variance)) / values
@@ -126,7 +133,7 @@ def _score(config, size, variables, batch):
     seen = validity(x, valid)
     noise = _noise(config, config.vae.samples)[:, None]  # [L, 1, latent]
     noise = jnp.tile(noise, (1, len(x), 1))
-    _, _, *density = _model(config).apply(variables, x * seen, noise)
+    _, _, *density = apply(_model(config), variables, x * seen, noise)
     nll = negative_log_density(x, *density).mean((0, -1))  # [B, h, w]
     if valid is not None:
         nll = without_padding(nll, inside(valid, nll.shape[1:]))
@@ -172,6 +179,6 @@ METHOD = Method(
         "train": {"steps": 1000, "max_epochs": 200, "batch_size": 64, "learning_rate": 2e-3},
         "heatmaps": 10,
     },
-    reads=("vae", *convnets.READS),
+    reads=("vae", *READS),
     bounds={"vae.width": (1, 10**4), "vae.latent": (1, 10**6), "vae.samples": (1, 10**4)},
 )

@@ -230,7 +230,7 @@ def recomputed_features(
     return TrainingFeatures(n, shapes, stream, parts, None, valid)
 
 
-def inside(valid: jax.Array | np.ndarray, size: tuple[int, int]) -> jax.Array:
+def inside(valid: jax.Array | np.ndarray, size: tuple[int, ...]) -> jax.Array:
     """Locations of a feature map that are in the image: bool [b, h, w], False in padding.
 
     A location is in the image if its valid share is more than half of the largest valid share of

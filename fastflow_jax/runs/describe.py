@@ -78,7 +78,9 @@ def training_memory(config, variables, features) -> int:
 
     constants = {k: v for k, v in variables.items() if k != "params"}
     step = jax.jit(jax.grad(loss)).lower(variables["params"], constants, features, keys).compile()
-    return step.memory_analysis().temp_size_in_bytes
+    memory = step.memory_analysis()
+    assert memory is not None  # None if the compiler does not support it; those of jaxlib do
+    return memory.temp_size_in_bytes
 
 
 def _numbers(tree) -> int:
@@ -86,7 +88,8 @@ def _numbers(tree) -> int:
 
 
 def _operations(apply, variables, inputs) -> str:
-    flops = jax.jit(apply).lower(variables, inputs).cost_analysis().get("flops", 0)
+    costs = jax.jit(apply).lower(variables, inputs).cost_analysis()
+    flops = costs.get("flops", 0) if costs else 0
     return f"{flops / 1e9:.2f} G"
 
 

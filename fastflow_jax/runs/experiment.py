@@ -155,7 +155,7 @@ def _plan(config, workdir: pathlib.Path) -> list[_Part]:
     pictures = config.report_pictures // (len(pairs) * len(seeds)) if config.report else 0
     for (category, (variant, changed)), seed in itertools.product(pairs, seeds):
         directory = workdir
-        if len(categories) > 1:
+        if category and len(categories) > 1:
             directory /= category
         if variant:
             directory /= variant
@@ -268,12 +268,10 @@ def _fit(part: _Part, siblings: list[_Part], prepared: Prepared) -> tuple[Fitted
 
 
 def _score_test(part: _Part, prepared: Prepared, scorer: Scorer, progress: str) -> Scored:
-    return score_split(
-        scorer.score,
-        prepared.test(),
-        len(prepared.dataset.test),
-        progress=f"{part.title}: {progress}",
-    )
+    test = prepared.dataset.test
+    assert test is not None
+    title = f"{part.title}: {progress}"
+    return score_split(scorer.score, prepared.test(), len(test), progress=title)
 
 
 def _best_on_test(epochs: list[dict]) -> dict | None:
@@ -289,7 +287,8 @@ def _write_pictures(
     part: _Part, prepared: Prepared, scorer, scored: Scored, threshold: dict | None
 ) -> None:
     """Writes heat maps and the images of the report, given the pixel threshold."""
-    config, source = part.config, prepared.dataset.test
+    config, test = part.config, prepared.dataset.test
+    assert test is not None
 
     def maps_of(indices) -> Iterable[np.ndarray]:
         if scored.maps is not None:
@@ -299,7 +298,7 @@ def _write_pictures(
 
     write_pictures(
         part.directory,
-        source,
+        test,
         scored,
         maps_of,
         heatmaps=config.heatmaps,
@@ -361,19 +360,19 @@ def _figures(parts: list[dict]) -> dict:
     names = list(dict.fromkeys(part["name"] for part in parts))
     seeds = list(dict.fromkeys(part["seed"] for part in parts))
 
-    def mean(rows):
+    def over(rows, statistic):
         values = {m: [row[m] for row in rows] for m in METRICS}
-        return {m: None if None in v else float(np.mean(v)) for m, v in values.items()}
+        return {m: None if None in v else float(statistic(v)) for m, v in values.items()}
+
+    def mean(rows):
+        return over(rows, np.mean)
 
     def of(name, key):
         return [part[key] for part in parts if part["name"] == name]
 
     categories = {name: mean(of(name, "figures")) for name in names}
     by_seed = {s: mean([p["figures"] for p in parts if p["seed"] == s]) for s in seeds}
-    std = None
-    if len(seeds) > 1:
-        spread = {m: [row[m] for row in by_seed.values()] for m in METRICS}
-        std = {m: None if None in v else float(np.std(v, ddof=1)) for m, v in spread.items()}
+    std = over(by_seed.values(), partial(np.std, ddof=1)) if len(seeds) > 1 else None
     best = {name: [b for b in of(name, "best_on_test") if b] for name in names}
     return {
         "categories": categories,

@@ -229,9 +229,8 @@ def _threshold(plain: dict | None) -> Threshold | None:
     if plain is None:
         return None
     try:
-        number = {"value": float(plain["value"])}
-        interval = {"interval": plain["interval"] and tuple(plain["interval"])}
-        return Threshold(**plain | number | interval)
+        interval = plain["interval"] and tuple(plain["interval"])
+        return Threshold(**plain | {"value": float(plain["value"]), "interval": interval})
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(
             f"A threshold is damaged, or was written by another version ({error}). Install that "

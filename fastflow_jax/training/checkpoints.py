@@ -6,7 +6,7 @@ import functools
 import pathlib
 import shutil
 import tempfile
-from typing import Any
+from typing import Any, cast
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -38,8 +38,9 @@ class Checkpoints:
             path = stack.enter_context(_literal_path(self._directory))
             with _damage_is_named(self._directory):
                 self._orbax = ocp.training.Checkpointer(
-                    path,
-                    preservation_policy=ocp.training.preservation_policies.LatestN(1),
+                    str(path),
+                    # Orbax annotates its own policies in another way than this argument.
+                    preservation_policy=cast(Any, ocp.training.preservation_policies.LatestN(1)),
                     cleanup_tmp_directories=True,
                 )
             self._link = stack.pop_all()

@@ -35,6 +35,14 @@ from fastflow_jax.training.step import (
     train_step,
 )
 
+# Fields of the configuration that `train` and the optimiser read.
+READS = (
+    *("checkpoint_every", "evaluate_every"),
+    *("train.steps", "train.max_epochs", "train.epochs", "train.batch_size", "train.drop_last"),
+    *("train.optimizer", "train.beta2", "train.learning_rate", "train.schedule", "train.warmup"),
+    *("train.weight_decay", "train.clip", "train.seeds_at_once", "train.cache"),
+)
+
 
 class Run(NamedTuple):
     """One seed of a training, with its files."""

@@ -76,7 +76,7 @@ def create_state(
       shapes: (h, w, C) of each scale.
       seed: of all that `objective.init` draws.
     """
-    features = tuple(jnp.zeros((1, *shape)) for shape in shapes)
+    features = tuple(np.zeros((1, *shape), np.float32) for shape in shapes)
     constants = dict(objective.init(jax.random.key(seed), features))
     params = constants.pop("params")
     return TrainState(

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from fastflow_jax.config import default, fill
-from fastflow_jax.detectors.base import detector_module
+from fastflow_jax.detectors.base import method
 from fastflow_jax.features.extract import cached_features
+from fastflow_jax.training.context import FitContext
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 import costs
@@ -24,7 +25,7 @@ def trained(tmp_path_factory):
     config, folder = fill(c), tmp_path_factory.mktemp("training")
     images = np.random.default_rng(0).standard_normal((8, 16, 16, 3), np.float32)
     train, holdout = cached_features((images[:6],)), (images[6:],)
-    detector_module(config.detector).fit(config, train, holdout, seed=3, folder=folder)
+    method(config.detector).fit(FitContext(config, train, folder, seed=3, holdout=holdout))
     for file in ("heatmaps/picture.png", "strips/0.webp", "scores.json"):
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_bytes(bytes(1 << 20))

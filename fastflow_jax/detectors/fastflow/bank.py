@@ -37,7 +37,7 @@ def entries(z: jax.Array, seen: jax.Array | None = None) -> jax.Array:
     if min(z.shape[1:3]) < _COARSE:
         return z
     if seen is None:
-        seen = np.ones((1, *z.shape[1:3]), bool)
+        seen = jnp.ones((1, *z.shape[1:3]), bool)
     weight = seen[..., None].astype(z.dtype)
     return _sums(z * weight) / jnp.maximum(_sums(weight), 1.0)
 

@@ -150,7 +150,7 @@ def negative_log_likelihood(
         without the constant (of order 1e5, and negative after training: a density may exceed 1).
       inside: bool [B, h, w] per scale, False in padded locations; None if there is no padding.
     """
-    energy, dimensions = 0.0, 0.0
+    energy = dimensions = jnp.zeros(())
     for i, (z, log_det) in enumerate(latents):
         counts = jnp.ones(log_det.shape) if inside is None else inside[i].astype(jnp.float32)
         energy += jnp.sum(counts * (0.5 * jnp.sum(z**2, axis=-1) - log_det), axis=(1, 2))  # [B]

@@ -5,8 +5,8 @@ import functools
 import json
 import pathlib
 import zlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -19,6 +19,7 @@ from fastflow_jax.detectors.fastflow import bank
 from fastflow_jax.detectors.fastflow.model import (
     NORMS,
     FastFlow,
+    Latents,
     invert,
     location_energies,
     negative_log_likelihood,
@@ -39,8 +40,10 @@ from fastflow_jax.flows import Flow
 from fastflow_jax.flows.chain import is_double
 from fastflow_jax.flows.coupling import half_channels
 from fastflow_jax.training.context import FitContext
-from fastflow_jax.training.loop import cached_program, load_variables, train_variables
+from fastflow_jax.training.loop import READS, cached_program, load_variables, train_variables
 from fastflow_jax.training.step import Objective
+
+Array = jax.Array | np.ndarray
 
 _FEW = 4  # held-out images; fewer do not give a standard deviation
 # Of energies; held-out images that are copies of training images are in the bank.
@@ -175,7 +178,8 @@ def objective(config, statistics: dict | None = None) -> Objective:
       statistics: see `extract.channel_statistics`; None for a template.
     """
     per_dimension = config.train.loss == "per_dimension"
-    fresh, loss, validation = _functions(flow_model(config), per_dimension, config.train.window)
+    model = cast(Hashable, flow_model(config))  # as Flax modules are
+    fresh, loss, validation = _functions(model, per_dimension, config.train.window)
 
     def init(key, features):
         variables = dict(fresh(key, features))
@@ -212,17 +216,17 @@ def _nll(model, variables, features, valid, per_dimension, cut=lambda scale, x: 
     if valid is not None:
         seen = (inside(valid, m.shape[1:3])[..., None] for m in features)
         masks = [cut(i, m)[..., 0] for i, m in enumerate(seen)]
-    latents = model.apply(variables, features, cut)
+    latents = cast(Latents, model.apply(variables, features, cut))
     return negative_log_likelihood(latents, per_dimension=per_dimension, inside=masks)
 
 
 class Calibration(flax.struct.PyTreeNode):
     """Statistics per map over held-out normal images, which make the maps comparable."""
 
-    scale_mean: jax.Array  # [maps], mean of energies
-    scale_std: jax.Array  # [maps], their standard deviation
-    window_mean: jax.Array  # [maps], mean of `maps.window_maxima` over images and sides
-    peak_std: jax.Array  # [maps], standard deviation of the highest energy of an image
+    scale_mean: Array  # [maps], mean of energies
+    scale_std: Array  # [maps], their standard deviation
+    window_mean: Array  # [maps], mean of `maps.window_maxima` over images and sides
+    peak_std: Array  # [maps], standard deviation of the highest energy of an image
 
 
 def _score(config, size, state, batch):
@@ -241,18 +245,24 @@ def _score_maps(config, size, calibration, maps):
 
 def _score_with_likelihood(config, size, state, batch):
     """See `LikelihoodScorer`; the compiler runs the flows once for both."""
-    nll = _nll(flow_model(config), state[0], *batch, True)
+    features, valid = batch
+    nll = _nll(flow_model(config), state[0], features, valid, True)
     return *_score(config, size, state, batch), -nll
 
 
 def _latents(config, state, batch):
-    return tuple(z for z, _ in flow_model(config).apply(state[0], batch[0]))
+    return tuple(z for z, _ in _apply(config, state[0], batch[0]))
+
+
+def _apply(config, variables, features) -> Latents:
+    """Latents and log-determinants of features."""
+    return cast(Latents, flow_model(config).apply(variables, features))
 
 
 def _entries(config, variables, batch):
     """The entries that banks are drawn from, [B, h, w, C] per scale."""
     features, valid = batch
-    latents = flow_model(config).apply(variables, features)
+    latents = _apply(config, variables, features)
     return tuple(bank.entries(z, _seen(valid, log_det)) for z, log_det in latents)
 
 
@@ -314,7 +324,7 @@ def _location_maps(config, state, batch) -> tuple[jax.Array, ...]:
     """See `FastFlowScorer.location_maps`."""
     variables, (features, valid) = state[0], batch
     maps, banks = [], variables.get("bank", {})
-    for i, (z, log_det) in enumerate(flow_model(config).apply(variables, features)):
+    for i, (z, log_det) in enumerate(_apply(config, variables, features)):
         seen = _seen(valid, log_det)
         score = functools.partial(location_energies, z, log_det, form=config.map.form)
         found = [score(log_det_weight=config.map.log_det)]
@@ -353,7 +363,7 @@ def fuse(
         for m, mean, std in zip(maps, calibration.scale_mean, calibration.scale_std, strict=True)
     ]
     standard = [resize_map(jnp.arcsinh(m) if compress else m, size, sigma) for m in standard]
-    return sum(standard) / len(standard)
+    return sum(standard, start=jnp.zeros(())) / len(standard)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -440,7 +450,7 @@ METHOD = Method(
             "top_k": 0.0,  # mean over this part of the anomaly map's pixels; 0: the maximum
         },
     },
-    reads=("flow", "map", "score", "train", "checkpoint_every", "evaluate_every"),
+    reads=("flow", "map", "score", "train.loss", "train.window", *READS),
     bounds={
         "flow.steps": (1, 1000),
         "flow.hidden_ratio": (1e-3, 100),

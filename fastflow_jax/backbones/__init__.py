@@ -12,6 +12,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -51,7 +52,7 @@ class Backbone:
 
     name: str
     spec: Spec
-    module: Architecture
+    module: nn.Module
     variables: dict
     layers: tuple[str, ...]
     channels: tuple[int, ...]

@@ -170,7 +170,7 @@ def test_a_run_goes_on_with_another_number_of_devices(undisturbed, environment, 
 def test_the_same_command_again_finds_the_finished_run(undisturbed, started, capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     assert started([*TINY, f"--workdir={undisturbed}"]) == 0
-    assert "holds this run, finished" in capsys.readouterr().out
+    assert "is finished. To train on changed data" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -234,10 +234,10 @@ def test_describe_prints_scales_numbers_operations_and_memory():
     c = load("reference", "bottle")
     c.train.batch_size = 1
     text = " ".join(describe(fill(c)).split())
-    assert "trainable numbers 5,574,912" in text
+    assert "trainable parameters 5,574,912" in text
     assert "layer1 64x64x64 4 " in text
-    assert "operations, backbone, an image " in text
-    assert "a training step of 1 " in text
+    assert "operations per image, backbone " in text
+    assert "training step, batch of 1 " in text
 
 
 def test_describe_counts_the_banks():
@@ -245,8 +245,8 @@ def test_describe_counts_the_banks():
     c.image_size, c.flow.steps, c.map.bank = (64,), 1, 5000
     text = " ".join(describe(fill(c)).split())
     # Maps of 8x8x40, 4x4x80, 4x4x112 and 2x2x192.
-    assert f"operations, banks, an image {2 * 5000 * 6400 / 1e9:.2f} G" in text
-    assert f"banks, about {2 * 5000 * 424 / 2**20:.1f} MiB in float16" in text
+    assert f"operations per image, banks {2 * 5000 * 6400 / 1e9:.2f} G" in text
+    assert f"banks (about) {2 * 5000 * 424 / 2**20:.1f} MiB in float16" in text
 
 
 def with_variants(**changes):
@@ -301,5 +301,5 @@ def test_fields_and_sections_can_be_left_out():
 def test_only_flows_are_described():
     c = default()
     c.detector = "patchcore"
-    with pytest.raises(InputError, match="no description of a patchcore"):
+    with pytest.raises(InputError, match="Only fastflow can be described, not patchcore"):
         describe(fill(c))

@@ -1,17 +1,16 @@
-"""GANomaly: a generator that reconstructs normal images, and codes that tell when it fails.
+"""GANomaly: distance between the codes of an image and of its reconstruction by a GAN.
 
 Akcay, Atapour-Abarghouei & Breckon, GANomaly: Semi-Supervised Anomaly Detection via Adversarial
-Training (arXiv 1805.06725): the generator encodes an image to z and decodes it, a second encoder
-makes z' of the reconstruction, and a discriminator tells image from reconstruction. The score is
-the distance of z and z', their mean absolute difference (equation 5); the map is the absolute
-difference of image and reconstruction. GANomaly and not f-AnoGAN (Schlegl et al., 2019), since it
-is one training of all nets together, where f-AnoGAN trains a Wasserstein GAN with five steps of
-the critic for each of the generator's, and then an encoder for it.
+Training (arXiv 1805.06725). The generator encodes an image to z and decodes it, a second encoder
+encodes the reconstruction to z', and a discriminator is trained to distinguish image and
+reconstruction. The image score is the mean absolute difference of z and z' (equation 5); the
+anomaly map is the absolute difference of image and reconstruction. GANomaly is used and not
+f-AnoGAN (Schlegl et al., 2019), because it trains all networks together.
 
-As in the paper: the three losses and their weights 1, 50 and 1 (equation 4), a code of 100
-numbers. Otherwise: small nets without batch norm, see `convnets`; no tanh at the end of the
-generator, so that other maps than images can be reconstructed; both players take each step at once
-and not in turn; the default momentum of Adam.
+As in the paper: three losses with the weights 1, 50 and 1 (equation 4), and a code of size 100.
+Differences: small networks without batch norm, see `convnets`; no tanh at the end of the generator,
+so that it can reconstruct other maps than images; generator and discriminator are updated in the
+same step; the default momentum of Adam.
 """
 
 import dataclasses
@@ -56,7 +55,7 @@ class Generator(nn.Module):
 
     Attributes:
       width: see `convnets.Encoder`.
-      latent: numbers in a code.
+      latent: size of a code.
     """
 
     width: int
@@ -64,11 +63,11 @@ class Generator(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Reconstruct.
+        """Encodes, reconstructs and encodes again.
 
         Args:
           x: [B, h, w, C].
-          seen: [B, h, w, 1], 0 in padding.
+          seen: [B, h, w, 1], 0 in padded locations and 1 elsewhere.
 
         Returns:
           z [B, latent], the reconstruction [B, h, w, C], and z' [B, latent].
@@ -82,10 +81,11 @@ class Generator(nn.Module):
 
 @cached_by_config
 def objective(config) -> Objective:
-    """The losses of both players in one number, of which each player sees its own.
+    """The sum of the losses of generator and discriminator.
 
-    The discriminator's parameters are held constant in the generator's loss, and the reconstruction
-    in the discriminator's: the gradient of the sum by either's parameters is that of its own loss.
+    The parameters of the discriminator are constants in the loss of the generator, and the
+    reconstruction is a constant in the loss of the discriminator. So the gradient of the sum with
+    respect to the parameters of either network is the gradient of its own loss.
     """
     generator, discriminator = _generator(config), Encoder(config.gan.width, 1)
     fresh, fresh_judge = jax.jit(generator.init), jax.jit(discriminator.init)
@@ -108,7 +108,7 @@ def objective(config) -> Objective:
         )
 
     def validation(variables, features, valid):
-        """The generator's: the two players' sum says nothing of how far they are."""
+        """The loss of the generator; the sum does not measure progress."""
         players = variables["params"]
         x = only_map(features)
         seen = validity(x, valid)
@@ -119,15 +119,21 @@ def objective(config) -> Objective:
 
 
 def generator_loss(config, judge, x, seen, z, reconstruction, z_again) -> jax.Array:
-    """What the generator makes small, [B] (equations 1 to 4).
+    """The loss of the generator, [B] (equations 1 to 4).
 
-    `judge` are the discriminator's parameters, `x` and `seen` what the generator took, and the rest
-    is what it gave.
+    Args:
+      config: filled.
+      judge: parameters of the discriminator.
+      x: [B, h, w, C].
+      seen: [B, h, w, 1], 0 in padded locations and 1 elsewhere.
+      z: code of x, [B, latent].
+      reconstruction: of x, [B, h, w, C].
+      z_again: code of the reconstruction, [B, latent].
     """
     discriminator = Encoder(config.gan.width, 1)
     real, _ = apply(discriminator, {"params": judge}, seen * x)
     fake, _ = apply(discriminator, {"params": judge}, seen * reconstruction)
-    adversarial = jnp.mean((real - fake) ** 2, axis=-1)  # of what the discriminator sees
+    adversarial = jnp.mean((real - fake) ** 2, axis=-1)  # of the activations
     difference = jnp.abs(seen * (x - reconstruction)).mean(-1)
     contextual = difference.sum((1, 2)) / seen.sum((1, 2, 3))
     encoder = jnp.mean((z - z_again) ** 2, axis=-1)
@@ -140,7 +146,7 @@ def generator_loss(config, judge, x, seen, z, reconstruction, z_again) -> jax.Ar
 
 
 def discriminator_loss(config, judge, real, fake) -> jax.Array:
-    """Cross-entropy of taking images [B, h, w, C] for real and reconstructions for fake, [B]."""
+    """Cross-entropy of the discriminator on images and reconstructions [B, h, w, C], [B]."""
     discriminator = Encoder(config.gan.width, 1)
     _, of_real = apply(discriminator, {"params": judge}, real)
     _, of_fake = apply(discriminator, {"params": judge}, fake)

@@ -1,15 +1,17 @@
-"""PatchCore: distances of patch features to a coreset of those of normal images.
+"""PatchCore: distances of patch features to a memory bank of patch features of normal images.
 
-Roth et al., Towards Total Recall in Industrial Anomaly Detection (arXiv 2106.08265); the authors'
-code is github.com/amazon-science/patchcore-inspection.
+Roth et al., Towards Total Recall in Industrial Anomaly Detection (arXiv 2106.08265). The reference
+code is github.com/amazon-science/patchcore-inspection. Where paper and reference differ:
 
-As in the paper: the coreset is greedy k-center from one point drawn at random, in randomly
-projected features (algorithm 1; the reference starts from the mean distance to ten points);
-distances are not squared (the reference's are); an image's score may be re-weighted (equation 7),
-which the reference leaves out, as is the default here. As in the reference: neighbourhoods are
-aggregated by adaptive average pooling of all their numbers, channel by channel, first each level
-to the dimension, then the levels together; a score may be the mean over several neighbours. Ours:
-the bank has a largest size, and the blur of maps grows with them. Transformers give one level.
+    choice                         here                        paper    reference
+    start of the greedy k-center   one random point            same     mean distance to 10 points
+    distances                      not squared                 same     squared
+    re-weighting (equation 7)      optional, off by default    on       off
+    aggregation of neighbourhoods  adaptive average pooling    open     same
+    score of a patch               mean over k neighbours      k = 1    same
+
+In addition, the bank has a largest size, and the blur of anomaly maps grows with their size. Of a
+transformer a single level is used.
 """
 
 import dataclasses
@@ -40,7 +42,7 @@ _CANDIDATES = 4096  # rows that they are chosen from
 
 
 def layers(config: ConfigDict, spec: Any) -> tuple[str, ...]:
-    """Levels 2 and 3 of the paper, by their strides."""
+    """The maps of strides 8 and 16, levels 2 and 3 of the paper."""
     return deepest_maps(spec, (8, 16))
 
 
@@ -97,7 +99,7 @@ def _choose(context: FitContext, received: list[int]) -> list[np.ndarray]:
 def _patch_rows(
     context: FitContext, label: str, received: list[int], projection: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
-    """Yields the features of unpadded patches of each batch, [n, C], projected if asked for."""
+    """Yields features [n, C] of the patches of each batch without padding, projected if given."""
     config, features = context.config, context.train
 
     def function(state, batch):
@@ -152,8 +154,8 @@ def _adaptive_mean(length: int, bins: int) -> np.ndarray:
     """Matrix [length, bins] of averages over equal parts, widened to whole numbers."""
     edges = np.arange(bins + 1) * length
     low, high = edges[:-1] // bins, -(-edges[1:] // bins)
-    place = np.arange(length)[:, None]
-    return ((place >= low) & (place < high)) / (high - low)
+    index = np.arange(length)[:, None]
+    return ((index >= low) & (index < high)) / (high - low)
 
 
 def embed(
@@ -163,8 +165,8 @@ def embed(
 
     Args:
       kernels: see `pooling_kernels`.
-      maps: [B, h, w, C] a level.
-      valid: bool [B, H, W], False in padding, which counts as zero, like the outside of a map.
+      maps: [B, h, w, C] per level.
+      valid: bool [B, H, W], False in padded pixels, whose features are set to zero.
 
     Returns:
       [B, h, w, dimension], and bool [B, h, w], False in padding.

@@ -1,14 +1,14 @@
-"""SPADE: distances to the most similar normal images, and of each pixel to the pixels of those.
+"""SPADE: distances to the nearest normal images, and of each pixel to the pixels of these images.
 
-Cohen and Hoshen, Sub-Image Anomaly Detection with Deep Pyramid Correspondences (arXiv 2005.02357);
-the code that its figures are compared with is github.com/byungjae89/SPADE-pytorch.
+Cohen and Hoshen, Sub-Image Anomaly Detection with Deep Pyramid Correspondences (arXiv 2005.02357).
+The reference code is github.com/byungjae89/SPADE-pytorch.
 
-As in the paper: an image's score is its mean distance to the nearest training images, by the mean
-of the last level (section 3.2); a pixel's is the mean distance to its kappa nearest among all
-pixels of those images (section 3.3). As in the reference: five images, not fifty; Euclidean
-distances, not squared; each level by itself, the mean of their maps, then a blur. Ours: no gallery
-row is dropped, and the blur grows with the maps. Of a transformer the one map serves as the level,
-and its mean token as the image's vector.
+The image score is the mean distance to the nearest training images, by the mean of the last level
+over its locations (section 3.2). The score of a pixel is the mean distance to the kappa nearest of
+all pixels of these images (section 3.3). As in the reference: five nearest images (50 in the
+paper), Euclidean distances that are not squared, and a blurred mean of one map per level. Unlike
+the reference, all rows of the gallery are used, and the blur grows with the size of the maps. Of a
+transformer a single map is used, both as the level and for the vector of the image.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ _GALLERY = "checkpoints/gallery.npz"
 
 
 def layers(config: ConfigDict, spec: Any) -> tuple[str, ...]:
-    """Levels 1 to 3 of the paper, by their strides, and the last one for the image's vector."""
+    """The maps of strides 4, 8 and 16, and that of stride 32 for the vector of the image."""
     return deepest_maps(spec, (4, 8, 16, 32))
 
 
@@ -113,7 +113,7 @@ class SpadeScorer(CompiledScorer):
 
     config: ConfigDict  # filled
     maps: Features  # of the training images
-    valid: np.ndarray | None  # bool [N, H, W], False in their padding; None without padding
+    valid: np.ndarray | None  # bool [N, H, W], False in padded pixels; None without padding
 
     def score(
         self,

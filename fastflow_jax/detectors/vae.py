@@ -1,16 +1,14 @@
-"""VAE: what a variational autoencoder of normal images reconstructs badly is anomalous.
+"""VAE: reconstruction probability under a variational autoencoder of normal images.
 
-Kingma & Welling, Auto-Encoding Variational Bayes (arXiv 1312.6114): a Gaussian code z, a decoder
-that gives mean and variance of every value of the image, trained on the evidence lower bound with
-one z an image. The score is the reconstruction probability of An & Cho, Variational Autoencoder
-based Anomaly Detection using Reconstruction Probability (SNU, 2015), algorithm 4: the mean over
-several z ~ q(z | x) of log p(x | z), negated, so that higher is more anomalous. The variances make
-it compare pixels that are easy to predict with those that are not. It is taken per value; its map
-has it at each pixel.
+Kingma & Welling, Auto-Encoding Variational Bayes (arXiv 1312.6114): the code z is Gaussian, the
+decoder returns mean and variance of every value of the image, and training maximises the evidence
+lower bound with one z per image. The score is the reconstruction probability of An & Cho,
+Variational Autoencoder based Anomaly Detection using Reconstruction Probability (SNU, 2015),
+algorithm 4: the mean of log p(x | z) over several z ~ q(z | x), negated, per value of the image.
+The anomaly map is the same for each pixel.
 
-The nets are small and convolutional, see `convnets`; An & Cho's are of dense layers. The noise of
-the codes that an image is scored by is the same for all images: a score is one number, whatever
-else is scored.
+The networks are small and convolutional, see `convnets`; An & Cho use dense layers. The noise of
+the codes in scoring is the same for all images, so that a score does not depend on other images.
 """
 
 import dataclasses
@@ -58,7 +56,7 @@ class VAE(nn.Module):
 
     Attributes:
       width: see `convnets.Encoder`.
-      latent: numbers in a code z.
+      latent: size of a code z.
     """
 
     width: int
@@ -66,7 +64,7 @@ class VAE(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, noise: jax.Array) -> tuple[jax.Array, ...]:
-        """Encode, draw codes, decode.
+        """Encodes maps, draws codes and decodes them.
 
         Args:
           x: [B, h, w, C].

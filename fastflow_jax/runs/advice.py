@@ -1,12 +1,12 @@
-"""Advice after a training: what the numbers of held-out and test images allow to say."""
+"""Advice after a training: how precise thresholds and metrics are, given the number of images."""
 
 from fastflow_jax.evaluation.metrics import auroc_standard_error
 
-_STRICTER = 0.01  # the false-alarm rate that users ask for next
+_STRICTER = 0.01  # false-alarm rate whose required number of held-out images is stated
 
 
 def after_training(threshold: dict | None, data: dict, image_auroc: float | None) -> str:
-    """One or two sentences on the false-alarm rate and on the test set.
+    """Returns sentences on the precision of the false-alarm rate and of the image AUROC.
 
     Args:
       threshold: the image threshold as in `results.json`; None if no images were held out.
@@ -20,7 +20,7 @@ def after_training(threshold: dict | None, data: dict, image_auroc: float | None
         error = 1.96 * auroc_standard_error(image_auroc, good, defective)
         sentences.append(
             f"With {good} good and {defective} defective test images, the image AUROC of "
-            f"{image_auroc:.3f} is known to about {error:.3f} either way (95 %)."
+            f"{image_auroc:.3f} is known to within {error:.3f} (95 %)."
         )
     return " ".join(sentences)
 
@@ -28,15 +28,16 @@ def after_training(threshold: dict | None, data: dict, image_auroc: float | None
 def _on_threshold(threshold: dict | None, data: dict) -> str:
     if threshold is None:
         return (
-            "No images were held out, so that there is no threshold: set config.data.holdout, or "
+            "There is no threshold, because no images were held out. Set config.data.holdout, or "
             "put normal images into calibration/good."
         )
     low, high = threshold["interval"]
     n, rate = threshold["n"], threshold["rate"]
     what = "images" if n == data["held_out"] else f"groups ({data['held_out']} images)"
-    takes = round(1 / _STRICTER) - 1
-    advice = "" if n >= takes else f"; {_STRICTER:.0%} takes {takes} held-out {what.split()[0]}"
+    needed = round(1 / _STRICTER) - 1
+    unit = what.split()[0]
+    advice = "" if n >= needed else f" A rate of {_STRICTER:.0%} needs {needed} held-out {unit}."
     return (
-        f"The threshold is set by {n} held-out {what}, for a false-alarm rate of {rate:.1%}: the "
-        f"true rate is between {low:.1%} and {high:.1%} (95 %){advice}."
+        f"The threshold comes from {n} held-out {what}, for a false-alarm rate of {rate:.1%}. The "
+        f"true rate is between {low:.1%} and {high:.1%} (95 %).{advice}"
     )

@@ -1,4 +1,4 @@
-"""What a configuration builds, without data, weights or network."""
+"""Summary of the model of a configuration; needs neither data nor weights."""
 
 import math
 
@@ -12,16 +12,22 @@ from fastflow_jax.features.cache import n_bytes
 
 
 def describe(config) -> str:
-    """Scales, shapes, trainable numbers, operations and memory of a filled configuration.
+    """Returns a table of scales, shapes, trainable parameters, operations and memory.
 
-    Operations are counted by XLA, two for a multiplication with its addition. Memory of training
-    is what XLA plans for one step on one device: values that live until the backward pass.
+    Operations are counted by XLA, two per multiply-add. The memory of a training step is that of
+    its temporary values on one device, as planned by XLA.
+
+    Args:
+      config: filled, see `config.fill`.
 
     Raises:
-      InputError: it is of another detector than FastFlow.
+      InputError: the detector is not FastFlow.
     """
     if config.detector != "fastflow":
-        raise InputError(f"there is no description of a {config.detector}, only of a fastflow")
+        raise InputError(
+            f"Only fastflow can be described, not {config.detector}. Pass a configuration with "
+            "config.detector = 'fastflow'."
+        )
     spec = find_spec(config.backbone)
     backbone = spec.module(tuple(config.layers))
     model = flow_model(config)
@@ -31,9 +37,9 @@ def describe(config) -> str:
     maps = jax.eval_shape(backbone.apply, backbone_variables, images)
     variables = jax.eval_shape(model.init, key, maps)
 
-    kept = [jax.ShapeDtypeStruct(m.shape, jnp.dtype(config.feature_dtype)) for m in maps]
+    cached = [jax.ShapeDtypeStruct(m.shape, jnp.dtype(config.feature_dtype)) for m in maps]
     batch = config.train.batch_size
-    features = tuple(jax.ShapeDtypeStruct((batch, *m.shape[1:]), m.dtype) for m in kept)
+    features = tuple(jax.ShapeDtypeStruct((batch, *m.shape[1:]), m.dtype) for m in cached)
     planned = training_memory(config, variables, features)
 
     lines = [f"{config.backbone} at {config.image_size[0]}x{config.image_size[1]}"]
@@ -44,31 +50,31 @@ def describe(config) -> str:
             _numbers(variables["params"].get(name, {})) for name in (f"flow_{i}", f"norm_{i}")
         )
         lines.append(f"{layer:<12}{shape:>16}{spec.maps[layer][1]:>8}{numbers:>14,}")
-    # Each location of a map is compared with all latents of its bank.
-    searched = config.map.bank * sum(math.prod(m.shape) for m in maps)
+    # Each location of a map is compared with all latents of the bank.
+    compared = config.map.bank * sum(math.prod(m.shape) for m in maps)
     banked = config.map.bank * sum(m.shape[-1] for m in maps)
     rows = {
-        "trainable numbers": f"{_numbers(variables['params']):,}",
-        "frozen numbers (backbone)": f"{_numbers(backbone_variables):,}",
-        "operations, backbone, an image": _operations(backbone.apply, backbone_variables, images),
-        "operations, flow, an image": _operations(model.apply, variables, maps),
-        "operations, banks, an image": f"{2 * searched / 1e9:.2f} G",
-        "features, an image": f"{_bytes(n_bytes(1, kept))} in {config.feature_dtype}",
+        "trainable parameters": f"{_numbers(variables['params']):,}",
+        "frozen parameters (backbone)": f"{_numbers(backbone_variables):,}",
+        "operations per image, backbone": _operations(backbone.apply, backbone_variables, images),
+        "operations per image, flow": _operations(model.apply, variables, maps),
+        "operations per image, banks": f"{2 * compared / 1e9:.2f} G",
+        "features per image": f"{_bytes(n_bytes(1, cached))} in {config.feature_dtype}",
         "weights": _bytes(4 * (_numbers(variables["params"]) + _numbers(backbone_variables))),
-        "banks, about": f"{_bytes(2 * banked)} in float16",
-        f"a training step of {batch}": _bytes(planned) + " beside its arguments",
+        "banks (about)": f"{_bytes(2 * banked)} in float16",
+        f"training step, batch of {batch}": f"{_bytes(planned)} of temporary values",
     }
     width = max(map(len, rows)) + 2
     return "\n".join(lines + [f"{name:<{width}}{value}" for name, value in rows.items()])
 
 
 def training_memory(config, variables, features) -> int:
-    """Bytes that XLA plans for the gradient of a training step, beside its arguments.
+    """Bytes of temporary values in the gradient of a training step, as planned by XLA.
 
     Args:
       config: filled.
-      variables: shapes of those of `flow_model(config)`.
-      features: shapes of a batch of features, [B, h, w, C] a scale.
+      variables: shapes of the variables of `flow_model(config)`.
+      features: shapes of a batch of features, [B, h, w, C] per scale.
     """
     nll = objective(config).loss
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), features[0].shape[0]))

@@ -1,4 +1,4 @@
-"""One run: features, training and evaluation of all its parts, and their results."""
+"""A run: training and evaluation of its categories, variants and seeds."""
 
 import dataclasses
 import importlib.metadata
@@ -33,7 +33,7 @@ from fastflow_jax.runs.fit import Fitted, fit
 
 
 def default_workdir(config_file: str, config) -> pathlib.Path:
-    """runs/<config>-<argument>-<backbone>."""
+    """The default run directory, runs/<config>-<argument>-<backbone>."""
     file, _, argument = config_file.partition(":")
     parts = [pathlib.Path(file).stem, argument.replace(",", "+").replace("/", "-"), config.backbone]
     return pathlib.Path("runs") / "-".join(filter(None, parts))
@@ -44,20 +44,21 @@ def run(config, workdir: str | pathlib.Path) -> dict:
 
     Args:
       config: filled, see `config.fill`.
-      workdir: the run directory. It gets `config.json`, `results.json` and its table as `table.md`
-        and `table.csv`. It, or a subdirectory for each category, variant and seed if there are
-        several, gets `checkpoints/`, `metrics.jsonl`, `scores.json`, `heatmaps/`, `report.html`,
-        and `detector.json` and `held_out.npz` for `Detector.load`. The run has a `report.html` too;
-        if it is removed from a finished run, it is written again. Variants that differ only after
-        the training share a training, in the directory of the first. Until the run is finished,
-        `features/` has cached features that do not fit into memory.
+      workdir: the run directory. Files of the run are `config.json`, `results.json`, `table.md`,
+        `table.csv` and `report.html`, which is written again if it was removed from a finished
+        run. `features/` has cached features that do not fit into memory until the run is finished.
+        Files of each training are `checkpoints/`, `metrics.jsonl`, `scores.json`, `heatmaps/`,
+        `report.html`, and `detector.json` and `held_out.npz` for `Detector.load`. If there are
+        several categories, variants or seeds, each training has a subdirectory. Variants that
+        differ only after the training share the training in the directory of the first one.
 
     Returns:
       The content of `results.json`.
 
     Raises:
-      InputError: bad data, a directory of another configuration or in use, diverging training.
-      Interrupted: SIGTERM or SIGINT was received in training; the state is saved.
+      InputError: the data are not usable, the directory is in use or has another run, or training
+        diverged.
+      Interrupted: SIGTERM or SIGINT was received during training; the state is saved.
     """
     workdir = expanded(workdir)
     with claim(workdir, config):
@@ -67,7 +68,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
                 report = workdir / "report.html"
                 parallel.on_main(lambda: report.exists() or write_reports(workdir, results))
             print(
-                f"{workdir} holds this run, finished. To train on changed data, pass another "
+                f"The run in {workdir} is finished. To train on changed data, pass another "
                 f"--workdir.\n\n{format_table(results)}"
             )
             return results
@@ -80,11 +81,11 @@ def run(config, workdir: str | pathlib.Path) -> dict:
             parallel.on_main(lambda: write_reports(workdir, results))
         parallel.on_main(lambda: shutil.rmtree(workdir / "features", ignore_errors=True))
         write_json(workdir / "results.json", results)
-        parallel.on_main(lambda: None)  # all processes wait for the files of the first
+        parallel.on_main(lambda: None)  # all processes wait until the files are written
         print(f"\n{format_table(results)}\n\nRun directory: {workdir}")
         print(_advice(parts))
         if len(plan) == 1:
-            print(f"New images: --mode=predict --workdir={workdir} --input=FOLDER --output=FOLDER")
+            print(f"New images: --mode=predict --workdir={workdir} --input=IMAGES --output=RESULTS")
         return results
 
 
@@ -97,13 +98,13 @@ class _Part:
     category: str | None
     seed: int
     directory: pathlib.Path
-    training: pathlib.Path  # its directory, or that of an earlier part with the same training
-    scored: pathlib.Path  # likewise of an earlier part with the same scores
+    training: pathlib.Path  # directory of the first part with the same training
+    scored: pathlib.Path  # directory of the first part with the same scores
     pictures: int  # largest number of images in its report
 
     @property
     def file(self) -> pathlib.Path:
-        """The results of the part, written when it is finished."""
+        """File of the results, written when the part is finished."""
         return self.directory / "part.json"
 
     @property
@@ -116,7 +117,7 @@ class _Part:
 
 
 def _run_parts(config, workdir: pathlib.Path, plan: list[_Part]) -> list[dict]:
-    """The results of all parts, of which some may be finished already."""
+    """Runs the parts that are not finished; returns the results of all parts."""
     prepare = preparer(config, workdir / "features")
     done, parts = sum(part.file.exists() for part in plan), []
     bar = {"desc": workdir.name, "unit": "run", "dynamic_ncols": True, "smoothing": 0}
@@ -134,7 +135,7 @@ def _run_parts(config, workdir: pathlib.Path, plan: list[_Part]) -> list[dict]:
 
 # Fields that do not affect the scores of unchanged images, and fields that do not affect training.
 _AFTER_SCORING = (
-    "layers_as",  # its effect is in `layers`
+    "layers_as",  # `layers` has its effect
     *("data.tamper", "data.mask_resize"),
     *("heatmaps", "report", "report_pictures", "parallel"),
 )
@@ -145,11 +146,11 @@ _AFTER_TRAINING = (
 
 
 def _plan(config, workdir: pathlib.Path) -> list[_Part]:
-    """All parts of a run; parts that share features follow each other."""
+    """The parts of a run in their order: parts that share features follow each other."""
     categories = data.categories(config.data)
     seeds = [config.seed + i for i in range(config.seeds)]
     pairs = [(category, v) for category in categories for v in variants(config).items()]
-    if data.share_images(config.data):  # variants first: categories share features
+    if data.share_images(config.data):  # the categories of a variant share features
         pairs = [(category, v) for v in variants(config).items() for category in categories]
     plan, first = [], {}
     pictures = config.report_pictures // (len(pairs) * len(seeds)) if config.report else 0
@@ -172,14 +173,14 @@ def _plan(config, workdir: pathlib.Path) -> list[_Part]:
 
 
 def _group_key(part: _Part) -> tuple:
-    """Key of the parts whose trainings differ in the seed alone."""
+    """Key of parts whose trainings differ in their seeds only."""
     return part.category, part.variant, feature_fingerprint(part.config, part.seed)
 
 
 def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepared]) -> dict:
     """Trains and evaluates a part; returns the content of `part.json`.
 
-    The siblings differ in the seed alone; some may be trained in the same program.
+    Siblings differ in their seeds only; some may be trained in the same program.
     """
     start = time.perf_counter()
     prepared = prepare(part.config, part.category, part.seed)
@@ -223,9 +224,9 @@ def _test_counts(test: data.Source | None) -> dict:
 
 
 def _fit(part: _Part, siblings: list[_Part], prepared: Prepared) -> tuple[Fitted, float]:
-    """Fits a part; returns also the seconds of its training, summed over interrupted processes.
+    """Fits a part; also returns the seconds of its training, over all interrupted processes.
 
-    Tests after an epoch and the share of siblings are not counted.
+    Evaluations after an epoch and the training of siblings are not counted.
     """
     config = part.config
     tested = 0.0
@@ -241,7 +242,7 @@ def _fit(part: _Part, siblings: list[_Part], prepared: Prepared) -> tuple[Fitted
         return {"test": figures}
 
     def in_epochs(*parts: _Part) -> float:
-        """Seconds of the finished epochs of parts, in this process or earlier ones."""
+        """Seconds of all finished epochs of parts."""
         files = (p.training / "metrics.jsonl" for p in parts)
         epochs = itertools.chain(*(parallel.on_main(partial(read_lines, f)) for f in files))
         return sum(epoch["seconds"] for epoch in epochs)
@@ -260,7 +261,7 @@ def _fit(part: _Part, siblings: list[_Part], prepared: Prepared) -> tuple[Fitted
     )
     seconds_file = part.training / "seconds.json"
     took = read_json(seconds_file)
-    if took is None:  # otherwise another part has made this training
+    if took is None:  # otherwise another part was trained in this directory
         of_siblings = in_epochs(*siblings) - of_siblings
         took = {"train": before + fitted.seconds - tested - of_siblings}
         write_json(seconds_file, took)
@@ -275,7 +276,7 @@ def _score_test(part: _Part, prepared: Prepared, scorer: Scorer, progress: str) 
 
 
 def _best_on_test(epochs: list[dict]) -> dict | None:
-    """Best value of each metric over the tested epochs, which is not an honest result."""
+    """Best value of each metric over epochs, chosen on test images: for study, not a result."""
     rows = [epoch["test"] for epoch in epochs if "test" in epoch]
     if not rows:
         return None
@@ -311,7 +312,7 @@ def _write_pictures(
 def _summarise(config, parts: list[dict]) -> dict:
     """The content of `results.json`, given the results of all parts.
 
-    The figures of each variant are in "variants"; those of the first are also at the top level.
+    Metrics of each variant are in "variants"; those of the first variant are also at the top level.
     """
     names = list(dict.fromkeys(part["variant"] for part in parts))
     figures = {name: _figures([p for p in parts if p["variant"] == name]) for name in names}
@@ -331,7 +332,7 @@ def _summarise(config, parts: list[dict]) -> dict:
             "dataset": config.data.name,
             "std": "over seeds, of the mean over categories (n - 1)",
             "backbone": config.backbone,
-            "weights": parts[0]["weights"],  # of the first seed, where they are random
+            "weights": parts[0]["weights"],  # of the first seed, if they are random
             "image_size": list(config.image_size),
             "holdout": config.data.holdout,
             "tamper": to_plain(config.data.tamper),
@@ -341,7 +342,7 @@ def _summarise(config, parts: list[dict]) -> dict:
                 for name in categories
             },
         },
-        # The time of features that several parts share is reported with the first of them.
+        # The time to compute shared features is part of the first part that uses them.
         "seconds": {
             "/".join(filter(None, (p["name"], p["variant"], str(p["seed"])))): p["seconds"]
             for p in parts
@@ -356,7 +357,7 @@ def _summarise(config, parts: list[dict]) -> dict:
 
 
 def _figures(parts: list[dict]) -> dict:
-    """Mean figures of each category over its seeds, and their mean over the categories."""
+    """Mean metrics of each category over seeds, and their mean over categories."""
     names = list(dict.fromkeys(part["name"] for part in parts))
     seeds = list(dict.fromkeys(part["seed"] for part in parts))
 
@@ -386,7 +387,7 @@ def _figures(parts: list[dict]) -> dict:
 
 
 def _advice(parts: list[dict]) -> str:
-    """Advice on the training with the fewest held-out images, see `advice.after_training`."""
+    """Advice on the part with the fewest held-out images, see `advice.after_training`."""
     part = min(parts, key=lambda part: (part["thresholds"]["image"] or {"n": 0})["n"])
     which = f"{part['name']}: " if len({part["name"] for part in parts}) > 1 else ""
     figures = part["thresholds"]["image"], part["data"], part["figures"]["image_auroc"]

@@ -47,13 +47,13 @@ READS = (
 class Run(NamedTuple):
     """One seed of a training, with its files."""
 
-    seed: int  # of parameters, order and everything that the loss draws
+    seed: int  # of the parameters, the order of images and the random keys of the loss
     checkpoints: Checkpoints
-    metrics_file: pathlib.Path  # JSON lines, one per epoch, however often the run is resumed
+    metrics_file: pathlib.Path  # JSON lines, one per epoch
 
 
 class Interrupted(Exception):
-    """SIGTERM or SIGINT has stopped a training; the same command continues it."""
+    """Raised after SIGTERM or SIGINT when the training is saved; the same command continues it."""
 
     def __init__(self, signum: int, where: str):
         super().__init__(f"interrupted {where}")
@@ -62,7 +62,7 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def signals_set_a_flag() -> Iterator[list[int]]:
-    """Appends SIGTERM and SIGINT to the list that it yields; a second signal acts as before."""
+    """Yields a list to which SIGTERM and SIGINT are appended; a second signal acts as usual."""
     received: list[int] = []
     previous: dict[int, Any] = {}
 
@@ -74,7 +74,7 @@ def signals_set_a_flag() -> Iterator[list[int]]:
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             previous[number] = signal.signal(number, handler)
-    except ValueError:  # not the main thread, as in some notebooks: signals stay as they are
+    except ValueError:  # not the main thread, which alone can handle signals
         pass
     try:
         yield received
@@ -84,7 +84,7 @@ def signals_set_a_flag() -> Iterator[list[int]]:
 
 
 def signalled(received: list[int]) -> int:
-    """The signal that any process has received, or 0; the same in all processes."""
+    """A signal that any process has received, or 0; the same in all processes."""
     return parallel.any_process(received[0] if received else 0)
 
 
@@ -94,22 +94,22 @@ def train(
     runs: Sequence[Run],
     on_epoch: Callable[[int, TrainState, int], dict] = lambda epoch, state, seed: {},
 ) -> list[TrainState]:
-    """Trains to the last epoch of the configuration, starting from the latest checkpoints.
+    """Trains from the latest checkpoints to the last epoch of the configuration.
 
     Args:
       context: of the first run.
       objective: the loss to minimise.
-      runs: one, or as many as `at_once` allows. Several must have their latest checkpoints at the
-        same step, or none, and run each epoch in one program.
+      runs: one run, or up to `at_once` runs that are trained in one program. Their latest
+        checkpoints must be of the same step, or none of them has one.
       on_epoch: called after each epoch of each run with its number, from 1 on, the state and the
-        run's seed. What it returns is added to the epoch's line of metrics.
+        run's seed. Its result is added to the epoch's line of metrics.
 
     Returns:
       The final states of the runs.
 
     Raises:
       Interrupted: SIGTERM or SIGINT was received; the states are saved.
-      InputError: a loss is not finite, or the devices have no memory for so many runs at once.
+      InputError: a loss is not finite, or the devices have too little memory for the runs.
     """
     training = _Training(context, objective, runs)
     first, position = divmod(runs[0].checkpoints.latest or 0, training.steps)
@@ -145,7 +145,7 @@ def train(
 
 
 class _Training:
-    """The parts of `train`: order of batches, programs, checkpoints and metrics of its runs."""
+    """The order of batches, programs, checkpoints and metrics of the runs of `train`."""
 
     def __init__(self, context: FitContext, objective: Objective, runs: Sequence[Run]):
         c, features = context.config.train, context.train
@@ -223,7 +223,7 @@ class _Training:
         for run, state in zip(self._runs, states, strict=True):
             run.checkpoints.save(int(state.step), state)
             if len(self._runs) > 1 and parallel.n_processes() > 1:
-                run.checkpoints.wait()  # two writes at once would meet at one barrier of Orbax
+                run.checkpoints.wait()  # Orbax has one barrier for all writes
 
 
 def _lines(
@@ -251,10 +251,10 @@ def _lines(
 
 
 def at_once(config, features: TrainingFeatures) -> int:
-    """The number of runs that one program may train; the program needs all features in memory.
+    """Largest number of runs that are trained in one program, which needs all features in memory.
 
-    By default all runs if the devices hold the features, and otherwise one: vmapped convolutions
-    are slow on CPUs.
+    By default it is unlimited if the features are in device memory, and otherwise 1, because
+    vmapped convolutions are slow on CPUs.
     """
     if features.cached is None:
         return 1
@@ -264,15 +264,18 @@ def at_once(config, features: TrainingFeatures) -> int:
 def train_variables(
     context: FitContext, objective: Objective, make_scorer: Callable[[dict, int], Any]
 ) -> dict:
-    """Trains in the directory of a context, and returns the variables of `objective`.
+    """Trains in the directory of a context.
 
-    As many sibling runs as `at_once` allows, and as have their latest checkpoint at the same step,
-    are trained in the same program.
+    Sibling runs with a latest checkpoint of the same step are trained in the same program, up to
+    `at_once` runs.
 
     Args:
       context: of the training.
       objective: the loss to minimise.
-      make_scorer: (variables, seed) -> the scorer that `context.on_epoch` may ask for.
+      make_scorer: (variables, seed) -> scorer, for `context.on_epoch`.
+
+    Returns:
+      The variables of `objective` after the training.
 
     Raises:
       Interrupted, InputError: see `train`.
@@ -298,7 +301,7 @@ def train_variables(
 def load_variables(
     directory: pathlib.Path, config, objective: Objective, shapes: Sequence[tuple[int, ...]]
 ) -> dict:
-    """The variables that `train_variables` has left in a directory.
+    """Loads the variables that `train_variables` has saved in a directory.
 
     Args:
       directory: of the training.
@@ -306,7 +309,7 @@ def load_variables(
       objective: of the training.
       shapes: (h, w, C) of each scale.
     """
-    # The template's number of steps is of no consequence: it is not part of the state.
+    # The number of steps is arbitrary: the structure of the state does not depend on it.
     fresh = partial(create_state, objective, create_optimizer(config.train, 1000), shapes, 0)
     with Checkpoints(directory / "checkpoints") as checkpoints:
         return checkpoints.restore(checkpoints.latest, jax.eval_shape(fresh)).variables
@@ -315,9 +318,9 @@ def load_variables(
 def _epoch_runner(config, objective, optimizer, features, seeds) -> Callable:
     """Returns a function (states, epoch, batches) -> iterator of states, per step or per epoch.
 
-    States and batches are lists with an entry per run. If the devices hold the features, one
-    program runs a whole epoch of all runs. On CPUs it runs a step, because convolutions in a loop
-    are ten times slower there.
+    States and batches are lists with an entry per run. If the features are in device memory, or
+    there are several runs, one program runs an epoch of all runs. Otherwise it runs a step:
+    convolutions in a loop are ten times slower on CPUs.
     """
     n = len(seeds)
     programs = _programs(objective.loss, optimizer, config.parallel, n)
@@ -333,7 +336,7 @@ def _epoch_runner(config, objective, optimizer, features, seeds) -> Callable:
             maps, rows, row_weight = batch
             valid = None if features.valid is None else features.valid[rows]
             state = programs.step((state, seeds[0]), (maps, valid), rows, row_weight)
-            batch = next(stream, None)  # read while the devices are at work
+            batch = next(stream, None)  # read while the devices compute
             yield [state]
 
     return run
@@ -353,7 +356,7 @@ def _whole_epochs(program: Callable, features: TrainingFeatures, seeds: np.ndarr
             if n == 1 or "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise InputError(
-                f"The devices have no memory for {n} seeds at once. Continue with fewer: "
+                f"The devices have too little memory for {n} seeds at once. Continue with fewer: "
                 f"--config.train.seeds_at_once={n // 2}."
             ) from error
         yield states
@@ -376,7 +379,7 @@ def _holdout_losses(context: FitContext, objective: Objective, n: int) -> Callab
     return means
 
 
-# The trees of several runs are stacked along a new first axis; that of a single run is not.
+# Trees of several runs are stacked along a new first axis. The tree of a single run is unchanged.
 
 
 def _together(trees: Sequence) -> Any:
@@ -397,13 +400,13 @@ def _unstacked(tree, n):
     return [jax.tree.map(operator.itemgetter(i), tree) for i in range(n)]
 
 
-# Compiled programs are cached by the settings that they depend on. The seed is an argument of the
-# program, so that all seeds and categories with the same settings share it.
+# Cache of compiled programs, keyed by the settings that they depend on. The seed is an argument of
+# a program, so that all seeds and categories with the same settings share it.
 cached_program = functools.lru_cache(maxsize=16)
 
 
 def cached_by_config(function: Callable) -> Callable:
-    """Caches `function(config)`, so that equal configurations share what it returns."""
+    """Decorator that caches `function(config)` by the values of the configuration."""
     cached = cached_program(function)
     return functools.wraps(function)(lambda config: cached(FrozenConfigDict(config)))
 
@@ -453,7 +456,7 @@ def _optimizer(config: FrozenConfigDict, steps: int) -> optax.GradientTransforma
 
 
 def _keep_epochs(file: pathlib.Path, epochs: int) -> None:
-    """Removes the lines of epochs after the last saved one, which a killed process has written."""
+    """Removes lines of epochs after the last checkpoint, which a killed process has written."""
     if not parallel.is_main() or not file.exists():
         return
     kept = [line for line in read_lines(file) if line["epoch"] <= epochs]

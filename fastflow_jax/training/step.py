@@ -1,4 +1,4 @@
-"""What a training step is: pure functions of a state and a batch, and the order of the batches."""
+"""The training step as a pure function of state and batch, and the order of batches in an epoch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,41 +15,46 @@ from fastflow_jax.features.extract import Features
 
 
 class Objective(NamedTuple):
-    """All that training has to know of what it trains: pure functions.
+    """Initialisation and losses of a model, as pure functions.
 
-    Features are [B, h, w, C] a scale; `valid` is bool [B, H, W], False in padding, or None.
+    Features are [B, h, w, C] per scale; `valid` is bool [B, H, W], False in padded pixels, or None
+    if there is no padding.
     """
 
-    # (key, features of one image, zeros) -> the variables: "params", and collections that are
-    # saved with them and never trained
+    # (key, features of one image, all zero) -> variables: "params", and collections that are saved
+    # with them but not trained
     init: Callable[[jax.Array, Features], dict]
-    # (variables, features, valid, keys [B]) -> what is to become small, [B]
+    # (variables, features, valid, keys [B]) -> training losses [B]
     loss: Callable[..., jax.Array]
-    # (variables, features, valid) -> of images held out, [B]; the lower, the better
+    # (variables, features, valid) -> losses of held-out images [B], without random numbers
     validation: Callable[..., jax.Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that training changes, and the numbers that a model needs but never trains."""
+    """State of a training, including collections of variables that are not trained."""
 
     step: jax.Array  # int32
     params: Any
     constants: Any  # collections such as "permutations" and "statistics"
     optimizer: Any
     epoch_loss: jax.Array  # sum over the images of this epoch so far
-    epoch_images: jax.Array
+    epoch_images: jax.Array  # their number
 
     @property
     def variables(self) -> dict:
-        """What the functions of an `Objective` take."""
+        """The variables, as the functions of an `Objective` take them."""
         return {"params": self.params, **self.constants}
 
 
 def create_optimizer(config, steps: int) -> optax.GradientTransformation:
-    """The optimiser of `config.train` for a run of `steps` steps.
+    """Creates the optimiser for a training.
 
-    Weight decay is added to the gradient before Adam's scaling, as torch's Adam does (L2, not
-    AdamW): the reference's recipe.
+    Weight decay is added to the gradient before Adam's scaling, as in torch's Adam and the
+    reference (L2 regularisation, not AdamW).
+
+    Args:
+      config: the section `train` of the configuration.
+      steps: number of steps of the training.
     """
     warmup = min(round(config.warmup * steps), max(steps, 1) - 1)
     if config.schedule == "cosine":
@@ -68,13 +73,13 @@ def create_optimizer(config, steps: int) -> optax.GradientTransformation:
 def create_state(
     objective: Objective, optimizer: optax.GradientTransformation, shapes, seed: int
 ) -> TrainState:
-    """A fresh state.
+    """Creates the initial state.
 
     Args:
-      objective: what is trained.
+      objective: of the training.
       optimizer: see `create_optimizer`.
       shapes: (h, w, C) of each scale.
-      seed: of all that `objective.init` draws.
+      seed: seed of `objective.init`.
     """
     features = tuple(np.zeros((1, *shape), np.float32) for shape in shapes)
     constants = dict(objective.init(jax.random.key(seed), features))
@@ -100,18 +105,21 @@ def train_step(
     seed: int | jax.Array,
     axis_name: str | None = None,
 ) -> TrainState:
-    """One step on the loss, averaged over the global batch.
+    """Performs one step on the mean loss over the global batch.
 
     Args:
       state: before the step.
-      images: features [B, h, w, C] a scale, and `valid` as in `Objective`.
-      rows: int32 [B], which images these are; with the seed and the step they make the keys that
-        the loss draws from, so that it draws the same however many devices share the batch.
-      weight: [B]; 0 leaves an example of padding out.
+      images: features [B, h, w, C] per scale, and `valid` as in `Objective`.
+      rows: int32 [B], indices of the images. The random keys of the loss depend on seed, step and
+        index, so that they do not depend on the number of devices.
+      weight: [B], 0 for examples that pad the batch.
       loss: see `Objective`.
       optimizer: see `create_optimizer`.
-      seed: of the keys.
-      axis_name: the named axis that the batch is split over, if any.
+      seed: of the random keys.
+      axis_name: named axis that the batch is split over, or None.
+
+    Returns:
+      The state after the step.
     """
     total_weight = parallel.total(weight.sum(), axis_name)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -121,7 +129,7 @@ def train_step(
         losses = loss({"params": params, **state.constants}, *images, keys)  # [B]
         return jnp.sum(weight * losses) / total_weight
 
-    # The sum over devices is taken of the gradient, not inside the differentiated function.
+    # Gradients are summed over the devices after differentiation.
     value, grads = parallel.total(jax.value_and_grad(mean_loss)(state.params), axis_name)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     return state.replace(
@@ -136,12 +144,21 @@ def train_step(
 def epoch_order(
     n: int, batch_size: int, *, seed: int, epoch: int, drop_last: bool, multiple: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The batches of one epoch: a function of seed and epoch alone, so that resuming is exact.
+    """Shuffles the images of one epoch into batches.
+
+    The order depends on seed and epoch only, so that a resumed training is exact.
+
+    Args:
+      n: number of images.
+      batch_size: of the training.
+      seed: of the training.
+      epoch: number of the epoch, from 0 on.
+      drop_last: drops a short last batch, unless it is the only one.
+      multiple: number of devices; the batch size is rounded up to a multiple of it.
 
     Returns:
-      Indices of images and their weights, both [steps, B], where B is `batch_size` rounded up to
-      `multiple`; weight 0 pads what n does not fill. With `drop_last` the short last batch is left
-      out, unless it is the only one.
+      Indices of images int32 and weights float32, both [steps, B], where B is the rounded batch
+      size. Padding of a batch has weight 0.
     """
     order = np.random.default_rng((seed, epoch)).permutation(n)
     steps = n // batch_size if drop_last and n >= batch_size else -(-n // batch_size)
@@ -165,15 +182,18 @@ def train_epoch(
     step: Callable,
     axis_name: str | None = None,
 ) -> TrainState:
-    """All steps of one epoch in one program, for devices that hold the whole feature cache.
+    """Performs all steps of an epoch in one program, on features that are in device memory.
 
     Args:
       state: before the epoch.
-      cache: features of all images, [N, h, w, C] a scale, and `valid` as in `Objective`.
-      index: [steps, B], into the cache.
-      weight: [steps, B].
-      step: `train_step` with everything but state, images, rows, weight and axis bound.
+      cache: features of all images, [N, h, w, C] per scale, and `valid` as in `Objective`.
+      index: [steps, B], indices into the cache.
+      weight: [steps, B], see `train_step`.
+      step: `train_step` with its keyword arguments bound, except for the axis.
       axis_name: see `train_step`.
+
+    Returns:
+      The state after the epoch.
     """
 
     def body(state, batch):

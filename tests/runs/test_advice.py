@@ -1,4 +1,4 @@
-"""What is said after a training of its threshold and its test set."""
+"""Advice after a training on its threshold and its test set."""
 
 import dataclasses
 
@@ -15,29 +15,29 @@ def plain(threshold):
     return dataclasses.asdict(threshold)
 
 
-def test_it_says_what_the_threshold_promises_and_what_a_stricter_one_takes():
+def test_advice_states_the_range_of_the_false_alarm_rate_and_images_for_a_stricter_one():
     threshold = thresholds.image_threshold(np.arange(19.0), 0.05)
     text = advice.after_training(plain(threshold), DATA, None)
-    assert "set by 19 held-out images, for a false-alarm rate of 5.0%" in text
-    assert "between 0.1% and 17.6% (95 %); 1% takes 99 held-out images." in text
+    assert "comes from 19 held-out images, for a false-alarm rate of 5.0%" in text
+    assert "between 0.1% and 17.6% (95 %). A rate of 1% needs 99 held-out images." in text
     many = thresholds.image_threshold(np.arange(99.0), 0.05)
-    assert "takes" not in advice.after_training(plain(many), DATA | {"held_out": 99}, None)
+    assert "needs" not in advice.after_training(plain(many), DATA | {"held_out": 99}, None)
 
 
-def test_groups_are_counted_where_images_belong_together():
+def test_advice_counts_groups_if_images_are_grouped():
     threshold = thresholds.image_threshold(np.arange(19.0), 0.2, groups=np.arange(19) // 4)
     text = advice.after_training(plain(threshold), DATA, None)
-    assert "set by 5 held-out groups (19 images)" in text
-    assert "1% takes 99 held-out groups" in text
+    assert "comes from 5 held-out groups (19 images)" in text
+    assert "A rate of 1% needs 99 held-out groups" in text
 
 
-def test_it_says_how_well_the_auroc_is_known():
-    assert "image AUROC of 0.950 is known to about 0.04" in advice.after_training(None, DATA, 0.95)
+def test_advice_states_the_error_of_the_auroc():
+    assert "image AUROC of 0.950 is known to within 0.04" in advice.after_training(None, DATA, 0.95)
     assert "no threshold" in advice.after_training(None, DATA, 0.95)
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.5, 2.5])
-def test_the_standard_error_is_that_of_repeated_draws(shift):
+def test_the_standard_error_equals_that_of_repeated_draws(shift):
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1], [40, 90])
     found = [metrics.image_auroc(rng.normal(size=130) + shift * labels, labels) for _ in range(600)]
@@ -45,5 +45,5 @@ def test_the_standard_error_is_that_of_repeated_draws(shift):
     assert np.std(found) == pytest.approx(expected, rel=0.15)
 
 
-def test_a_perfect_auroc_is_not_known_exactly():
+def test_a_perfect_auroc_has_a_standard_error():
     assert 0.005 < metrics.auroc_standard_error(1.0, 10, 50) < 0.1

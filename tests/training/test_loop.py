@@ -275,7 +275,7 @@ def test_no_room_for_all_seeds_at_once_says_what_to_do(config, tmp_path, monkeyp
 
     monkeypatch.setattr(training, "_programs", lambda *a: training._Programs(None, full))
     config.train.seeds_at_once = 3
-    with pytest.raises(InputError, match=r"no memory for 3 seeds .*train\.seeds_at_once=1"):
+    with pytest.raises(InputError, match=r"too little memory for 3 seeds .*train\.seeds_at_once=1"):
         run_seeds(config, tmp_path, range(3))
 
 

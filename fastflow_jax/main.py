@@ -101,6 +101,7 @@ def main(argv: list[str]) -> int:
     from fastflow_jax import parallel
     from fastflow_jax.config import fill
     from fastflow_jax.files import expanded
+    from fastflow_jax.report.table import format_table
     from fastflow_jax.runs import describe, experiment
 
     # `data.transforms` raises an error at the size at which Pillow warns.
@@ -125,7 +126,8 @@ def main(argv: list[str]) -> int:
         workdir = _WORKDIR.value
         workdir = experiment.default_workdir(name, config) if workdir is None else expanded(workdir)
         with contextlib.nullcontext() if parallel.is_main() else _silence():
-            experiment.run(config, workdir)
+            results = experiment.run(config, workdir)
+            print(f"\n{format_table(results)}\n\nRun directory: {workdir}")
     return 0
 
 

@@ -246,7 +246,7 @@ def test_a_baseline_of_neighbours(name, raw, run_config):
         assert len(list((folder / category / "heatmaps").glob("*/*.png"))) == 1
     again, printed, _ = run_config(name, "mvtec_ad/bottle,screw", **fields)
     assert again == results
-    assert "is finished. To train on changed data" in printed.out
+    assert "is finished. To train on changed data" in printed.err
 
 
 def test_augmented_trainings_differ_and_are_reproduced(screws, run_config):

@@ -175,7 +175,7 @@ def test_a_run_continues_with_another_number_of_devices(undisturbed, environment
 def test_a_finished_run_is_not_repeated(undisturbed, started, capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     assert started([*TINY, f"--workdir={undisturbed}"]) == 0
-    assert "is finished. To train on changed data" in capsys.readouterr().out
+    assert "is finished. To train on changed data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

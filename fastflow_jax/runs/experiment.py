@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -26,10 +27,12 @@ from fastflow_jax.features.prepare import Prepared, feature_fingerprint, prepare
 from fastflow_jax.files import expanded, read_json, read_lines, to_plain, write_json, write_text
 from fastflow_jax.report.html import write_reports
 from fastflow_jax.report.pictures import write_pictures
-from fastflow_jax.report.table import format_csv, format_markdown, format_table
+from fastflow_jax.report.table import format_csv, format_markdown
 from fastflow_jax.runs import advice
 from fastflow_jax.runs.directory import claim
 from fastflow_jax.runs.fit import Fitted, fit
+
+_log = logging.getLogger(__name__)
 
 
 def default_workdir(config_file: str, config) -> pathlib.Path:
@@ -67,9 +70,9 @@ def run(config, workdir: str | pathlib.Path) -> dict:
             if config.report:
                 report = workdir / "report.html"
                 parallel.on_main(lambda: report.exists() or write_reports(workdir, results))
-            print(
-                f"The run in {workdir} is finished. To train on changed data, pass another "
-                f"--workdir.\n\n{format_table(results)}"
+            _log.info(
+                "The run in %s is finished. To train on changed data, pass another --workdir.",
+                workdir,
             )
             return results
         plan = _plan(config, workdir)
@@ -82,10 +85,10 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         parallel.on_main(lambda: shutil.rmtree(workdir / "features", ignore_errors=True))
         write_json(workdir / "results.json", results)
         parallel.on_main(lambda: None)  # all processes wait until the files are written
-        print(f"\n{format_table(results)}\n\nRun directory: {workdir}")
-        print(_advice(parts))
+        _log.info(_advice(parts))
         if len(plan) == 1:
-            print(f"New images: --mode=predict --workdir={workdir} --input=IMAGES --output=RESULTS")
+            predict = f"--mode=predict --workdir={workdir} --input=IMAGES --output=RESULTS"
+            _log.info("To score new images, use %s", predict)
         return results
 
 

@@ -79,11 +79,12 @@ def test_results_say_what_was_done(finished):
     assert "jax" in results["versions"]
 
 
-def test_a_finished_run_is_found(finished, capsys):
+def test_a_finished_run_is_found(finished, caplog):
+    caplog.set_level("INFO")
     folder, results = finished
     before = (folder / "results.json").stat().st_mtime_ns
     assert experiment.run(tiny(), folder) == results
-    assert "finished" in capsys.readouterr().out
+    assert "finished" in caplog.text
     assert (folder / "results.json").stat().st_mtime_ns == before
 
 

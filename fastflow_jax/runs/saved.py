@@ -18,6 +18,7 @@ from fastflow_jax.evaluation.held_out import HeldOut, score_held_out
 from fastflow_jax.evaluation.thresholds import Threshold
 from fastflow_jax.features.prepare import Prepared
 from fastflow_jax.files import expanded, make_folder, read_json, to_plain, write_json
+from fastflow_jax.training.loop import copy_variables
 
 _log = logging.getLogger(__name__)
 
@@ -183,7 +184,10 @@ def save(
             raise InputError(f"{directory} has other files. Save to a new directory.")
         make_folder(directory)
         training = source / about["training"]
-        shutil.copytree(training / "checkpoints", directory / "checkpoints")
+        copy_variables(training, directory)
+        (directory / "checkpoints").mkdir(exist_ok=True)
+        for file in (training / "checkpoints").glob("*.npz"):  # of detectors without gradients
+            shutil.copy(file, directory / "checkpoints")
         for file in [*training.glob("*.npz"), *source.glob(_HELD_OUT)]:
             shutil.copy(file, directory)
         about["training"] = "."

@@ -309,10 +309,18 @@ def load_variables(
       objective: of the training.
       shapes: (h, w, C) of each scale.
     """
-    # The number of steps is arbitrary: the structure of the state does not depend on it.
-    fresh = partial(create_state, objective, create_optimizer(config.train, 1000), shapes, 0)
+    optimizer = create_optimizer(config.train, 1)
+    state = jax.eval_shape(partial(create_state, objective, optimizer, shapes, 0))
+    template = {"params": state.params, "constants": state.constants}
     with Checkpoints(directory / "checkpoints") as checkpoints:
-        return checkpoints.restore(checkpoints.latest, jax.eval_shape(fresh)).variables
+        found = checkpoints.restore(checkpoints.latest, template, partial=True)
+    return {"params": found["params"], **found["constants"]}
+
+
+def copy_variables(directory: pathlib.Path, copy: pathlib.Path) -> None:
+    """Copies what `load_variables` reads to another directory, without the optimiser's state."""
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.copy_fields(copy / "checkpoints", ("params", "constants"))
 
 
 def _epoch_runner(config, objective, optimizer, features, seeds) -> Callable:

@@ -197,3 +197,14 @@ def test_a_run_of_an_earlier_version_loads_and_scores_as_it_did(tmp_path):
         assert result.score == pytest.approx(known["score"], rel=1e-3)
         assert result.anomaly_map.mean() == pytest.approx(known["map_mean"], rel=1e-3, abs=1e-3)
         assert (result.p_value, result.is_anomalous) == (known["p_value"], known["is_anomalous"])
+
+
+def test_a_saved_detector_has_no_optimiser_state(trained, tmp_path):
+    detector = Detector.load(trained / "run")
+    saved = detector.save(tmp_path / "saved")
+
+    def size(directory):
+        return sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())
+
+    assert size(saved / "checkpoints") < size(trained / "run/checkpoints") / 2
+    assert score(Detector.load(saved)) == score(detector)

@@ -269,7 +269,7 @@ def test_bad_flags_end_in_one_message(arguments, message, started, capsys, monke
 def test_what_cannot_be_done_is_said(run, photos, tmp_path):
     with pytest.raises(InputError, match=r"nosuch/\*\.png is no file, and no directory"):
         predict(run, "nosuch/*.png", tmp_path / "out")
-    with pytest.raises(InputError, match="nosuch is no folder"):
+    with pytest.raises(InputError, match="nosuch is not a directory"):
         predict(tmp_path / "nosuch", str(photos), tmp_path / "out")
     with pytest.raises(InputError, match="between 0 and 1"):
         predict(run, str(photos), tmp_path / "out", rate=2.0)

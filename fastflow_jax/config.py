@@ -279,7 +279,7 @@ def _changed(config: ConfigDict, changes: ConfigDict) -> ConfigDict:
 
 
 def _fill(config: ConfigDict) -> ConfigDict:
-    """See `fill`; variants are not filled."""
+    """Returns a filled copy, without filling variants; see `fill`."""
     c = config.copy_and_resolve_references()
     c.unlock()
     spec = find_spec(c.backbone)

@@ -167,22 +167,22 @@ class Detector(PickledByFields):
             the backbone were not found, or are not those of the training.
         """
         folder = expanded(folder)
-        kept = saved.read(folder)
-        kept.config.weights = saved.find_weights(kept, folder, weights)
-        detector = cls.from_training(kept.config, kept.training, kept.seed)
+        record = saved.read(folder)
+        record.config.weights = saved.find_weights(record, folder, weights)
+        detector = cls.from_training(record.config, record.training, record.seed)
         found = detector.backbone.weights
-        if found.get("sha256") != kept.weights.get("sha256"):
+        if found.get("sha256") != record.weights.get("sha256"):
             raise InputError(
-                f"{folder} was trained with other weights of {kept.config.backbone}: "
-                f"{kept.weights}, not {found}. Restore them, or train again."
+                f"{folder} was trained with other weights of {record.config.backbone}: "
+                f"{record.weights}, not {found}. Restore them, or train again."
             )
         return dataclasses.replace(
             detector,
-            held_out=kept.held_out,
-            image_threshold=kept.image_threshold,
-            pixel_threshold=kept.pixel_threshold,
+            held_out=record.held_out,
+            image_threshold=record.image_threshold,
+            pixel_threshold=record.pixel_threshold,
             folder=folder,
-            training_images=kept.images,
+            training_images=record.images,
         )
 
     @classmethod

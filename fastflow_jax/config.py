@@ -19,25 +19,25 @@ from fastflow_jax.parallel import KINDS
 
 
 def default() -> ConfigDict:
-    """The default recipe. Fields that are None are set from the backbone by `fill`."""
+    """The default configuration. `fill` sets fields that are None and depend on the backbone."""
     c = ConfigDict()
-    c.seed = 0  # of the flow's parameters, permutations and order, and of random backbones
+    c.seed = 0  # of parameters, permutations, the order of images, and random backbones
     c.seeds = 1  # number of runs, with seeds from `seed` on; the table reports mean and deviation
     c.detector = "fastflow"  # see `detectors.base.DETECTORS`
-    c.parallel = "pmap"  # or "jit": how the devices of this machine share a batch
+    c.parallel = "pmap"  # or "jit": how a batch is split over the devices of this machine
     c.data = _data()
     c.augment = _augment()
 
     # Backbone
-    c.published = False  # True: fields that are None get the values published for the backbone
+    c.published = False  # True sets fields that are None to the values published for the backbone
     c.backbone = "tf_efficientnet_lite0"
-    c.weights = placeholder(str)  # a file, a timm tag or "random"; unset: the known source
+    c.weights = placeholder(str)  # a file, a timm tag or "random"; None: the default source
     c.image_size = placeholder(tuple)  # (height, width), or (side,)
-    c.layers = placeholder(tuple)  # feature maps; unset: the detector's choice,
-    c.layers_as = placeholder(str)  # or that of this other detector
-    c.length_power = 0.25  # exponent of the length of feature vectors, see `extract.compress`
+    c.layers = placeholder(tuple)  # feature maps; None: the default of the detector,
+    c.layers_as = placeholder(str)  # or of another detector, if set
+    c.length_power = 0.25  # exponent of the lengths of feature vectors, see `extract.compress`
     c.feature_dtype = "float16"  # of cached features; or "bfloat16", "float32"
-    c.batch_size = placeholder(int)  # images whose features or scores are computed at a time
+    c.batch_size = placeholder(int)  # of the backbone and of scoring; training has its own
 
     c.train = _train()
     for name in DETECTORS:
@@ -52,10 +52,10 @@ def default() -> ConfigDict:
 
     # Outputs of a run
     c.checkpoint_every = 1  # epochs
-    c.evaluate_every = 0  # epochs between tests, for study; 0: at the end only
+    c.evaluate_every = 0  # epochs between evaluations on test images, for study; 0: at the end
     c.heatmaps = 40  # largest number of heat maps
     c.report = True  # report.html, see report/html.py
-    c.report_pictures = 2000  # largest number of images in it, shared by all parts of a run
+    c.report_pictures = 2000  # largest number of images in the reports of a run
     return c
 
 
@@ -64,10 +64,10 @@ def _data() -> ConfigDict:
     c.name = "folder"  # or btad, cifar10, elpv, mvtec_ad, synthetic
     c.category = placeholder(str)  # of that data set
     c.root = placeholder(str)  # directory of images
-    c.dir = placeholder(str)  # prepared tfds sets; unset: $TFDS_DATA_DIR, then tfds's default
-    c.holdout = 0.1  # part of the normal training images held out for calibration and thresholds
-    # Which normal images show the same part and are held out together: "folder", a .csv file or a
-    # regular expression, see `data.groups.labels_of`; unset: each image shows another part
+    c.dir = placeholder(str)  # prepared tfds sets; None: $TFDS_DATA_DIR, or the default of tfds
+    c.holdout = 0.1  # share of training images held out for calibration and thresholds
+    # Groups of training images that show the same part and are held out together: "folder", a .csv
+    # file or a regular expression, see `data.groups.labels_of`; None: every image is its own group
     c.groups = placeholder(str)
     c.resize = "square"  # stretches to the input; or "crop", "pad": see `transforms.placement`
     c.mask_resize = "nearest"  # or "floor", "threshold": see `transforms.resize_mask`
@@ -81,7 +81,7 @@ def _data() -> ConfigDict:
 
 
 def _augment() -> ConfigDict:
-    """Random changes of the training images, drawn in every epoch; features are then not cached."""
+    """Random changes of training images in every epoch; features are then not cached."""
     c = ConfigDict()
     c.flips = False  # left-right and upside-down, each with probability 1/2
     c.rotate = 0.0  # largest angle in degrees, in either direction
@@ -92,33 +92,33 @@ def _augment() -> ConfigDict:
 def _train() -> ConfigDict:
     c = ConfigDict()
     c.steps = 500  # rounded to whole epochs
-    c.max_epochs = 10  # bounds the epochs on few images, to avoid overfitting
-    c.epochs = placeholder(int)  # overrides both
+    c.max_epochs = 10  # largest number of epochs, to avoid overfitting to few images
+    c.epochs = placeholder(int)  # replaces `steps` and `max_epochs` if set
     c.batch_size = 8
-    c.window = 16  # side in locations of the random window of each map in a step; 0: whole maps
-    c.drop_last = False  # leaves out an epoch's short last batch, as the reference does
+    c.window = 16  # side of the random window of each map in a step, in locations; 0: whole maps
+    c.drop_last = False  # True drops a short last batch, as in the reference
     c.loss = "per_dimension"  # or "sum", as in the reference
     c.optimizer = "adam"  # or "sgd"
-    c.beta2 = 0.99  # of Adam; short runs need a short memory of squared gradients
+    c.beta2 = 0.99  # of Adam; lower than usual because trainings are short
     c.learning_rate = 3e-3
     c.schedule = "cosine"  # decays to zero; or "constant"
-    c.warmup = 0.1  # part of all steps over which the rate rises from zero
-    c.weight_decay = 0.0  # L2 inside the optimiser, as in torch's Adam
-    c.clip = 1.0  # bound of the gradient's global norm; 0: none
-    c.seeds_at_once = placeholder(int)  # in one program; unset: all on GPU or TPU
-    c.cache = "auto"  # location of cached features, see `features.cache.CACHE_LOCATIONS`
+    c.warmup = 0.1  # share of all steps in which the rate rises from zero
+    c.weight_decay = 0.0  # L2 regularisation, as in torch's Adam
+    c.clip = 1.0  # largest global norm of the gradient; 0: no clipping
+    c.seeds_at_once = placeholder(int)  # trained in one program; None: all on GPU or TPU
+    c.cache = "auto"  # see `features.cache.CACHE_LOCATIONS`
     return c
 
 
 def name_data(config: ConfigDict, argument: str) -> None:
-    """Sets the data set and its category from <data set>[/<category>], if they are named."""
+    """Sets data set and category from <data set>[/<category>]; empty parts change nothing."""
     name, _, category = argument.partition("/")
     config.data.name = name or config.data.name
     config.data.category = category or config.data.category
 
 
-# Pixels of the images whose features are computed at a time: 32 of 256x256. EfficientNet-Lite0
-# needs about 200 bytes for each, and larger batches are no faster on a CPU.
+# Pixels of a default batch: 32 images of 256x256. EfficientNet-Lite0 needs about 200 bytes per
+# pixel, and larger batches are not faster on a CPU.
 _PIXELS_AT_A_TIME = 2**21
 
 # Fields that may differ between a run and its continuation.
@@ -127,7 +127,7 @@ _FREE_TO_CHANGE = (
     *("batch_size", "data.dir", "flow.reversible", "train.cache", "train.seeds_at_once"),
 )
 
-# Fields of earlier versions that changed no result; run directories may have them.
+# Fields of earlier versions that did not affect results; old run directories have them.
 _RETIRED = ("measure_speed",)
 
 # Fields that all variants of a run share.
@@ -136,7 +136,7 @@ _SHARED = (
     *("seed", "seeds", "report", "report_pictures"),
 )
 
-# Fields that all detectors read, in sections that some detectors read.
+# Fields that all detectors read, in sections that only some detectors read; with a final dot.
 _READ_BY_ALL = ("map.sigma.", "train.cache.")
 
 _CHOICES = {
@@ -184,10 +184,10 @@ _BOUNDS = {
 
 
 def fill(config: ConfigDict) -> ConfigDict:
-    """A copy in which fields that depend on the backbone are set, and all values are checked.
+    """Returns a copy with all fields set and checked.
 
-    In each variant every difference from the run is written out, such as the input size and the
-    feature maps of another backbone.
+    Each variant lists all of its differences from the run, such as the input size and the feature
+    maps of another backbone.
 
     Raises:
       InputError: a value is not possible, or no detector of the run reads a changed field.
@@ -260,13 +260,13 @@ def _check_read(
 
 
 def variants(config: ConfigDict) -> dict[str | None, ConfigDict]:
-    """The configuration of each variant by its name; without variants the one under None."""
+    """The configuration of each variant by name; without variants, the configuration under None."""
     names = _names_of_variants(config)
     return {name: _changed(config, config.variants[name]) for name in names} or {None: config}
 
 
 def _names_of_variants(config: ConfigDict) -> list[str]:
-    """Names in their order; a ConfigDict sorts its fields."""
+    """Names in the order in which they were set; a ConfigDict sorts its fields."""
     return list(to_plain(config)["variants"])
 
 
@@ -279,7 +279,7 @@ def _changed(config: ConfigDict, changes: ConfigDict) -> ConfigDict:
 
 
 def _fill(config: ConfigDict) -> ConfigDict:
-    """See `fill`; variants are not filled."""
+    """Returns a filled copy, without filling variants; see `fill`."""
     c = config.copy_and_resolve_references()
     c.unlock()
     spec = find_spec(c.backbone)
@@ -327,10 +327,10 @@ def _size(size) -> tuple[int, int]:
 
 
 def from_plain(plain: dict) -> ConfigDict:
-    """The filled configuration that `to_plain` was given, as stored in a run directory.
+    """Returns the filled configuration of a run directory; the inverse of `to_plain`.
 
     Raises:
-      InputError: it has fields that do not exist, as those of other versions may.
+      InputError: a field does not exist in this version.
     """
 
     def with_tuples(section):
@@ -354,14 +354,14 @@ def from_plain(plain: dict) -> ConfigDict:
 
 
 def without(config: ConfigDict, fields: Sequence[str]) -> dict:
-    """Fields of a configuration without some fields and sections."""
+    """Returns the fields of a configuration by dotted name, without some fields and sections."""
     flat = _flat(to_plain(config))
     return {k: v for k, v in flat.items() if not any(f"{k}.".startswith(f"{f}.") for f in fields)}
 
 
 def differences(saved: dict, config: ConfigDict) -> list[str]:
-    """A line for each field in which the configuration of a run directory differs from `config`."""
-    # A field that the run does not have counts as the default.
+    """Returns a line per field in which the configuration of a run directory differs."""
+    # Fields that the run does not have are at their defaults.
     old, new = _flat(to_plain(default())) | _flat(saved), _flat(to_plain(config))
     return [
         f"{name}: {old.get(name, 'unset')} in the run, {new.get(name, 'unset')} now"
@@ -371,7 +371,7 @@ def differences(saved: dict, config: ConfigDict) -> list[str]:
 
 
 def misspelt(config: ConfigDict, arguments: list[str]) -> str | None:
-    """A message on the first `--config.<field>` that does not exist, or None."""
+    """Returns a message about the first `--config.<field>` that does not exist, or None."""
     fields = _flat(config.to_dict())
     for argument in arguments:
         name = argument.lstrip("-").partition("=")[0].removeprefix("config.")

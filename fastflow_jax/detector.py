@@ -168,22 +168,22 @@ class Detector(PickledByFields):
             the backbone were not found, or are not those of the training.
         """
         folder = expanded(folder)
-        kept = saved.read(folder)
-        kept.config.weights = saved.find_weights(kept, folder, weights)
-        detector = cls.from_training(kept.config, kept.training, kept.seed)
+        record = saved.read(folder)
+        record.config.weights = saved.find_weights(record, folder, weights)
+        detector = cls.from_training(record.config, record.training, record.seed)
         found = detector.backbone.weights
-        if found.get("sha256") != kept.weights.get("sha256"):
+        if found.get("sha256") != record.weights.get("sha256"):
             raise InputError(
-                f"{folder} was trained with other weights of {kept.config.backbone}: "
-                f"{kept.weights}, not {found}. Restore them, or train again."
+                f"{folder} was trained with other weights of {record.config.backbone}: "
+                f"{record.weights}, not {found}. Restore them, or train again."
             )
         return dataclasses.replace(
             detector,
-            held_out=kept.held_out,
-            image_threshold=kept.image_threshold,
-            pixel_threshold=kept.pixel_threshold,
+            held_out=record.held_out,
+            image_threshold=record.image_threshold,
+            pixel_threshold=record.pixel_threshold,
             folder=folder,
-            training_images=kept.images,
+            training_images=record.images,
         )
 
     @classmethod
@@ -252,32 +252,27 @@ class Detector(PickledByFields):
           InputError: both a threshold and a rate were given, a rate is not between 0 and 1, or a
             rate was given and there are no held-out images.
         """
-        for names, pair in (
-            ("image and rate", (image, rate)),
-            ("pixel and pixel_rate", (pixel, pixel_rate)),
-        ):
-            if None not in pair:
-                raise InputError(f"{names} cannot be set together. Pass a threshold or a rate.")
         held_out = self.held_out or HeldOut(np.zeros(0), np.zeros((0, 1)))
-        if rate is not None:
-            image = held_out.image_threshold(rate)
-        if pixel_rate is not None:
-            pixel = held_out.pixel_threshold(pixel_rate)
-        given = {"image_threshold": image, "pixel_threshold": pixel}
-        for name, t in given.items():
-            value = t.value if isinstance(t, Threshold) else t
-            if value is None:
+        changes = {}
+        for name, threshold, share, of_rate in (
+            ("image", image, rate, held_out.image_threshold),
+            ("pixel", pixel, pixel_rate, held_out.pixel_threshold),
+        ):
+            if threshold is not None and share is not None:
+                raise InputError(
+                    f"A threshold and a false-alarm rate were given for {name}. Pass one of them."
+                )
+            if share is not None:
+                threshold = of_rate(share)
+            if threshold is None:
                 continue
+            value = threshold.value if isinstance(threshold, Threshold) else threshold
             if not isinstance(value, numbers.Real) or np.isnan(value):
-                raise InputError(f"{name} must be a number, not {value!r}.")
-        return dataclasses.replace(
-            self,
-            **{
-                name: t if isinstance(t, Threshold) else Threshold(float(t))
-                for name, t in given.items()
-                if t is not None
-            },
-        )
+                raise InputError(f"{name}_threshold must be a number, not {value!r}.")
+            if not isinstance(threshold, Threshold):
+                threshold = Threshold(float(value))
+            changes[f"{name}_threshold"] = threshold
+        return dataclasses.replace(self, **changes)
 
     def predict(self, images: Images, *, tile: bool = False) -> Prediction | list[Prediction]:
         """Scores one image or several.

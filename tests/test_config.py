@@ -35,7 +35,7 @@ def test_every_config_fills(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_run_folder_gives_its_configuration_back(path):
+def test_a_stored_configuration_is_read_back(path):
     filled = fill(load(path.stem))
     again = from_plain(json.loads(json.dumps(to_plain(filled))))
     assert again.to_dict() == filled.to_dict()
@@ -62,7 +62,7 @@ def test_a_configuration_of_another_version_is_named():
         ("cait_m48_448", ("blocks.39", "blocks.40"), 0.16),
     ],
 )
-def test_the_recipe_suits_the_backbone(backbone, layers, ratio):
+def test_layers_and_hidden_ratio_follow_the_backbone(backbone, layers, ratio):
     c = default()
     c.backbone = backbone
     assert fill(c).layers == layers
@@ -72,7 +72,7 @@ def test_the_recipe_suits_the_backbone(backbone, layers, ratio):
 @pytest.mark.parametrize(
     ("size", "at_a_time"), [((32,), 32), ((256,), 32), ((512,), 8), ((700, 1200), 2), ((9000,), 1)]
 )
-def test_fewer_large_images_are_computed_at_a_time(size, at_a_time):
+def test_the_batch_size_falls_with_the_image_size(size, at_a_time):
     c = default()
     c.image_size = size
     assert fill(c).batch_size == at_a_time
@@ -80,7 +80,7 @@ def test_fewer_large_images_are_computed_at_a_time(size, at_a_time):
     assert fill(c).batch_size == 5
 
 
-def test_values_given_by_hand_stay():
+def test_set_values_are_kept():
     c = default()
     c.layers = ("blocks.2",)
     c.image_size = (96,)
@@ -171,7 +171,7 @@ def test_a_filled_configuration_is_filled_to_itself(path):
     assert to_plain(fill(filled)) == to_plain(filled)
 
 
-def test_differences_name_fields_and_skip_what_changes_no_number():
+def test_differences_skip_fields_that_change_no_result():
     one, two = fill(default()), default()
     two.seed, two.flow.clamp, two.parallel, two.heatmaps = 3, 1.5, "jit", 0
     lines = differences(to_plain(one), fill(two))
@@ -179,7 +179,7 @@ def test_differences_name_fields_and_skip_what_changes_no_number():
     assert differences(to_plain(one), one) == []
 
 
-def test_another_folder_of_images_is_another_run(tmp_path, monkeypatch):
+def test_another_directory_of_images_is_a_difference(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one, two, three = default(), default(), default()
     one.data.root, two.data.root, three.data.root = "a", str(tmp_path / "a"), "b"
@@ -187,7 +187,7 @@ def test_another_folder_of_images_is_another_run(tmp_path, monkeypatch):
     assert differences(to_plain(fill(one)), fill(three))[0].startswith("data.root: ")
 
 
-def test_a_misspelt_field_is_named_with_its_neighbours():
+def test_a_misspelt_field_is_named_with_similar_fields():
     message = misspelt(default(), ["main", "--config=x.py", "--config.train.epoch=3"])
     assert message.startswith("--config.train.epoch is not a field")
     assert "train.epochs" in message
@@ -255,7 +255,7 @@ def with_variants(**changes):
     return c
 
 
-def test_a_variant_is_filled_as_a_run_of_its_own_would_be():
+def test_a_variant_is_filled_as_a_separate_run():
     c = with_variants(second={}, first={"backbone": "resnet18", "flow": {"steps": 7}})
     filled = fill(c)
     assert list(variants(filled)) == ["second", "first"]  # in the order given
@@ -268,7 +268,7 @@ def test_a_variant_is_filled_as_a_run_of_its_own_would_be():
     assert variants(fill(default())) == {None: fill(default())}
 
 
-def test_values_given_by_hand_hold_for_every_variant():
+def test_set_values_apply_to_all_variants():
     c = with_variants(first={"backbone": "resnet18"})
     c.image_size, c.train.steps = (64,), 10
     changed = variants(fill(c))["first"]
@@ -285,12 +285,12 @@ def test_impossible_variants_are_named():
             fill(with_variants(first=shared))
 
 
-def test_another_value_of_a_variant_is_another_run():
+def test_another_value_of_a_variant_is_a_difference():
     one, two = (fill(with_variants(first={"flow": {"steps": n}})) for n in (2, 3))
     assert differences(to_plain(one), two) == ["variants.first.flow.steps: 2 in the run, 3 now"]
 
 
-def test_fields_and_sections_can_be_left_out():
+def test_without_removes_fields_and_sections():
     flat = without(fill(default()), ("data.tamper", "seed", "map"))
     assert "data.name" in flat
     assert "seeds" in flat
@@ -298,7 +298,7 @@ def test_fields_and_sections_can_be_left_out():
     assert not [name for name in flat if name.startswith("data.tamper")]
 
 
-def test_only_flows_are_described():
+def test_describe_refuses_other_detectors():
     c = default()
     c.detector = "patchcore"
     with pytest.raises(InputError, match="Only fastflow can be described, not patchcore"):

@@ -237,7 +237,7 @@ def test_with_threshold_changes_thresholds_and_save_stores_them(detector, tmp_pa
     assert Detector.load(tmp_path / "other").image_threshold == loose.image_threshold
     with pytest.raises(InputError, match="has other files"):
         given.save(tmp_path / "saved")
-    with pytest.raises(InputError, match="image and rate cannot be set together"):
+    with pytest.raises(InputError, match="A threshold and a false-alarm rate were given for image"):
         detector.with_threshold(1.0, rate=0.1)
 
 

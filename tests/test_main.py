@@ -271,7 +271,7 @@ def test_names_that_are_not_utf8_are_printed_and_written(environment, tmp_path):
     code, out, err = finish(start([*arguments, f"--workdir={root}/run"], strict))
     assert code == 0, err
     assert r"dent/k_\udce4.png" in err
-    assert rf"Run folder: {tmp_path}/b\udce4r [1]/run" in out
+    assert rf"Run directory: {tmp_path}/b\udce4r [1]/run" in out
     assert r"dent/k_\udce4.png" in (root / "run/report.html").read_text("utf-8")
     names = [
         image["name"] for image in json.loads((root / "run/scores.json").read_text())["images"]

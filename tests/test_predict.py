@@ -267,7 +267,7 @@ def test_invalid_flags_give_one_message(arguments, message, started, capsys, mon
 def test_invalid_arguments_raise_an_error(run, photos, tmp_path):
     with pytest.raises(InputError, match=r"nosuch/\*\.png is not a file, and not a directory"):
         predict(run, "nosuch/*.png", tmp_path / "out")
-    with pytest.raises(InputError, match="nosuch is no folder"):
+    with pytest.raises(InputError, match="nosuch is not a directory"):
         predict(tmp_path / "nosuch", str(photos), tmp_path / "out")
     with pytest.raises(InputError, match="between 0 and 1"):
         predict(run, str(photos), tmp_path / "out", rate=2.0)

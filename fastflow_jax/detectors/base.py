@@ -202,7 +202,7 @@ class CompiledScorer(PickledByFields):
         *,
         size: tuple[int, int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Scorer.score`."""
+        """Scores features, see `Scorer.score`."""
         run = self._program(type(self).function, tuple(size or self.config.image_size))
         return run(self._state, (features, valid))
 

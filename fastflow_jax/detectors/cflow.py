@@ -54,7 +54,7 @@ def layers(config: ConfigDict, spec: Any) -> tuple[str, ...]:
 
 
 def fill(config: ConfigDict, spec: Any) -> None:
-    """See `Method.fill`."""
+    """Checks the size of the position encoding, see `Method.fill`."""
     if config.cflow.encoding % 4:
         raise InputError(
             f"config.cflow.encoding must be a multiple of 4, not {config.cflow.encoding}."
@@ -74,7 +74,7 @@ def fit(context: FitContext) -> "CFlowScorer":
 
 
 def load(config, shapes, directory: pathlib.Path) -> "CFlowScorer":
-    """See `Method.load`."""
+    """Loads the scorer that `fit` has saved, see `Method.load`."""
     variables = load_variables(directory, config, objective(config), shapes)
     return CFlowScorer(config, variables, read_arrays(directory / _MAXIMA)["log_likelihood"])
 
@@ -201,12 +201,12 @@ def _highest(config, variables, batch):
 
 
 def _score(config, size, state, batch):
-    """See `CompiledScorer.function`."""
+    """Scores [B] and anomaly maps [B, *size] of a batch, see `CompiledScorer.function`."""
     return _score_with_likelihood(config, size, state, batch)[:2]
 
 
 def _score_with_likelihood(config, size, state, batch):
-    """See `LikelihoodScorer`."""
+    """Scores, anomaly maps and log-likelihoods of a batch, see `LikelihoodScorer`."""
     variables, highest = state
     features, valid = batch
     log_p = _log_p_of(config, variables, features)
@@ -242,7 +242,7 @@ class CFlowScorer(CompiledScorer):
         return self.variables, self.maxima
 
     def score_with_likelihood(self, features, valid=None, *, size=None):
-        """See `LikelihoodScorer.score_with_likelihood`."""
+        """Scores features with their log-likelihoods, see `LikelihoodScorer`."""
         run = self._program(_score_with_likelihood, tuple(size or self.config.image_size))
         return run(self._state, (features, valid))
 

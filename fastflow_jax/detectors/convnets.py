@@ -1,4 +1,4 @@
-"""Small convolutional encoder and decoder, and what the VAE and the GAN share around them.
+"""Small convolutional encoder and decoder, and other functions that VAE and GAN share.
 
 Blocks of 2x2 pixels are folded into channels and back, so that every convolution has stride 1:
 gradients of strided convolutions are slow in XLA on CPUs. There are no normalisation layers: the

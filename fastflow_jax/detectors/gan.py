@@ -40,13 +40,13 @@ from fastflow_jax.training.step import Objective
 
 
 def fit(context: FitContext) -> Scorer:
-    """See `Method.fit` and `convnets.fit_one_map`."""
+    """Trains the networks, see `convnets.fit_one_map`."""
     config = context.config
     return fit_one_map(context, objective(config), partial(GANScorer, config))
 
 
 def load(config, shapes, directory: pathlib.Path) -> "GANScorer":
-    """See `Method.load`."""
+    """Loads the scorer that `fit` has saved, see `Method.load`."""
     return GANScorer(config, load_variables(directory, config, objective(config), shapes))
 
 
@@ -154,7 +154,7 @@ def discriminator_loss(config, judge, real, fake) -> jax.Array:
 
 
 def _score(config, size, params, batch):
-    """See `CompiledScorer.function`."""
+    """Scores [B] and anomaly maps [B, *size] of a batch, see `CompiledScorer.function`."""
     features, valid = batch
     x = only_map(features)
     z, reconstruction, z_again = apply(_generator(config), params, x, validity(x, valid))

@@ -72,7 +72,7 @@ def _smallest(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k smallest values of each row, and their indices."""
     if k == 1:  # on a CPU a sort takes many times as long, and argmin three times
         least, n = values.min(-1, keepdims=True), values.shape[-1]
-        places = jnp.where(values == least, jnp.arange(n), n - 1)
-        return least, places.min(-1, keepdims=True)
+        first = jnp.where(values == least, jnp.arange(n), n - 1)
+        return least, first.min(-1, keepdims=True)
     found, index = jax.lax.top_k(-values, k)
     return -found, index

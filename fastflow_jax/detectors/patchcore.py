@@ -47,7 +47,7 @@ def layers(config: ConfigDict, spec: Any) -> tuple[str, ...]:
 
 
 def fill(config: ConfigDict, spec: Any) -> None:
-    """See `Method.fill`."""
+    """Checks the number of re-weighting neighbours, see `Method.fill`."""
     if config.patchcore.reweight == 1:
         raise InputError("config.patchcore.reweight must be 0 or at least 2.")
 
@@ -73,7 +73,7 @@ def fit(context: FitContext) -> "PatchCoreScorer":
 
 
 def load(config, shapes, directory: pathlib.Path) -> "PatchCoreScorer":
-    """See `Method.load`."""
+    """Loads the scorer that `fit` has saved, see `Method.load`."""
     return PatchCoreScorer(config, shapes, read_arrays(directory / _BANK)["bank"])
 
 
@@ -265,7 +265,7 @@ def weights(patches: jax.Array, rows: jax.Array, bank: jax.Array, k: int) -> jax
 
 
 def _score(config, size, state, batch):
-    """See `CompiledScorer.function`."""
+    """Scores [B] and anomaly maps [B, *size] of a batch, see `CompiledScorer.function`."""
     kernels, centre, bank = state
     c = config.patchcore
     patches, seen = embed(kernels, *batch)

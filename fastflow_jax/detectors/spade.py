@@ -57,7 +57,7 @@ def fit(context: FitContext) -> "SpadeScorer":
 
 
 def load(config, shapes, directory: pathlib.Path) -> "SpadeScorer":
-    """See `Method.load`."""
+    """Loads the scorer that `fit` has saved, see `Method.load`."""
     gallery = read_arrays(directory / _GALLERY)
     maps = (gallery[f"maps_{i}"] for i in range(len(shapes)))
     # numpy files store bfloat16 as raw bytes.
@@ -122,7 +122,7 @@ class SpadeScorer(CompiledScorer):
         *,
         size: tuple[int, int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Scorer.score`."""
+        """Scores features, see `Scorer.score`."""
         scores, images = self._program(_retrieve)(self._vectors, _vectors(features, valid))
         levels = slice(max(1, len(features) - 1))  # the last level is for the image's vector only
         query = features[levels], valid

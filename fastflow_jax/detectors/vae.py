@@ -41,13 +41,13 @@ _LOWEST_LOG_VARIANCE = -6.0  # deviations of 0.05 or more, in images from -1 to 
 
 
 def fit(context: FitContext) -> Scorer:
-    """See `Method.fit` and `convnets.fit_one_map`."""
+    """Trains the networks, see `convnets.fit_one_map`."""
     config = context.config
     return fit_one_map(context, objective(config), partial(VAEScorer, config))
 
 
 def load(config, shapes, directory: pathlib.Path) -> "VAEScorer":
-    """See `Method.load`."""
+    """Loads the scorer that `fit` has saved, see `Method.load`."""
     return VAEScorer(config, load_variables(directory, config, objective(config), shapes))
 
 
@@ -125,7 +125,7 @@ def objective(config) -> Objective:
 
 
 def _score(config, size, variables, batch):
-    """See `CompiledScorer.function`."""
+    """Scores [B] and anomaly maps [B, *size] of a batch, see `CompiledScorer.function`."""
     features, valid = batch
     x = only_map(features)
     seen = validity(x, valid)

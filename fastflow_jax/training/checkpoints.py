@@ -184,7 +184,7 @@ def _literal_path(directory: pathlib.Path):
         yield directory
         return
     parallel.on_main(lambda: make_folder(directory))
-    folder = parallel.on_main(lambda: _make_private_folder(directory))
+    folder = parallel.on_main(lambda: _make_private_directory(directory))
     link = pathlib.Path(folder, "checkpoints")
     link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # on the hosts of other processes
     with contextlib.suppress(FileExistsError):  # another process on this host was faster
@@ -205,8 +205,8 @@ def _is_literal(path: pathlib.Path) -> bool:
     return is_utf8(path) and root not in _BUCKETS and not set(_WILDCARDS) & set(str(path))
 
 
-def _make_private_folder(directory: pathlib.Path) -> str:
-    """Makes an empty folder of a literal path, for a link to `directory`."""
+def _make_private_directory(directory: pathlib.Path) -> str:
+    """Creates an empty directory with a literal path, for a link to `directory`."""
     for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
         with contextlib.suppress(OSError):
             if _is_literal(pathlib.Path(parent).absolute()):

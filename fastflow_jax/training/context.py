@@ -21,16 +21,15 @@ class FitContext:
 
     config: ConfigDict  # filled, see `config.fill`
     train: TrainingFeatures  # of the training images
-    directory: pathlib.Path  # of the training: checkpoints and what else `load` reads
-    seed: int = 0  # of parameters, order and everything else that is drawn
+    directory: pathlib.Path  # of the training, for checkpoints and other files
+    seed: int = 0  # of parameters, the order of images, and other random choices
     holdout: Features | None = None  # of held-out normal images; None if there are none
-    holdout_valid: np.ndarray | None = (
-        None  # bool [N, H, W], False in padding; None without padding
-    )
-    # Seeds and directories of runs that differ in the seed alone. They may be trained in the same
-    # program, and are then found finished when it is their turn.
+    # Of held-out images: bool [N, H, W], False in padded pixels; None without padding.
+    holdout_valid: np.ndarray | None = None
+    # Seeds and directories of runs that differ in the seed only. They may be trained in the same
+    # program; their own fits then find them finished.
     sibling_runs: tuple[tuple[int, pathlib.Path], ...] = ()
-    # Called after each epoch of each run with its number, from 1 on, and a function that returns
-    # the scorer of that epoch. What it returns is added to the epoch's line in `metrics.jsonl`.
+    # Called after each epoch of each run with the number of the epoch, from 1 on, and a function
+    # that returns the scorer of that epoch. Its result is added to the line in `metrics.jsonl`.
     on_epoch: Callable[[int, Callable[[], Any]], dict] = _ignore
     label: str = "train"  # of progress bars

@@ -351,7 +351,7 @@ def _epoch_runner(config, objective, optimizer, features, seeds) -> Callable:
 
 
 def _whole_epochs(program: Callable, features: TrainingFeatures, seeds: np.ndarray) -> Callable:
-    """See `_epoch_runner`: a program per epoch."""
+    """Returns an epoch runner, see `_epoch_runner`, with a program per epoch."""
     n = len(seeds)
     on_devices = parallel.on_devices(jax.tree.map(np.asarray, (features.cached, features.valid)))
 

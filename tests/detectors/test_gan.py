@@ -57,7 +57,7 @@ def losses(config, generator, discriminator, x):
     return adversarial + 50 * contextual + encoder, cross_entropy
 
 
-def test_the_losses_are_the_papers(config, players):
+def test_the_losses_equal_the_formulas_of_the_paper(config, players):
     x = images(3)
     variables = {"params": players}
     total = jax.jit(gan.objective(config).loss)(variables, (x,), None, None)
@@ -69,7 +69,7 @@ def test_the_losses_are_the_papers(config, players):
     np.testing.assert_allclose(validation, of_generator, rtol=1e-4)
 
 
-def test_each_player_follows_its_own_loss_alone(config, players):
+def test_each_network_gets_the_gradient_of_its_own_loss(config, players):
     x = images(3)
 
     def both(players):
@@ -96,7 +96,7 @@ def test_each_player_follows_its_own_loss_alone(config, players):
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
 
 
-def test_score_and_map_by_formula_and_alone(config, fitted):
+def test_scores_and_maps_equal_the_formula_and_do_not_depend_on_other_images(config, fitted):
     scorer, _ = fitted
     x = images(3, 2)
     scores, maps = scorer.score((x,))
@@ -109,14 +109,14 @@ def test_score_and_map_by_formula_and_alone(config, fitted):
     np.testing.assert_allclose(alone, scores[2:], rtol=1e-4)
 
 
-def test_training_tells_strange_images(fitted):
+def test_unusual_images_score_higher_after_training(fitted):
     normal, strange = images(8, 3), images(8, 4)[:, :, ::-1]
     scores, maps = fitted[0].score((np.concatenate([normal[:4], strange[:4]]),))
     assert scores[4:].mean() > 2 * scores[:4].mean()
     assert maps[4:].mean() > 2 * maps[:4].mean()
 
 
-def test_padding_counts_for_nothing(config, fitted):
+def test_padding_does_not_affect_scores_and_maps(config, fitted):
     x = images(4, 5)
     valid = np.ones((4, *SIZE), bool)
     valid[:, :, :3] = False
@@ -132,7 +132,7 @@ def test_padding_counts_for_nothing(config, fitted):
     assert np.abs(fitted[0].score((spoilt,))[0] / one[0] - 1).min() > 0.1
 
 
-def test_it_loads_as_it_was(config, fitted):
+def test_a_loaded_scorer_gives_equal_scores(config, fitted):
     scorer, folder = fitted
     loaded = gan.load(config, [(*SIZE, 3)], folder)
     x = (images(5, 6),)

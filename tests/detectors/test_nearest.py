@@ -15,7 +15,7 @@ def all_distances(a, b):
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("m", [3, 97, 9001])
-def test_neighbours_are_those_of_float64(k, m):
+def test_neighbours_equal_those_in_float64(k, m):
     bank = RNG.normal(size=(m, 20)).astype(np.float32)
     queries = np.concatenate([RNG.normal(size=(30, 20)), bank[:3] + 1e-4]).astype(np.float32)
     distances, index = jax.jit(nearest, static_argnums=2)(queries, bank, k)
@@ -25,7 +25,7 @@ def test_neighbours_are_those_of_float64(k, m):
     np.testing.assert_array_equal(index, order)
 
 
-def test_rows_that_do_not_count_are_not_found():
+def test_invalid_rows_are_not_found():
     bank = RNG.normal(size=(50, 6)).astype(np.float32)
     counts = np.arange(50) % 2 == 0
     distances, index = nearest(bank, bank, 2, counts)

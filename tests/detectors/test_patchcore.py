@@ -96,21 +96,21 @@ def greedy(rows, n, start):
 
 
 @pytest.mark.parametrize("dimension", [7, 16, 64])
-def test_patches_are_those_of_the_paper(dimension):
+def test_patch_features_equal_those_of_the_paper(dimension):
     maps = random_maps(2)
     features, seen = embed(pooling_kernels(SHAPES, dimension), maps, None)
     np.testing.assert_allclose(features, patch_features(maps, dimension), atol=1e-5)
     assert np.all(seen)
 
 
-def test_one_map_is_enough():
+def test_a_single_map_can_be_used():
     maps = random_maps(2)[:1]
     features, _ = embed(pooling_kernels(SHAPES[:1], 16), maps, None)
     np.testing.assert_allclose(features, patch_features(maps, 16), atol=1e-5)
 
 
 @pytest.mark.parametrize(("n", "count"), [(501, 400), (6001, 200)])
-def test_the_coreset_is_that_of_the_plain_algorithm(n, count, monkeypatch):
+def test_the_coreset_equals_that_of_the_plain_algorithm(n, count, monkeypatch):
     monkeypatch.setattr(patchcore, "_CANDIDATES", 128)  # so that they run out, too
     patchcore._pick.clear_cache()
     centres = RNG.normal(size=(20, 12))
@@ -120,7 +120,7 @@ def test_the_coreset_is_that_of_the_plain_algorithm(n, count, monkeypatch):
     patchcore._pick.clear_cache()
 
 
-def test_worked_values_of_the_coreset():
+def test_the_coreset_of_a_worked_example():
     rows = RNG.normal(size=(100, 16)).astype(np.float32)
     chosen = np.concatenate(list(k_center(rows, 10, start=42)))
     assert chosen[0] == 42
@@ -135,7 +135,7 @@ def test_worked_values_of_the_coreset():
 
 @pytest.mark.parametrize("kind", ["pmap", "jit"])
 @pytest.mark.parametrize(("neighbours", "reweight"), [(1, 0), (3, 0), (1, 5)])
-def test_scores_are_those_of_the_paper(tmp_path, kind, neighbours, reweight):
+def test_scores_equal_those_of_the_paper(tmp_path, kind, neighbours, reweight):
     fields = {"patchcore.neighbours": neighbours, "patchcore.reweight": reweight, "parallel": kind}
     scorer = fitted(tmp_path, random_maps(6), **{"patchcore.coreset": 0.3, **fields})
     test = random_maps(3, seed=1)
@@ -157,14 +157,14 @@ def test_scores_are_those_of_the_paper(tmp_path, kind, neighbours, reweight):
     np.testing.assert_allclose(maps, blurred, rtol=1e-4, atol=1e-4)
 
 
-def test_a_lonely_neighbour_weighs_more():
+def test_an_isolated_neighbour_has_more_weight():
     bank = np.array([[0, 0], [0.1, 0], [0, 0.1], [9, 9]], np.float32)
     patches = np.array([[1, 0], [9, 8]], np.float32)
     crowded, lonely = weights(patches, np.array([1, 3]), bank, 3)
     assert 0 < crowded < lonely < 1
 
 
-def test_the_bank_holds_patches_of_the_training_images(tmp_path):
+def test_the_bank_has_patches_of_the_training_images(tmp_path):
     maps = random_maps(11)  # batches of 4, the last one short
     scorer = fitted(tmp_path, maps, **{"patchcore.coreset": 0.1})
     patches = patch_features(maps, 16).reshape(-1, 16)
@@ -178,7 +178,7 @@ def test_the_bank_holds_patches_of_the_training_images(tmp_path):
     assert len(bounded.bank) == 7
 
 
-def test_constant_images_are_normal_and_brighter_ones_are_not(tmp_path):
+def test_images_like_the_training_images_score_zero_and_brighter_ones_higher(tmp_path):
     constant = tuple(np.ones((6, *shape), np.float32) for shape in SHAPES)
     scorer = fitted(tmp_path, constant)
     scores, _ = scorer.score(tuple(m[:2] for m in constant))
@@ -187,7 +187,7 @@ def test_constant_images_are_normal_and_brighter_ones_are_not(tmp_path):
     assert scores.min() > 0
 
 
-def test_a_fitted_scorer_loads_as_it_was(tmp_path):
+def test_a_loaded_scorer_gives_equal_scores(tmp_path):
     maps = random_maps(6)
     scorer = fitted(tmp_path, maps)
     test = random_maps(3, seed=1)
@@ -200,7 +200,7 @@ def test_a_fitted_scorer_loads_as_it_was(tmp_path):
     assert np.any(another != same)
 
 
-def test_padding_neither_enters_the_bank_nor_scores(tmp_path):
+def test_padding_affects_neither_bank_nor_scores(tmp_path):
     maps, test = random_maps(8), random_maps(4, seed=1)
     valid = np.zeros((8, 32, 48), bool)
     valid[:, 8:24] = True
@@ -219,7 +219,7 @@ def test_padding_neither_enters_the_bank_nor_scores(tmp_path):
     assert np.all(scores > results[0][1] + 1)
 
 
-def test_an_interrupted_fit_begins_anew(tmp_path, monkeypatch):
+def test_an_interrupted_fit_starts_again(tmp_path, monkeypatch):
     maps = random_maps(8)
     undisturbed = fitted(tmp_path / "one", maps)
 
@@ -237,7 +237,7 @@ def test_an_interrupted_fit_begins_anew(tmp_path, monkeypatch):
     np.testing.assert_array_equal(fitted(tmp_path / "two", maps).bank, undisturbed.bank)
 
 
-def test_a_signal_while_the_bank_is_written_is_heard(tmp_path, monkeypatch):
+def test_a_signal_during_the_save_of_the_bank_interrupts(tmp_path, monkeypatch):
     maps = random_maps(8)
 
     def stopping(*arguments):
@@ -252,7 +252,7 @@ def test_a_signal_while_the_bank_is_written_is_heard(tmp_path, monkeypatch):
     np.testing.assert_array_equal(kept, fitted(tmp_path / "other", maps).bank)
 
 
-def test_levels_are_found_by_their_strides():
+def test_levels_are_chosen_by_their_strides():
     chosen = {name: patchcore.layers(None, find_spec(name)) for name in BACKBONES}
     assert chosen["resnet18"] == chosen["wide_resnet50_2"] == ("layer2", "layer3")
     assert chosen["tf_efficientnet_lite0"] == ("blocks.2", "blocks.4")

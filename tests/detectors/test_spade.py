@@ -62,7 +62,7 @@ def expected(train, test, k, kappa, levels):
 
 @pytest.mark.parametrize("kind", ["pmap", "jit"])
 @pytest.mark.parametrize(("k", "kappa"), [(3, 1), (2, 4), (50, 1), (2, 60)])
-def test_scores_are_those_of_the_paper(tmp_path, kind, k, kappa):
+def test_scores_equal_those_of_the_paper(tmp_path, kind, k, kappa):
     train, test = random_maps(7), random_maps(3, seed=1)
     fields = {"spade.images": k, "spade.kappa": kappa, "parallel": kind}
     scores, maps = fitted(tmp_path, train, **fields).score(test)
@@ -70,7 +70,7 @@ def test_scores_are_those_of_the_paper(tmp_path, kind, k, kappa):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_a_token_map_is_level_and_vector_in_one(tmp_path):
+def test_a_transformer_map_is_both_level_and_vector(tmp_path):
     shapes = ((4, 6, 9),)
     train, test = random_maps(7, shapes=shapes), random_maps(3, seed=1, shapes=shapes)
     scores, maps = fitted(tmp_path, train).score(test)
@@ -78,7 +78,7 @@ def test_a_token_map_is_level_and_vector_in_one(tmp_path):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_features_of_few_bits_come_back_from_the_folder(tmp_path):
+def test_features_in_bfloat16_are_loaded(tmp_path):
     train, test = (
         tuple(m.astype(jnp.bfloat16) for m in maps) for maps in (random_maps(7), random_maps(3, 1))
     )
@@ -98,7 +98,7 @@ def test_training_images_are_normal(tmp_path):
     assert brighter.min() > 0.1
 
 
-def test_a_fitted_scorer_loads_as_it_was(tmp_path):
+def test_a_loaded_scorer_gives_equal_scores(tmp_path):
     train, test = random_maps(7), random_maps(3, seed=1)
     scorer = fitted(tmp_path, train)
     again = fitted(tmp_path, random_maps(7, seed=9))  # finished: the gallery stays
@@ -130,7 +130,7 @@ def test_padding_is_neither_compared_nor_scored(tmp_path):
     assert np.all(plain > results[0][0] + 1)
 
 
-def test_levels_are_found_by_their_strides():
+def test_levels_are_chosen_by_their_strides():
     assert spade.layers(None, find_spec("resnet18")) == ("layer1", "layer2", "layer3", "layer4")
     assert config().layers == ("blocks.1", "blocks.2", "blocks.4", "blocks.6")
     assert spade.layers(None, find_spec("deit_base_distilled_patch16_384")) == ("blocks.7",)

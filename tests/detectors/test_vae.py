@@ -47,7 +47,7 @@ def untrained(config):
     return vae.VAEScorer(config, variables)
 
 
-def test_folding_is_undone():
+def test_unfold_inverts_fold():
     x = jax.random.normal(jax.random.key(0), (2, 5, 8, 3))
     folded = convnets.fold(x)
     assert folded.shape == (2, 3, 4, 12)
@@ -55,7 +55,7 @@ def test_folding_is_undone():
     np.testing.assert_array_equal(convnets.unfold(folded, (5, 8)), x)
 
 
-def test_divergence_and_density_by_their_definitions():
+def test_divergence_and_density_equal_their_definitions():
     rng = np.random.default_rng(0)
     mean, log_variance = rng.normal(size=(2, 1, 4))
     grid = np.linspace(-12, 12, 20001)
@@ -73,7 +73,7 @@ def test_divergence_and_density_by_their_definitions():
     )
 
 
-def test_the_loss_is_the_bound(config, untrained):
+def test_the_loss_equals_the_evidence_lower_bound(config, untrained):
     x = images(3)
     variables = untrained.variables
     noise = np.stack([jax.random.normal(k, (5,)) for k in jax.random.split(jax.random.key(3), 3)])
@@ -106,7 +106,7 @@ def test_the_score_is_the_reconstruction_probability(config, fitted):
     np.testing.assert_allclose(alone, scores[2:3], atol=1e-4)
 
 
-def test_training_tells_strange_images_and_an_untrained_net_does_not(fitted, untrained):
+def test_unusual_images_score_higher_after_training_only(fitted, untrained):
     normal, strange = images(8, 3), images(8, 4)[:, :, ::-1]
     scores, maps = fitted[0].score((np.concatenate([normal[:4], strange[:4]]),))
     assert scores[4:].min() > scores[:4].max() + 1
@@ -118,7 +118,7 @@ def test_training_tells_strange_images_and_an_untrained_net_does_not(fitted, unt
     assert not control[4:].min() > control[:4].max()
 
 
-def test_padding_counts_for_nothing(config, fitted):
+def test_padding_does_not_affect_scores_and_maps(config, fitted):
     x = images(4, 5)
     valid = np.ones((4, *SIZE), bool)
     valid[:, :, :3] = False
@@ -135,7 +135,7 @@ def test_padding_counts_for_nothing(config, fitted):
     assert np.abs(fitted[0].score((spoilt,))[0] - one[0]).min() > 1
 
 
-def test_it_loads_as_it_was(config, fitted):
+def test_a_loaded_scorer_gives_equal_scores(config, fitted):
     scorer, folder = fitted
     loaded = vae.load(config, [(*SIZE, 3)], folder)
     x = (images(5, 6),)

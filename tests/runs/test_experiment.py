@@ -23,14 +23,15 @@ from fastflow_jax.runs.directory import check_same_data, claim
 
 
 def tiny(**fields):
-    """A run of seconds: one map of a small image, random weights."""
+    """A configuration that runs in seconds: one map of small images, random weights."""
     pytest.importorskip("skimage", reason="the textures come with scikit-image")
     c = default()
     c.data.name, c.data.category = "synthetic", "brick"
     c.weights, c.image_size, c.layers = "random", (64,), ("blocks.2",)
-    c.flow.steps, c.flow.kernels, c.flow.hidden_ratio = 1, (3,), 0.5
     c.train.epochs, c.heatmaps, c.report_pictures = 1, 4, 4
     c.update_from_flattened_dict(fields)
+    if c.detector == "fastflow":
+        c.flow.steps, c.flow.kernels, c.flow.hidden_ratio = 1, (3,), 0.5
     return fill(c)
 
 
@@ -40,7 +41,7 @@ def finished(tmp_path_factory):
     return folder, experiment.run(tiny(), folder)
 
 
-def test_the_run_folder_holds_everything(finished):
+def test_a_finished_run_has_all_its_files(finished):
     folder, results = finished
     names = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
     expected = {"config.json", "checkpoints", "metrics.jsonl", "results.json", "heatmaps"}
@@ -55,7 +56,7 @@ def test_the_run_folder_holds_everything(finished):
     assert len(learnt) == data["trained_on"] == data["train_images"] - data["held_out"]
 
 
-def test_the_report_begins_with_the_thresholds_of_the_detector(finished):
+def test_the_report_has_the_thresholds_of_the_detector(finished):
     folder, _ = finished
     thresholds = json.loads((folder / "detector.json").read_text())["thresholds"]
     scores = json.loads((folder / "scores.json").read_text())
@@ -64,7 +65,7 @@ def test_the_report_begins_with_the_thresholds_of_the_detector(finished):
     assert float(slider[1]) == pytest.approx(thresholds["image"]["value"])
 
 
-def test_results_say_what_was_done(finished):
+def test_results_state_protocol_and_data(finished):
     _, results = finished
     assert set(results["categories"]) == {"brick"}
     assert results["categories"]["brick"] == results["mean"]
@@ -79,7 +80,7 @@ def test_results_say_what_was_done(finished):
     assert "jax" in results["versions"]
 
 
-def test_a_finished_run_is_found(finished, caplog):
+def test_a_finished_run_is_not_repeated(finished, caplog):
     caplog.set_level("INFO")
     folder, results = finished
     before = (folder / "results.json").stat().st_mtime_ns
@@ -88,7 +89,7 @@ def test_a_finished_run_is_found(finished, caplog):
     assert (folder / "results.json").stat().st_mtime_ns == before
 
 
-def test_a_report_that_was_removed_is_written_again_without_scoring(finished, monkeypatch):
+def test_a_removed_report_is_written_again_without_scoring(finished, monkeypatch):
     folder, _ = finished
     before = (folder / "report.html").read_text()
     (folder / "report.html").unlink()
@@ -103,7 +104,7 @@ def test_other_settings_are_refused(finished):
         experiment.run(tiny(**{"flow.clamp": 1.0}), folder)
 
 
-def test_a_folder_in_use_is_refused(finished):
+def test_a_workdir_in_use_is_refused(finished):
     folder, _ = finished
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -117,7 +118,7 @@ def two_seeds(tmp_path_factory):
     return folder, experiment.run(tiny(seeds=2, evaluate_every=1), folder)
 
 
-def test_seeds_and_the_curve_on_test_images(two_seeds):
+def test_several_seeds_and_evaluations_between_epochs(two_seeds):
     folder, results = two_seeds
     rows = [results["seeds"][seed]["brick"] for seed in ("0", "1")]
     scores = [row["image_auroc"] for row in rows]
@@ -129,7 +130,7 @@ def test_seeds_and_the_curve_on_test_images(two_seeds):
     assert json.loads(lines[0])["test"] == pytest.approx(results["seeds"]["1"]["brick"])
 
 
-def test_each_seed_of_the_control_has_a_backbone_of_its_own(two_seeds):
+def test_each_seed_has_its_own_random_backbone(two_seeds):
     folder, _ = two_seeds
     parts = [json.loads((folder / f"seed_{seed}" / "part.json").read_text()) for seed in (0, 1)]
     assert [part["weights"]["seed"] for part in parts] == [0, 1]
@@ -143,7 +144,7 @@ def test_uncached_features_train_the_same(finished, tmp_path):
 
 
 @pytest.mark.parametrize("home", ["device", "disk"])
-def test_every_home_of_features_trains_the_same(finished, tmp_path, home):
+def test_training_does_not_depend_on_the_location_of_the_cache(finished, tmp_path, home):
     folder, in_memory = finished
     results = experiment.run(tiny(**{"train.cache": home}), tmp_path / "run")
     assert results["categories"] == in_memory["categories"]
@@ -155,7 +156,7 @@ def test_every_home_of_features_trains_the_same(finished, tmp_path, home):
     assert not (tmp_path / "run" / "features").exists()  # the room on disk is given back
 
 
-def test_an_empty_map_of_figures_for_normal_images_alone(tmp_path):
+def test_normal_test_images_alone_have_no_metrics(tmp_path):
     """A bare folder of photographs trains, and has no figures."""
     photographs = tmp_path / "photographs"
     photographs.mkdir()
@@ -168,7 +169,7 @@ def test_an_empty_map_of_figures_for_normal_images_alone(tmp_path):
     assert set(results["mean"].values()) == {None}
 
 
-def test_defective_test_images_alone_have_no_image_figures(tmp_path):
+def test_defective_test_images_alone_have_no_image_metrics(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(5):
         for folder in ("train/good", "test/scratch"):
@@ -183,7 +184,7 @@ def test_defective_test_images_alone_have_no_image_figures(tmp_path):
     assert "F1" not in (tmp_path / "run" / "table.csv").read_text()
 
 
-def test_data_is_looked_for_before_weights(tmp_path):
+def test_missing_data_is_reported_before_missing_weights(tmp_path):
     config = tiny(**{"data.name": "folder", "data.category": None, "weights": "no/such/file.pth"})
     config.unlock()
     config.data.root = str(tmp_path / "missing")
@@ -203,7 +204,7 @@ def test_data_is_looked_for_before_weights(tmp_path):
         (1, 0.1, 0),
     ],
 )
-def test_a_part_of_the_images_is_held_out(n, part, held):
+def test_the_held_out_images_have_the_configured_share(n, part, held):
     train, holdout = split_holdout(n, part)
     assert len(holdout) == held
     assert sorted([*train, *holdout]) == list(range(n))
@@ -211,7 +212,7 @@ def test_a_part_of_the_images_is_held_out(n, part, held):
 
 
 @pytest.mark.parametrize("period", [2, 5, 10])
-def test_what_comes_in_turns_is_held_out_in_its_share(period):
+def test_periodic_images_are_held_out_in_proportion(period):
     held = np.bincount(split_holdout(1000, 0.1)[1] % period, minlength=period)
     # Of 100 draws: five deviations of a binomial.
     share = 1 / period
@@ -228,24 +229,26 @@ def test_images_of_one_group_are_on_the_same_side(part):
     assert len(of_holdout) == round(part * 30)
 
 
-def test_groups_of_one_image_change_nothing():
+def test_groups_of_one_image_equal_no_groups():
     alone = [str(i) for i in range(57)]
     for rows, expected in zip(split_holdout(57, 0.2, alone), split_holdout(57, 0.2), strict=True):
         np.testing.assert_array_equal(rows, expected)
 
 
-def test_of_a_single_group_nothing_can_be_held_out():
+def test_a_single_group_cannot_be_held_out():
     with pytest.raises(InputError, match="All training images belong to one group"):
         split_holdout(5, 0.1, ["a"] * 5)
     assert len(split_holdout(5, 0.0, ["a"] * 5)[0]) == 5
 
 
-def test_what_drifts_is_held_out_evenly():
+def test_held_out_images_cover_the_whole_sequence():
     held, _ = np.histogram(split_holdout(1000, 0.1)[1], bins=10, range=(0, 1000))
     assert held.tolist() == [10] * 10
 
 
-def test_categories_and_seeds_go_on_where_they_stopped(tmp_path, killed_in_the_third_part):
+def test_a_killed_run_of_several_categories_and_seeds_is_continued(
+    tmp_path, killed_in_the_third_part
+):
     fields = {"data.category": "gravel,brick", "seeds": 2}
     undisturbed = experiment.run(tiny(**fields), tmp_path / "one")
     assert list(undisturbed["categories"]) == ["gravel", "brick"]
@@ -270,15 +273,17 @@ def test_categories_and_seeds_go_on_where_they_stopped(tmp_path, killed_in_the_t
 @pytest.mark.parametrize(
     "fields",
     [
-        {"data.category": "brick,gravel", "seeds": 3, "train.epochs": 2, "evaluate_every": 1},
+        # Each seed draws another bank.
+        {"data.category": "brick,gravel", "seeds": 3, "train.epochs": 2, "evaluate_every": 1}
+        | {"map.bank": 20},
         {"detector": "vae", "seeds": 2, "vae.width": 2, "vae.latent": 4, "vae.samples": 2},
     ],
     ids=["fastflow", "vae"],
 )
-def test_seeds_at_once_leave_the_run_folder_that_one_by_one_leaves(tmp_path, fields, capsys):
-    # The image itself is the one feature: it is the same for all seeds, and in no need of weights.
+def test_seeds_trained_at_once_give_the_files_and_results_of_single_runs(tmp_path, fields, capsys):
+    # The features are the pixels, which are the same for all seeds.
     fields |= {"backbone": "pixels", "layers": None, "weights": None, "image_size": (8,)}
-    fields |= {"heatmaps": 0, "report": False, "map.bank": 20}  # of which each seed draws others
+    fields |= {"heatmaps": 0, "report": False}
     one = experiment.run(tiny(**fields), tmp_path / "one by one")
     other = experiment.run(tiny(**fields, **{"train.seeds_at_once": 2}), tmp_path / "at once")
     assert "train, 2 seeds" in capsys.readouterr().err
@@ -315,19 +320,19 @@ def test_settings_may_change_until_training_begins(tmp_path):
     assert results["protocol"]["weights"]["source"] == "random"
 
 
-def test_other_training_images_and_weights_are_refused(tmp_path):
+def test_changed_training_images_and_weights_are_refused(tmp_path):
     check_same_data(tmp_path, ["a.png", "b.png"], {"sha256": "12", "file": "one.pth"})
     check_same_data(tmp_path, ["a.png", "b.png"], {"sha256": "12", "file": "elsewhere.pth"})
-    with pytest.raises(InputError, match="training images are no longer those"):
+    with pytest.raises(InputError, match="training images are not those that"):
         check_same_data(tmp_path, ["a.png"], {"sha256": "12"})
-    with pytest.raises(InputError, match="weights are no longer those"):
+    with pytest.raises(InputError, match="backbone's weights are not those that"):
         check_same_data(tmp_path, ["a.png", "b.png"], {"sha256": "34"})
     (tmp_path / "old" / "checkpoints").mkdir(parents=True)
     with pytest.raises(InputError, match="older version"):
         check_same_data(tmp_path / "old", ["a.png"], {"sha256": "12"})
 
 
-def test_run_folders_are_utf_8_whatever_the_locale(tmp_path):
+def test_run_directories_are_utf_8_in_every_locale(tmp_path):
     code = "import pathlib, sys; from fastflow_jax.files import write_text as w; "
     code += "w(pathlib.Path(sys.argv[1]), chr(215))"
     plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
@@ -336,17 +341,17 @@ def test_run_folders_are_utf_8_whatever_the_locale(tmp_path):
     assert (tmp_path / "table.md").read_bytes() == "\u00d7".encode()
 
 
-def test_a_run_folder_among_the_images_is_refused_before_it_is_made(tmp_path):
+def test_a_workdir_among_the_images_is_refused_before_it_is_created(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     config = tiny(**{"data.name": "folder", "data.category": None, "data.root": str(tmp_path)})
     for workdir in (tmp_path, tmp_path / "run", tmp_path / "runs" / "one"):
-        with pytest.raises(InputError, match="among the images: choose a --workdir elsewhere"):
+        with pytest.raises(InputError, match=r"among the images\. Pass a --workdir elsewhere"):
             experiment.run(config, workdir)
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
 
 @pytest.mark.parametrize("name", ["config.json", "part.json"])
-def test_a_damaged_file_of_the_run_folder_is_named(tmp_path, name):
+def test_a_damaged_file_of_a_run_is_named(tmp_path, name):
     (tmp_path / "run" / "brick").mkdir(parents=True)
     (tmp_path / "run" / ".lock").touch()
     (tmp_path / "run" / name).write_text('{"cut')
@@ -355,7 +360,7 @@ def test_a_damaged_file_of_the_run_folder_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("config", [None, '{"my": "project"}', "[]"])
-def test_a_folder_of_something_else_is_no_run_folder(tmp_path, config):
+def test_a_workdir_with_other_files_is_refused(tmp_path, config):
     mine = tmp_path / "features" / "mine.txt"
     mine.parent.mkdir()
     mine.write_text("dear to me")
@@ -368,7 +373,7 @@ def test_a_folder_of_something_else_is_no_run_folder(tmp_path, config):
     assert not config or (tmp_path / "config.json").read_text() == config
 
 
-def test_a_run_folder_may_lack_its_lock_or_hold_hidden_files(finished, tmp_path):
+def test_a_run_directory_may_have_no_lock_and_hidden_files(finished, tmp_path):
     folder, _ = finished
     shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns(".lock"))
     assert experiment.run(tiny(), tmp_path / "copy")["mean"]
@@ -378,13 +383,13 @@ def test_a_run_folder_may_lack_its_lock_or_hold_hidden_files(finished, tmp_path)
         assert (tmp_path / "new" / "config.json").exists()
 
 
-def test_epochs_outlive_a_line_that_was_cut_off(tmp_path):
+def test_metrics_are_read_despite_a_truncated_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "loss": 2.0}\n{"epoch": 2, "lo')
     assert read_lines(tmp_path / "metrics.jsonl") == [{"epoch": 1, "loss": 2.0}]
     assert read_lines(tmp_path / "none.jsonl") == []
 
 
-def test_a_file_in_the_way_of_the_run_folder_is_named(tmp_path):
+def test_a_file_in_the_way_of_the_workdir_is_named(tmp_path):
     (tmp_path / "run").write_text("")
     for workdir in (tmp_path / "run", tmp_path / "run" / "below"):
         with pytest.raises(InputError, match="a file of that name exists"):
@@ -399,7 +404,7 @@ def test_a_file_in_the_way_of_the_run_folder_is_named(tmp_path):
         ("configs/ablations.py:tampered/elpv/mono", "ablations-tampered-elpv-mono-resnet18"),
     ],
 )
-def test_the_run_folder_is_named_after_the_experiment(file, folder):
+def test_the_default_workdir_has_the_name_of_the_experiment(file, folder):
     c = default()
     c.backbone = "resnet18"
     assert experiment.default_workdir(file, c) == pathlib.Path("runs") / folder

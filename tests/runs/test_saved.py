@@ -61,7 +61,7 @@ def score(detector):
     return detector.predict(IMAGES[0]).score
 
 
-def test_a_weight_file_that_has_moved_is_given(trained, moved, tmp_path, monkeypatch):
+def test_a_moved_weight_file_can_be_passed(trained, moved, tmp_path, monkeypatch):
     shutil.copy(trained / "mine.npz", tmp_path / "renamed.bin")
     expected = score(Detector.load(trained / "run"))
     detector = Detector.load(moved, weights=tmp_path / "renamed.bin")
@@ -94,7 +94,7 @@ def test_a_weight_file_is_found_next_to_a_run_of_several_trainings(config, tmp_p
         (tmp_path / place / "mine.npz").rename(tmp_path / "mine.npz")
 
 
-def test_a_weight_file_that_is_not_found_is_named_with_what_helps(moved):
+def test_a_missing_weight_file_is_named_with_remedies(moved):
     # A file of the name with another content does not count.
     write_weights(moved / "mine.npz", seed=1)
     with pytest.raises(InputError) as error:
@@ -106,7 +106,7 @@ def test_a_weight_file_that_is_not_found_is_named_with_what_helps(moved):
     )
 
 
-def test_another_weight_file_is_refused(trained, moved, tmp_path):
+def test_a_weight_file_with_another_hash_is_refused(trained, moved, tmp_path):
     write_weights(tmp_path / "other.npz", seed=1)
     other, right = (
         hashlib.sha256(file.read_bytes()).hexdigest()
@@ -120,7 +120,7 @@ def test_another_weight_file_is_refused(trained, moved, tmp_path):
             Detector.load(moved, weights=path)
 
 
-def test_a_backbone_without_a_weight_file_takes_none(trained, tmp_path):
+def test_a_weight_file_for_a_backbone_without_weights_is_refused(trained, tmp_path):
     c = default()
     c.backbone, c.image_size = "pixels", (16,)
     c.train.epochs, c.train.batch_size, c.data.holdout = 1, 8, 0
@@ -141,7 +141,7 @@ def test_predict_takes_a_weight_file(trained, moved, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
-def test_the_flag(trained, moved, tmp_path, started, monkeypatch):
+def test_the_weights_flag_of_predict(trained, moved, tmp_path, started, monkeypatch):
     Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
     arguments = [f"--workdir={moved}", f"--input={tmp_path}/a.png", f"--output={tmp_path}/out"]
     arguments += ["--mode=predict", "--noheatmaps"]
@@ -161,7 +161,9 @@ def test_the_flag(trained, moved, tmp_path, started, monkeypatch):
     ],
 )
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
-def test_flags_that_do_not_fit_the_mode(arguments, message, started, capsys, monkeypatch):
+def test_weights_flags_of_the_wrong_mode_are_refused(
+    arguments, message, started, capsys, monkeypatch
+):
     monkeypatch.chdir(REPOSITORY)
     assert started(arguments) == 2
     assert message in capsys.readouterr().err
@@ -170,13 +172,19 @@ def test_flags_that_do_not_fit_the_mode(arguments, message, started, capsys, mon
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda about: about["thresholds"]["image"].update(invented=1), "of another version"),
-        (lambda about: about["thresholds"]["image"].update(value=None), "of another version"),
-        (lambda about: about["thresholds"]["image"].pop("interval"), "of another version"),
+        (
+            lambda about: about["thresholds"]["image"].update(invented=1),
+            "written by another version",
+        ),
+        (
+            lambda about: about["thresholds"]["image"].update(value=None),
+            "written by another version",
+        ),
+        (lambda about: about["thresholds"]["image"].pop("interval"), "written by another version"),
         (lambda about: about["config"].update(detector="oracle"), "the detector is 'oracle'"),
     ],
 )
-def test_a_description_of_another_version_is_named(trained, tmp_path, change, message):
+def test_load_refuses_a_record_of_another_version(trained, tmp_path, change, message):
     shutil.copytree(trained / "run", tmp_path / "run")
     file = tmp_path / "run/detector.json"
     about = json.loads(file.read_text())
@@ -186,7 +194,7 @@ def test_a_description_of_another_version_is_named(trained, tmp_path, change, me
         Detector.load(tmp_path / "run", weights=trained / "mine.npz")
 
 
-def test_a_run_of_an_earlier_version_loads_and_scores_as_it_did(tmp_path):
+def test_a_run_of_an_earlier_version_loads_with_equal_scores(tmp_path):
     goldens = pathlib.Path(__file__).parents[1] / "goldens"
     shutil.copytree(goldens / "run", tmp_path / "run")
     images = np.random.default_rng(1).integers(118, 138, (6, 20, 30, 3), np.uint8)

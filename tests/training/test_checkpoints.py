@@ -27,7 +27,7 @@ def temporary(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_any_name_can_hold_checkpoints(name, tmp_path, temporary):
+def test_checkpoints_can_be_saved_under_any_path(name, tmp_path, temporary):
     folder = tmp_path / name / "checkpoints"
     for step in (1, 2):
         with Checkpoints(folder) as checkpoints:
@@ -51,7 +51,7 @@ def test_checkpoints_under_a_relative_path(tmp_path, temporary, monkeypatch):
         np.testing.assert_array_equal(checkpoints.restore(1, STATE)["x"], STATE["x"])
 
 
-def test_the_temporary_directory_may_have_brackets_too(tmp_path, monkeypatch):
+def test_the_temporary_directory_may_have_brackets(tmp_path, monkeypatch):
     (tmp_path / "tmp[0]").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp[0]"))
     with Checkpoints(tmp_path / "tmp[0]" / "run") as checkpoints:
@@ -60,7 +60,7 @@ def test_the_temporary_directory_may_have_brackets_too(tmp_path, monkeypatch):
         np.testing.assert_array_equal(checkpoints.restore(1, STATE)["x"], STATE["x"])
 
 
-def test_without_a_directory_for_the_link_nothing_is_saved(tmp_path, monkeypatch):
+def test_a_missing_temporary_directory_is_an_error(tmp_path, monkeypatch):
     def refuse(*arguments, **keywords):
         raise PermissionError
 

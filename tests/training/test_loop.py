@@ -126,7 +126,7 @@ def assert_same(one, two):
 
 
 @pytest.mark.parametrize("kind", parallel.KINDS)
-def test_scoring_pads_and_cuts(kind):
+def test_per_example_pads_short_batches(kind):
     double = parallel.per_example(lambda state, x: (state * x, x.sum(-1)), kind, 6)
     for n in (6, 5, 1):
         x = np.arange(n * 3, dtype=np.float32).reshape(n, 3)
@@ -135,7 +135,7 @@ def test_scoring_pads_and_cuts(kind):
         np.testing.assert_array_equal(total, x.sum(-1))
 
 
-def test_parallel_names_a_wrong_kind():
+def test_a_wrong_kind_of_parallelism_is_named():
     with pytest.raises(InputError, match=r"parallel is 'pjit'\. It must be one of pmap, jit"):
         parallel.step(lambda *a, axis_name: a[0], "pjit")
 
@@ -147,7 +147,7 @@ def drawn(epoch, rows, size):
         yield Batch(images()[0][part], None, np.zeros(len(part)), part)
 
 
-def test_recomputed_features_train_as_cached_ones_do(config, tmp_path):
+def test_training_is_equal_on_cached_and_recomputed_features(config, tmp_path):
     def extract(batch):  # stands for a backbone; takes what its batch size allows, no more
         assert len(batch) <= 4
         return batch, np.concatenate([batch[:, :2], batch[:, 1:, :, :1]], -1) ** 2
@@ -162,7 +162,7 @@ def test_recomputed_features_train_as_cached_ones_do(config, tmp_path):
     assert_close(one.constants, two.constants)
 
 
-def test_an_epoch_on_the_device_trains_as_step_by_step(config, tmp_path):
+def test_a_program_per_epoch_equals_a_program_per_step(config, tmp_path):
     half = tuple(m.astype(np.float16) for m in images(2 * N))
     rows = np.arange(0, 2 * N, 2)
     part = tuple(Rows(m, rows) for m in half)
@@ -214,7 +214,7 @@ def assert_same_seeds(config, folder, expected, seeds):
     [(3, 1, "pmap"), (4, 2, "pmap"), (3, 4, "pmap"), (3, 4, "jit")],
     ids=["one device", "devices share the seeds", "or batches", "or batches by jit"],
 )
-def test_seeds_at_once_train_as_one_by_one(
+def test_seeds_trained_at_once_equal_single_seeds(
     config, tmp_path, devices, one_by_one, seeds, n_devices, kind
 ):
     devices(n_devices)
@@ -230,7 +230,7 @@ def test_seeds_at_once_train_as_one_by_one(
     assert_same_seeds(config, tmp_path, one_by_one, range(seeds))
 
 
-def test_seeds_at_once_go_on_where_they_stopped(config, tmp_path, one_by_one, monkeypatch):
+def test_interrupted_seeds_at_once_are_continued(config, tmp_path, one_by_one, monkeypatch):
     config.train.seeds_at_once = 3
 
     def stopping_after(calls):
@@ -260,7 +260,7 @@ def test_seeds_at_once_go_on_where_they_stopped(config, tmp_path, one_by_one, mo
     assert_same_seeds(config, tmp_path, one_by_one, range(4))
 
 
-def test_seeds_at_once_are_for_devices_that_hold_the_features(config):
+def test_seeds_at_once_need_features_in_memory(config):
     on_host, on_device = cached_features(images()), cached_features(images(), on_device=True)
     assert training.at_once(config, on_host) == 1
     assert training.at_once(config, on_device) > 1000
@@ -269,7 +269,9 @@ def test_seeds_at_once_are_for_devices_that_hold_the_features(config):
     assert training.at_once(config, recomputed_features(N, drawn, lambda x: (x,), 4)) == 1
 
 
-def test_no_room_for_all_seeds_at_once_says_what_to_do(config, tmp_path, monkeypatch):
+def test_too_little_memory_for_seeds_at_once_is_reported_with_a_remedy(
+    config, tmp_path, monkeypatch
+):
     def full(*arguments):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
@@ -279,7 +281,7 @@ def test_no_room_for_all_seeds_at_once_says_what_to_do(config, tmp_path, monkeyp
         run_seeds(config, tmp_path, range(3))
 
 
-def test_a_reversible_flow_trains_as_the_plain_one_does(config, tmp_path):
+def test_a_reversible_flow_trains_as_an_ordinary_one(config, tmp_path):
     config.parallel = "pmap"
     one, lines = run(config, tmp_path / "plain")
     config.flow.reversible = True
@@ -309,14 +311,14 @@ def test_metrics_and_checkpoints(undisturbed):
         assert_same(checkpoints.restore(9, state), state)
 
 
-def test_steps_become_whole_epochs_and_few_images_take_few(config, tmp_path):
+def test_steps_are_rounded_to_epochs_up_to_max_epochs(config, tmp_path):
     config.train.epochs, config.train.steps = None, 7  # 3 steps an epoch
     assert int(run(config, tmp_path / "one")[0].step) == 6
     config.train.steps, config.train.max_epochs = 1000, 4
     assert int(run(config, tmp_path / "two")[0].step) == 12
 
 
-def test_a_full_disk_is_named(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
 
         def fail(*arguments, **keywords):
@@ -328,7 +330,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stop_at", [4, 6, 9])  # within an epoch, at its end, at the very end
-def test_interrupted_and_resumed_equals_undisturbed(
+def test_an_interrupted_training_equals_an_uninterrupted_one(
     config, undisturbed, tmp_path, stop_at, monkeypatch
 ):
     _, expected, lines = undisturbed
@@ -360,7 +362,7 @@ def test_interrupted_and_resumed_equals_undisturbed(
     assert numbers(resumed_lines) == numbers(lines)
 
 
-def test_a_signal_while_the_last_checkpoint_is_saved_is_heard(config, tmp_path, monkeypatch):
+def test_a_signal_during_the_last_save_interrupts(config, tmp_path, monkeypatch):
     save = Checkpoints.save
 
     def stopping(checkpoints, step, *arguments):
@@ -376,7 +378,7 @@ def test_a_signal_while_the_last_checkpoint_is_saved_is_heard(config, tmp_path, 
     assert [line["step"] for line in lines] == [3, 6, 9]
 
 
-def test_lines_without_a_checkpoint_are_written_once(config, tmp_path):
+def test_epochs_without_a_checkpoint_are_logged_once(config, tmp_path):
     config.train.epochs = 2
     run(config, tmp_path / "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -388,7 +390,7 @@ def test_lines_without_a_checkpoint_are_written_once(config, tmp_path):
     assert lines[2]["loss"] != 0.0
 
 
-def test_diverging_training_says_what_to_do(config, tmp_path):
+def test_diverging_training_is_reported_with_a_remedy(config, tmp_path):
     config.train.learning_rate, config.train.clip = 1e9, 0.0
     with pytest.raises(
         InputError, match=r"diverged in epoch .*lower --config\.train\.learning_rate"

@@ -66,7 +66,7 @@ def test_a_short_run_may_warm_up_for_most_of_it(schedule, steps):
     assert update.tolist() == pytest.approx([-config.learning_rate] * 2, rel=1e-5)
 
 
-def test_a_step_is_plain_gradient_descent(step_setup):
+def test_a_step_of_sgd_equals_gradient_descent(step_setup):
     _, state, after = step_setup
     maps, valid = rows_of(np.arange(8))
     key = jax.random.fold_in(jax.random.key(3), 0)
@@ -87,7 +87,7 @@ def test_a_step_is_plain_gradient_descent(step_setup):
 
 
 @pytest.mark.parametrize("kind", parallel.KINDS)
-def test_four_devices_agree_with_one(step_setup, kind):
+def test_four_devices_equal_one(step_setup, kind):
     assert jax.local_device_count() == 4
     step, state, expected = step_setup
     compiled = parallel.step(step, kind)
@@ -101,7 +101,7 @@ def test_four_devices_agree_with_one(step_setup, kind):
 
 
 @pytest.mark.parametrize("kind", parallel.KINDS)
-def test_an_epoch_in_one_program_is_its_steps(step_setup, kind):
+def test_an_epoch_in_one_program_equals_its_steps(step_setup, kind):
     step, state, _ = step_setup
     index, weight = epoch_order(N, 4, seed=0, epoch=0, drop_last=False, multiple=4)
     whole = parallel.epoch(partial(train_epoch, step=step), kind)
@@ -114,7 +114,7 @@ def test_an_epoch_in_one_program_is_its_steps(step_setup, kind):
 
 
 @given(st.integers(1, 50), st.integers(1, 20), st.booleans(), st.integers(1, 4), st.integers(0, 3))
-def test_every_image_comes_once_an_epoch(n, batch_size, drop_last, multiple, epoch):
+def test_each_image_is_used_once_per_epoch(n, batch_size, drop_last, multiple, epoch):
     index, weight = epoch_order(
         n, batch_size, seed=1, epoch=epoch, drop_last=drop_last, multiple=multiple
     )
@@ -129,7 +129,7 @@ def test_every_image_comes_once_an_epoch(n, batch_size, drop_last, multiple, epo
         assert len(seen) == n
 
 
-def test_order_follows_seed_and_epoch():
+def test_the_order_depends_on_seed_and_epoch():
     order = partial(epoch_order, 30, 8, drop_last=False, multiple=1)
     one = order(seed=0, epoch=0)[0]
     np.testing.assert_array_equal(one, order(seed=0, epoch=0)[0])

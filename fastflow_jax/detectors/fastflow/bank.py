@@ -92,7 +92,7 @@ def _draw(
     if valid is not None:
         order[~np.asarray(inside(valid, order.shape[1:]))] = np.inf  # padding is sorted to the end
     order = order.reshape(len(latents), -1)
-    places = np.argsort(order, axis=1)[:, :each]
+    chosen = np.argsort(order, axis=1)[:, :each]
     rows = latents.reshape(*order.shape, -1)
-    rows = np.take_along_axis(rows, places[..., None], axis=1)
-    return rows[np.isfinite(np.take_along_axis(order, places, axis=1))]
+    rows = np.take_along_axis(rows, chosen[..., None], axis=1)
+    return rows[np.isfinite(np.take_along_axis(order, chosen, axis=1))]

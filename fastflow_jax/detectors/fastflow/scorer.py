@@ -127,7 +127,7 @@ def fit(context: FitContext) -> "FastFlowScorer":
 
 
 def load(config, shapes, directory: pathlib.Path) -> "FastFlowScorer":
-    """See `Method.load`."""
+    """Loads the scorer that `fit` has saved, see `Method.load`."""
     file = _calibration_file(config, directory)
     arrays = read_arrays(file) if file.exists() else {}
     names = [field.name for field in dataclasses.fields(Calibration)]
@@ -152,13 +152,13 @@ def with_banks(config, variables, features: TrainingFeatures, seed: int) -> dict
     return variables | {"bank": {f"bank_{i}": rows for i, rows in enumerate(banks)}}
 
 
-def _calibration_file(config, folder: pathlib.Path) -> pathlib.Path:
+def _calibration_file(config, directory: pathlib.Path) -> pathlib.Path:
     """File of the calibration, whose name depends on the settings of the calibration.
 
     Runs that share a training may differ in these settings.
     """
     settings = json.dumps([to_plain(config.map), to_plain(config.score)])
-    return folder / f"calibration_{zlib.crc32(settings.encode()):08x}.npz"
+    return directory / f"calibration_{zlib.crc32(settings.encode()):08x}.npz"
 
 
 def flow_model(config) -> FastFlow:
@@ -230,12 +230,12 @@ class Calibration(flax.struct.PyTreeNode):
 
 
 def _score(config, size, state, batch):
-    """See `CompiledScorer.function`."""
+    """Scores [B] and anomaly maps [B, *size] of a batch, see `CompiledScorer.function`."""
     return _score_maps(config, size, state[1], _location_maps(config, state, batch))
 
 
 def _score_maps(config, size, calibration, maps):
-    """See `CalibratedScorer.score_maps`."""
+    """Scores and anomaly maps from location maps, see `CalibratedScorer.score_maps`."""
     anomaly_map = fuse(maps, calibration, size, config.map.sigma, config.map.compress)
     if config.score.form == "top_k":
         return top_mean(anomaly_map, config.score.top_k), anomaly_map
@@ -244,7 +244,7 @@ def _score_maps(config, size, calibration, maps):
 
 
 def _score_with_likelihood(config, size, state, batch):
-    """See `LikelihoodScorer`; the compiler runs the flows once for both."""
+    """Scores, maps and log-likelihoods of a batch; the compiler runs the flows once."""
     features, valid = batch
     nll = _nll(flow_model(config), state[0], features, valid, True)
     return *_score(config, size, state, batch), -nll
@@ -321,7 +321,7 @@ def _windows(config, _, maps):
 
 
 def _location_maps(config, state, batch) -> tuple[jax.Array, ...]:
-    """See `FastFlowScorer.location_maps`."""
+    """Energies per location of a batch, see `FastFlowScorer.location_maps`."""
     variables, (features, valid) = state[0], batch
     maps, banks = [], variables.get("bank", {})
     for i, (z, log_det) in enumerate(_apply(config, variables, features)):
@@ -386,16 +386,16 @@ class FastFlowScorer(CompiledScorer):
         *,
         size: tuple[int, int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """See `LikelihoodScorer`; the log-likelihood is that of the normalised features."""
+        """Scores features with the log-likelihoods of their normalised values."""
         run = self._program(_score_with_likelihood, tuple(size or self.config.image_size))
         return run(self._state, (features, valid))
 
     def latents(self, features: Features) -> tuple[np.ndarray, ...]:
-        """See `InvertibleScorer.latents`."""
+        """Latents of features, see `InvertibleScorer.latents`."""
         return self._program(_latents)(self._state, (features,))
 
     def invert(self, latents: Features) -> tuple[np.ndarray, ...]:
-        """See `InvertibleScorer.invert`."""
+        """Features of latents, see `InvertibleScorer.invert`."""
         return self._program(_invert)(self._state, (latents,))
 
     def location_maps(
@@ -408,12 +408,12 @@ class FastFlowScorer(CompiledScorer):
         return self._program(_location_maps)(self._state, (features, valid))
 
     def score_maps(self, maps: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """See `CalibratedScorer.score_maps`."""
+        """Scores and anomaly maps from location maps, see `CalibratedScorer.score_maps`."""
         run = self._program(_score_maps, tuple(self.config.image_size))
         return run(self.calibration, maps)
 
     def recalibrated(self, maps: tuple[np.ndarray, ...]) -> "FastFlowScorer":
-        """See `CalibratedScorer.recalibrated`."""
+        """A copy with another calibration, see `CalibratedScorer.recalibrated`."""
         calibration = calibrate_on(self.config, maps)
         if len(maps[0]) < _FEW:  # too few for a standard deviation
             calibration = calibration.replace(peak_std=self.calibration.peak_std)

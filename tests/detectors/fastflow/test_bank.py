@@ -24,7 +24,7 @@ def expected_means(z, seen):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_means_are_over_what_is_seen(padded):
+def test_means_exclude_padding(padded):
     z = RNG.normal(size=(2, 13, 12, 3))
     seen = np.ones((2, 13, 12), bool)
     if padded:
@@ -33,7 +33,7 @@ def test_means_are_over_what_is_seen(padded):
     np.testing.assert_allclose(found, expected_means(z, seen), atol=1e-6)
 
 
-def test_what_padding_holds_reaches_no_mean():
+def test_values_in_padding_do_not_affect_means():
     z = RNG.normal(size=(1, 12, 12, 2)).astype(np.float32)
     seen = np.ones((1, 12, 12), bool)
     seen[:, :2] = False
@@ -43,13 +43,13 @@ def test_what_padding_holds_reaches_no_mean():
     np.testing.assert_array_equal(one[:, 2:], other[:, 2:])
 
 
-def test_a_coarse_map_stays_as_it_is():
+def test_a_coarse_map_is_not_averaged():
     z = RNG.normal(size=(2, 11, 20, 3)).astype(np.float32)
     np.testing.assert_array_equal(entries(z), z)
 
 
 @pytest.mark.parametrize("size", [1, 40, 5000])
-def test_distances_are_those_to_the_nearest_of_the_bank(size):
+def test_distances_equal_those_to_the_nearest_entry(size):
     latents = RNG.normal(size=(3, 4, 5, 6)).astype(np.float32)
     bank = (0.3 * RNG.normal(size=(size, 6))).astype(np.float16)
     latents[0, 0, 0] = bank[0]  # one that is in it
@@ -75,7 +75,7 @@ def drawn(training, size, seed=0, batch_size=4):
     return draw(lambda maps, valid: maps, training, size, batch_size, seed)
 
 
-def test_a_bank_has_as_many_places_of_each_image():
+def test_a_bank_has_equally_many_locations_of_each_image():
     training = cached_features(numbered(10, [(4, 4), (2, 3)]))
     for bank, places in zip(drawn(training, 40), (16, 6), strict=True):
         assert bank.shape == (40, 2)
@@ -84,7 +84,7 @@ def test_a_bank_has_as_many_places_of_each_image():
         assert set(bank[:, 1]) <= set(range(places))
 
 
-def test_of_many_images_a_bank_has_one_place_each():
+def test_a_bank_smaller_than_the_number_of_images_has_one_location_each():
     bank, _ = drawn(cached_features(numbered(10, [(4, 4), (2, 3)])), 7)
     assert bank.shape == (7, 2)
     assert len(set(bank[:, 0])) == 7
@@ -96,20 +96,20 @@ def test_a_bank_larger_than_the_training_set_has_all_of_it():
     assert len(np.unique(second, axis=0)) == len(second) == 3 * 6
 
 
-def test_a_bank_hangs_on_its_seed():
+def test_a_bank_depends_on_its_seed():
     training = cached_features(numbered(10, [(4, 4)]))
     (one,), (same,), (other,) = (drawn(training, 20, seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)
 
 
-def test_a_bank_is_the_same_in_batches_of_any_size():
+def test_a_bank_does_not_depend_on_the_batch_size():
     training = cached_features(numbered(10, [(4, 4), (2, 3)]))
     for one, other in zip(drawn(training, 20), drawn(training, 20, batch_size=7), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-def test_the_few_images_that_a_bank_takes_of_many_fill_batches():
+def test_a_small_bank_computes_few_full_batches():
     sizes = []
 
     def latents(maps, valid):
@@ -123,7 +123,7 @@ def test_the_few_images_that_a_bank_takes_of_many_fill_batches():
     assert len(set(bank[:, 0])) == 10
 
 
-def test_a_bank_has_nothing_of_padding():
+def test_a_bank_has_no_locations_in_padding():
     valid = np.zeros((6, 16, 16), bool)
     valid[:, 4:12] = True  # rows 1 and 2 of 4
     training = cached_features(numbered(6, [(4, 4)]), valid)
@@ -133,7 +133,7 @@ def test_a_bank_has_nothing_of_padding():
         np.testing.assert_array_equal(np.bincount(bank[:, 0].astype(int)), each)
 
 
-def test_between_two_kinds_of_normal_a_location_is_far_from_the_bank():
+def test_a_location_between_two_clusters_is_far_from_the_bank():
     """At the origin the Gaussian is at its densest, though no latent is ever there."""
     bank = np.repeat([[3.0, 0.0], [-3.0, 0.0]], 5, axis=0).astype(np.float16)
     between, normal = np.zeros((1, 2, 2, 2), np.float32), np.full((1, 2, 2, 2), [3.0, 0.0], "f")

@@ -106,7 +106,7 @@ def test_the_published_form_trains_on_whole_maps():
     np.testing.assert_allclose(loss, whole, rtol=1e-5)
 
 
-def test_likelihood_is_the_gaussian_of_z_plus_the_log_det():
+def test_the_likelihood_equals_its_definition():
     rng = np.random.default_rng(0)
     latents = [
         (rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(2, 3, 4))),
@@ -132,7 +132,7 @@ def test_location_energies_in_both_forms():
     )
 
 
-def test_windows_are_parts_of_the_maps_from_everywhere():
+def test_windows_are_cut_at_all_positions():
     height, width, side = 5, 4, 3
     maps = np.arange(2 * height * width * 2).reshape(2, height, width, 2)
     parts = {(y, x): maps[:, y : y + side, x : x + side] for y in range(3) for x in range(2)}
@@ -215,7 +215,7 @@ def test_training_takes_windows_and_validation_whole_maps(padded):
         assert not np.allclose(loss[0], whole[0], rtol=1e-4)
 
 
-def test_a_part_that_is_all_padding_counts_for_nothing():
+def test_a_window_of_padding_has_no_effect():
     z, log_det = jnp.ones((2, 2, 2, 3)), jnp.zeros((2, 2, 2))
     masks = [np.stack([np.ones((2, 2), bool), np.zeros((2, 2), bool)])]
 
@@ -228,7 +228,7 @@ def test_a_part_that_is_all_padding_counts_for_nothing():
 
 
 @pytest.mark.parametrize("norm", ["whiten", "standardise"])
-def test_training_statistics_make_channels_standard(norm):
+def test_normalised_channels_have_mean_0_and_variance_1(norm):
     rng = np.random.default_rng(2)
     mixing = rng.normal(size=(4, 4))
     maps = (100 + rng.normal(size=(40, 6, 5, 4)) @ mixing * [1, 10, 0.1, 1]).astype(np.float32)
@@ -247,7 +247,7 @@ def test_training_statistics_make_channels_standard(norm):
 
 
 @pytest.mark.parametrize("norm", ["whiten", "standardise"])
-def test_padding_is_no_part_of_the_statistics_nor_of_the_likelihood(norm):
+def test_statistics_and_likelihood_exclude_padding(norm):
     rng = np.random.default_rng(4)
     maps = rng.normal(size=(5, 4, 6, 3)).astype(np.float32)
     valid = np.ones((5, 8, 12), bool)
@@ -315,7 +315,7 @@ def test_no_norm_leaves_features_as_they_are():
     assert not variables
 
 
-def test_one_model_takes_any_size():
+def test_a_model_can_be_applied_to_any_size():
     model = FastFlow(Flow(steps=2))
     small = (jnp.ones((1, 4, 4, 6)),)
     variables = jax.jit(model.init)(jax.random.key(0), small)
@@ -356,14 +356,14 @@ def test_resize_is_bilinear_with_half_pixel_centres():
 
 
 @pytest.mark.parametrize("size", [(224, 224), (40, 56), (3, 5)])
-def test_the_blur_of_a_resized_map_is_scipys(size):
+def test_the_blur_equals_that_of_scipy(size):
     x = np.random.default_rng(5).normal(size=(2, 3, 5)).astype(np.float32)
     sigma = 4 * min(size) / 224
     expected = [gaussian_filter(m, sigma) for m in np.asarray(resize_map(x, size), np.float64)]
     np.testing.assert_allclose(resize_map(x, size, 4.0), expected, atol=1e-5)
 
 
-def test_top_mean_and_windows_against_numpy():
+def test_top_mean_and_window_maxima_equal_those_of_numpy():
     x = np.random.default_rng(6).normal(size=(3, 8, 10)).astype(np.float32)
     np.testing.assert_allclose(top_mean(x, 0.0), x.max((1, 2)))
     tenth = np.sort(x.reshape(3, -1))[:, -8:].mean(1)
@@ -381,6 +381,6 @@ def test_top_mean_and_windows_against_numpy():
 
 
 @pytest.mark.parametrize("norm", ["layer", "layer_plain"])
-def test_norms_of_each_image_have_no_way_back(norm):
+def test_norms_per_image_cannot_be_inverted(norm):
     with pytest.raises(InputError, match=rf"flow\.norm='{norm}'"):
         invert(FastFlow(Flow(steps=1), norm), {}, ())

@@ -55,7 +55,7 @@ def location_maps(setup, config):
     ]
 
 
-def test_held_out_maps_and_windows_become_standard(setup):
+def test_calibrated_maps_and_windows_have_mean_0_and_deviation_1(setup):
     config, _, _, variables, _, features = setup
     calibration = calibrate(config, variables, features)
     maps = location_maps(setup, config)
@@ -69,7 +69,7 @@ def test_held_out_maps_and_windows_become_standard(setup):
         assert standard[:, 0].std() == pytest.approx(1, abs=1e-3)
 
 
-def test_without_held_out_images_scores_stay_as_they_are(setup):
+def test_without_held_out_images_scores_are_not_calibrated(setup):
     config, _, _model, variables, _, _ = setup
     calibration = calibrate(config, variables, None)
     maps = location_maps(setup, config)
@@ -80,7 +80,7 @@ def test_without_held_out_images_scores_stay_as_they_are(setup):
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_few_held_out_images_leave_scores_finite_and_balanced(setup, n):
+def test_scores_are_finite_and_balanced_with_few_held_out_images(setup, n):
     config, _, _, variables, _, features = setup
     calibration = calibrate(config, variables, tuple(m[:n] for m in features))
     spread = calibration.peak_std / calibration.scale_std
@@ -89,7 +89,7 @@ def test_few_held_out_images_leave_scores_finite_and_balanced(setup, n):
     assert np.all(calibration.scale_std > 0)
 
 
-def test_a_spread_of_rounding_is_no_unit(setup):
+def test_a_deviation_of_rounding_errors_is_not_used(setup):
     """As of distances from a bank that holds copies of the held-out images."""
     rounding = 1e-8 * np.random.default_rng(0).normal(size=(5, 8, 8)).astype(np.float32)
     calibration = calibrate_on(setup[0], (rounding,))
@@ -97,7 +97,7 @@ def test_a_spread_of_rounding_is_no_unit(setup):
     assert calibration.peak_std.tolist() == [1.0]
 
 
-def test_no_map_rules_because_few_images_agree_on_it_by_chance(setup):
+def test_no_map_dominates_because_few_images_agree(setup):
     config = setup[0]
     apart = np.random.default_rng(0).normal(size=(3, 8, 8)).astype(np.float32)
     agreed = apart.copy()
@@ -107,7 +107,7 @@ def test_no_map_rules_because_few_images_agree_on_it_by_chance(setup):
     assert spread[1] == pytest.approx(0.1 * (spread[0] / 2), rel=1e-4)
 
 
-def test_two_held_out_images_keep_the_promise_of_p_values(setup):
+def test_p_values_are_valid_with_two_held_out_images(setup):
     """Cross-fitted, both of two scores are below a new one in a third of the cases."""
     config, _, _model, *_ = setup
     rng = np.random.default_rng(0)
@@ -135,7 +135,7 @@ def test_two_held_out_images_keep_the_promise_of_p_values(setup):
 
 
 @pytest.mark.parametrize("form", ["windows", "top_k"])
-def test_scores_of_images_follow_from_their_features(setup, form):
+def test_scores_equal_their_definition(setup, form):
     config, backbone, _model, variables, images, features = setup
     config = config.copy_and_resolve_references()
     config.score.form = form
@@ -183,7 +183,7 @@ def test_compressed_maps_keep_small_values_and_the_order_of_large_ones():
     np.testing.assert_allclose(found[0, 4] - found[0, 3], np.log(10), rtol=1e-3)
 
 
-def test_what_normal_images_do_not_show_scores_higher(setup):
+def test_features_unlike_normal_ones_score_higher(setup):
     config, backbone, _model, variables, images, features = setup
     calibration = calibrate(config, variables, features)
     detector = Detector(config, backbone, FastFlowScorer(config, variables, calibration))
@@ -246,7 +246,7 @@ def padded(images, noise):
 
 @pytest.mark.parametrize("bank", [0, 30])
 @pytest.mark.parametrize("form", ["windows", "top_k"])
-def test_what_the_flow_says_of_padding_counts_for_nothing(setup, form, bank):
+def test_padding_does_not_affect_scores_and_maps(setup, form, bank):
     config, _, _model, _, images, features = setup
     config = config.copy_and_resolve_references()
     config.score.form, config.map.bank = form, bank
@@ -272,7 +272,7 @@ def test_what_the_flow_says_of_padding_counts_for_nothing(setup, form, bank):
     assert np.abs(scores - results[0][0]).min() > 0.1
 
 
-def test_images_and_their_features_score_alike(setup):
+def test_images_and_their_features_have_equal_scores(setup):
     config, backbone, _model, variables, images, features = setup
     calibration = calibrate(config, variables, features)
     detector = Detector(config, backbone, FastFlowScorer(config, variables, calibration))
@@ -284,7 +284,7 @@ def test_images_and_their_features_score_alike(setup):
         np.testing.assert_allclose(one, other, atol=5e-3)
 
 
-def test_a_fitted_scorer_loads_as_it_was(setup, tmp_path):
+def test_a_loaded_scorer_gives_equal_scores(setup, tmp_path):
     config, _, _, _, _, features = setup
     config = config.copy_and_resolve_references()
     config.train.epochs = 1

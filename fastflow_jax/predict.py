@@ -7,9 +7,9 @@ import glob
 import hashlib
 import io
 import json
+import logging
 import os
 import pathlib
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +33,8 @@ from fastflow_jax.files import (
     write_json,
 )
 from fastflow_jax.report.heatmaps import OF_THE_NAME, draw_heatmap, save_picture
+
+_log = logging.getLogger(__name__)
 
 RAW = ("npy", "png16")
 _SETTINGS, _JSONL, _CSV = "predictions.json", "predictions.jsonl", "predictions.csv"
@@ -103,7 +105,8 @@ def predict(
     make_folder(output)
     if others := found.others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        _say(f"not images, not scored: {', '.join(path.name for path in others[:3])}{more}")
+        names = ", ".join(path.name for path in others[:3])
+        _log.info("not images, not scored: %s%s", names, more)
     description = (expanded(workdir) / "detector.json").read_bytes()
     settings = {
         "detector": hashlib.sha256(description).hexdigest(),
@@ -111,7 +114,7 @@ def predict(
     }
     kept = _lines_to_keep(output, settings, found.names)
     if kept:
-        _say(f"{len(kept)} images were already scored with the same options. Continuing.")
+        _log.info("%d images were already scored with the same options. Continuing.", len(kept))
     counts = _score(detector, found, output, settings, kept)
     return _summarise(counts, len(others), output, detector.image_threshold is not None)
 
@@ -119,13 +122,13 @@ def predict(
 def _with_rate(detector: Detector, rate: float | None) -> Detector:
     if rate is None:
         if detector.image_threshold is None:
-            _say("warning: no images were held out in training, so there is no threshold")
+            _log.warning("No images were held out in training, so there is no threshold.")
         return detector
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         detector = detector.with_threshold(rate=rate)
     for warning in caught:
-        _say(f"warning: {warning.message}")
+        _log.warning("%s", warning.message)
     return detector
 
 
@@ -144,7 +147,7 @@ def _score(
 
         def write(line: Line) -> None:
             if line.error is not None:
-                _say("skipped: " * (line.score is None) + line.error)
+                _log.warning("%s%s", "skipped: " * (line.score is None), line.error)
             counts.update(_outcomes(line))
             write_line(line)
             # Each page after the first is one more image than expected.
@@ -347,10 +350,6 @@ def _matches(pattern: pathlib.Path) -> list[pathlib.Path]:
     escaped = os.path.join(glob.escape(str(root)), pattern.relative_to(root))
     found = map(pathlib.Path, sorted(glob.glob(escaped, recursive=True)))
     return [path for path in found if not layout.is_left_out(path, root)]
-
-
-def _say(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)
 
 
 def _line(

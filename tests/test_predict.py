@@ -89,7 +89,10 @@ def test_the_output_directory_may_begin_with_a_tilde(run, photos, tmp_path, monk
     assert (tmp_path / "out" / "predictions.csv").exists()
 
 
-def test_a_broken_image_is_reported_and_the_others_are_scored(run, photos, tmp_path, capsys):
+def test_a_broken_image_is_reported_and_the_others_are_scored(
+    run, photos, tmp_path, capsys, caplog
+):
+    caplog.set_level("INFO")
     (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:100])
     assert predict(run, str(photos), tmp_path / "out", heatmaps=False) == 3
     lines, rows = lines_of(tmp_path / "out")
@@ -98,10 +101,9 @@ def test_a_broken_image_is_reported_and_the_others_are_scored(run, photos, tmp_p
     assert lines["broken.png"]["score"] is None
     assert lines["bad.jpg"]["is_anomalous"] is True
     assert not list((tmp_path / "out").rglob("*.png"))
-    captured = capsys.readouterr()
-    assert "skipped" in captured.err
-    assert "1 of 3 images are anomalous, 1 unreadable, 1 other files" in captured.out
-    assert "not images, not scored: notes.txt" in captured.err
+    assert "skipped" in caplog.text
+    assert "1 of 3 images are anomalous, 1 unreadable, 1 other files" in capsys.readouterr().out
+    assert "not images, not scored: notes.txt" in caplog.messages
 
 
 def test_raw_maps_equal_the_anomaly_map(run, photos, tmp_path):
@@ -173,7 +175,7 @@ def test_a_name_that_is_not_utf8_is_written_unchanged(run, photos, tmp_path):
     assert (tmp_path / "out" / "heatmaps" / f"{name}.png").is_file()
 
 
-def test_a_heat_map_that_cannot_be_written_gives_status_3(run, photos, tmp_path, capsys):
+def test_a_heat_map_that_cannot_be_written_gives_status_3(run, photos, tmp_path, caplog):
     (photos / "a.png").rename(photos / f"{'x' * 250}.png")
     (photos / "bad.jpg.png").mkdir()
     Image.fromarray(photograph(3)).save(photos / "bad.jpg.png" / "c.png")
@@ -185,7 +187,7 @@ def test_a_heat_map_that_cannot_be_written_gives_status_3(run, photos, tmp_path,
     assert lines[f"{'x' * 250}.png"]["heatmap"] is None
     failed = [name for name, line in lines.items() if line["error"]]
     assert len(failed) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert "cannot be written" in caplog.text
 
 
 def test_an_image_deleted_after_scoring_gives_status_3(run, photos, tmp_path, monkeypatch):
@@ -276,8 +278,9 @@ def test_invalid_arguments_raise_an_error(run, photos, tmp_path):
 
 
 @pytest.fixture
-def score_directory(run, tmp_path, capsys):
-    """Scores a directory; returns exit status, lines by relative path, and captured output."""
+def score_directory(run, tmp_path, capsys, caplog):
+    """Scores a directory; returns exit status, lines by relative path, output and messages."""
+    caplog.set_level("INFO")
 
     def score(directory, **options):
         status = predict(run, str(directory), tmp_path / "out", **{"heatmaps": False} | options)
@@ -285,7 +288,7 @@ def score_directory(run, tmp_path, capsys):
         by_name = {
             os.path.relpath(line["path"], directory): line for line in map(json.loads, lines)
         }
-        return status, by_name, capsys.readouterr()
+        return status, by_name, capsys.readouterr().out, caplog.text
 
     return score
 
@@ -297,15 +300,15 @@ def test_every_skipped_file_is_named(photos, score_directory):
         (photos / name).write_bytes(bad)
     (photos / "notes").write_text("a part of another lot")
     (photos / "list.csv").write_text("a,b")
-    status, lines, captured = score_directory(photos)
+    status, lines, out, messages = score_directory(photos)
     assert status == 1
     assert sorted(lines) == ["a.png", "b.jpg_large", "c.img", "frame_3", "more/a.png"]
-    assert "3 of 5 images are anomalous, 0 unreadable, 3 other files" in captured.out
-    assert "not images, not scored: list.csv, notes, notes.txt" in captured.err
+    assert "3 of 5 images are anomalous, 0 unreadable, 3 other files" in out
+    assert "not images, not scored: list.csv, notes, notes.txt" in messages
     (photos / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     (photos / "DSC_2.NEF").write_bytes(b"II*\0 of a camera")
     (photos / "link.png").symlink_to("/not/mounted.png")
-    status, lines, captured = score_directory(photos)
+    status, lines, out, messages = score_directory(photos)
     assert status == 3
     for name, remedy in (
         ("IMG_1.HEIC", "HEI[CF]|broken"),
@@ -313,7 +316,7 @@ def test_every_skipped_file_is_named(photos, score_directory):
         ("link.png", "link to a missing file"),
     ):
         assert re.search(remedy, lines[name]["error"])
-        assert name in captured.err
+        assert name in messages
 
 
 def test_all_images_of_a_directory_are_scored_from_python(run, photos, caplog):
@@ -339,10 +342,10 @@ def test_service_directories_and_results_are_not_scored(run, photos, score_direc
     Image.fromarray(photograph(1)).save(photos / "a_run/heatmaps/a.png")
     (photos / "heatmaps").mkdir()
     Image.fromarray(photograph(1)).save(photos / "heatmaps/mine.png")
-    _, lines, _ = score_directory(photos)
+    _, lines, *_ = score_directory(photos)
     assert sorted(lines) == ["a.png", "bad.jpg", "heatmaps/mine.png", "more/a.png"]
     assert sorted(find_images(str(photos / "**")).names.values()) == sorted(lines)
-    _, lines, _ = score_directory(photos / "earlier/heatmaps")
+    _, lines, *_ = score_directory(photos / "earlier/heatmaps")
     assert list(lines) == ["a.png.png"]
 
 
@@ -351,21 +354,21 @@ def test_every_page_has_a_line_and_a_heat_map(photos, score_directory, tmp_path)
     for name in ("a.png", "bad.jpg", "more/a.png"):
         (photos / name).unlink()
     good.save(photos / "stack.tif", save_all=True, append_images=[bad, good])
-    status, lines, captured = score_directory(photos, heatmaps=True)
+    status, lines, *_ = score_directory(photos, heatmaps=True)
     assert status == 1
     assert [(name, line["is_anomalous"]) for name, line in lines.items()] == [
         ("stack.tif#1", False),
         ("stack.tif#2", True),
         ("stack.tif#3", False),
     ]
-    assert "1 of 3 images are anomalous" in captured.out
+    assert "1 of 3 images are anomalous" in out
     assert lines["stack.tif#2"]["heatmap"] == "heatmaps/stack.tif#2.png"
     # The bright square of the second page is in its heat map alone.
     pictures = [Image.open(tmp_path / "out" / line["heatmap"]) for line in lines.values()]
     left = [np.asarray(picture.convert("RGB"), int)[:, :256] for picture in pictures]
     reds = [int((image[..., 0] - image[..., 1]).max()) for image in left]
     assert reds[1] > 150 > max(reds[0], reds[2])
-    again, lines, _ = score_directory(photos, heatmaps=True)
+    again, lines, *_ = score_directory(photos, heatmaps=True)
     assert (again, len(lines)) == (1, 3)
 
 
@@ -431,8 +434,8 @@ def test_an_image_that_changes_while_it_is_scored_gives_an_error(run, photos, sc
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Detector, "stream", changing)
-        status, lines, captured = score_directory(photos)
+        status, lines, _, messages = score_directory(photos)
     assert status == 3
     assert "the file changed while it was scored" in lines["bad.jpg"]["error"]
-    assert "changed" in captured.err
+    assert "changed" in messages
     assert score_directory(photos)[0] == 0  # scored again

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import logging
 import lzma
 import shutil
 import tarfile
@@ -18,6 +19,8 @@ from fastflow_jax.data.dataset import DataConfig
 from fastflow_jax.data.tfds.prepared import Builder, Raw, data_dir
 from fastflow_jax.errors import InputError
 from fastflow_jax.files import expanded, lock
+
+_log = logging.getLogger(__name__)
 
 _LOCK = ".unpacking"
 _SCRATCH = f"{_LOCK}-"
@@ -77,7 +80,7 @@ def unpack(archive: Path) -> None:
     folder, target = archive.parent, _target(archive)
 
     def on_wait():
-        tqdm.write(f"waiting for another process that unpacks in {folder}")
+        _log.info("Waiting for another process that unpacks in %s.", folder)
 
     try:
         with lock(folder / _LOCK, on_wait=on_wait) as is_locked:

@@ -309,8 +309,10 @@ def test_a_killed_unpacking_is_restarted(raw, make_category, open_mvtec):
 
 
 SLOWLY = """
+import logging
 import pathlib, sys, tarfile, time
 from fastflow_jax.data.tfds import manual
+logging.basicConfig(level="INFO", stream=sys.stdout)
 archive, go = map(pathlib.Path, sys.argv[1:])
 extractall = tarfile.TarFile.extractall
 def slowly(self, path, **options):
@@ -331,7 +333,7 @@ def test_processes_unpack_one_after_the_other(tmp_path, second):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as packed:
             packed.add(tmp_path / "001.png", arcname=f"{name}/001.png")
     calls = []
-    for name, says in (("bottle.tar", "extracted"), (second, "waiting for another process")):
+    for name, says in (("bottle.tar", "extracted"), (second, "Waiting for another process")):
         command = [sys.executable, "-c", SLOWLY, tmp_path / name, tmp_path / "go"]
         calls.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         assert says in calls[-1].stdout.readline()

@@ -354,7 +354,7 @@ def test_every_page_has_a_line_and_a_heat_map(photos, score_directory, tmp_path)
     for name in ("a.png", "bad.jpg", "more/a.png"):
         (photos / name).unlink()
     good.save(photos / "stack.tif", save_all=True, append_images=[bad, good])
-    status, lines, *_ = score_directory(photos, heatmaps=True)
+    status, lines, out, _ = score_directory(photos, heatmaps=True)
     assert status == 1
     assert [(name, line["is_anomalous"]) for name, line in lines.items()] == [
         ("stack.tif#1", False),

@@ -303,7 +303,7 @@ def test_describe_needs_no_data_and_no_weights(started, capsys, monkeypatch):
     arguments = ["--mode=describe", "--config=configs/folder.py", "--config.train.batch_size=2"]
     assert started(arguments) == 0
     out = capsys.readouterr().out
-    assert "trainable numbers" in out
+    assert "trainable parameters" in out
     assert any(line.startswith("blocks.") for line in out.splitlines())
 
 

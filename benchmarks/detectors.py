@@ -46,7 +46,6 @@ from fastflow_jax.detectors.base import recipe
 from fastflow_jax.detectors.fastflow.scorer import (
     FastFlowScorer,
     calibrate,
-    flow_model,
     objective,
     with_banks,
 )
@@ -102,14 +101,13 @@ def scorer_of(config, stored: int):
     """
     one, key = random_maps(config, 1), jax.random.key(0)
     if config.detector == "fastflow":
-        flow_model(config)
         variables = objective(config).init(key, one)
         images = cached_features(random_maps(config, stored))
         variables = with_banks(config, variables, images, 0)
         return FastFlowScorer(config, variables, calibrate(config, variables, None))
     if config.detector == "cflow":
         variables = cflow.objective(config).init(key, one)
-        return cflow.scorer_of(config, variables, np.zeros(len(one), np.float32))
+        return cflow.CFlowScorer(config, variables, np.zeros(len(one), np.float32))
     if config.detector == "spade":
         return SpadeScorer(config, random_maps(config, stored), None)
     size = config.patchcore.max_points, config.patchcore.dimension

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from fastflow_jax.config import fill, variants, without
 from fastflow_jax.data.tfds import btad, cifar10, mvtec_ad
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.evaluate import METRICS
+from fastflow_jax.report.table import format_table
 from fastflow_jax.runs import experiment
 
 TRAIN, GOOD, BAD = 4, 2, 2  # images of a category
@@ -94,19 +96,22 @@ def tiny(config, **fields):
 
 
 @pytest.fixture
-def run_config(tmp_path, capsys):
-    """run(name, argument, **fields) -> results, output, run directory.
+def run_config(tmp_path, capsys, caplog):
+    """run(name, argument, **fields) -> results, table with bars and messages, run directory.
 
     `named` selects variants of an ablation.
     """
 
     def run(name, argument=None, workdir="run", named=(), **fields):
+        caplog.set_level("INFO")
+        workdir = tmp_path / workdir
         fields = {"data.dir": str(tmp_path / "data")} | fields
         config = load(name, *filter(None, [argument]))
         for variant in set(config.variants).difference(named) if named else ():
             del config.variants[variant]
-        results = experiment.run(tiny(config, **fields), tmp_path / workdir)
-        return results, capsys.readouterr(), tmp_path / workdir
+        results = experiment.run(tiny(config, **fields), workdir)
+        shown = capsys.readouterr().err + caplog.text
+        return results, types.SimpleNamespace(out=format_table(results), err=shown), workdir
 
     return run
 
@@ -334,7 +339,7 @@ def test_detectors_side_by_side(screws, run_config):
     assert [word for word in first_words(printed) if word in rows] == list(rows)
     again, printed, _ = run_config("compare", "folder", named=rows, **screws)
     assert again == results
-    assert "finished" in printed.out
+    assert "finished" in printed.err
 
 
 def test_compared_detectors_see_the_same_maps_and_their_own():

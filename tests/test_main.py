@@ -16,6 +16,9 @@ import pytest
 from absl import flags
 from PIL import Image
 
+from fastflow_jax.report import table
+from fastflow_jax.runs import experiment
+
 REPOSITORY = pathlib.Path(__file__).parent.parent
 TINY = [
     "--config=configs/synthetic.py:gravel",
@@ -235,8 +238,8 @@ def test_the_run_directory_may_be_in_the_home_directory(started, tmp_path, monke
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("HOME", str(tmp_path))
     folders = []
-    run = "fastflow_jax.runs.experiment.run"
-    monkeypatch.setattr(run, lambda _, folder: folders.append(folder))
+    monkeypatch.setattr(experiment, "run", lambda _, folder: folders.append(folder))
+    monkeypatch.setattr(table, "format_table", lambda results: "")
     assert started(["--config=configs/folder.py", "--workdir=~/run"]) == 0
     assert folders == [tmp_path / "run"]
 

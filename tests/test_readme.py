@@ -179,5 +179,5 @@ def test_commands_run(command, workplace, started, capsys):
         assert started([*options, *SMALL]) == 0
         out = capsys.readouterr().out
         assert "image AUROC" in out
-        (folder,) = re.findall(r"Run folder: (.*)", out)
+        (folder,) = re.findall(r"Run directory: (.*)", out)
         assert (workplace / folder / "report.html").is_file()

@@ -81,7 +81,7 @@ def render(name: str, table: dict) -> str:
 
 
 def rewrite(text: str, page: str, tables: dict[str, dict]) -> tuple[str, list[str]]:
-    """Returns a page with its tables rendered anew, and a message for each that differed.
+    """Returns a page with its tables rendered again, and a message for each that differed.
 
     Args:
       text: the page as it is.

@@ -511,8 +511,7 @@ def test_load_refuses_a_directory_without_training(tmp_path):
         Detector.load(tmp_path)
 
 
-def test_the_example_runs(monkeypatch):
-    monkeypatch.setattr("tqdm.tqdm.write", lambda *_, **__: None)  # what is told of features
+def test_the_example_runs():
     names = {"normal_images": list(photographs(24)), "image": spoilt(), "config": tiny()}
     (example,) = doctest.DocTestFinder(recurse=False).find(
         Detector, "Detector", module=fastflow_jax.detector, extraglobs=names

@@ -1,4 +1,4 @@
-"""torchvision beside torch's CPU build, where its compiled operators do not load."""
+"""torchvision with the CPU build of torch, where its compiled operators do not load."""
 
 import importlib
 import sys

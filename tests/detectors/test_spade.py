@@ -103,8 +103,8 @@ def test_a_loaded_scorer_gives_equal_scores(tmp_path):
     scorer = fitted(tmp_path, train)
     again = fitted(tmp_path, random_maps(7, seed=9))  # finished: the gallery stays
     parts = TrainingFeatures(7, SHAPES, None, cached_features(train).parts, None)
-    (tmp_path / "anew").mkdir()
-    recomputed = fit(FitContext(config(), parts, tmp_path / "anew"))
+    (tmp_path / "recomputed").mkdir()
+    recomputed = fit(FitContext(config(), parts, tmp_path / "recomputed"))
     for other in (load(config(), SHAPES, tmp_path), again, recomputed):
         for one, two in zip(scorer.score(test), other.score(test), strict=True):
             np.testing.assert_array_equal(one, two)

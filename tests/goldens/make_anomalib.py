@@ -2,7 +2,7 @@
 
     pip install anomalib==2.7.0 ... && python tests/goldens/make_anomalib.py
 
-writes `anomalib.npz` beside this file: loss and anomaly map of one batch, and the losses of twenty
+writes `anomalib.npz` next to this file: loss and anomaly map of one batch, and the losses of twenty
 Adam steps. Features and parameters come from numpy's generator on both sides, so that the file
 stays small; the frozen backbone is left out, whose features are held to timm elsewhere.
 """
@@ -55,7 +55,7 @@ def parameters() -> list[dict]:
 
 
 def oracle() -> dict[str, np.ndarray]:
-    """What anomalib makes of them."""
+    """Results of anomalib."""
     import torch
 
     sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))

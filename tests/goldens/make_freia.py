@@ -2,7 +2,7 @@
 
     pip install torch freia==0.2 && python tests/goldens/make_freia.py
 
-writes `freia.npz` beside this file. `freia` 0.2 has the old soft clamp, clamp * tanh(0.1 a).
+writes `freia.npz` next to this file. `freia` 0.2 has the old soft clamp, clamp * tanh(0.1 a).
 """
 
 import pathlib

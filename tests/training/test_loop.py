@@ -78,7 +78,7 @@ def lines_of(folder):
 
 
 def run_seeds(config, folder, seeds, **arguments):
-    """Train the first seed, and the others beside it where the configuration says so.
+    """Trains the first seed, and its siblings in the same program if the configuration says so.
 
     Images with padding, a loss that draws, and gradients that are clipped.
     """

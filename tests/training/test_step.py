@@ -49,7 +49,7 @@ def step_setup():
 
 
 def rows_of(rows):
-    """What a step takes of these images; padding is in some of them."""
+    """Features and padding of some images, as a step takes them."""
     return tuple(m[rows] for m in images()), VALID[rows]
 
 

@@ -218,7 +218,7 @@ def _write(builder: tfds.core.DatasetBuilder, raw: Raw) -> None:
     metadata: Any = builder.info.metadata
     metadata["source"] = raw.source
     try:
-        tfds.disable_progress_bar()  # it shows downloads, of which there are none
+        tfds.disable_progress_bar()  # nothing is downloaded
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(
                 download_config=tfds.download.DownloadConfig(manual_dir=raw.folder),

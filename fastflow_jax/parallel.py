@@ -30,6 +30,10 @@ from fastflow_jax.errors import InputError
 AXIS = "batch"
 KINDS = ("pmap", "jit")
 
+# Decorator: caches compiled programs by the settings that they depend on. Variables and seeds are
+# arguments of a program, so that all seeds and categories with the same settings share it.
+cached_program = functools.lru_cache(maxsize=16)
+
 _process: int | None = None  # id of the process that uses JAX
 
 

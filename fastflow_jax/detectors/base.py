@@ -18,7 +18,6 @@ from fastflow_jax import parallel
 from fastflow_jax.data.dataset import check_choice
 from fastflow_jax.features.extract import Features
 from fastflow_jax.training.context import FitContext
-from fastflow_jax.training.loop import cached_program
 
 DETECTORS = {
     "fastflow": "fastflow_jax.detectors.fastflow.scorer",
@@ -174,7 +173,7 @@ class PickledByFields:
         return {field.name: getattr(self, field.name) for field in fields}
 
 
-@cached_program
+@parallel.cached_program
 def compiled(function: Callable, config: FrozenConfigDict, *arguments: Any) -> Callable:
     """Compiles `function(config, *arguments, state, batch)` to a function (state, batch)."""
     bound = functools.partial(function, config, *arguments)

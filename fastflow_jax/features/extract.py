@@ -1,7 +1,6 @@
 """Features of images: the compressed feature maps of the frozen backbone."""
 
 import dataclasses
-import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -34,7 +33,7 @@ def compress(maps: Any, power: float) -> jax.Array:
     return maps * (jnp.linalg.norm(maps, axis=-1, keepdims=True) + 1e-6) ** (power - 1)
 
 
-@functools.lru_cache(maxsize=4)  # JAX compiles the same function object once
+@parallel.cached_program
 def maps_of(module: nn.Module, length_power: float, dtype: str) -> Callable:
     """Returns the pure function `(variables, images [B, H, W, 3]) -> features [B, h, w, C]`."""
 
@@ -73,7 +72,7 @@ def extractor(
     return extract
 
 
-@functools.lru_cache(maxsize=4)  # one program for all weights
+@parallel.cached_program
 def _compiled(
     module: nn.Module, length_power: float, dtype: str, kind: str, batch_size: int
 ) -> Callable:

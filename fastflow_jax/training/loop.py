@@ -408,14 +408,9 @@ def _unstacked(tree, n):
     return [jax.tree.map(operator.itemgetter(i), tree) for i in range(n)]
 
 
-# Cache of compiled programs, keyed by the settings that they depend on. The seed is an argument of
-# a program, so that all seeds and categories with the same settings share it.
-cached_program = functools.lru_cache(maxsize=16)
-
-
 def cached_by_config(function: Callable) -> Callable:
     """Decorator that caches `function(config)` by the values of the configuration."""
-    cached = cached_program(function)
+    cached = parallel.cached_program(function)
     return functools.wraps(function)(lambda config: cached(FrozenConfigDict(config)))
 
 
@@ -426,7 +421,7 @@ class _Programs(NamedTuple):
     epoch: Callable  # of n runs, see `_together`
 
 
-@cached_program
+@parallel.cached_program
 def _programs(
     loss: Callable, optimizer: optax.GradientTransformation, kind: str, n: int
 ) -> _Programs:
@@ -448,7 +443,7 @@ def _programs(
     return _Programs(parallel.step(step, kind), whole)
 
 
-@cached_program
+@parallel.cached_program
 def _validation(validation: Callable, kind: str, size: int, n: int) -> Callable:
     def run(variables, images):
         return validation(variables, *images)
@@ -458,7 +453,7 @@ def _validation(validation: Callable, kind: str, size: int, n: int) -> Callable:
     return parallel.per_example(runs, kind, size)
 
 
-@cached_program
+@parallel.cached_program
 def _optimizer(config: FrozenConfigDict, steps: int) -> optax.GradientTransformation:
     return create_optimizer(config, steps)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from fastflow_jax import parallel
 from fastflow_jax.detectors.base import CompiledScorer, Method, compiled
 from fastflow_jax.detectors.fastflow import bank
 from fastflow_jax.detectors.fastflow.model import (
@@ -40,7 +41,7 @@ from fastflow_jax.flows import Flow
 from fastflow_jax.flows.chain import is_double
 from fastflow_jax.flows.coupling import half_channels
 from fastflow_jax.training.context import FitContext
-from fastflow_jax.training.loop import READS, cached_program, load_variables, train_variables
+from fastflow_jax.training.loop import READS, load_variables, train_variables
 from fastflow_jax.training.step import Objective
 
 Array = jax.Array | np.ndarray
@@ -191,7 +192,7 @@ def objective(config, statistics: dict | None = None) -> Objective:
 
 
 # Cached, so that all seeds of a run share the compiled programs.
-@cached_program
+@parallel.cached_program
 def _functions(
     model: FastFlow, per_dimension: bool, window: int
 ) -> tuple[Callable, Callable, Callable]:

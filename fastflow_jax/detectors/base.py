@@ -123,6 +123,7 @@ def _nothing(config: ConfigDict, spec: Any) -> None:
 class Method:
     """A detector: how it is trained and loaded, and its part of the configuration."""
 
+    title: str  # its name in reports
     # Trains, or continues an interrupted training. Raises Interrupted after SIGTERM or SIGINT, and
     # InputError if the configuration does not suit the detector or training diverged.
     fit: Callable[[FitContext], Scorer]
@@ -138,6 +139,8 @@ class Method:
     recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # Sections and fields that it reads, in addition to those that all detectors read.
     reads: Sequence[str] = ()
+    # Fields that it reads after `fit` only: runs that differ in them share a training.
+    scoring: Sequence[str] = ()
     # Lowest and highest values of its numbers, and possible values of its strings, by field.
     bounds: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     choices: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)

@@ -296,6 +296,7 @@ def _take(maps: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 METHOD = Method(
+    title="CFLOW",
     fit=fit,
     load=load,
     layers=layers,

@@ -182,6 +182,7 @@ def _generator(config) -> Generator:
 
 
 METHOD = Method(
+    title="GANomaly",
     fit=fit,
     load=load,
     layers=convnets.layers,

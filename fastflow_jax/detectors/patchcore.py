@@ -298,6 +298,7 @@ class PatchCoreScorer(CompiledScorer):
 
 
 METHOD = Method(
+    title="PatchCore",
     fit=fit,
     load=load,
     layers=layers,
@@ -314,6 +315,7 @@ METHOD = Method(
     recipe={"length_power": 1.0, "data": {"holdout": 0.0}},
     reads=("patchcore",),
     fill=fill,
+    scoring=("patchcore.neighbours", "patchcore.reweight"),
     bounds={
         "patchcore.dimension": (1, 10**5),
         "patchcore.projection": (1, 10**5),

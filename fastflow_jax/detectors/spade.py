@@ -157,6 +157,7 @@ def _vectors(features: Features, valid: np.ndarray | None) -> np.ndarray:
 
 
 METHOD = Method(
+    title="SPADE",
     fit=fit,
     load=load,
     layers=layers,
@@ -168,5 +169,6 @@ METHOD = Method(
     },
     recipe={"length_power": 1.0, "data": {"holdout": 0.0}},
     reads=("spade",),
+    scoring=("spade",),
     bounds={"spade.images": (1, 10**6), "spade.kappa": (1, 1000)},
 )

@@ -161,6 +161,7 @@ def _model(config) -> VAE:
 
 
 METHOD = Method(
+    title="VAE",
     fit=fit,
     load=load,
     layers=convnets.layers,

@@ -15,20 +15,13 @@ from typing import Any, cast
 import jinja2
 import numpy as np
 
+from fastflow_jax.detectors.base import method
 from fastflow_jax.evaluation.thresholds import f1_optimal
 from fastflow_jax.files import files_in, parse_json, read_lines, write_text
 from fastflow_jax.report.charts import Line, histogram, line_chart, ticks
 from fastflow_jax.report.table import TITLES, table_cells
 
 _HERE = pathlib.Path(__file__).parent
-_DETECTORS = {
-    "fastflow": "FastFlow",
-    "patchcore": "PatchCore",
-    "spade": "SPADE",
-    "cflow": "CFLOW",
-    "vae": "VAE",
-    "gan": "GANomaly",
-}
 _MOST_BYTES = 48 * 2**20  # of strips; base64 makes them a third larger in the report
 _FPR_LIMIT = 0.3  # of the PRO curve, as in `metrics.aupro`
 
@@ -59,7 +52,7 @@ def write_reports(workdir: str | pathlib.Path, results: Mapping | None = None) -
         write_text(folder / "report.html", page)
         links.append((part, (folder / "report.html").relative_to(workdir).as_posix()))
     page = _template().render(
-        title=f"{_DETECTORS[config['detector']]} on {config['data']['name']}",
+        title=f"{method(config['detector']).title} on {config['data']['name']}",
         figures=_figures(results["mean"], results["std"]),
         protocol=_protocol(results, config),
         table=table_cells(results),
@@ -98,7 +91,7 @@ def part_page(
     scored = _read(file) if file.exists() else {"images": []}
     decision = _decision(scored["images"], part["thresholds"]["image"])
     return _template().render(
-        title=", ".join(filter(None, (f"{_DETECTORS[config['detector']]} on {name}", *marks))),
+        title=", ".join(filter(None, (f"{method(config['detector']).title} on {name}", *marks))),
         figures=_figures(part["figures"], None),
         protocol=_protocol(results, config, part, scored["images"]),
         decision=decision,

@@ -21,7 +21,7 @@ import fastflow_jax
 from fastflow_jax import data, parallel
 from fastflow_jax.config import variants, without
 from fastflow_jax.data.transforms import placement
-from fastflow_jax.detectors.base import Scorer
+from fastflow_jax.detectors.base import DETECTORS, Scorer, method
 from fastflow_jax.evaluation.evaluate import METRICS, Scored, measure, score_split
 from fastflow_jax.features.prepare import Prepared, feature_fingerprint, preparer
 from fastflow_jax.files import expanded, read_json, read_lines, to_plain, write_json, write_text
@@ -144,7 +144,7 @@ _AFTER_SCORING = (
 )
 _AFTER_TRAINING = (
     *_AFTER_SCORING,
-    *("map", "score", "patchcore.neighbours", "patchcore.reweight", "spade"),
+    *itertools.chain.from_iterable(method(name).scoring for name in DETECTORS),
 )
 
 

@@ -7,11 +7,13 @@ import types
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fastflow_jax import Detector
 from fastflow_jax.config import default, fill
 from fastflow_jax.detectors import base
 from fastflow_jax.errors import InputError
+from fastflow_jax.runs import experiment
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "adding_a_detector.md"
 
@@ -50,6 +52,20 @@ def test_the_example_finds_a_defect(example, tmp_path):
     assert Detector.load(tmp_path / "run").predict(defective).score == result.score
     with pytest.raises(InputError, match="mean has no latents"):
         detector.sample()
+
+
+def test_main_runs_and_reports_the_example(example, tmp_path):
+    for name in ("train/good", "test/good", "test/spot"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i, image in enumerate(grey(6, seed=len(name))):
+            if "spot" in name:
+                image[6:16, 12:24] = (250, 20, 20)
+            Image.fromarray(image).save(tmp_path / f"images/{name}/{i}.png")
+    c = config()
+    c.data.root = str(tmp_path / "images")
+    results = experiment.run(fill(c), tmp_path / "run")
+    assert results["mean"]["image_auroc"] == 1.0
+    assert "<title>Mean on " in (tmp_path / "run/report.html").read_text()
 
 
 def test_its_fields_belong_to_the_configuration(example):

@@ -422,6 +422,7 @@ class FastFlowScorer(CompiledScorer):
 
 
 METHOD = Method(
+    title="FastFlow",
     fit=fit,
     load=load,
     layers=layers,
@@ -452,6 +453,7 @@ METHOD = Method(
         },
     },
     reads=("flow", "map", "score", "train.loss", "train.window", *READS),
+    scoring=("map", "score"),
     bounds={
         "flow.steps": (1, 1000),
         "flow.hidden_ratio": (1e-3, 100),

@@ -43,12 +43,7 @@ from fastflow_jax.backbones import create_backbone, find_spec
 from fastflow_jax.config import default, fill
 from fastflow_jax.detectors import cflow
 from fastflow_jax.detectors.base import recipe
-from fastflow_jax.detectors.fastflow.scorer import (
-    FastFlowScorer,
-    calibrate,
-    objective,
-    with_banks,
-)
+from fastflow_jax.detectors.fastflow.scorer import calibrated, objective, with_banks
 from fastflow_jax.detectors.patchcore import PatchCoreScorer
 from fastflow_jax.detectors.spade import SpadeScorer
 from fastflow_jax.features.extract import Features, cached_features, extractor
@@ -104,7 +99,7 @@ def scorer_of(config, stored: int):
         variables = objective(config).init(key, one)
         images = cached_features(random_maps(config, stored))
         variables = with_banks(config, variables, images, 0)
-        return FastFlowScorer(config, variables, calibrate(config, variables, None))
+        return calibrated(config, variables, None)
     if config.detector == "cflow":
         variables = cflow.objective(config).init(key, one)
         return cflow.CFlowScorer(config, variables, np.zeros(len(one), np.float32))

@@ -33,8 +33,8 @@ from outcome import describe_machine, ratios, versions, write_result
 from peer import Peer
 
 from fastflow_jax.detector import Detector
+from fastflow_jax.detectors.calibration import fuse
 from fastflow_jax.detectors.fastflow.model import location_energies
-from fastflow_jax.detectors.fastflow.scorer import FastFlowScorer, calibrate, fuse
 from fastflow_jax.detectors.maps import top_mean
 
 BACKBONES = (
@@ -49,8 +49,8 @@ PARTS = ("backbone", "flow", "map", "all")
 def our_parts(ours: same_weights.Ours) -> dict[str, Callable]:
     """Functions that run each of `PARTS`; those of "map" and "all" return scores and maps."""
     config, model = ours.config, ours.model
-    calibration = calibrate(config, ours.variables, None)
-    scorer = FastFlowScorer(config, ours.variables, calibration)
+    scorer = calibrated(config, ours.variables, None)
+    calibration = scorer.calibration
     detector = Detector(config, ours.backbone, scorer)
 
     @jax.jit

@@ -37,7 +37,7 @@ from fastflow_jax import parallel
 from fastflow_jax.backbones import create_backbone, find_spec
 from fastflow_jax.config import default, fill
 from fastflow_jax.detector import Detector
-from fastflow_jax.detectors.fastflow.scorer import FastFlowScorer, calibrate, flow_model, objective
+from fastflow_jax.detectors.fastflow.scorer import FastFlowScorer, calibrated, flow_model, objective
 from fastflow_jax.features.extract import extractor
 from fastflow_jax.runs.describe import training_memory
 from fastflow_jax.training.step import create_optimizer, create_state, train_step
@@ -97,7 +97,7 @@ def resident(doing: str, backbone: str, batch: int) -> int:
             state = jax.block_until_ready(run(state, (features, None), rows, weight))
     else:
         variables = nll.init(jax.random.key(0), tuple(m[:1] for m in features))
-        calibration = calibrate(config, variables, None)
+        calibration = calibrated(config, variables, None).calibration
         scorer = FastFlowScorer(config, variables, calibration)
         Detector(config, net, scorer).score(images)
     if jax.default_backend() == "cpu":

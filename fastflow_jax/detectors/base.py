@@ -21,6 +21,7 @@ from fastflow_jax.training.context import FitContext
 
 DETECTORS = {
     "fastflow": "fastflow_jax.detectors.fastflow.scorer",
+    "knn": "fastflow_jax.detectors.knn",
     "patchcore": "fastflow_jax.detectors.patchcore",
     "spade": "fastflow_jax.detectors.spade",
     "cflow": "fastflow_jax.detectors.cflow",

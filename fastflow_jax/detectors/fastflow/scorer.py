@@ -2,20 +2,24 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
-import zlib
 from collections.abc import Callable, Hashable
 from typing import Any, cast
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from fastflow_jax import parallel
-from fastflow_jax.detectors.base import CompiledScorer, Method, compiled
+from fastflow_jax.detectors.base import Method, compiled
+from fastflow_jax.detectors.calibration import (
+    LocationScorer,
+    calibrate,
+    load_calibration,
+    save_calibration,
+    score_locations,
+)
 from fastflow_jax.detectors.fastflow import bank
 from fastflow_jax.detectors.fastflow.model import (
     NORMS,
@@ -26,29 +30,20 @@ from fastflow_jax.detectors.fastflow.model import (
     negative_log_likelihood,
     random_windows,
 )
-from fastflow_jax.detectors.maps import resize_map, top_mean, window_maxima
 from fastflow_jax.detectors.nearest import nearest_squared_distances
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.extract import (
     Features,
     TrainingFeatures,
-    in_batches,
     inside,
     without_padding,
 )
-from fastflow_jax.files import read_arrays, to_plain, write_arrays
 from fastflow_jax.flows import Flow
 from fastflow_jax.flows.chain import is_double
 from fastflow_jax.flows.coupling import half_channels
 from fastflow_jax.training.context import FitContext
 from fastflow_jax.training.loop import READS, load_variables, train_variables
 from fastflow_jax.training.step import Objective
-
-Array = jax.Array | np.ndarray
-
-_FEW = 4  # held-out images; fewer do not give a standard deviation
-# Of energies; held-out images that are copies of training images are in the bank.
-_ROUNDING = 1e-5
 
 
 def layers(config: ConfigDict, spec: Any) -> tuple[str, ...]:
@@ -117,29 +112,30 @@ def fit(context: FitContext) -> "FastFlowScorer":
 
     def scorer(variables: dict, seed: int) -> FastFlowScorer:
         variables = with_banks(config, variables, context.train, seed)
-        calibration = calibrate(config, variables, context.holdout, context.holdout_valid)
-        return FastFlowScorer(config, variables, calibration)
+        return calibrated(config, variables, context.holdout, context.holdout_valid)
 
     nll = objective(config, context.train.statistics(config.flow.norm))
     trained = scorer(train_variables(context, nll, scorer), context.seed)
-    arrays = dataclasses.asdict(trained.calibration) | trained.variables.get("bank", {})
-    write_arrays(_calibration_file(config, context.directory), arrays)
+    banks = trained.variables.get("bank", {})
+    save_calibration(config, context.directory, trained.calibration, banks)
     return trained
 
 
 def load(config, shapes, directory: pathlib.Path) -> "FastFlowScorer":
     """Loads the scorer that `fit` has saved, see `Method.load`."""
-    file = _calibration_file(config, directory)
-    arrays = read_arrays(file) if file.exists() else {}
-    names = [field.name for field in dataclasses.fields(Calibration)]
-    if not arrays.keys() >= set(names):
-        raise InputError(
-            f"{file} is missing, or was written by another version of this package. Train again."
-        )
+    calibration, banks = load_calibration(config, directory)
     variables = load_variables(directory, config, objective(config), shapes)
-    calibration = Calibration(**{name: arrays.pop(name) for name in names})
-    if arrays:
-        variables = variables | {"bank": arrays}
+    if banks:
+        variables = variables | {"bank": banks}
+    return FastFlowScorer(config, variables, calibration)
+
+
+def calibrated(
+    config, variables: dict, holdout: Features | None, valid: np.ndarray | None = None
+) -> "FastFlowScorer":
+    """The scorer of trained variables, calibrated on features of held-out normal images."""
+    maps = len(config.layers) + len(variables.get("bank", ()))
+    calibration = calibrate(_locate, config, variables, holdout, valid, maps=maps)
     return FastFlowScorer(config, variables, calibration)
 
 
@@ -151,15 +147,6 @@ def with_banks(config, variables, features: TrainingFeatures, seed: int) -> dict
     size = config.batch_size
     banks = bank.draw(lambda *batch: run(variables, batch), features, config.map.bank, size, seed)
     return variables | {"bank": {f"bank_{i}": rows for i, rows in enumerate(banks)}}
-
-
-def _calibration_file(config, directory: pathlib.Path) -> pathlib.Path:
-    """File of the calibration, whose name depends on the settings of the calibration.
-
-    Runs that share a training may differ in these settings.
-    """
-    settings = json.dumps([to_plain(config.map), to_plain(config.score)])
-    return directory / f"calibration_{zlib.crc32(settings.encode()):08x}.npz"
 
 
 def flow_model(config) -> FastFlow:
@@ -221,34 +208,11 @@ def _nll(model, variables, features, valid, per_dimension, cut=lambda scale, x: 
     return negative_log_likelihood(latents, per_dimension=per_dimension, inside=masks)
 
 
-class Calibration(flax.struct.PyTreeNode):
-    """Statistics per map over held-out normal images, which make the maps comparable."""
-
-    scale_mean: Array  # [maps], mean of energies
-    scale_std: Array  # [maps], their standard deviation
-    window_mean: Array  # [maps], mean of `maps.window_maxima` over images and sides
-    peak_std: Array  # [maps], standard deviation of the highest energy of an image
-
-
-def _score(config, size, state, batch):
-    """Scores [B] and anomaly maps [B, *size] of a batch, see `CompiledScorer.function`."""
-    return _score_maps(config, size, state[1], _location_maps(config, state, batch))
-
-
-def _score_maps(config, size, calibration, maps):
-    """Scores and anomaly maps from location maps, see `CalibratedScorer.score_maps`."""
-    anomaly_map = fuse(maps, calibration, size, config.map.sigma, config.map.compress)
-    if config.score.form == "top_k":
-        return top_mean(anomaly_map, config.score.top_k), anomaly_map
-    windows = jnp.stack([window_maxima(m).mean(-1) for m in maps], axis=-1)  # [B, maps]
-    return ((windows - calibration.window_mean) / calibration.peak_std).mean(-1), anomaly_map
-
-
 def _score_with_likelihood(config, size, state, batch):
     """Scores, maps and log-likelihoods of a batch; the compiler runs the flows once."""
     features, valid = batch
     nll = _nll(flow_model(config), state[0], features, valid, True)
-    return *_score(config, size, state, batch), -nll
+    return *score_locations(config, _locate, size, state, batch), -nll
 
 
 def _latents(config, state, batch):
@@ -271,59 +235,9 @@ def _invert(config, state, batch):
     return invert(flow_model(config), state[0], batch[0])
 
 
-def calibrate(
-    config,
-    variables: dict,
-    holdout: Features | None,
-    valid: np.ndarray | None = None,
-) -> Calibration:
-    """Calibrates on features of held-out normal images.
-
-    Without held-out images, or if the configuration does not ask for it, the calibration is the
-    identity.
-    """
-    if holdout is None or not len(holdout[0]):
-        return _calibration(len(config.layers) + len(variables.get("bank", ())))
-    run = compiled(_location_maps, FrozenConfigDict(config))
-    maps_of = functools.partial(run, (variables, None))
-    return calibrate_on(config, in_batches(maps_of, (holdout, valid), config.batch_size))
-
-
-def calibrate_on(config, maps: tuple[np.ndarray, ...]) -> Calibration:
-    """Calibrates on the `FastFlowScorer.location_maps` of held-out normal images."""
-    calibration = _calibration(len(maps))
-    if config.map.standardise:
-        spread = np.array([m.std(dtype=np.float64) for m in maps], np.float32)
-        calibration = calibration.replace(
-            scale_mean=np.array([m.mean(dtype=np.float64) for m in maps], np.float32),
-            scale_std=np.where(spread > _ROUNDING, spread, np.float32(1)),
-        )
-    if config.score.form == "windows":
-        run = compiled(_windows, FrozenConfigDict(config))
-        windows = in_batches(functools.partial(run, ()), maps, config.batch_size)
-        means = np.array([of_map.mean() for of_map in windows])
-        peaks = np.array([of_map[:, 0].std() for of_map in windows]) / calibration.scale_std
-        # Few images may agree by chance: the weight of a map is bounded.
-        known = peaks.max() > _ROUNDING
-        peaks = np.maximum(peaks, 0.1 * peaks.mean()) if known else np.ones_like(peaks)
-        calibration = calibration.replace(window_mean=means, peak_std=peaks * calibration.scale_std)
-    return calibration
-
-
-def _calibration(maps: int) -> Calibration:
-    """A calibration that does not change scores."""
-    zeros, ones = np.zeros(maps, np.float32), np.ones(maps, np.float32)
-    return Calibration(zeros, ones, zeros, ones)
-
-
-def _windows(config, _, maps):
-    """`window_maxima` of each map."""
-    return tuple(window_maxima(m) for m in maps)
-
-
-def _location_maps(config, state, batch) -> tuple[jax.Array, ...]:
-    """Energies per location of a batch, see `FastFlowScorer.location_maps`."""
-    variables, (features, valid) = state[0], batch
+def _locate(config, variables, batch) -> tuple[jax.Array, ...]:
+    """Energies of locations, see `LocationScorer.locate`."""
+    features, valid = batch
     maps, banks = [], variables.get("bank", {})
     for i, (z, log_det) in enumerate(_apply(config, variables, features)):
         seen = _seen(valid, log_det)
@@ -342,43 +256,15 @@ def _seen(valid: jax.Array | None, scores: jax.Array) -> jax.Array | None:
     return None if valid is None else inside(valid, scores.shape[1:])
 
 
-def fuse(
-    maps: tuple[jax.Array, ...],
-    calibration: Calibration,
-    size: tuple[int, int],
-    sigma: float = 0.0,
-    compress: bool = False,
-) -> jax.Array:
-    """Mean of the calibrated and resized maps, [B, h, w] each -> [B, *size].
-
-    Args:
-      maps: see `FastFlowScorer.location_maps`.
-      calibration: of these maps.
-      size: (H, W) of the result.
-      sigma: of the blur, see `maps.resize_map`.
-      compress: takes the inverse hyperbolic sine of each value: typical values do not change, and
-        outliers contribute their logarithm, so that no scale and no location dominates.
-    """
-    standard = [
-        (m - mean) / std
-        for m, mean, std in zip(maps, calibration.scale_mean, calibration.scale_std, strict=True)
-    ]
-    standard = [resize_map(jnp.arcsinh(m) if compress else m, size, sigma) for m in standard]
-    return sum(standard, start=jnp.zeros(())) / len(standard)
-
-
 @dataclasses.dataclass(frozen=True)
-class FastFlowScorer(CompiledScorer):
-    """Scores by the energies of latents and by their distances to the banks."""
+class FastFlowScorer(LocationScorer):
+    """Scores by the energies of latents and by their distances to the banks.
 
-    function = staticmethod(_score)
-    config: ConfigDict  # filled
-    variables: dict  # of the flows, and the collection "bank" if there are banks
-    calibration: Calibration
+    `variables` are those of the flows, and the collection "bank" if there are banks. There is a map
+    per scale, each followed by that of its bank if there is one.
+    """
 
-    def arrays(self) -> tuple[dict, Calibration]:
-        """Variables and calibration."""
-        return self.variables, self.calibration
+    locate = staticmethod(_locate)
 
     def score_with_likelihood(
         self,
@@ -398,27 +284,6 @@ class FastFlowScorer(CompiledScorer):
     def invert(self, latents: Features) -> tuple[np.ndarray, ...]:
         """Features of latents, see `InvertibleScorer.invert`."""
         return self._program(_invert)(self._state, (latents,))
-
-    def location_maps(
-        self, features: Features, valid: np.ndarray | None = None
-    ) -> tuple[np.ndarray, ...]:
-        """Energies [B, h, w], a map per scale, each followed by that of its bank if there is one.
-
-        Scores and their calibration depend on features through these maps only.
-        """
-        return self._program(_location_maps)(self._state, (features, valid))
-
-    def score_maps(self, maps: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and anomaly maps from location maps, see `CalibratedScorer.score_maps`."""
-        run = self._program(_score_maps, tuple(self.config.image_size))
-        return run(self.calibration, maps)
-
-    def recalibrated(self, maps: tuple[np.ndarray, ...]) -> "FastFlowScorer":
-        """A copy with another calibration, see `CalibratedScorer.recalibrated`."""
-        calibration = calibrate_on(self.config, maps)
-        if len(maps[0]) < _FEW:  # too few for a standard deviation
-            calibration = calibration.replace(peak_std=self.calibration.peak_std)
-        return dataclasses.replace(self, calibration=calibration)
 
 
 METHOD = Method(

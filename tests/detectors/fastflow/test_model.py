@@ -21,7 +21,7 @@ from fastflow_jax.detectors.fastflow.model import (
     negative_log_likelihood,
     random_windows,
 )
-from fastflow_jax.detectors.fastflow.scorer import FastFlowScorer, calibrate, flow_model, objective
+from fastflow_jax.detectors.fastflow.scorer import calibrated, flow_model, objective
 from fastflow_jax.detectors.maps import resize_map, top_mean, window_maxima
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.extract import channel_statistics, compress, inside
@@ -66,7 +66,7 @@ def reference(published):
 def test_map_and_score_equal_anomalib(published, reference):
     _model, params, constants, golden = reference
     variables = {"params": params, **constants}
-    scorer = FastFlowScorer(published, variables, calibrate(published, variables, None))
+    scorer = calibrated(published, variables, None)
     scores, maps = scorer.score(tuple(anomalib.features(0)))
     np.testing.assert_allclose(maps, golden["map"], atol=1e-5, rtol=1e-4)
     np.testing.assert_allclose(scores, golden["score"], rtol=1e-4)

@@ -11,15 +11,13 @@ from scipy.ndimage import gaussian_filter
 from fastflow_jax.backbones import create_backbone
 from fastflow_jax.config import default, fill
 from fastflow_jax.detector import Detector
+from fastflow_jax.detectors.calibration import Calibration, calibrate_on, fuse
 from fastflow_jax.detectors.fastflow.model import location_energies
 from fastflow_jax.detectors.fastflow.scorer import (
-    Calibration,
     FastFlowScorer,
-    calibrate,
-    calibrate_on,
+    calibrated,
     fit,
     flow_model,
-    fuse,
     load,
     with_banks,
 )
@@ -57,7 +55,7 @@ def location_maps(setup, config):
 
 def test_calibrated_maps_and_windows_have_mean_0_and_deviation_1(setup):
     config, _, _, variables, _, features = setup
-    calibration = calibrate(config, variables, features)
+    calibration = calibrated(config, variables, features).calibration
     maps = location_maps(setup, config)
     for m, mean, std in zip(maps, calibration.scale_mean, calibration.scale_std, strict=True):
         standard = (np.asarray(m) - mean) / std
@@ -71,7 +69,7 @@ def test_calibrated_maps_and_windows_have_mean_0_and_deviation_1(setup):
 
 def test_without_held_out_images_scores_are_not_calibrated(setup):
     config, _, _model, variables, _, _ = setup
-    calibration = calibrate(config, variables, None)
+    calibration = calibrated(config, variables, None).calibration
     maps = location_maps(setup, config)
     resized = [jax.image.resize(m, (11, 32, 48), "bilinear") for m in maps]
     np.testing.assert_allclose(
@@ -82,7 +80,7 @@ def test_without_held_out_images_scores_are_not_calibrated(setup):
 @pytest.mark.parametrize("n", [1, 2])
 def test_scores_are_finite_and_balanced_with_few_held_out_images(setup, n):
     config, _, _, variables, _, features = setup
-    calibration = calibrate(config, variables, tuple(m[:n] for m in features))
+    calibration = calibrated(config, variables, tuple(m[:n] for m in features)).calibration
     spread = calibration.peak_std / calibration.scale_std
     assert np.all(np.isfinite(spread))
     assert spread.min() >= 0.09 * spread.mean() > 0
@@ -139,7 +137,7 @@ def test_scores_equal_their_definition(setup, form):
     config, backbone, _model, variables, images, features = setup
     config = config.copy_and_resolve_references()
     config.score.form = form
-    calibration = calibrate(config, variables, features)
+    calibration = calibrated(config, variables, features).calibration
     detector = Detector(config, backbone, FastFlowScorer(config, variables, calibration))
     scores, anomaly_maps = [
         np.concatenate(parts)
@@ -166,7 +164,7 @@ def test_weights_are_sent_to_the_devices_once(setup, monkeypatch, kind):
     config, backbone, _model, variables, images, features = setup
     config = config.copy_and_resolve_references()
     config.parallel = kind
-    calibration = calibrate(config, variables, features)
+    calibration = calibrated(config, variables, features).calibration
     detector = Detector(config, backbone, FastFlowScorer(config, variables, calibration))
     detector.score(images[:4])
     sent, put = [], jax.device_put
@@ -185,7 +183,7 @@ def test_compressed_maps_keep_small_values_and_the_order_of_large_ones():
 
 def test_features_unlike_normal_ones_score_higher(setup):
     config, backbone, _model, variables, images, features = setup
-    calibration = calibrate(config, variables, features)
+    calibration = calibrated(config, variables, features).calibration
     detector = Detector(config, backbone, FastFlowScorer(config, variables, calibration))
     spoilt = images[:4].copy()
     spoilt[:, 8:24, 16:32] += 6.0
@@ -203,7 +201,7 @@ def test_banks_add_a_map_to_each_scale(setup):
     config = config.copy_and_resolve_references()
     config.map.bank = 20
     banked = with_banks(config, variables, cached_features(features), seed=0)
-    calibration = calibrate(config, banked, features)
+    calibration = calibrated(config, banked, features).calibration
     scorer = FastFlowScorer(config, banked, calibration)
     found = scorer.location_maps(tuple(m[:4] for m in features))
     latents = jax.jit(model.apply)(variables, tuple(m[:4] for m in features))
@@ -226,12 +224,12 @@ def test_banks_add_a_map_to_each_scale(setup):
 def test_without_held_out_images_banks_still_score(setup):
     config, _, _model, variables, _, features = setup
     banked = with_banks(config, variables, cached_features(features), seed=0)
-    scorer = FastFlowScorer(config, banked, calibrate(config, banked, None))
+    scorer = calibrated(config, banked, None)
     scores, maps = scorer.score(tuple(m[:4] + 3 for m in features))
     plain, _ = scorer.score(tuple(m[:4] for m in features))
     assert np.all(np.isfinite(maps))
     assert np.all(scores > plain)
-    unbanked = FastFlowScorer(config, variables, calibrate(config, variables, None))
+    unbanked = calibrated(config, variables, None)
     without, _ = unbanked.score(tuple(m[:4] for m in features))
     assert np.all(np.abs(plain - without) > 1e-3)
 
@@ -263,7 +261,7 @@ def test_padding_does_not_affect_scores_and_maps(setup, form, bank):
     for maps in (features, spoilt):
         params = jax.jit(pointwise.init)(jax.random.key(0), tuple(m[:1] for m in maps))
         params = with_banks(config, params, cached_features(maps, valid), 0)
-        calibration = calibrate(config, params, maps, valid)
+        calibration = calibrated(config, params, maps, valid).calibration
         scorer = FastFlowScorer(config, params, calibration)
         results.append(scorer.score(tuple(m[:4] for m in maps), valid[:4]))
     for one, other in zip(*results, strict=True):
@@ -274,7 +272,7 @@ def test_padding_does_not_affect_scores_and_maps(setup, form, bank):
 
 def test_images_and_their_features_have_equal_scores(setup):
     config, backbone, _model, variables, images, features = setup
-    calibration = calibrate(config, variables, features)
+    calibration = calibrated(config, variables, features).calibration
     detector = Detector(config, backbone, FastFlowScorer(config, variables, calibration))
     images, valid = padded(images[:4], 1)
     maps = tuple(np.asarray(compress(m, config.length_power)) for m in backbone(images))

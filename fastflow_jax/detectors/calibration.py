@@ -1,0 +1,213 @@
+"""Calibration on held-out images: from energies of locations to anomaly maps and image scores."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import zlib
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from fastflow_jax.detectors.base import CompiledScorer, compiled
+from fastflow_jax.detectors.maps import resize_map, top_mean, window_maxima
+from fastflow_jax.errors import InputError
+from fastflow_jax.features.extract import Features, in_batches
+from fastflow_jax.files import read_arrays, to_plain, write_arrays
+
+_FEW = 4  # held-out images; fewer do not give a standard deviation
+# Of energies; held-out images that are copies of training images are in the bank.
+_ROUNDING = 1e-5
+
+Array = jax.Array | np.ndarray
+
+
+class Calibration(flax.struct.PyTreeNode):
+    """Statistics per map over held-out normal images, which make the maps comparable."""
+
+    scale_mean: Array  # [maps], mean of energies
+    scale_std: Array  # [maps], their standard deviation
+    window_mean: Array  # [maps], mean of `maps.window_maxima` over images and sides
+    peak_std: Array  # [maps], standard deviation of the highest energy of an image
+
+
+def identity(maps: int) -> Calibration:
+    """A calibration of some maps that does not change scores."""
+    zeros, ones = np.zeros(maps, np.float32), np.ones(maps, np.float32)
+    return Calibration(zeros, ones, zeros, ones)
+
+
+def calibrate(
+    locate: Callable,
+    config,
+    variables: Any,
+    holdout: Features | None,
+    valid: np.ndarray | None = None,
+    *,
+    maps: int,
+) -> Calibration:
+    """Calibrates on features of held-out normal images.
+
+    Args:
+      locate: see `LocationScorer.locate`.
+      config: filled.
+      variables: of the detector.
+      holdout: features [n, h, w, C] per scale; without images the calibration is the identity.
+      valid: bool [n, H, W], False in padding; None without padding.
+      maps: number of maps that `locate` returns.
+    """
+    if holdout is None or not len(holdout[0]):
+        return identity(maps)
+    run = functools.partial(compiled(locate, FrozenConfigDict(config)), variables)
+    return calibrate_on(config, in_batches(run, (holdout, valid), config.batch_size))
+
+
+def calibrate_on(config, maps: tuple[np.ndarray, ...]) -> Calibration:
+    """Calibrates on the `LocationScorer.location_maps` of held-out normal images."""
+    calibration = identity(len(maps))
+    if config.map.standardise:
+        spread = np.array([m.std(dtype=np.float64) for m in maps], np.float32)
+        calibration = calibration.replace(
+            scale_mean=np.array([m.mean(dtype=np.float64) for m in maps], np.float32),
+            scale_std=np.where(spread > _ROUNDING, spread, np.float32(1)),
+        )
+    if config.score.form == "windows":
+        run = compiled(_windows, FrozenConfigDict(config))
+        windows = in_batches(functools.partial(run, ()), maps, config.batch_size)
+        means = np.array([of_map.mean() for of_map in windows])
+        peaks = np.array([of_map[:, 0].std() for of_map in windows]) / calibration.scale_std
+        # Few images may agree by chance: the weight of a map is bounded.
+        known = peaks.max() > _ROUNDING
+        peaks = np.maximum(peaks, 0.1 * peaks.mean()) if known else np.ones_like(peaks)
+        calibration = calibration.replace(window_mean=means, peak_std=peaks * calibration.scale_std)
+    return calibration
+
+
+def _windows(config, _, maps):
+    """`window_maxima` of each map."""
+    return tuple(window_maxima(m) for m in maps)
+
+
+def fuse(
+    maps: tuple[jax.Array, ...],
+    calibration: Calibration,
+    size: tuple[int, int],
+    sigma: float = 0.0,
+    compress: bool = False,
+) -> jax.Array:
+    """Mean of the calibrated and resized maps, [B, h, w] each -> [B, *size].
+
+    Args:
+      maps: see `LocationScorer.location_maps`.
+      calibration: of these maps.
+      size: (H, W) of the result.
+      sigma: of the blur, see `maps.resize_map`.
+      compress: takes the inverse hyperbolic sine of each value: typical values do not change, and
+        outliers contribute their logarithm, so that no scale and no location dominates.
+    """
+    standard = [
+        (m - mean) / std
+        for m, mean, std in zip(maps, calibration.scale_mean, calibration.scale_std, strict=True)
+    ]
+    standard = [resize_map(jnp.arcsinh(m) if compress else m, size, sigma) for m in standard]
+    return sum(standard, start=jnp.zeros(())) / len(standard)
+
+
+def _score_maps(config, size, calibration, maps):
+    """Scores and anomaly maps from location maps, see `CalibratedScorer.score_maps`."""
+    anomaly_map = fuse(maps, calibration, size, config.map.sigma, config.map.compress)
+    if config.score.form == "top_k":
+        return top_mean(anomaly_map, config.score.top_k), anomaly_map
+    windows = jnp.stack([window_maxima(m).mean(-1) for m in maps], axis=-1)  # [B, maps]
+    return ((windows - calibration.window_mean) / calibration.peak_std).mean(-1), anomaly_map
+
+
+def score_locations(config, locate, size, state, batch):
+    """Scores [B] and anomaly maps [B, *size] of a batch, given (variables, calibration)."""
+    variables, calibration = state
+    return _score_maps(config, size, calibration, locate(config, variables, batch))
+
+
+@dataclasses.dataclass(frozen=True)
+class LocationScorer(CompiledScorer):
+    """Base of scorers that combine the calibrated energies of locations."""
+
+    # (config, variables, (features, valid)) -> energies [B, h, w] of each map
+    locate: ClassVar[Callable]
+    config: ConfigDict  # filled
+    variables: Any  # tree of arrays
+    calibration: Calibration
+
+    def arrays(self) -> tuple[Any, Calibration]:
+        """Variables and calibration."""
+        return self.variables, self.calibration
+
+    def score(
+        self,
+        features: Features,
+        valid: np.ndarray | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores features, see `Scorer.score`."""
+        at = tuple(size or self.config.image_size)
+        run = self._program(score_locations, type(self).locate, at)
+        return run(self._state, (features, valid))
+
+    def location_maps(
+        self, features: Features, valid: np.ndarray | None = None
+    ) -> tuple[np.ndarray, ...]:
+        """Energies [B, h, w] of each map.
+
+        Scores and their calibration depend on features through these maps only.
+        """
+        return self._program(type(self).locate)(self._state[0], (features, valid))
+
+    def score_maps(self, maps: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and anomaly maps from location maps, see `CalibratedScorer.score_maps`."""
+        run = self._program(_score_maps, tuple(self.config.image_size))
+        return run(self.calibration, maps)
+
+    def recalibrated(self, maps: tuple[np.ndarray, ...]) -> Self:
+        """A copy with another calibration, see `CalibratedScorer.recalibrated`."""
+        calibration = calibrate_on(self.config, maps)
+        if len(maps[0]) < _FEW:  # too few for a standard deviation
+            calibration = calibration.replace(peak_std=self.calibration.peak_std)
+        return dataclasses.replace(self, calibration=calibration)
+
+
+def save_calibration(
+    config, directory: pathlib.Path, calibration: Calibration, arrays: dict[str, np.ndarray]
+) -> None:
+    """Saves a calibration with the arrays that depend on the same settings."""
+    write_arrays(_file(config, directory), dataclasses.asdict(calibration) | arrays)
+
+
+def load_calibration(config, directory: pathlib.Path) -> tuple[Calibration, dict[str, np.ndarray]]:
+    """Loads what `save_calibration` has saved.
+
+    Raises:
+      InputError: the file is missing, damaged or of another version.
+    """
+    file = _file(config, directory)
+    arrays = read_arrays(file) if file.exists() else {}
+    names = [field.name for field in dataclasses.fields(Calibration)]
+    if not arrays.keys() >= set(names):
+        raise InputError(
+            f"{file} is missing, or was written by another version of this package. Train again."
+        )
+    return Calibration(**{name: arrays.pop(name) for name in names}), arrays
+
+
+def _file(config, directory: pathlib.Path) -> pathlib.Path:
+    """File of a calibration, whose name depends on its settings.
+
+    Runs that share a training may differ in these settings.
+    """
+    settings = json.dumps([to_plain(config.map), to_plain(config.score)])
+    return directory / f"calibration_{zlib.crc32(settings.encode()):08x}.npz"

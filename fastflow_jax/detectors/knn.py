@@ -1,0 +1,124 @@
+"""k-NN: distance of whitened features to those of normal images, without any training.
+
+The null hypothesis for a trained density: features are whitened by the statistics of the training
+images (`extract.channel_statistics`), a memory bank keeps random ones of each scale, and the energy
+of a location is its squared distance to the nearest, per channel. Nearest-neighbour search on
+patch features is the idea of Cohen & Hoshen, SPADE (arXiv 2005.02357) and of Roth et al., PatchCore
+(arXiv 2106.08265); whitening before it is that of Rippel, Mertens & Merhof, Modeling the
+Distribution of Normal Data in Pre-Trained Deep Features for Anomaly Detection (arXiv 2005.14140).
+The scales are calibrated and combined as those of FastFlow, so that figures differ in the density
+only.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from fastflow_jax.detectors.base import Method, compiled
+from fastflow_jax.detectors.calibration import (
+    LocationScorer,
+    calibrate,
+    load_calibration,
+    save_calibration,
+)
+from fastflow_jax.detectors.fastflow import bank
+from fastflow_jax.detectors.fastflow.scorer import layers
+from fastflow_jax.detectors.nearest import nearest, nearest_squared_distances
+from fastflow_jax.features.extract import inside, without_padding
+from fastflow_jax.files import read_arrays, write_arrays
+from fastflow_jax.training.context import FitContext
+
+_FILE = "checkpoints/knn.npz"
+
+
+def fit(context: FitContext) -> "KnnScorer":
+    """Whitens the training features, draws the banks, and calibrates on the held-out images."""
+    config, file = context.config, context.directory / _FILE
+    statistics = context.train.statistics("whiten")
+    variables = {f"{k}_{i}": s[k] for i, s in enumerate(statistics.values()) for k in s}
+    run = compiled(_entries, FrozenConfigDict(config))
+    banks = bank.draw(
+        lambda *batch: run(variables, batch),
+        context.train,
+        config.knn.points,
+        config.batch_size,
+        context.seed,
+    )
+    variables |= {f"bank_{i}": rows for i, rows in enumerate(banks)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_arrays(file, variables)
+    calibration = calibrate(
+        _locate, config, variables, context.holdout, context.holdout_valid, maps=len(banks)
+    )
+    save_calibration(config, context.directory, calibration, {})
+    return KnnScorer(config, variables, calibration)
+
+
+def load(config, shapes, directory: pathlib.Path) -> "KnnScorer":
+    """Loads the scorer that `fit` has saved, see `Method.load`."""
+    calibration, _ = load_calibration(config, directory)
+    return KnnScorer(config, read_arrays(directory / _FILE), calibration)
+
+
+def _entries(config, variables, batch) -> tuple[jax.Array, ...]:
+    """Whitened features [B, h, w, C] of each scale, averaged over 3x3 locations if asked for."""
+    features, valid = batch
+    entries = []
+    for i, x in enumerate(features):
+        y = (x.astype(jnp.float32) - variables[f"mean_{i}"]) @ variables[f"whitening_{i}"]
+        if config.knn.average:
+            y = bank.entries(y, None if valid is None else inside(valid, x.shape[1:3]))
+        entries.append(y)
+    return tuple(entries)
+
+
+def _locate(config, variables, batch) -> tuple[jax.Array, ...]:
+    """Energies of locations, see `LocationScorer.locate`."""
+    maps = []
+    for i, y in enumerate(_entries(config, variables, batch)):
+        energy = _mean_squares(config, y, variables[f"bank_{i}"]) / y.shape[-1]
+        if (valid := batch[1]) is not None:
+            energy = without_padding(energy, inside(valid, y.shape[1:3]))
+        maps.append(energy)
+    return tuple(maps)
+
+
+def _mean_squares(config, y: jax.Array, rows: jax.Array) -> jax.Array:
+    """Mean squared distance of [B, h, w, C] to the nearest rows of a bank [M, C], [B, h, w]."""
+    k = min(config.knn.neighbours, len(rows))
+    if k == 1:
+        return nearest_squared_distances(y, rows)
+    search = functools.partial(nearest, bank=jnp.asarray(rows, jnp.float32), k=k)
+    # One image at a time: the distances of all images would need much memory.
+    distances, _ = jax.lax.map(search, y.reshape(len(y), -1, y.shape[-1]))
+    return jnp.mean(distances**2, -1).reshape(y.shape[:3])
+
+
+@dataclasses.dataclass(frozen=True)
+class KnnScorer(LocationScorer):
+    """Scores by distances to the banks; `variables` hold them and the whitening."""
+
+    locate = staticmethod(_locate)
+    config: ConfigDict
+    variables: dict[str, np.ndarray]
+
+
+METHOD = Method(
+    fit=fit,
+    load=load,
+    layers=layers,
+    fields={
+        "knn": {
+            "points": 10_000,  # approximate size of the bank of each scale
+            "neighbours": 1,  # nearest rows, whose mean squared distance is the energy
+            "average": False,  # averages whitened features over 3x3 locations, on fine maps
+        }
+    },
+    reads=("knn", "map.standardise", "map.compress", "score"),
+    bounds={"knn.points": (1, 10**7), "knn.neighbours": (1, 1000)},
+)

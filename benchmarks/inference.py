@@ -35,6 +35,7 @@ from peer import Peer
 from fastflow_jax.detector import Detector
 from fastflow_jax.detectors.calibration import fuse
 from fastflow_jax.detectors.fastflow.model import location_energies
+from fastflow_jax.detectors.fastflow.scorer import calibrated
 from fastflow_jax.detectors.maps import top_mean
 
 BACKBONES = (

@@ -109,6 +109,7 @@ class KnnScorer(LocationScorer):
 
 
 METHOD = Method(
+    title="Whitened k-NN",
     fit=fit,
     load=load,
     layers=layers,
@@ -120,5 +121,6 @@ METHOD = Method(
         }
     },
     reads=("knn", "map.standardise", "map.compress", "score"),
+    scoring=("knn.neighbours",),
     bounds={"knn.points": (1, 10**7), "knn.neighbours": (1, 1000)},
 )

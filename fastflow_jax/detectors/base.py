@@ -22,6 +22,8 @@ from fastflow_jax.training.context import FitContext
 DETECTORS = {
     "fastflow": "fastflow_jax.detectors.fastflow.scorer",
     "knn": "fastflow_jax.detectors.knn",
+    "gaussian": "fastflow_jax.detectors.gaussian",
+    "subspace": "fastflow_jax.detectors.subspace",
     "patchcore": "fastflow_jax.detectors.patchcore",
     "spade": "fastflow_jax.detectors.spade",
     "cflow": "fastflow_jax.detectors.cflow",

@@ -6,7 +6,7 @@ import json
 import pathlib
 import zlib
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import flax.struct
 import jax
@@ -19,6 +19,7 @@ from fastflow_jax.detectors.maps import resize_map, top_mean, window_maxima
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.extract import Features, in_batches
 from fastflow_jax.files import read_arrays, to_plain, write_arrays
+from fastflow_jax.training.context import FitContext
 
 _FEW = 4  # held-out images; fewer do not give a standard deviation
 # Of energies; held-out images that are copies of training images are in the bank.
@@ -179,6 +180,36 @@ class LocationScorer(CompiledScorer):
         if len(maps[0]) < _FEW:  # too few for a standard deviation
             calibration = calibration.replace(peak_std=self.calibration.peak_std)
         return dataclasses.replace(self, calibration=calibration)
+
+
+S = TypeVar("S", bound=LocationScorer)
+_VARIABLES = "checkpoints/variables.npz"
+
+
+def finish_fit(
+    scorer: type[S], context: FitContext, variables: dict[str, np.ndarray], *, maps: int
+) -> S:
+    """Saves the variables of a detector without gradients, calibrates it, and returns its scorer.
+
+    Args:
+      scorer: class of the scorer.
+      context: of the fit.
+      variables: arrays of the detector, by name.
+      maps: number of maps that `scorer.locate` returns.
+    """
+    config, file = context.config, context.directory / _VARIABLES
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_arrays(file, variables)
+    held_out = context.holdout, context.holdout_valid
+    calibration = calibrate(scorer.locate, config, variables, *held_out, maps=maps)
+    save_calibration(config, context.directory, calibration, {})
+    return scorer(config, variables, calibration)
+
+
+def load_scorer(scorer: type[S], config, directory: pathlib.Path) -> S:
+    """Loads what `finish_fit` has saved."""
+    calibration, _ = load_calibration(config, directory)
+    return scorer(config, read_arrays(directory / _VARIABLES), calibration)
 
 
 def save_calibration(

@@ -20,25 +20,17 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from fastflow_jax.detectors.base import Method, compiled
-from fastflow_jax.detectors.calibration import (
-    LocationScorer,
-    calibrate,
-    load_calibration,
-    save_calibration,
-)
+from fastflow_jax.detectors.calibration import LocationScorer, finish_fit, load_scorer
 from fastflow_jax.detectors.fastflow import bank
 from fastflow_jax.detectors.fastflow.scorer import layers
 from fastflow_jax.detectors.nearest import nearest, nearest_squared_distances
 from fastflow_jax.features.extract import inside, without_padding
-from fastflow_jax.files import read_arrays, write_arrays
 from fastflow_jax.training.context import FitContext
-
-_FILE = "checkpoints/knn.npz"
 
 
 def fit(context: FitContext) -> "KnnScorer":
     """Whitens the training features, draws the banks, and calibrates on the held-out images."""
-    config, file = context.config, context.directory / _FILE
+    config = context.config
     statistics = context.train.statistics("whiten")
     variables = {f"{k}_{i}": s[k] for i, s in enumerate(statistics.values()) for k in s}
     run = compiled(_entries, FrozenConfigDict(config))
@@ -50,19 +42,12 @@ def fit(context: FitContext) -> "KnnScorer":
         context.seed,
     )
     variables |= {f"bank_{i}": rows for i, rows in enumerate(banks)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_arrays(file, variables)
-    calibration = calibrate(
-        _locate, config, variables, context.holdout, context.holdout_valid, maps=len(banks)
-    )
-    save_calibration(config, context.directory, calibration, {})
-    return KnnScorer(config, variables, calibration)
+    return finish_fit(KnnScorer, context, variables, maps=len(context.train.shapes))
 
 
 def load(config, shapes, directory: pathlib.Path) -> "KnnScorer":
     """Loads the scorer that `fit` has saved, see `Method.load`."""
-    calibration, _ = load_calibration(config, directory)
-    return KnnScorer(config, read_arrays(directory / _FILE), calibration)
+    return load_scorer(KnnScorer, config, directory)
 
 
 def _entries(config, variables, batch) -> tuple[jax.Array, ...]:

@@ -264,38 +264,62 @@ def channel_statistics(parts: Iterable[Part], norm: str) -> dict:
 
     Returns:
       The collection "statistics" of `model.FastFlow`, float32. Per scale: "mean" [C], and either
-      "std" [C], which is at least 1/20 of its median over the channels, or "whitening" [C, C], the
-      symmetric (ZCA) whitening matrix. Before whitening, half of the mean variance is added to the
-      variance of each direction, as noise would be amplified in directions of low variance.
+      "std" [C], which is at least 1/20 of its median over the channels, or "whitening" [C, C], see
+      `whitening`.
 
     Raises:
       InputError: features are not finite.
     """
     if norm not in ("whiten", "standardise"):
         return {}
+    statistics = {}
+    for i, (mean, covariance) in enumerate(channel_moments(parts)):
+        if norm == "standardise":
+            scale = {"std": _floored(np.sqrt(np.diag(covariance)))}
+        else:
+            scale = {"whitening": whitening(covariance)}
+        statistics[f"norm_{i}"] = {k: np.float32(v) for k, v in {"mean": mean, **scale}.items()}
+    return statistics
+
+
+def channel_moments(parts: Iterable[Part]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Mean [C] and covariance [C, C] of the training features of each scale, float64.
+
+    Args:
+      parts: features of some images each, and their padding masks.
+
+    Raises:
+      InputError: features are not finite.
+    """
     moments: list[_Moments] = []
     for maps, valid in parts:
         moments = moments or [_Moments(m[0].mean((0, 1), dtype=np.float64)) for m in maps]
         for moment, m in zip(moments, maps, strict=True):
             moment.add(m if valid is None else m[np.asarray(inside(valid, m.shape[1:3]))])
-    statistics = {}
-    for i, moment in enumerate(moments):
-        mean, covariance = moment.result()
-        if not np.isfinite(covariance).all():
-            raise InputError(
-                "Features of the training images are not finite numbers. Check that the weights of "
-                "the backbone are undamaged and belong to its architecture."
-            )
-        std = _floored(np.sqrt(np.diag(covariance)))
-        if norm == "standardise":
-            scale = {"std": std}
-        else:
-            values, vectors = np.linalg.eigh(covariance / np.outer(std, std))
-            # The mean is 0 if all channels are constant.
-            root = vectors / np.sqrt(values.clip(0) + _SHRINKAGE * (values.mean() or 1.0))
-            scale = {"whitening": (root @ vectors.T) / std[:, None]}
-        statistics[f"norm_{i}"] = {k: np.float32(v) for k, v in {"mean": mean, **scale}.items()}
-    return statistics
+    results = [moment.result() for moment in moments]
+    if not all(np.isfinite(covariance).all() for _, covariance in results):
+        raise InputError(
+            "Features of the training images are not finite numbers. Check that the weights of "
+            "the backbone are undamaged and belong to its architecture."
+        )
+    return results
+
+
+def whitening(covariance: np.ndarray, shrinkage: float = _SHRINKAGE) -> np.ndarray:
+    """Symmetric (ZCA) whitening matrix [C, C] of standardised channels.
+
+    A part of the mean variance is added to the variance of each direction, because noise would be
+    amplified in directions of low variance.
+
+    Args:
+      covariance: [C, C].
+      shrinkage: that part, half by default.
+    """
+    std = _floored(np.sqrt(np.diag(covariance)))
+    values, vectors = np.linalg.eigh(covariance / np.outer(std, std))
+    # The mean is 0 if all channels are constant.
+    root = vectors / np.sqrt(values.clip(0) + shrinkage * (values.mean() or 1.0))
+    return (root @ vectors.T) / std[:, None]
 
 
 def _floored(std: np.ndarray) -> np.ndarray:

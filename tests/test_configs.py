@@ -346,11 +346,8 @@ def test_detectors_side_by_side(screws, run_config):
 def test_compared_detectors_see_the_same_maps_and_their_own():
     runs = variants(fill(load("compare", "elpv/mono")))
     layers = {name: run.layers for name, run in runs.items()}
-    same = [
-        layers[name]
-        for name in ("fastflow", "knn", "gaussian", "subspace", "patchcore", "spade", "cflow")
-    ]
-    assert len(set(same)) == 1
+    assert len({maps for name, maps in layers.items() if "own" not in name}) == 1
+    assert len(layers) == 10
     strides = {
         name: [find_spec(run.backbone).maps[layer][1] for layer in run.layers]
         for name, run in runs.items()
@@ -364,15 +361,6 @@ def test_compared_detectors_see_the_same_maps_and_their_own():
 
 def test_no_configuration_is_left_out():
     tested = {"ablations", "btad", "cifar10", "demo", "folder", "mvtec", "reference", "synthetic"}
-    tested |= {
-        "knn",
-        "gaussian",
-        "subspace",
-        "patchcore",
-        "spade",
-        "cflow",
-        "vae",
-        "gan",
-        "compare",
-    }
+    tested |= {"patchcore", "spade", "cflow", "vae", "gan", "knn", "gaussian", "subspace"}
+    tested |= {"compare"}
     assert tested == {path.stem for path in CONFIGS}

@@ -1,17 +1,12 @@
 """k-NN: distance of whitened features to those of normal images, without any training.
 
-The null hypothesis for a trained density: features are whitened by the statistics of the training
-images (`extract.channel_statistics`), a memory bank keeps random ones of each scale, and the energy
-of a location is its squared distance to the nearest, per channel. Nearest-neighbour search on
-patch features is the idea of Cohen & Hoshen, SPADE (arXiv 2005.02357) and of Roth et al., PatchCore
-(arXiv 2106.08265); whitening before it is that of Rippel, Mertens & Merhof, Modeling the
-Distribution of Normal Data in Pre-Trained Deep Features for Anomaly Detection (arXiv 2005.14140).
-The scales are calibrated and combined as those of FastFlow, so that figures differ in the density
-only.
+The null hypothesis for a trained density. A memory bank keeps random features of each scale; the
+energy of a location is its squared distance to the nearest, per channel. Nearest patch features are
+the idea of SPADE (arXiv 2005.02357) and PatchCore (arXiv 2106.08265), whitening that of Rippel et
+al. (arXiv 2005.14140). Everything but the energies is as in FastFlow.
 """
 
 import dataclasses
-import functools
 import pathlib
 
 import jax
@@ -34,13 +29,8 @@ def fit(context: FitContext) -> "KnnScorer":
     statistics = context.train.statistics("whiten")
     variables = {f"{k}_{i}": s[k] for i, s in enumerate(statistics.values()) for k in s}
     run = compiled(_entries, FrozenConfigDict(config))
-    banks = bank.draw(
-        lambda *batch: run(variables, batch),
-        context.train,
-        config.knn.points,
-        config.batch_size,
-        context.seed,
-    )
+    size = config.knn.points, config.batch_size
+    banks = bank.draw(lambda *b: run(variables, b), context.train, *size, context.seed)
     variables |= {f"bank_{i}": rows for i, rows in enumerate(banks)}
     return finish_fit(KnnScorer, context, variables, maps=len(context.train.shapes))
 
@@ -56,9 +46,8 @@ def _entries(config, variables, batch) -> tuple[jax.Array, ...]:
     entries = []
     for i, x in enumerate(features):
         y = (x.astype(jnp.float32) - variables[f"mean_{i}"]) @ variables[f"whitening_{i}"]
-        if config.knn.average:
-            y = bank.entries(y, None if valid is None else inside(valid, x.shape[1:3]))
-        entries.append(y)
+        seen = None if valid is None else inside(valid, x.shape[1:3])
+        entries.append(bank.entries(y, seen) if config.knn.average else y)
     return tuple(entries)
 
 
@@ -78,9 +67,11 @@ def _mean_squares(config, y: jax.Array, rows: jax.Array) -> jax.Array:
     k = min(config.knn.neighbours, len(rows))
     if k == 1:
         return nearest_squared_distances(y, rows)
-    search = functools.partial(nearest, bank=jnp.asarray(rows, jnp.float32), k=k)
-    # One image at a time: the distances of all images would need much memory.
-    distances, _ = jax.lax.map(search, y.reshape(len(y), -1, y.shape[-1]))
+    rows = jnp.asarray(rows, jnp.float32)
+    # One image at a time, because the distances of all need much memory.
+    distances = jax.lax.map(
+        lambda one: nearest(one, rows, k)[0], y.reshape(len(y), -1, y.shape[-1])
+    )
     return jnp.mean(distances**2, -1).reshape(y.shape[:3])
 
 

@@ -13,7 +13,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from fastflow_jax.detectors.base import Method
 from fastflow_jax.detectors.calibration import LocationScorer, finish_fit, load_scorer
@@ -56,8 +55,6 @@ class GaussianScorer(LocationScorer):
     """Scores by Mahalanobis distances; `variables` hold the means and whitening matrices."""
 
     locate = staticmethod(_locate)
-    config: ConfigDict
-    variables: dict[str, np.ndarray]
 
 
 METHOD = Method(

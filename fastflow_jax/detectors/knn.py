@@ -11,8 +11,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import FrozenConfigDict
 
 from fastflow_jax.detectors.base import Method, compiled
 from fastflow_jax.detectors.calibration import LocationScorer, finish_fit, load_scorer
@@ -80,8 +79,6 @@ class KnnScorer(LocationScorer):
     """Scores by distances to the banks; `variables` hold them and the whitening."""
 
     locate = staticmethod(_locate)
-    config: ConfigDict
-    variables: dict[str, np.ndarray]
 
 
 METHOD = Method(

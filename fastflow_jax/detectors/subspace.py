@@ -11,7 +11,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from fastflow_jax.detectors.base import Method
 from fastflow_jax.detectors.calibration import LocationScorer, finish_fit, load_scorer
@@ -66,8 +65,6 @@ class SubspaceScorer(LocationScorer):
     """Scores by residuals; `variables` hold the means and the bases of the residual spaces."""
 
     locate = staticmethod(_locate)
-    config: ConfigDict
-    variables: dict[str, np.ndarray]
 
 
 METHOD = Method(

@@ -28,7 +28,7 @@ def fit(context: FitContext) -> "GaussianScorer":
     for i, (mean, covariance) in enumerate(channel_moments(context.train.parts())):
         variables[f"mean_{i}"] = mean.astype(np.float32)
         matrix = whitening(covariance, config.gaussian.shrinkage)
-        variables[f"whitening_{i}"] = matrix.astype(np.float32)
+        variables[f"matrix_{i}"] = matrix.astype(np.float32)
     return finish_fit(GaussianScorer, context, variables, maps=len(context.train.shapes))
 
 
@@ -37,13 +37,16 @@ def load(config, shapes, directory: pathlib.Path) -> "GaussianScorer":
     return load_scorer(GaussianScorer, config, directory)
 
 
-def _locate(config, variables, batch) -> tuple[jax.Array, ...]:
-    """Squared Mahalanobis distances per channel, see `LocationScorer.locate`."""
+def locate(config, variables, batch) -> tuple[jax.Array, ...]:
+    """Squared norms of projected features over the number of channels, see `LocationScorer.locate`.
+
+    The projection of a scale is (x - mean) @ matrix.
+    """
     features, valid = batch
     maps = []
     for i, x in enumerate(features):
-        y = (x.astype(jnp.float32) - variables[f"mean_{i}"]) @ variables[f"whitening_{i}"]
-        energy = jnp.mean(y**2, -1)
+        y = (x.astype(jnp.float32) - variables[f"mean_{i}"]) @ variables[f"matrix_{i}"]
+        energy = jnp.sum(y**2, -1) / x.shape[-1]
         if valid is not None:
             energy = without_padding(energy, inside(valid, x.shape[1:3]))
         maps.append(energy)
@@ -54,7 +57,7 @@ def _locate(config, variables, batch) -> tuple[jax.Array, ...]:
 class GaussianScorer(LocationScorer):
     """Scores by Mahalanobis distances; `variables` hold the means and whitening matrices."""
 
-    locate = staticmethod(_locate)
+    locate = staticmethod(locate)
 
 
 METHOD = Method(

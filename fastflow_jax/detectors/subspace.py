@@ -8,14 +8,13 @@ Here of each scale, per channel; feature maps, calibration and image score are t
 import dataclasses
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fastflow_jax.detectors.base import Method
 from fastflow_jax.detectors.calibration import LocationScorer, finish_fit, load_scorer
 from fastflow_jax.detectors.fastflow.scorer import layers
-from fastflow_jax.features.extract import channel_moments, inside, without_padding
+from fastflow_jax.detectors.gaussian import locate
+from fastflow_jax.features.extract import channel_moments
 from fastflow_jax.training.context import FitContext
 
 
@@ -25,7 +24,7 @@ def fit(context: FitContext) -> "SubspaceScorer":
     variables = {}
     for i, (mean, covariance) in enumerate(channel_moments(context.train.parts())):
         variables[f"mean_{i}"] = mean.astype(np.float32)
-        variables[f"residual_{i}"] = residual_basis(covariance, config.subspace.variance)
+        variables[f"matrix_{i}"] = residual_basis(covariance, config.subspace.variance)
     return finish_fit(SubspaceScorer, context, variables, maps=len(context.train.shapes))
 
 
@@ -47,24 +46,11 @@ def load(config, shapes, directory: pathlib.Path) -> "SubspaceScorer":
     return load_scorer(SubspaceScorer, config, directory)
 
 
-def _locate(config, variables, batch) -> tuple[jax.Array, ...]:
-    """Squared residuals per channel, see `LocationScorer.locate`."""
-    features, valid = batch
-    maps = []
-    for i, x in enumerate(features):
-        y = (x.astype(jnp.float32) - variables[f"mean_{i}"]) @ variables[f"residual_{i}"]
-        energy = jnp.sum(y**2, -1) / x.shape[-1]
-        if valid is not None:
-            energy = without_padding(energy, inside(valid, x.shape[1:3]))
-        maps.append(energy)
-    return tuple(maps)
-
-
 @dataclasses.dataclass(frozen=True)
 class SubspaceScorer(LocationScorer):
     """Scores by residuals; `variables` hold the means and the bases of the residual spaces."""
 
-    locate = staticmethod(_locate)
+    locate = staticmethod(locate)
 
 
 METHOD = Method(

@@ -152,7 +152,7 @@ def is_augmented(config) -> bool:
 def feature_fingerprint(config, seed: int) -> str:
     """Every setting that affects the features of an image. Runs with equal ones share features.
 
-    The seed counts only for random weights, of which each seed has its own.
+    The seed counts only for random weights, which differ between seeds.
     """
     plain = to_plain(config)
     fields = ("backbone", "layers", "weights", "image_size", "length_power", "feature_dtype")

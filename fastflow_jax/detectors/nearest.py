@@ -1,9 +1,16 @@
-"""Nearest neighbours by Euclidean distance, in blocks of the bank to bound memory."""
+"""Nearest neighbours by Euclidean distance, and the choice of rows that represent many."""
+
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-_BLOCK = 4096  # rows of the bank at a time
+from fastflow_jax import parallel
+
+_BLOCK = 4096  # rows of the bank at a time, to bound memory
+_PICKS = 64  # points of a coreset that are chosen between two passes over all rows
+_CANDIDATES = 4096  # rows that they are chosen from
 
 
 def nearest(
@@ -46,6 +53,68 @@ def nearest(
     (found, index), _ = jax.lax.scan(body, none, jnp.arange(0, m, size))
     exact = jnp.linalg.norm(queries[:, None] - bank[index], axis=-1)
     return jnp.where(jnp.isinf(found), jnp.inf, exact), index
+
+
+def k_center(rows: np.ndarray, n: int, start: int) -> Iterator[np.ndarray]:
+    """Greedy k-center: repeatedly chooses the row farthest from the chosen rows.
+
+    Exact (up to ties), and faster than a pass over all rows for each point: distances to the chosen
+    rows only decrease. While the farthest of some candidates, whose distances are up to date, is
+    farther than every other row was at the last pass, it is the farthest row. Algorithm 1 of
+    PatchCore (arXiv 2106.08265), after Sener and Savarese (arXiv 1708.00489).
+
+    Args:
+      rows: [N, C], float32; they are spread over the devices.
+      n: number of rows to choose, up to N.
+      start: index of the first row.
+
+    Yields:
+      Indices of the next rows, the start first.
+    """
+    missing = -len(rows) % parallel.n_own_devices()
+    padded = np.pad(rows - rows.mean(0), ((0, missing), (0, 0)))
+    squares = parallel.split(np.sum(padded**2, axis=1))
+    # Padding and chosen rows have the distance -1, so that they are never the farthest.
+    far = parallel.split(np.where(np.arange(len(padded)) < len(rows), np.inf, -1.0).astype("f"))
+    rows = parallel.split(padded)
+    far = _update(rows, squares, far, jnp.full(1, start))
+    yield np.array([start])
+    left = n - 1
+    while left:
+        far, picked, count = _pick(rows, squares, far, min(left, _PICKS))
+        yield np.asarray(picked)[: int(count)]
+        left -= int(count)
+
+
+@jax.jit
+def _pick(rows, squares, far, most):
+    """Chooses 1 to `most` points; returns the updated `far`, the points [_PICKS], their count."""
+    bounds, index = jax.lax.top_k(far, min(_CANDIDATES, len(far)))
+    candidates = rows[index]
+    others = bounds[-1] if len(index) < len(far) else -jnp.inf
+
+    def goes_on(state):
+        count, far, _ = state
+        return (count < most) & ((count == 0) | (far.max() > others))
+
+    def body(state):
+        count, far, picked = state
+        i = far.argmax()
+        far = jnp.minimum(far, jnp.sum((candidates - candidates[i]) ** 2, axis=1)).at[i].set(-1)
+        return count + 1, far, picked.at[count].set(index[i])
+
+    picked = jnp.full(_PICKS, index[0])
+    count, _, picked = jax.lax.while_loop(goes_on, body, (0, bounds, picked))
+    return _update(rows, squares, far, picked), picked, count
+
+
+@jax.jit
+def _update(rows, squares, far, picked):
+    """Squared distances [N] to the chosen rows, including those at `picked`."""
+    points = rows[picked]
+    products = jnp.matmul(rows, points.T, precision="highest")
+    distances = squares[:, None] - 2 * products + squares[picked]
+    return jnp.minimum(far, distances.min(1).clip(0)).at[picked].set(-1)
 
 
 def nearest_squared_distances(vectors: jax.Array, bank: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ from fastflow_jax import parallel
 from fastflow_jax.backbones import deepest_maps
 from fastflow_jax.detectors.base import CompiledScorer, Method
 from fastflow_jax.detectors.maps import resize_map
-from fastflow_jax.detectors.nearest import nearest
+from fastflow_jax.detectors.nearest import k_center, nearest
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.extract import Features, inside, without_padding
 from fastflow_jax.files import read_arrays, write_arrays
@@ -37,8 +37,6 @@ from fastflow_jax.training.context import FitContext
 from fastflow_jax.training.loop import Interrupted, signalled, signals_set_a_flag
 
 _BANK = "checkpoints/bank.npz"
-_PICKS = 64  # points of a coreset that are chosen between two passes over all rows
-_CANDIDATES = 4096  # rows that they are chosen from
 
 
 def layers(config: ConfigDict, spec: Any) -> tuple[str, ...]:
@@ -184,67 +182,6 @@ def embed(
         size = (len(m), *grid, kernel.shape[-1])
         total += jax.image.resize(patches, size, "bilinear", antialias=False)
     return total, jnp.ones(total.shape[:3], bool) if valid is None else inside(valid, grid)
-
-
-def k_center(rows: np.ndarray, n: int, start: int) -> Iterator[np.ndarray]:
-    """Greedy k-center: repeatedly chooses the row farthest from the chosen rows (algorithm 1).
-
-    Exact (up to ties), and faster than a pass over all rows for each point: distances to the chosen
-    rows only decrease. While the farthest of some candidates, whose distances are up to date, is
-    farther than every other row was at the last pass, it is the farthest row.
-
-    Args:
-      rows: [N, C], float32; they are spread over the devices.
-      n: number of rows to choose, up to N.
-      start: index of the first row.
-
-    Yields:
-      Indices of the next rows, the start first.
-    """
-    missing = -len(rows) % parallel.n_own_devices()
-    padded = np.pad(rows - rows.mean(0), ((0, missing), (0, 0)))
-    squares = parallel.split(np.sum(padded**2, axis=1))
-    # Padding and chosen rows have the distance -1, so that they are never the farthest.
-    far = parallel.split(np.where(np.arange(len(padded)) < len(rows), np.inf, -1.0).astype("f"))
-    rows = parallel.split(padded)
-    far = _update(rows, squares, far, jnp.full(1, start))
-    yield np.array([start])
-    left = n - 1
-    while left:
-        far, picked, count = _pick(rows, squares, far, min(left, _PICKS))
-        yield np.asarray(picked)[: int(count)]
-        left -= int(count)
-
-
-@jax.jit
-def _pick(rows, squares, far, most):
-    """Chooses 1 to `most` points; returns the updated `far`, the points [_PICKS], their count."""
-    bounds, index = jax.lax.top_k(far, min(_CANDIDATES, len(far)))
-    candidates = rows[index]
-    others = bounds[-1] if len(index) < len(far) else -jnp.inf
-
-    def goes_on(state):
-        count, far, _ = state
-        return (count < most) & ((count == 0) | (far.max() > others))
-
-    def body(state):
-        count, far, picked = state
-        i = far.argmax()
-        far = jnp.minimum(far, jnp.sum((candidates - candidates[i]) ** 2, axis=1)).at[i].set(-1)
-        return count + 1, far, picked.at[count].set(index[i])
-
-    picked = jnp.full(_PICKS, index[0])
-    count, _, picked = jax.lax.while_loop(goes_on, body, (0, bounds, picked))
-    return _update(rows, squares, far, picked), picked, count
-
-
-@jax.jit
-def _update(rows, squares, far, picked):
-    """Squared distances [N] to the chosen rows, including those at `picked`."""
-    points = rows[picked]
-    products = jnp.matmul(rows, points.T, precision="highest")
-    distances = squares[:, None] - 2 * products + squares[picked]
-    return jnp.minimum(far, distances.min(1).clip(0)).at[picked].set(-1)
 
 
 def weights(patches: jax.Array, rows: jax.Array, bank: jax.Array, k: int) -> jax.Array:

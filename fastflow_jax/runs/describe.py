@@ -50,9 +50,9 @@ def describe(config) -> str:
             _numbers(variables["params"].get(name, {})) for name in (f"flow_{i}", f"norm_{i}")
         )
         lines.append(f"{layer:<12}{shape:>16}{spec.maps[layer][1]:>8}{numbers:>14,}")
-    # Each location of a map is compared with all latents of the bank.
-    compared = config.map.bank * sum(math.prod(m.shape) for m in maps)
-    banked = config.map.bank * sum(m.shape[-1] for m in maps)
+    # Each location of a map is compared with all rows of two banks.
+    compared = 2 * config.map.bank * sum(math.prod(m.shape) for m in maps)
+    banked = 2 * config.map.bank * sum(m.shape[-1] for m in maps)
     rows = {
         "trainable parameters": f"{_numbers(variables['params']):,}",
         "frozen parameters (backbone)": f"{_numbers(backbone_variables):,}",

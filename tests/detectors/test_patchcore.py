@@ -9,12 +9,12 @@ from scipy.ndimage import gaussian_filter
 
 from fastflow_jax.backbones import BACKBONES, find_spec
 from fastflow_jax.config import default, fill
-from fastflow_jax.detectors import patchcore
+from fastflow_jax.detectors import nearest, patchcore
+from fastflow_jax.detectors.nearest import k_center
 from fastflow_jax.detectors.patchcore import (
     PatchCoreScorer,
     embed,
     fit,
-    k_center,
     load,
     pooling_kernels,
     weights,
@@ -111,13 +111,13 @@ def test_a_single_map_can_be_used():
 
 @pytest.mark.parametrize(("n", "count"), [(501, 400), (6001, 200)])
 def test_the_coreset_equals_that_of_the_plain_algorithm(n, count, monkeypatch):
-    monkeypatch.setattr(patchcore, "_CANDIDATES", 128)  # so that they run out, too
-    patchcore._pick.clear_cache()
+    monkeypatch.setattr(nearest, "_CANDIDATES", 128)  # so that they run out, too
+    nearest._pick.clear_cache()
     centres = RNG.normal(size=(20, 12))
     rows = (centres[RNG.integers(20, size=n)] + 0.3 * RNG.normal(size=(n, 12)) + 5).astype("f")
     chosen = list(np.concatenate(list(k_center(rows, count, start=3))))
     assert chosen == greedy(rows.astype(np.float64), count, 3)
-    patchcore._pick.clear_cache()
+    nearest._pick.clear_cache()
 
 
 def test_the_coreset_of_a_worked_example():

@@ -6,6 +6,7 @@ Yu et al., FastFlow: Unsupervised Anomaly Detection and Localization via 2D Norm
 
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -87,6 +88,16 @@ class FastFlow(nn.Module):
             x = cut(i, norm(x)) if self.norm.startswith("layer") else norm(cut(i, x))
             latents.append(self.flow.clone(parent=self, name=f"flow_{i}")(x))
         return tuple(latents)
+
+
+def normalise(model: FastFlow, variables: dict, features: Sequence[jax.Array]) -> list[jax.Array]:
+    """Features [B, h, w, C] per scale after the norm: the inputs of the flows."""
+
+    def of_scale(i, x):
+        own = {k: tree[f"norm_{i}"] for k, tree in variables.items() if f"norm_{i}" in tree}
+        return cast(jax.Array, FeatureNorm(model.norm).apply(own, x.astype(jnp.float32)))
+
+    return [of_scale(i, x) for i, x in enumerate(features)]
 
 
 def invert(model: FastFlow, variables: dict, latents: Sequence[jax.Array]) -> tuple[jax.Array, ...]:

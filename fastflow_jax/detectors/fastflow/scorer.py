@@ -28,6 +28,7 @@ from fastflow_jax.detectors.fastflow.model import (
     invert,
     location_energies,
     negative_log_likelihood,
+    normalise,
     random_windows,
 )
 from fastflow_jax.detectors.nearest import nearest_squared_distances
@@ -44,6 +45,8 @@ from fastflow_jax.flows.coupling import half_channels
 from fastflow_jax.training.context import FitContext
 from fastflow_jax.training.loop import READS, load_variables, train_variables
 from fastflow_jax.training.step import Objective
+
+_BANKS = ("features", "latents")  # kinds of memory banks of each scale
 
 
 def layers(config: ConfigDict, spec: Any) -> tuple[str, ...]:
@@ -111,7 +114,7 @@ def fit(context: FitContext) -> "FastFlowScorer":
     config = context.config
 
     def scorer(variables: dict, seed: int) -> FastFlowScorer:
-        variables = with_banks(config, variables, context.train, seed)
+        variables = with_banks(config, variables, context.train, seed, label=context.label)
         return calibrated(config, variables, context.holdout, context.holdout_valid)
 
     nll = objective(config, context.train.statistics(config.flow.norm))
@@ -139,14 +142,23 @@ def calibrated(
     return FastFlowScorer(config, variables, calibration)
 
 
-def with_banks(config, variables, features: TrainingFeatures, seed: int) -> dict:
-    """Adds the collection "bank" to the variables of the flows: a bank per scale."""
+def with_banks(
+    config, variables, features: TrainingFeatures, seed: int, *, label: str = "train"
+) -> dict:
+    """Adds the collection "bank" to the variables of the flows: two banks per scale."""
     if not config.map.bank:
         return variables
-    run = compiled(_entries, FrozenConfigDict(config))
-    size = config.batch_size
-    banks = bank.draw(lambda *batch: run(variables, batch), features, config.map.bank, size, seed)
-    return variables | {"bank": {f"bank_{i}": rows for i, rows in enumerate(banks)}}
+    run = compiled(_vectors, FrozenConfigDict(config))
+    rows = bank.draw_coresets(
+        lambda *batch: run(variables, batch),
+        features,
+        config.map.bank,
+        config.batch_size,
+        seed,
+        label=f"{label}, memory banks",
+    )
+    names = [f"{kind}_{i}" for i in range(len(features.shapes)) for kind in _BANKS]
+    return variables | {"bank": dict(zip(names, rows, strict=True))}
 
 
 def flow_model(config) -> FastFlow:
@@ -224,11 +236,29 @@ def _apply(config, variables, features) -> Latents:
     return cast(Latents, flow_model(config).apply(variables, features))
 
 
-def _entries(config, variables, batch):
-    """The entries that banks are drawn from, [B, h, w, C] per scale."""
+def _vectors(config, variables, batch) -> tuple[jax.Array, ...]:
+    """The vectors [B, h, w, C] that banks are drawn from: `_BANKS` of each scale."""
     features, valid = batch
     latents = _apply(config, variables, features)
-    return tuple(bank.entries(z, _seen(valid, log_det)) for z, log_det in latents)
+    inputs = normalise(flow_model(config), variables, features)
+    compared = (_compared(x, z, valid) for x, (z, _) in zip(inputs, latents, strict=True))
+    return tuple(vectors[kind]() for vectors in compared for kind in _BANKS)
+
+
+def _compared(x: jax.Array, z: jax.Array, valid: jax.Array | None) -> dict[str, Callable]:
+    """The vectors [B, h, w, C] to compare with a bank of each kind.
+
+    Args:
+      x: normalised features [B, h, w, C].
+      z: their latents [B, h, w, C].
+      valid: bool [B, H, W], False in padding; None without padding.
+    """
+    return {
+        "features": lambda: x,
+        "latents": lambda: z,
+        # Saved detectors of earlier versions have these banks only.
+        "bank": lambda: bank.averaged(z, _seen(valid, z)),
+    }
 
 
 def _invert(config, state, batch):
@@ -239,29 +269,30 @@ def _locate(config, variables, batch) -> tuple[jax.Array, ...]:
     """Energies of locations, see `LocationScorer.locate`."""
     features, valid = batch
     maps, banks = [], variables.get("bank", {})
+    inputs = normalise(flow_model(config), variables, features)
     for i, (z, log_det) in enumerate(_apply(config, variables, features)):
-        seen = _seen(valid, log_det)
         score = functools.partial(location_energies, z, log_det, form=config.map.form)
         found = [score(log_det_weight=config.map.log_det)]
-        if banks:
-            squares = nearest_squared_distances(bank.entries(z, seen), banks[f"bank_{i}"])
-            # A mean over locations has no log-determinant.
-            found.append(score(log_det_weight=0.0, squares=squares))
+        for kind, vectors in _compared(inputs[i], z, valid).items():
+            if (rows := banks.get(f"{kind}_{i}")) is not None:
+                squares = nearest_squared_distances(vectors(), rows)
+                found.append(score(log_det_weight=0.0, squares=squares))
+        seen = _seen(valid, z)
         maps += found if seen is None else [without_padding(each, seen) for each in found]
     return tuple(maps)
 
 
-def _seen(valid: jax.Array | None, scores: jax.Array) -> jax.Array | None:
-    """`extract.inside` for energies [B, h, w]; None without padding."""
-    return None if valid is None else inside(valid, scores.shape[1:])
+def _seen(valid: jax.Array | None, maps: jax.Array) -> jax.Array | None:
+    """`extract.inside` for maps [B, h, w, C]; None without padding."""
+    return None if valid is None else inside(valid, maps.shape[1:3])
 
 
 @dataclasses.dataclass(frozen=True)
 class FastFlowScorer(LocationScorer):
-    """Scores by the energies of latents and by their distances to the banks.
+    """Scores by the energies of latents, and by distances of features and latents to the banks.
 
     `variables` are those of the flows, and the collection "bank" if there are banks. There is a map
-    per scale, each followed by that of its bank if there is one.
+    per scale, each followed by those of its banks if there are any.
     """
 
     locate = staticmethod(_locate)
@@ -310,7 +341,7 @@ METHOD = Method(
             "log_det": 0.1,  # weight of the log-determinant: 1 in a likelihood, 0 in the reference
             "standardise": True,  # divides scales by their standard deviation on held-out images
             "compress": True,  # reduces the weight of outliers, see `fuse`
-            "bank": 4000,  # latents of normal images that z is compared with, see `bank`; 0: none
+            "bank": 2000,  # rows of each memory bank, see `bank`; 0: no banks
         },
         "score": {
             "form": "windows",  # see `maps.window_maxima`; or "top_k"

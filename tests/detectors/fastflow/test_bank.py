@@ -1,11 +1,11 @@
-"""The bank of normal latents against scipy and float64."""
+"""Memory banks against scipy and float64."""
 
 import jax
 import numpy as np
 import pytest
 from scipy.ndimage import convolve
 
-from fastflow_jax.detectors.fastflow.bank import draw, entries
+from fastflow_jax.detectors.fastflow.bank import averaged, draw, draw_coresets
 from fastflow_jax.detectors.nearest import nearest_squared_distances
 from fastflow_jax.features.extract import cached_features
 
@@ -29,7 +29,7 @@ def test_means_exclude_padding(padded):
     seen = np.ones((2, 13, 12), bool)
     if padded:
         seen[0, :2] = seen[1, :, 11] = False
-    found = entries(z.astype(np.float32), seen if padded else None)
+    found = averaged(z.astype(np.float32), seen if padded else None)
     np.testing.assert_allclose(found, expected_means(z, seen), atol=1e-6)
 
 
@@ -39,13 +39,13 @@ def test_values_in_padding_do_not_affect_means():
     seen[:, :2] = False
     spoilt = z.copy()
     spoilt[:, :2] = 1e6
-    one, other = (entries(each, seen) for each in (z, spoilt))
+    one, other = (averaged(each, seen) for each in (z, spoilt))
     np.testing.assert_array_equal(one[:, 2:], other[:, 2:])
 
 
 def test_a_coarse_map_is_not_averaged():
     z = RNG.normal(size=(2, 11, 20, 3)).astype(np.float32)
-    np.testing.assert_array_equal(entries(z), z)
+    np.testing.assert_array_equal(averaged(z), z)
 
 
 @pytest.mark.parametrize("size", [1, 40, 5000])
@@ -140,3 +140,31 @@ def test_a_location_between_two_clusters_is_far_from_the_bank():
     far, near = (nearest_squared_distances(z, bank) for z in (between, normal))
     np.testing.assert_allclose(far, 9, atol=1e-5)
     np.testing.assert_allclose(near, 0, atol=1e-5)
+
+
+def covering_radius(rows, bank):
+    """Largest distance of a row to its nearest row of the bank."""
+    return np.linalg.norm(rows[:, None] - np.float64(bank), axis=-1).min(1).max()
+
+
+@pytest.mark.parametrize("channels", [3, 140])  # 140 are projected
+def test_a_coreset_covers_rare_regions(channels):
+    """Two of 2,000 locations are rare: a coreset of 20 has one of them, as Gonzalez' bound says."""
+    maps = RNG.normal(size=(20, 10, 10, channels)).astype(np.float32)
+    maps[3, 4, 4:6] += 50
+    training = cached_features((maps,))
+    (bank,) = draw_coresets(lambda m, _: m, training, 20, batch_size=8, seed=0, label="")
+    assert bank.shape == (20, channels)
+    assert bank.dtype == np.float16
+    assert len(np.unique(bank, axis=0)) == 20
+    rows = maps.reshape(-1, channels)
+    assert all(np.abs(rows - row).max(-1).min() < 0.05 for row in bank)  # they are rows, rounded
+    random = rows[np.random.default_rng(0).choice(len(rows), 20, replace=False)]
+    assert np.sum(bank.mean(-1) > 25) == 1
+    assert covering_radius(rows, bank) < 0.5 * covering_radius(rows, random)
+
+
+def test_a_coreset_of_few_rows_has_them_all():
+    training = cached_features(numbered(3, [(4, 4)]))
+    (bank,) = draw_coresets(lambda m, _: m, training, 48, batch_size=8, seed=0, label="")
+    assert len(np.unique(bank, axis=0)) == len(bank) == 48

@@ -196,28 +196,27 @@ def test_features_unlike_normal_ones_score_higher(setup):
     assert anomaly_map.dtype == jnp.float32
 
 
-def test_banks_add_a_map_to_each_scale(setup):
+def test_banks_add_two_maps_to_each_scale(setup):
     config, _, model, variables, _, features = setup
     config = config.copy_and_resolve_references()
     config.map.bank = 20
     banked = with_banks(config, variables, cached_features(features), seed=0)
     calibration = calibrated(config, banked, features).calibration
     scorer = FastFlowScorer(config, banked, calibration)
-    found = scorer.location_maps(tuple(m[:4] for m in features))
-    latents = jax.jit(model.apply)(variables, tuple(m[:4] for m in features))
-    assert len(found) == len(calibration.scale_mean) == 2 * len(latents)
+    tested = tuple(m[:4] for m in features)
+    found = scorer.location_maps(tested)
+    latents = jax.jit(model.apply)(variables, tested)
+    assert len(found) == len(calibration.scale_mean) == 3 * len(latents)
     for i, (z, log_det) in enumerate(latents):
         z, log_det = np.asarray(z, np.float64), np.asarray(log_det)
+        statistics = variables["statistics"][f"norm_{i}"]
+        x = (np.float64(tested[i]) - statistics["mean"]) @ np.float64(statistics["whitening"])
         expected = [(z**2).sum(-1) / 2 - 0.1 * log_det]
-        padded = np.pad(z, [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=np.nan)
-        around = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
-        bank = banked["bank"][f"bank_{i}"].astype(float)
-        assert 20 <= len(bank) < 20 + len(features[0])
-        weights = np.where(np.isnan(around), 0, np.outer([1, 2, 1], [1, 2, 1]))
-        means = np.nansum(around * weights, (-2, -1)) / weights.sum((-2, -1))
-        compared = means if i == 0 else z  # a map of 16x24, and one of 8x12: too coarse for means
-        expected.append(((compared[..., None, :] - bank) ** 2).sum(-1).min(-1) / 2)
-        for one, other in zip(found[2 * i : 2 * i + 2], expected, strict=True):
+        for kind, vectors in (("features", x), ("latents", z)):
+            bank = banked["bank"][f"{kind}_{i}"].astype(float)
+            assert len(bank) == 20
+            expected.append(((vectors[..., None, :] - bank) ** 2).sum(-1).min(-1) / 2)
+        for one, other in zip(found[3 * i : 3 * i + 3], expected, strict=True):
             np.testing.assert_allclose(one, other / z.shape[-1], atol=2e-4, rtol=1e-4)
 
 

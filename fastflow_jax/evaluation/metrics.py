@@ -172,7 +172,7 @@ def aupros(
     maps, masks = _check(maps, masks)
     if maps.ndim != 3:
         raise InputError(f"Anomaly maps have shape {maps.shape}. They must be [B, H, W].")
-    weights = _region_weights(masks)
+    weights = region_weights(masks)
     positives = maps[masks]
     negatives = maps[~masks if valid is None else valid & ~masks]
     if not len(positives) or not len(negatives):
@@ -241,7 +241,7 @@ def pixel_curves(
         sums = np.bincount(place, weights, minlength=len(thresholds) + 1)
         return np.cumsum(sums[::-1])[::-1][1:]
 
-    weights, start = _region_weights(masks), 0
+    weights, start = region_weights(masks), 0
     for anomaly_map, mask, counts in zip(maps, masks, counted, strict=True):
         false += reaching(anomaly_map[counts & ~mask])
         if mask.any():
@@ -253,6 +253,26 @@ def pixel_curves(
     f1 = 2 * true / (true + false + len(defective))
     rates = false / normal, true / len(defective), overlap, f1
     return PixelCurves(*(values[::-1] for values in (thresholds, *rates)))
+
+
+def region_weights(masks: np.ndarray) -> np.ndarray:
+    """Weight of each defective pixel in the overlap: 1 / (pixels of its region * regions).
+
+    Args:
+      masks: bool [B, H, W], True in defects.
+
+    Returns:
+      float64 [P], in the order of `maps[masks]`.
+    """
+    weights, regions = [], 0
+    for mask in masks:
+        if mask.any():
+            found = ndimage.label(mask, structure=np.ones((3, 3)))
+            labelled, count = cast(tuple[np.ndarray, int], found)
+            labelled = labelled[mask]
+            weights.append(1 / np.bincount(labelled)[labelled])
+            regions += count
+    return np.concatenate(weights) / regions if weights else np.empty(0)
 
 
 def _check(scores: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -311,16 +331,3 @@ def _auroc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
     not_below = sum(int((false + above).sum()) for _, _, false, above in counts)
     pairs = 2 * len(positives) * len(negatives)
     return (pairs - not_below) / pairs
-
-
-def _region_weights(masks: np.ndarray) -> np.ndarray:
-    """Weight of each defective pixel in the overlap: 1 / (pixels of its region * regions)."""
-    weights, regions = [], 0
-    for mask in masks:
-        if mask.any():
-            found = ndimage.label(mask, structure=np.ones((3, 3)))
-            labelled, count = cast(tuple[np.ndarray, int], found)
-            labelled = labelled[mask]
-            weights.append(1 / np.bincount(labelled)[labelled])
-            regions += count
-    return np.concatenate(weights) / regions if weights else np.empty(0)

@@ -109,10 +109,13 @@ def configuration(detector: str, fields: Fields):
     message = misspelt(c, [f"--config.{field}" for field in fields])
     if message is not None:
         raise InputError(message)
-    try:
-        c.update_from_flattened_dict(fields)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{error} Pass a value of another type.") from error
+    for field, value in fields.items():
+        try:
+            c.update_from_flattened_dict({field: value})
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"config.{field} cannot be {value!r}. Pass a value of the type of its default."
+            ) from error
     return fill(c)
 
 

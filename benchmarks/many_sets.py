@@ -14,13 +14,13 @@ another share of the images.
 
 The file is written after each training, and counts of pixels (`resampled.py`) to a directory next
 to it. The same command continues an interrupted pass; trainings with the same configuration are not
-repeated. After a change of the code, pass another `--out`.
+repeated. After a change of the code or the images, pass another `--out`.
 
 The table has a row per set and metric, their mean over sets and the mean rank, with deviations over
 seeds. Differences of each pair of detectors follow, averaged over sets and seeds, with their 95 %
 bootstrap interval over sets and test images; then each set on which the first detector is behind
 another by more than .01 image AUROC or .005 pixel AUROC and the interval over images excludes 0.
-The file has the fields of a table of `tables.py`; with `--page` it can be moved to `results/`.
+With a field `page`, the file is a table of `tables.py`.
 """
 
 import argparse
@@ -65,11 +65,7 @@ Samples = Mapping[tuple[str, str], Mapping[str, np.ndarray]]  # (set, detector) 
 
 
 def parse_fields(texts: Iterable[str]) -> Fields:
-    """Fields from FIELD=VALUE; a value that is no Python literal is text.
-
-    Raises:
-      InputError: there is no "=".
-    """
+    """Fields from FIELD=VALUE; a value that is no Python literal is text."""
     fields = {}
     for text in texts:
         name, is_given, value = text.partition("=")
@@ -83,11 +79,7 @@ def parse_fields(texts: Iterable[str]) -> Fields:
 
 
 def parse_detector(text: str) -> tuple[str, str, Fields]:
-    """Row name, detector and changed fields of DETECTOR or NAME=DETECTOR:FIELD=VALUE,...
-
-    Raises:
-      InputError: the text has another form.
-    """
+    """Row name, detector and changed fields of DETECTOR or NAME=DETECTOR:FIELD=VALUE,..."""
     match = re.fullmatch(r"(?:([\w-]+)=)?(\w+)(?::(.+))?", text)
     if match is None or (match[3] and not match[1]):
         raise InputError(
@@ -99,11 +91,7 @@ def parse_detector(text: str) -> tuple[str, str, Fields]:
 
 
 def configuration(detector: str, fields: Fields):
-    """Filled configuration of a detector on the feature maps of FastFlow.
-
-    Raises:
-      InputError: there is no such detector or field, or a value is not possible.
-    """
+    """Filled configuration of a detector on the feature maps of FastFlow."""
     c = default()
     c.update(recipe(detector) | {"layers_as": "fastflow"})
     message = misspelt(c, [f"--config.{field}" for field in fields])
@@ -120,11 +108,7 @@ def configuration(detector: str, fields: Fields):
 
 
 def find_sets(texts: Iterable[str]) -> dict[str, Fields]:
-    """Fields that select each set, by its name.
-
-    Raises:
-      InputError: a set is neither a directory nor registered, or two have one name.
-    """
+    """Fields that select each set, by its name."""
     found: dict[str, Fields] = {}
     for text in texts:
         path, c = pathlib.Path(text), default()
@@ -132,12 +116,10 @@ def find_sets(texts: Iterable[str]) -> dict[str, Fields]:
         if path.is_dir():
             sets = {path.resolve().name: {"data.name": "folder", "data.root": text}}
         elif c.data.name in data.DATASETS:
+            name = c.data.name
             sets = {
-                "/".join(filter(None, (c.data.name, category))): {
-                    "data.name": c.data.name,
-                    "data.category": category,
-                }
-                for category in data.categories(c.data)
+                f"{name}/{part}" if part else name: {"data.name": name, "data.category": part}
+                for part in data.categories(c.data)
             }
         else:
             raise InputError(
@@ -151,11 +133,7 @@ def find_sets(texts: Iterable[str]) -> dict[str, Fields]:
 
 
 def unpack(archives: pathlib.Path, folder: pathlib.Path) -> list[str]:
-    """Prepares the sets that are not in `folder`; returns the directories of all.
-
-    Raises:
-      InputError: there is no `prepare.py`, or it fails.
-    """
+    """Prepares the `ARCHIVES` that are not in `folder`; returns the directories of all."""
     program = archives / "prepare.py"
     folder.mkdir(parents=True, exist_ok=True)
     for name in ARCHIVES:
@@ -221,17 +199,18 @@ class Pass:
         # Trainings that need the same features follow each other.
         left.sort(key=lambda e: (e[0], feature_fingerprint(e[3], e[2]), e[3].data.holdout))
         total, commit = len(configs) * len(seeds), _commit()
-        bar = tqdm(total=total, initial=total - len(left), unit="training", smoothing=0)
-        with bar:
-            for name, group in itertools.groupby(left, lambda each: each[0]):
-                group = list(group)
-                with tempfile.TemporaryDirectory() as features:
-                    prepare = preparer(group[0][3], pathlib.Path(features))
-                    for _, detector, seed, config, digest in group:
-                        entry, counts = train(config, seed, prepare, f"{name}, {detector}")
-                        key = {"set": name, "detector": detector, "seed": seed, "digest": digest}
-                        self._add(key | entry | {"commit": commit}, counts)
-                        bar.update()
+        prepare, last = None, None  # keeps the features of one set
+        with (
+            tqdm(total=total, initial=total - len(left), unit="training", smoothing=0) as bar,
+            tempfile.TemporaryDirectory() as features,
+        ):
+            for name, detector, seed, config, digest in left:
+                if prepare is None or name != last:
+                    prepare, last = preparer(config, pathlib.Path(features, name)), name
+                entry, counts = train(config, seed, prepare, f"{name}, {detector}")
+                key = {"set": name, "detector": detector, "seed": seed, "digest": digest}
+                self._add(key | entry | {"commit": commit}, counts)
+                bar.update()
 
     def counts(self, name: str, detector: str, seed: int) -> dict[str, np.ndarray]:
         """Counts of a training, see `resampled.count`."""
@@ -381,22 +360,15 @@ def show(table: Mapping[str, Any], first: str) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Runs all trainings that are left, writes the file and prints the tables.
-
-    Raises:
-      InputError: an argument or a set is not usable.
-      Interrupted: SIGTERM or SIGINT was received; finished trainings are in the file.
-    """
+    """Runs all trainings that are left, writes the file and prints the tables."""
     given = [*args.sets, *(unpack(args.archives, args.data) if args.archives else ())]
     sets, shared = find_sets(given), parse_fields(args.fields)
     parsed = [parse_detector(text) for text in args.detectors]
     detectors, seeds = [name for name, *_ in parsed], list(range(args.seeds))
-    if not sets or len(set(detectors)) < len(detectors):
-        raise InputError(
-            "There are no sets. Pass --sets or --archives."
-            if not sets
-            else f"Two of {', '.join(detectors)} have one name. Pass NAME=DETECTOR."
-        )
+    if not sets:
+        raise InputError("There are no sets. Pass --sets or --archives.")
+    if len(set(detectors)) < len(detectors):
+        raise InputError(f"Two of {', '.join(detectors)} have one name. Pass NAME=DETECTOR.")
     configs = {
         (name, row): configuration(detector, shared | of_set | fields)
         for name, of_set in sets.items()
@@ -410,7 +382,6 @@ def compare(args: argparse.Namespace) -> None:
     words = ["--detectors", *args.detectors, "--seeds", str(args.seeds), "--sets", *sets]
     words += ["--fields", *args.fields] if args.fields else []
     table = {
-        **({"page": args.page} if args.page else {}),
         "command": f"python benchmarks/many_sets.py {shlex.join(words)}",
         "commit": ", ".join(sorted({e["commit"] for e in entries})),
         "machine": describe_machine(),
@@ -437,7 +408,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--archives", type=pathlib.Path, help="directory with prepare.py")
     parser.add_argument("--data", type=pathlib.Path, help="directory of the prepared sets")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON file to write")
-    parser.add_argument("--page", help="page of the table, for benchmarks/tables.py")
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     args = parser.parse_args(argv)
     if args.archives and not args.data:

@@ -225,6 +225,11 @@ def test_a_data_set_without_a_category_is_all_of_its_categories():
     assert fields == {"data.name": "elpv", "data.category": "poly"}
 
 
+def test_all_detectors_use_the_feature_maps_of_fastflow():
+    layers = {many_sets.configuration(d, {}).layers for d in ("fastflow", "patchcore", "spade")}
+    assert layers == {fill(default()).layers}
+
+
 def test_values_with_commas_belong_to_one_field():
     text = "mine=fastflow:layers=('a','b'),map.bank=0,backbone=resnet18"
     fields = {"layers": ("a", "b"), "map.bank": 0, "backbone": "resnet18"}

@@ -67,6 +67,14 @@ def test_ties_count_half_in_the_auroc_of_images():
     assert found == {"image_auroc": pytest.approx([3.5 / 4])}
 
 
+def test_areas_are_exact_for_tied_pixels():
+    scored = scored_images()
+    tied = scored._replace(maps=np.round(np.log(scored.maps)))
+    assert len(np.unique(tied.maps)) == 12
+    (found,) = from_counts(tied, np.ones((1, 40), np.float32))
+    assert found[:4] == pytest.approx(repeated(tied, np.arange(40))[:4], abs=1e-6)
+
+
 def test_padding_is_not_counted():
     valid = np.ones((40, 64, 64), bool)
     valid[:, :6] = False

@@ -20,7 +20,8 @@ The table has a row per set and metric, their mean over sets and the mean rank, 
 seeds. Differences of each pair of detectors follow, averaged over sets and seeds, with their 95 %
 bootstrap interval over sets and test images; then each set on which the first detector is behind
 another by more than .01 image AUROC or .005 pixel AUROC and the interval over images excludes 0.
-With a field `page`, the file is a table of `tables.py`.
+Seconds of a fit include compilation; the first detector of a set also waits for statistics that the
+others share. With a field `page`, the file is a table of `tables.py`.
 """
 
 import argparse

@@ -13,7 +13,8 @@ from fastflow_jax.features.extract import FeatureBatch
 # padding, the padding mask [B, H, W]. Returns image scores [B] and anomaly maps [B, H, W].
 Score = Callable[..., tuple[np.ndarray, np.ndarray]]
 
-METRICS = ("image_auroc", "pixel_auroc", "aupro", "image_f1", "image_ap", "pixel_ap")
+# `aupro` is the area up to a false-positive rate of .3, `aupro_05` up to .05.
+METRICS = ("image_auroc", "pixel_auroc", "aupro", "aupro_05", "image_f1", "image_ap", "pixel_ap")
 
 
 class Scored(NamedTuple):
@@ -64,5 +65,6 @@ def measure(scored: Scored) -> dict[str, float | None]:
         pixels = (maps, masks) if valid is None else (maps[valid], masks[valid])
         figures["pixel_auroc"] = metrics.pixel_auroc(*pixels)
         figures["pixel_ap"] = metrics.average_precision(*pixels)
-        figures["aupro"] = metrics.aupro(maps, masks, valid=valid)
+        areas = metrics.aupros(maps, masks, (0.3, 0.05), valid=valid)
+        figures["aupro"], figures["aupro_05"] = areas or (None, None)
     return {metric: figures.get(metric) for metric in METRICS}

@@ -16,7 +16,7 @@ Higher scores are more anomalous; infinities are allowed. All functions raise In
 labels or masks other than 0 and 1, and shapes that differ.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -142,14 +142,37 @@ def aupro(
     Returns:
       The normalised area, at most 1; None without masks or with only one class of pixels.
     """
-    if not 0 < fpr_limit <= 1:
-        raise InputError(f"fpr_limit is {fpr_limit}. It must be above 0 and at most 1.")
+    areas = aupros(maps, masks, (fpr_limit,), valid=valid)
+    return None if areas is None else areas[0]
+
+
+def aupros(
+    maps: ArrayLike,
+    masks: ArrayLike | None,
+    fpr_limits: Sequence[float],
+    *,
+    valid: np.ndarray | None = None,
+) -> list[float] | None:
+    """Areas of `aupro` up to each of several limits, from one curve.
+
+    Args:
+      maps: anomaly maps [B, H, W].
+      masks: [B, H, W], True in defects, or None if there are no masks.
+      fpr_limits: each above 0 and at most 1, else InputError is raised.
+      valid: see `aupro`.
+
+    Returns:
+      An area for each limit; None without masks or with only one class of pixels.
+    """
+    for limit in fpr_limits:
+        if not 0 < limit <= 1:
+            raise InputError(f"fpr_limit is {limit}. It must be above 0 and at most 1.")
     if masks is None:
         return None
     maps, masks = _check(maps, masks)
     if maps.ndim != 3:
         raise InputError(f"Anomaly maps have shape {maps.shape}. They must be [B, H, W].")
-    weights = _region_weights(masks)
+    weights = region_weights(masks)
     positives = maps[masks]
     negatives = maps[~masks if valid is None else valid & ~masks]
     if not len(positives) or not len(negatives):
@@ -157,16 +180,17 @@ def aupro(
     order = np.argsort(positives)
     positives, weights = positives[order], weights[order]
     negatives.sort()
-    area = 0.0
+    areas = [0.0 for _ in fpr_limits]
     for block, _, false, above in _counts(positives, negatives):
         # The overlap rises from the rate of normal pixels above the sample to the rate that
         # includes those equal to it: a ramp with ties, a jump without.
         start, end = above / len(negatives), false / len(negatives)
-        ramp = np.minimum(end, fpr_limit) - start
-        height = np.divide(ramp, end - start, out=np.ones_like(ramp), where=end > start)
-        steps = height * ramp / 2 + np.maximum(fpr_limit - end, 0)
-        area += np.dot(weights[block], np.where(start < fpr_limit, steps, 0))
-    return float(area / fpr_limit)
+        for i, limit in enumerate(fpr_limits):
+            ramp = np.minimum(end, limit) - start
+            height = np.divide(ramp, end - start, out=np.ones_like(ramp), where=end > start)
+            steps = height * ramp / 2 + np.maximum(limit - end, 0)
+            areas[i] += np.dot(weights[block], np.where(start < limit, steps, 0))
+    return [float(area / limit) for area, limit in zip(areas, fpr_limits, strict=True)]
 
 
 class PixelCurves(NamedTuple):
@@ -217,7 +241,7 @@ def pixel_curves(
         sums = np.bincount(place, weights, minlength=len(thresholds) + 1)
         return np.cumsum(sums[::-1])[::-1][1:]
 
-    weights, start = _region_weights(masks), 0
+    weights, start = region_weights(masks), 0
     for anomaly_map, mask, counts in zip(maps, masks, counted, strict=True):
         false += reaching(anomaly_map[counts & ~mask])
         if mask.any():
@@ -229,6 +253,26 @@ def pixel_curves(
     f1 = 2 * true / (true + false + len(defective))
     rates = false / normal, true / len(defective), overlap, f1
     return PixelCurves(*(values[::-1] for values in (thresholds, *rates)))
+
+
+def region_weights(masks: np.ndarray) -> np.ndarray:
+    """Weight of each defective pixel in the overlap: 1 / (pixels of its region * regions).
+
+    Args:
+      masks: bool [B, H, W], True in defects.
+
+    Returns:
+      float64 [P], in the order of `maps[masks]`.
+    """
+    weights, regions = [], 0
+    for mask in masks:
+        if mask.any():
+            found = ndimage.label(mask, structure=np.ones((3, 3)))
+            labelled, count = cast(tuple[np.ndarray, int], found)
+            labelled = labelled[mask]
+            weights.append(1 / np.bincount(labelled)[labelled])
+            regions += count
+    return np.concatenate(weights) / regions if weights else np.empty(0)
 
 
 def _check(scores: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -287,16 +331,3 @@ def _auroc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
     not_below = sum(int((false + above).sum()) for _, _, false, above in counts)
     pairs = 2 * len(positives) * len(negatives)
     return (pairs - not_below) / pairs
-
-
-def _region_weights(masks: np.ndarray) -> np.ndarray:
-    """Weight of each defective pixel in the overlap: 1 / (pixels of its region * regions)."""
-    weights, regions = [], 0
-    for mask in masks:
-        if mask.any():
-            found = ndimage.label(mask, structure=np.ones((3, 3)))
-            labelled, count = cast(tuple[np.ndarray, int], found)
-            labelled = labelled[mask]
-            weights.append(1 / np.bincount(labelled)[labelled])
-            regions += count
-    return np.concatenate(weights) / regions if weights else np.empty(0)

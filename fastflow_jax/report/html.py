@@ -131,7 +131,7 @@ def _figures(mean: Mapping, std: Mapping | None) -> list[tuple[str, str, str]]:
     return [
         (title, f"{mean[m]:.3f}", f"± {std[m]:.3f}" if std else "")
         for m, title in TITLES.items()
-        if mean[m] is not None
+        if mean.get(m) is not None
     ]
 
 

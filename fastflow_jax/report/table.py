@@ -11,6 +11,7 @@ TITLES = {
     "image_auroc": "image AUROC",
     "pixel_auroc": "pixel AUROC",
     "aupro": "AUPRO",
+    "aupro_05": "AUPRO .05",
     "image_f1": "image F1",
     "image_ap": "image AP",
     "pixel_ap": "pixel AP",
@@ -41,7 +42,7 @@ def format_table(results: Mapping) -> str:
 
     The table has a row per category and their mean, with its standard deviation over several seeds,
     or a row per variant. Published results for the same data and backbone have columns of their
-    own. Metrics that are None in all rows are omitted.
+    own. Metrics that all rows lack are omitted, as `aupro_05` in runs of earlier versions.
     """
     heads, rows, notes = _table(results)
     cells = [*zip(*heads, strict=True), *rows]
@@ -94,10 +95,10 @@ def _table(results: Mapping) -> tuple[list[tuple[str, str]], list[list[str]], li
         others = published(protocol["dataset"], protocol["backbone"])
     heads, columns, notes = [("", "")], [list(rows)], []
     for metric in _NEXT_TO_PUBLISHED if others else TITLES:
-        if any(figures[metric] is not None for figures, _ in rows.values()):
+        if any(figures.get(metric) is not None for figures, _ in rows.values()):
             heads.append(("", TITLES[metric]))
             columns.append(
-                [_figure(row[metric], std and std[metric]) for row, std in rows.values()]
+                [_figure(row.get(metric), std and std.get(metric)) for row, std in rows.values()]
             )
     if len(heads) == 1:
         notes.append("No metrics: there are no test images, or only of one class.")

@@ -283,7 +283,8 @@ def _best_on_test(epochs: list[dict]) -> dict | None:
     rows = [epoch["test"] for epoch in epochs if "test" in epoch]
     if not rows:
         return None
-    values = {m: [row[m] for row in rows if row[m] is not None] for m in METRICS}
+    # Epochs of earlier versions lack newer metrics, and so do their parts.
+    values = {m: [row[m] for row in rows if row.get(m) is not None] for m in METRICS}
     return {m: max(v, default=None) for m, v in values.items()}
 
 
@@ -365,7 +366,7 @@ def _figures(parts: list[dict]) -> dict:
     seeds = list(dict.fromkeys(part["seed"] for part in parts))
 
     def over(rows, statistic):
-        values = {m: [row[m] for row in rows] for m in METRICS}
+        values = {m: [row.get(m) for row in rows] for m in METRICS}
         return {m: None if None in v else float(statistic(v)) for m, v in values.items()}
 
     def mean(rows):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from fastflow_jax.evaluation import metrics
 from fastflow_jax.evaluation.evaluate import measure, score_split
 from fastflow_jax.features.extract import FeatureBatch
 
@@ -48,6 +49,13 @@ def test_without_masks_no_maps_are_kept():
     whole = measure(score_split(score(MAPS), split(MASKS), N, progress="test"))
     for metric, value in figures.items():
         assert value == (whole[metric] if metric.startswith("image") else None)
+
+
+def test_region_overlap_is_measured_up_to_two_rates():
+    figures = measure(score_split(score(MAPS), split(MASKS), N, progress="test"))
+    assert figures["aupro"] == metrics.aupro(MAPS, MASKS, 0.3)
+    assert figures["aupro_05"] == metrics.aupro(MAPS, MASKS, 0.05)
+    assert figures["aupro_05"] < figures["aupro"]
 
 
 @pytest.mark.parametrize("label", [0, 1])

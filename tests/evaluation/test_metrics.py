@@ -111,6 +111,17 @@ def test_aupro_equals_its_definition(drawn, fpr_limit):
         assert metrics.aupro(maps, masks, fpr_limit) is None
 
 
+@settings(max_examples=50, deadline=None)
+@given(maps_and_masks())
+def test_areas_up_to_several_limits_come_from_one_curve(drawn):
+    maps, masks = drawn
+    if masks.any() and not masks.all():
+        expected = [direct_aupro(maps, masks, limit) for limit in (0.3, 0.05)]
+        assert metrics.aupros(maps, masks, (0.3, 0.05)) == pytest.approx(expected, abs=1e-12)
+    else:
+        assert metrics.aupros(maps, masks, (0.3, 0.05)) is None
+
+
 @pytest.mark.parametrize(
     ("scores", "labels", "f1", "threshold"),
     [

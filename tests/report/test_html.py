@@ -197,6 +197,15 @@ def test_file_and_defect_names_are_escaped(run_directory):
     assert set(HOSTILE) <= set(embedded(page)["names"])
 
 
+def test_a_run_of_an_earlier_version_has_a_report_without_newer_metrics(tmp_path):
+    part = write_part(tmp_path)
+    del part["figures"]["aupro_05"]
+    (tmp_path / "part.json").write_text(json.dumps(part))
+    page = write_run(tmp_path, [part])
+    assert "AUPRO" in page
+    assert "AUPRO .05" not in page
+
+
 def test_a_report_has_scores_metrics_and_provenance(run_directory):
     page = (run_directory / "report.html").read_text()
     source, scored, _ = scored_images()

@@ -36,17 +36,26 @@ def results(categories, dataset="folder", backbone="resnet18", std=None, note=No
 def test_there_is_a_row_per_category_and_for_the_mean():
     text = format_table(results(["one", "three"])).splitlines()
     assert text[0].split("  ")[-1] == "pixel AP"
-    assert text[2].split() == ["one", "0.9000", "0.9100", "0.9200", "0.9300", "0.9400", "0.9500"]
+    assert text[2].split() == ["one", *(f"0.9{j}00" for j in range(7))]
     assert text[-1].split()[:2] == ["mean", "0.9005"]
     assert len({len(line) for line in text}) == 1
     assert set(text[1]) == set(text[-2]) == {"-"}
 
 
 def test_metrics_without_values_are_omitted():
-    text = format_table(results(["one"], missing=("pixel_auroc", "aupro", "pixel_ap")))
+    text = format_table(results(["one"], missing=("pixel_auroc", "aupro", "aupro_05", "pixel_ap")))
     assert "image AP" in text
     assert "pixel" not in text
     assert "AUPRO" not in text
+
+
+def test_runs_of_earlier_versions_have_no_column_for_newer_metrics():
+    old = results(["one", "two"], std=dict.fromkeys(METRICS, 0.01))
+    for row in (*old["categories"].values(), old["mean"], old["std"]):
+        del row["aupro_05"]
+    lines = format_table(old).splitlines()
+    assert "AUPRO .05" not in lines[0]
+    assert lines[-1].split()[1::3] == [f"{0.9005 + j / 100:.4f}" for j in (0, 1, 2, 4, 5, 6)]
 
 
 def test_the_deviation_over_seeds_follows_the_mean():
@@ -105,7 +114,7 @@ def test_published_means_equal_the_means_of_the_published_categories(backbone):
 
 
 def variants_of(names, std=None):
-    whole = results(["mono"], missing=("aupro", "pixel_ap"))
+    whole = results(["mono"], missing=("aupro", "aupro_05", "pixel_ap"))
     whole["variants"] = {
         name: results(["mono"]) | {"mean": dict.fromkeys(METRICS, 0.5 + i / 10), "std": std}
         for i, name in enumerate(names)
@@ -115,8 +124,8 @@ def variants_of(names, std=None):
 
 def test_variants_have_a_row_each_and_no_mean():
     lines = format_table(variants_of(["untouched", "rotate_5"])).splitlines()
-    assert lines[2].split() == ["untouched", *["0.5000"] * 6]
-    assert lines[3].split() == ["rotate_5", *["0.6000"] * 6]
+    assert lines[2].split() == ["untouched", *["0.5000"] * 7]
+    assert lines[3].split() == ["rotate_5", *["0.6000"] * 7]
     assert len(lines) == 4
     deviations = dict.fromkeys(METRICS, 0.02)
     assert "0.6000 ± 0.0200" in format_table(variants_of(["a", "b"], deviations)).splitlines()[3]

@@ -89,6 +89,17 @@ def test_a_finished_run_is_not_repeated(finished, caplog):
     assert (folder / "results.json").stat().st_mtime_ns == before
 
 
+def test_a_run_that_an_earlier_version_began_is_finished_without_newer_metrics(finished, tmp_path):
+    folder, results = finished
+    shutil.copytree(folder, tmp_path / "old")
+    (tmp_path / "old" / "results.json").unlink()
+    file = tmp_path / "old" / "part.json"
+    part = json.loads(file.read_text())
+    del part["figures"]["aupro_05"]
+    file.write_text(json.dumps(part))
+    assert experiment.run(tiny(), tmp_path / "old")["mean"] == results["mean"] | {"aupro_05": None}
+
+
 def test_a_removed_report_is_written_again_without_scoring(finished, monkeypatch):
     folder, _ = finished
     before = (folder / "report.html").read_text()

@@ -7,6 +7,7 @@ al. (arXiv 2005.14140). Everything but the energies is as in FastFlow.
 """
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -28,8 +29,11 @@ def fit(context: FitContext) -> "KnnScorer":
     statistics = context.train.statistics("whiten")
     variables = {f"{k}_{i}": s[k] for i, s in enumerate(statistics.values()) for k in s}
     run = compiled(_entries, FrozenConfigDict(config))
+    draw = bank.draw
+    if config.knn.coreset:
+        draw = functools.partial(bank.draw_coresets, label=f"{context.label}, memory banks")
     size = config.knn.points, config.batch_size
-    banks = bank.draw(lambda *b: run(variables, b), context.train, *size, context.seed)
+    banks = draw(lambda *b: run(variables, b), context.train, *size, context.seed)
     variables |= {f"bank_{i}": rows for i, rows in enumerate(banks)}
     return finish_fit(KnnScorer, context, variables, maps=len(context.train.shapes))
 
@@ -90,6 +94,7 @@ METHOD = Method(
         "knn": {
             "points": 10_000,  # approximate size of the bank of each scale
             "neighbours": 1,  # nearest rows, whose mean squared distance is the energy
+            "coreset": False,  # chooses rows that cover rare regions, instead of random ones
             "average": False,  # averages whitened features over 3x3 locations, on fine maps
         }
     },

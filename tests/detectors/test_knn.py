@@ -70,6 +70,19 @@ def test_the_bank_is_a_sample_of_the_size_asked_for(tmp_path):
     assert [len(scorer.variables[f"bank_{i}"]) for i in range(2)] == [40, 40]
 
 
+def test_a_coreset_has_rare_normal_features(tmp_path):
+    """One image of 400 differs: few random rows, here none, are of it, but one of the coreset."""
+    train = features(400)
+    for m in train:
+        m[7] += 30.0
+    for name, is_coreset in (("random", False), ("coreset", True)):
+        (tmp_path / name).mkdir()
+        scorer = fitted(tmp_path / name, train, **{"knn.points": 40, "knn.coreset": is_coreset})
+        energies = [m.mean((1, 2)) for m in scorer.location_maps(tuple(m[5:9] for m in train))]
+        for of_scale in energies:
+            assert (of_scale[2] > 3 * of_scale[[0, 1, 3]].max()) != is_coreset
+
+
 def test_other_features_score_higher_than_normal_ones(tmp_path):
     scorer = fitted(tmp_path, features(20), holdout=features(6, seed=2))
     normal, other = features(4, seed=3), tuple(m.copy() for m in features(4, seed=3))

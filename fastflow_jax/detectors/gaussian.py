@@ -5,6 +5,9 @@ Anomaly Detection (arXiv 2005.14140), for each location instead of the whole ima
 mean variance is added to each direction, as in the whitening of FastFlow, whose maps, calibration
 and image score are used. It is the density that a flow of the identity has, and so the null
 hypothesis for training one.
+
+With `gaussian.per_location` each location has its own Gaussian, for objects that are always in the
+same position: Defard et al., PaDiM (arXiv 2011.08785), with the shrinkage above instead of 0.01.
 """
 
 import dataclasses
@@ -17,18 +20,32 @@ import numpy as np
 from fastflow_jax.detectors.base import Method
 from fastflow_jax.detectors.calibration import LocationScorer, finish_fit, load_scorer
 from fastflow_jax.detectors.fastflow.scorer import layers
-from fastflow_jax.features.extract import channel_moments, inside, whitening, without_padding
+from fastflow_jax.features.extract import (
+    channel_moments,
+    inside,
+    location_moments,
+    whitening,
+    without_padding,
+)
 from fastflow_jax.training.context import FitContext
 
 
 def fit(context: FitContext) -> "GaussianScorer":
-    """Estimates the Gaussian of each scale, and calibrates on the held-out images."""
-    config = context.config
-    variables = {}
-    for i, (mean, covariance) in enumerate(channel_moments(context.train.parts())):
+    """Estimates the Gaussians, and calibrates on the held-out images."""
+    c, variables = context.config.gaussian, {}
+    if c.per_location:
+        rng = np.random.default_rng(context.seed)
+        for i, (_, _, channels) in enumerate(context.train.shapes):
+            chosen = rng.permutation(channels)[: c.channels]
+            variables[f"channels_{i}"] = np.sort(chosen).astype(np.int32)
+        moments = location_moments(context.train, list(variables.values()))
+    else:
+        moments = channel_moments(context.train.parts())
+    for i, (mean, covariance) in enumerate(moments):
         variables[f"mean_{i}"] = mean.astype(np.float32)
-        matrix = whitening(covariance, config.gaussian.shrinkage)
-        variables[f"matrix_{i}"] = matrix.astype(np.float32)
+        flat = covariance.reshape(-1, *covariance.shape[-2:])
+        matrices = np.stack([whitening(each, c.shrinkage) for each in flat])
+        variables[f"matrix_{i}"] = matrices.reshape(covariance.shape).astype(np.float32)
     return finish_fit(GaussianScorer, context, variables, maps=len(context.train.shapes))
 
 
@@ -40,12 +57,15 @@ def load(config, shapes, directory: pathlib.Path) -> "GaussianScorer":
 def locate(config, variables, batch) -> tuple[jax.Array, ...]:
     """Squared norms of projected features over the number of channels, see `LocationScorer.locate`.
 
-    The projection of a scale is (x - mean) @ matrix.
+    The projection of a scale is (x - mean) @ matrix; both may depend on the location.
     """
     features, valid = batch
     maps = []
     for i, x in enumerate(features):
-        y = (x.astype(jnp.float32) - variables[f"mean_{i}"]) @ variables[f"matrix_{i}"]
+        mean, matrix = variables[f"mean_{i}"], variables[f"matrix_{i}"]
+        if (chosen := variables.get(f"channels_{i}")) is not None:
+            x = x[..., chosen]
+        y = jnp.einsum("...c,...cd->...d", x.astype(jnp.float32) - mean, matrix)
         energy = jnp.sum(y**2, -1) / x.shape[-1]
         if valid is not None:
             energy = without_padding(energy, inside(valid, x.shape[1:3]))
@@ -55,7 +75,10 @@ def locate(config, variables, batch) -> tuple[jax.Array, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class GaussianScorer(LocationScorer):
-    """Scores by Mahalanobis distances; `variables` hold the means and whitening matrices."""
+    """Scores by Mahalanobis distances.
+
+    `variables` hold the means and whitening matrices, and the channels if there are others.
+    """
 
     locate = staticmethod(locate)
 
@@ -65,8 +88,13 @@ METHOD = Method(
     fit=fit,
     load=load,
     layers=layers,
-    # shrinkage: part of the mean variance that is added to the variance of each direction
-    fields={"gaussian": {"shrinkage": 0.5}},
+    fields={
+        "gaussian": {
+            "shrinkage": 0.5,  # part of the mean variance that is added to each direction
+            "per_location": False,  # one Gaussian per location, instead of one per scale
+            "channels": 100,  # of each scale, drawn at random, with one Gaussian per location
+        }
+    },
     reads=("gaussian", "map.standardise", "map.compress", "score"),
-    bounds={"gaussian.shrinkage": (1e-6, 100)},
+    bounds={"gaussian.shrinkage": (1e-6, 100), "gaussian.channels": (1, 10**5)},
 )

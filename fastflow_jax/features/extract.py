@@ -305,6 +305,31 @@ def channel_moments(parts: Iterable[Part]) -> list[tuple[np.ndarray, np.ndarray]
     return results
 
 
+def location_moments(
+    train: TrainingFeatures, channels: list[np.ndarray]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields mean [h, w, D] and covariance [h, w, D, D] of each location of each scale, float64.
+
+    Images count where they are not padded.
+
+    Args:
+      train: features of the training images.
+      channels: int [D] per scale, the channels to use.
+    """
+    for i, chosen in enumerate(channels):
+        n = total = outer = guess = np.zeros(())
+        for maps, valid in train.parts():
+            x = maps[i][..., chosen].astype(np.float64)
+            guess = guess if guess.ndim else x.mean((0, 1, 2))
+            seen = np.ones(x.shape[:3]) if valid is None else inside(valid, x.shape[1:3])
+            x = (x - guess) * np.asarray(seen)[..., None]
+            n, total = n + np.asarray(seen).sum(0), total + x.sum(0)
+            outer = outer + np.einsum("nhwc,nhwd->hwcd", x, x, optimize=True)
+        counts = np.maximum(n, 1)[..., None]
+        mean = total / counts
+        yield guess + mean, outer / counts[..., None] - mean[..., None] * mean[..., None, :]
+
+
 def whitening(covariance: np.ndarray, shrinkage: float = _SHRINKAGE) -> np.ndarray:
     """Symmetric (ZCA) whitening matrix [C, C] of standardised channels.
 

@@ -45,9 +45,33 @@ def test_energies_are_squared_mahalanobis_distances(tmp_path, shrinkage):
         np.testing.assert_allclose(found, expected / len(std), rtol=1e-3)
 
 
-def test_a_loaded_scorer_gives_the_same_scores(tmp_path):
+@pytest.mark.parametrize("channels", [100, 5])
+def test_each_location_may_have_its_own_gaussian(tmp_path, channels):
+    train, test = features(40), features(4, seed=1)
+    train[0][:, 2, 3] *= 4
+    valid = np.ones((40, 24, 20), bool)
+    valid[30:, 8:] = False  # the lower rows of the last ten images are padding
+    for m in train:
+        m[30:, m.shape[1] // 3 :] = 1e3
+    fields = {"gaussian.per_location": True, "gaussian.channels": channels}
+    scorer = fit(FitContext(config(**fields), cached_features(train, valid), tmp_path))
+    for i, (found, x, t) in enumerate(zip(scorer.location_maps(test), test, train, strict=True)):
+        chosen = scorer.variables[f"channels_{i}"]
+        assert len(np.unique(chosen)) == len(chosen) == min(channels, t.shape[-1])
+        for row, column in ((0, 1), (2, 1)):
+            rows = t[: 30 if row else 40, row, column][:, chosen].astype(np.float64)
+            std = rows.std(0)
+            correlation = np.corrcoef(rows.T) + 0.5 * np.eye(len(std))
+            centred = (x[:, row, column][:, chosen] - rows.mean(0)) / std
+            expected = np.einsum("...i,ij,...j", centred, np.linalg.inv(correlation), centred)
+            np.testing.assert_allclose(found[:, row, column], expected / len(std), rtol=2e-3)
+
+
+@pytest.mark.parametrize("per_location", [False, True])
+def test_a_loaded_scorer_gives_the_same_scores(tmp_path, per_location):
     held_out, test = features(5, seed=2), features(3, seed=1)
-    scorer = fit(FitContext(config(), cached_features(features(9)), tmp_path, holdout=held_out))
+    c = config(**{"gaussian.per_location": per_location})
+    scorer = fit(FitContext(c, cached_features(features(9)), tmp_path, holdout=held_out))
     loaded = load(scorer.config, SHAPES, tmp_path)
     for one, other in zip(scorer.score(test), loaded.score(test), strict=True):
         np.testing.assert_array_equal(one, other)

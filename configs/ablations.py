@@ -21,7 +21,7 @@ The small backbone is --config.backbone. For the large one set
 Needs: the data set; for `kernels` weights of WideResNet50-2, `pip install -e '.[hub]'`.
 Time: one training per row (`tampered`: one in all), about two minutes each for ELPV mono on two
 CPU cores.
-Figures: docs/results.md and docs/recipe.md.
+Figures: docs/results.md.
 """
 
 from ml_collections import ConfigDict, FieldReference

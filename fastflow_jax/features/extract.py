@@ -165,6 +165,15 @@ def in_batches(function: Callable, arrays: Any, size: int) -> Any:
     return _joined(*map(function, _batches(arrays, size)))
 
 
+def image_means(features: Features) -> np.ndarray:
+    """Mean of each channel of all scales over the locations of each image, float64 [N, C]."""
+
+    def means(maps):
+        return [np.asarray(m, np.float32).mean((1, 2), dtype=np.float64) for m in maps]
+
+    return np.concatenate(in_batches(means, features, 32), axis=1)
+
+
 def _batches(arrays: Any, size: int) -> Iterator[Any]:
     """Yields trees of at most `size` rows of each array."""
     n = len(jax.tree.leaves(arrays)[0])

@@ -8,8 +8,9 @@ are too low.
 import dataclasses
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
-from fastflow_jax.features.extract import Features, in_batches
+from fastflow_jax.features.extract import Features, image_means
 
 # Median distance of the nearest neighbour, relative to that of the tenth nearest and to the median
 # distance of all pairs. Measured on five data sets with 40 or more images: at least .49 and .31 for
@@ -46,11 +47,11 @@ def find(trained_on: Features, held_out: Features, *, same_source: bool) -> Sibl
     Returns:
       None if images seem independent, or if there are too few.
     """
-    train, held = _means(trained_on), _means(held_out)[:_MAX_QUERIES]
+    train, held = image_means(trained_on), image_means(held_out)[:_MAX_QUERIES]
     center, scale = train.mean(0), train.std(0)
     scale = np.where(scale > 0, scale, 1.0)
     train, held = (train - center) / scale, (held - center) / scale
-    distances = _distances(held, train)
+    distances = cdist(held, train)
     median = np.median(distances)
     if len(train) < 2 or median == 0:
         return None
@@ -61,7 +62,7 @@ def find(trained_on: Features, held_out: Features, *, same_source: bool) -> Sibl
         return Siblings(f"{copies} of the held-out images are equal to training images", *pair)
     if same_source:
         rows = np.linspace(0, len(train) - 1, min(len(train), _MAX_QUERIES)).astype(int)
-        among = _distances(train[rows], train)
+        among = cdist(train[rows], train)
         among[np.arange(len(rows)), rows] = np.inf
         distances = np.concatenate([distances, among])
     if len(train) < _MIN_TRAINING or len(distances) < _MIN_QUERIES:
@@ -71,18 +72,3 @@ def find(trained_on: Features, held_out: Features, *, same_source: bool) -> Sibl
     if of_tenth >= _OF_TENTH and np.median(sorted_[:, 0]) / median >= _OF_MEDIAN:
         return None
     return Siblings("many images are much closer to another one than to the rest", *pair)
-
-
-def _distances(some: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Euclidean distances [N, M] of vectors [N, C] and [M, C]."""
-    squares = (some**2).sum(1)[:, None] + (others**2).sum(1) - 2 * some @ others.T
-    return np.sqrt(squares.clip(0))
-
-
-def _means(features: Features) -> np.ndarray:
-    """Mean of each channel of all scales, float64 [N, C]."""
-
-    def means(maps):
-        return [np.asarray(m, np.float32).mean((1, 2), dtype=np.float64) for m in maps]
-
-    return np.concatenate(in_batches(means, features, 32), axis=1)

@@ -94,6 +94,7 @@ def part_page(
         title=", ".join(filter(None, (f"{method(config['detector']).title} on {name}", *marks))),
         figures=_figures(part["figures"], None),
         protocol=_protocol(results, config, part, scored["images"]),
+        shift=(part.get("shift") or {}).get("message"),
         decision=decision,
         charts=_charts(part, folder / part.get("training", "."), scored, decision),
         gallery=decision and _gallery(scored, folder, decision),

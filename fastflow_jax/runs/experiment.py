@@ -23,6 +23,8 @@ from fastflow_jax.config import variants, without
 from fastflow_jax.data.transforms import placement
 from fastflow_jax.detectors.base import DETECTORS, Scorer, method
 from fastflow_jax.evaluation.evaluate import METRICS, Scored, measure, score_split
+from fastflow_jax.features import shift
+from fastflow_jax.features.extract import image_means
 from fastflow_jax.features.prepare import Prepared, feature_fingerprint, preparer
 from fastflow_jax.files import expanded, read_json, read_lines, to_plain, write_json, write_text
 from fastflow_jax.report.html import write_reports
@@ -212,11 +214,27 @@ def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepare
         start = time.perf_counter()
         scored = _score_test(part, prepared, fitted.scorer, "test")
         results["figures"] = measure(scored)
+        results["shift"] = _shift(part, prepared)
         seconds["evaluate"] = time.perf_counter() - start
         _write_pictures(part, prepared, fitted.scorer, scored, fitted.thresholds["pixel"])
     results["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
     write_json(part.file, results)
     return results
+
+
+def _shift(part: _Part, prepared: Prepared) -> dict | None:
+    """Result of `shift.find` as a dict, logged if there is a shift; None without cached features.
+
+    Padding would count as part of the images, so padded images are not tested.
+    """
+    train = prepared.train
+    if train.cached is None or train.valid is not None or train.n < 2:
+        return None
+    test = np.concatenate([image_means(batch.features) for batch in prepared.test()])
+    found = shift.find(train.cached, prepared.holdout, test)
+    if found.message:
+        _log.warning("%s: %s", part.title, found.message)
+    return dataclasses.asdict(found) | {"message": found.message}
 
 
 def _test_counts(test: data.Source | None) -> dict:

@@ -195,6 +195,26 @@ def test_defective_test_images_alone_have_no_image_metrics(tmp_path):
     assert "F1" not in (tmp_path / "run" / "table.csv").read_text()
 
 
+@pytest.mark.parametrize("brighter", [0, 60])
+def test_a_shift_of_all_test_images_is_reported(tmp_path, caplog, brighter):
+    rng = np.random.default_rng(0)
+    for folder, n, offset in (("train/good", 60, 0), ("test/good", 40, brighter)):
+        (tmp_path / "photographs" / folder).mkdir(parents=True)
+        for i in range(n):
+            tone = rng.integers(40, 120, (1, 1, 3)) + offset  # of the whole image
+            pixels = (tone + rng.integers(0, 40, (32, 32, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photographs" / folder / f"{i}.png")
+    root = str(tmp_path / "photographs")
+    fields = {"data.name": "folder", "data.category": None, "data.root": root}
+    fields |= {"backbone": "pixels", "layers": None, "image_size": (16,), "map.bank": 0}
+    experiment.run(tiny(**fields), tmp_path / "run")
+    shift = json.loads((tmp_path / "run" / "part.json").read_text())["shift"]
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert shift["test_images"] == 40
+    for text in (caplog.text, report, shift["message"] or ""):
+        assert ("test images look shifted as a whole" in text) == bool(brighter)
+
+
 def test_missing_data_is_reported_before_missing_weights(tmp_path):
     config = tiny(**{"data.name": "folder", "data.category": None, "weights": "no/such/file.pth"})
     config.unlock()

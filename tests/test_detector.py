@@ -765,7 +765,7 @@ def test_a_camera_may_reuse_its_array(detector):
     buffer = np.empty_like(frames[0])
     for live in (False, True):
         found = [result.score for result in detector.stream(camera(buffer), live=live)]
-        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     trained = Detector.fit(camera(buffer), config=tiny(**{"train.epochs": 1}))
     seen = Detector.fit(frames, config=tiny(**{"train.epochs": 1}))
     np.testing.assert_array_equal(trained.held_out.scores, seen.held_out.scores)

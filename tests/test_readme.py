@@ -174,7 +174,11 @@ def test_commands_run(command, workplace, started, capsys):
         started([*training[3:], *SMALL])
         assert started(options) == 1
         lines = (workplace / "out/predictions.jsonl").read_text().splitlines()
-        assert [json.loads(line)["is_anomalous"] for line in lines] == [False, True]
+        normal, defective = map(json.loads, lines)
+        # With one held-out image, half of all normal images may be flagged.
+        assert defective["is_anomalous"]
+        assert normal["p_value"] >= defective["p_value"] == 0.5
+        assert normal["score"] < defective["score"]
     else:
         assert started([*options, *SMALL]) == 0
         out = capsys.readouterr().out

@@ -36,8 +36,9 @@ class Shift:
             return None
         return (
             f"The test images look shifted as a whole: {self.further} of {self.test_images} are "
-            "further from the training images than half of the normal images are. Check camera, "
-            "lighting and position, or train on images like these."
+            "further from the training images than half of the normal images are. Unless more than "
+            "three quarters of them are defective, check camera, lighting and position, or train "
+            "on images like these."
         )
 
 

@@ -105,8 +105,9 @@ def assert_same_run(one, two):
     arrays = [np.load(next(folder.glob("calibration_*.npz"))) for folder in (one, two)]
     for name in arrays[0]:
         both = [each[name] for each in arrays]
-        # Banks have single float16 vectors of order 1; the other arrays are means.
-        atol = 1e-3 if name.startswith(("features", "latents")) else 1e-5
+        # Banks have single vectors of order 1, computed from cached float16 features and rounded to
+        # float16: they may differ by a few of its steps, 2^-10. The other arrays are means.
+        atol = 4 * 2**-10 if name.startswith(("features", "latents")) else 1e-5
         np.testing.assert_allclose(*both, rtol=1e-4, atol=atol, err_msg=name)
     pictures = [{p.name for p in (folder / "heatmaps").rglob("*.png")} for folder in (one, two)]
     assert pictures[0] == pictures[1]

@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,8 +38,10 @@ from fastflow_jax.detectors.base import (
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.held_out import HeldOut
 from fastflow_jax.evaluation.thresholds import Threshold
-from fastflow_jax.features.extract import Features, in_batches
+from fastflow_jax.features import shift
+from fastflow_jax.features.extract import Features, image_means, in_batches
 from fastflow_jax.features.prepare import extractor_of, preparer, split
+from fastflow_jax.features.shift import Reference, Shift
 from fastflow_jax.files import expanded
 from fastflow_jax.runs import directory, saved
 from fastflow_jax.runs.fit import fit
@@ -66,6 +68,9 @@ class Prediction:
     anomaly_map: np.ndarray  # float32 [H, W], higher is more anomalous
     mask: np.ndarray | None  # bool [H, W], True where the map is above the pixel threshold
     log_likelihood: float | None  # in nats per dimension; None if the detector has no likelihood
+    # From the image as a whole to the nearest training image, see `shift.Reference`; 1 is typical
+    # of normal images. None for tiled images and if `Detector.reference` is None.
+    distance: float | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -90,6 +95,7 @@ class Detector(PickledByFields):
     pixel_threshold: Threshold | None = None
     folder: pathlib.Path | None = None  # directory that it was loaded from, see `save`
     training_images: Profile | None = None  # None in directories of older versions
+    reference: Reference | None = None  # for `find_shift`; None in directories of older versions
     # Directory of a detector that was fitted without `workdir`; removed with its last copy.
     _temporary: "_TemporaryDirectory | None" = None
 
@@ -184,6 +190,7 @@ class Detector(PickledByFields):
             pixel_threshold=record.pixel_threshold,
             folder=folder,
             training_images=record.images,
+            reference=record.reference,
         )
 
     @classmethod
@@ -275,7 +282,7 @@ class Detector(PickledByFields):
         return dataclasses.replace(self, **changes)
 
     def predict(self, images: Images, *, tile: bool = False) -> Prediction | list[Prediction]:
-        """Scores one image or several.
+        """Scores one image or several; logs a warning if several look shifted, see `find_shift`.
 
         Args:
           images: a path, the content of a file, an open file, an array uint8 [H, W, 3] in RGB or
@@ -295,7 +302,12 @@ class Detector(PickledByFields):
           InputError: a file or an array is not an image.
         """
         results = list(self.stream(images, tile=tile))
-        return results[0] if is_one(images) and len(results) == 1 else results
+        if is_one(images) and len(results) == 1:
+            return results[0]
+        found = self.find_shift({result.name: result.distance for result in results})
+        if found and found.message:
+            _log.warning(found.message)
+        return results
 
     def stream(
         self,
@@ -341,6 +353,19 @@ class Detector(PickledByFields):
                 elif error is None:
                     return
             raise error
+
+    def find_shift(self, distances: Mapping[str, float | None]) -> Shift | None:
+        """Tests whether images look shifted as a whole against the training images.
+
+        Args:
+          distances: `Prediction.distance` by `Prediction.name`. `config.data.groups` is applied to
+            the names, so that images of a part are counted once.
+
+        Returns:
+          None if there are too few images, see `shift.find`, or if the detector has no reference.
+        """
+        known = {name: value for name, value in distances.items() if value is not None}
+        return self.reference and shift.find(self.reference, known, self.config.data.groups)
 
     def features(self, images: Images) -> Features:
         """Returns features of images, [B, h, w, C] per scale, as `scorer` takes them."""
@@ -477,12 +502,13 @@ class Detector(PickledByFields):
 
         The batch is emptied, so that completed maps are freed.
         """
-        scores, maps, likelihoods = self._in_batches(
-            _predict, *stacked([part for _, part in batch])
-        )
+        predict = functools.partial(_predict, self.reference)
+        scores, maps, *optional = self._in_batches(predict, *stacked([part for _, part in batch]))
         for i in range(len(batch)):
             outputs, part = batch.popleft()
-            outputs.add(part, scores[i], maps[i], None if likelihoods is None else likelihoods[i])
+            outputs.add(
+                part, scores[i], maps[i], *(None if each is None else each[i] for each in optional)
+            )
             if outputs.is_complete:
                 yield self._prediction(outputs)
 
@@ -502,15 +528,23 @@ class Detector(PickledByFields):
             anomaly_map=anomaly_map,
             mask=None if pixel_threshold is None else anomaly_map > pixel_threshold.value,
             log_likelihood=outputs.log_likelihood,
+            distance=outputs.distance,
         )
 
 
-def _predict(extract: Callable, scorer: Scorer, images: np.ndarray, valid: np.ndarray | None):
-    """Scores [B], anomaly maps [B, H, W], and log-likelihoods [B] or None."""
+def _predict(
+    reference: Reference | None,
+    extract: Callable,
+    scorer: Scorer,
+    images: np.ndarray,
+    valid: np.ndarray | None,
+):
+    """Scores [B], anomaly maps [B, H, W], and log-likelihoods and distances, [B] or None."""
     features = extract(images)
+    distances = reference and reference.distances(image_means(features, valid))
     if isinstance(scorer, LikelihoodScorer):
-        return scorer.score_with_likelihood(features, valid)
-    return *scorer.score(features, valid), None
+        return *scorer.score_with_likelihood(features, valid), distances
+    return *scorer.score(features, valid), None, distances
 
 
 def _log_differences(name: str, sentences: list[str]) -> None:

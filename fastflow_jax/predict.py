@@ -52,6 +52,7 @@ class Line:
     is_anomalous: bool | None = None  # the score is above the threshold
     threshold: float | None = None
     log_likelihood: float | None = None  # of the features, in nats per dimension
+    distance: float | None = None  # from the training images, see `Prediction.distance`
     anomalous_part: float | None = None  # share of pixels above the pixel threshold
     pixel_threshold: float | None = None
     height: int | None = None
@@ -84,7 +85,8 @@ def predict(
       workdir: directory for `Detector.load`.
       images: a file, a directory (with its sub-directories) or a glob pattern.
       output: directory for `predictions.csv` and `predictions.jsonl` with a line per image or page,
-        `predictions.json` with the options, `heatmaps/` and `maps/`.
+        `predictions.json` with the options and the result of `Detector.find_shift`, `heatmaps/`
+        and `maps/`.
       weights: weight file of the backbone, see `Detector.load`.
       rate: false-alarm rate, see `Detector.with_threshold`; None for the detector's threshold.
       tile: split large images into tiles, see `Detector.predict`.
@@ -141,6 +143,7 @@ def _score(
     todo = [path for path in found.names if path not in done]
     before = {path: _size_and_time(path) for path in todo}
     counts = Counter(outcome for line in kept for outcome in _outcomes(line))
+    distances = {line.path: line.distance for line in kept}
     style = {"desc": "predict", "unit": "img", "dynamic_ncols": True, "smoothing": 0}
     bar = tqdm(total=len(found.names), initial=len(done), **style)
     with _writer(output, settings, kept) as write_line, bar:
@@ -149,6 +152,7 @@ def _score(
             if line.error is not None:
                 _log.warning("%s%s", "skipped: " * (line.score is None), line.error)
             counts.update(_outcomes(line))
+            distances[line.path] = line.distance
             write_line(line)
             # Each page after the first is one more image than expected.
             bar.total += line.path not in found.names and not line.path.endswith("#1")
@@ -174,6 +178,11 @@ def _score(
             if _size_and_time(path) != before[path]:
                 line.error = f"{prediction.name}: the file changed while it was scored"
             write(line)
+    known = {path: distance for path, distance in distances.items() if distance is not None}
+    shift = detector.find_shift({found.locate(path)[1]: d for path, d in known.items()})
+    if shift and shift.message:
+        _log.warning(shift.message)
+    write_json(output / _SETTINGS, settings | {"shift": shift and dataclasses.asdict(shift)})
     return counts
 
 
@@ -242,7 +251,9 @@ def _lines_to_keep(output: pathlib.Path, settings: dict, names: dict[str, str]) 
 
     Lines with errors and lines of pages are not kept: their files are scored again.
     """
-    if not (output / _SETTINGS).exists() or read_json(output / _SETTINGS) != settings:
+    if not (output / _SETTINGS).exists():
+        return []
+    if {k: v for k, v in read_json(output / _SETTINGS).items() if k != "shift"} != settings:
         return []
     fields = [field.name for field in dataclasses.fields(Line)]
     lines = [Line(**plain) for plain in read_lines(output / _JSONL) if [*plain] == fields]
@@ -364,6 +375,7 @@ def _line(
         is_anomalous=prediction.is_anomalous,
         threshold=detector.image_threshold and detector.image_threshold.value,
         log_likelihood=prediction.log_likelihood,
+        distance=prediction.distance,
         anomalous_part=None if mask is None else float(mask.mean()),
         pixel_threshold=detector.pixel_threshold and detector.pixel_threshold.value,
         height=height,

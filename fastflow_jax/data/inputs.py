@@ -69,19 +69,27 @@ class Outputs:
     def __init__(self, inputs: Inputs):
         self.name = inputs.name
         self.score = -np.inf  # maximum over the parts
+        self.distance: float | None = None  # to the training images; None for several parts
         self._missing = self._n = len(inputs.where)
         self._likelihoods: float | None = 0.0
         self._blender = tiling.Blender(inputs.size, inputs.where)
 
     def add(
-        self, part: Part, score: np.ndarray, anomaly_map: np.ndarray, likelihood: np.ndarray | None
+        self,
+        part: Part,
+        score: np.ndarray,
+        anomaly_map: np.ndarray,
+        likelihood: np.ndarray | None,
+        distance: np.ndarray | None = None,
     ) -> None:
-        """Adds the result of one part: score [], map [h, w] and log-likelihood [] or None."""
+        """Adds the result of one part: map [h, w], and scalars, of which the last may be None."""
         self.score = float(np.maximum(self.score, score))  # NaN stays
         if likelihood is None or self._likelihoods is None:
             self._likelihoods = None
         else:
             self._likelihoods += float(likelihood)
+        if distance is not None and self._n == 1:
+            self.distance = float(distance)
         self._blender.add(_at_own_size(anomaly_map, part), part.where)
         self._missing -= 1
 

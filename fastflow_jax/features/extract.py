@@ -165,13 +165,25 @@ def in_batches(function: Callable, arrays: Any, size: int) -> Any:
     return _joined(*map(function, _batches(arrays, size)))
 
 
-def image_means(features: Features) -> np.ndarray:
-    """Mean of each channel of all scales over the locations of each image, float64 [N, C]."""
+def image_means(features: Features, valid: np.ndarray | None = None) -> np.ndarray:
+    """Mean of each channel of all scales over the locations of each image, float64 [N, C].
 
-    def means(maps):
-        return [np.asarray(m, np.float32).mean((1, 2), dtype=np.float64) for m in maps]
+    Args:
+      features: [N, h, w, C] per scale.
+      valid: bool [N, H, W], False in padded pixels, whose locations do not count; None if there is
+        no padding.
+    """
 
-    return np.concatenate(in_batches(means, features, 32), axis=1)
+    def means(part: Part) -> list[np.ndarray]:
+        maps, valid = part
+        return [_mean(np.asarray(m, np.float32), valid) for m in maps]
+
+    return np.concatenate(in_batches(means, (features, valid), 32), axis=1)
+
+
+def _mean(m: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
+    where = True if valid is None else np.asarray(inside(valid, m.shape[1:3]))[..., None]
+    return m.mean((1, 2), dtype=np.float64, where=where)
 
 
 def _batches(arrays: Any, size: int) -> Iterator[Any]:

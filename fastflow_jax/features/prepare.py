@@ -47,6 +47,7 @@ class _Training:
     holdout: Features | None
     holdout_valid: np.ndarray | None  # bool [N, H, W], see `Batch.valid`
     holdout_groups: np.ndarray | None  # int [N], see `HeldOut.groups`
+    groups: np.ndarray | None  # int [N], see `Split.groups`
     profile: Profile | None  # of the training images
 
 
@@ -66,7 +67,7 @@ class Prepared(_Training):
 
 
 def split_holdout(
-    n: int, part: float, groups: Sequence[str] | None = None
+    n: int, part: float, groups: Sequence[str] | np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits images into those to train on and those to hold out.
 
@@ -113,6 +114,9 @@ class Split:
     held_out_source: data.Source  # `source`, or the images given for calibration
     held_out: np.ndarray  # int [M], rows of `held_out_source`
     held_out_groups: np.ndarray | None  # int [M], see `HeldOut.groups`
+    # int [N], equal for training images of the same part; None if parts are unknown, or if images
+    # were given for calibration.
+    groups: np.ndarray | None
 
     @property
     def contents(self) -> list[str]:
@@ -138,10 +142,12 @@ def split(config, dataset: data.Dataset) -> Split:
         train, held_out = np.arange(len(source)), np.arange(len(held_out_source))
     else:
         train, held_out = split_holdout(len(source), config.data.holdout, groups)
-    labels = None
-    if groups is not None:
-        labels = np.unique(np.asarray(groups)[held_out], return_inverse=True)[1]
-    return Split(source, train, held_out_source, held_out, labels)
+
+    def labels(rows: np.ndarray) -> np.ndarray | None:
+        return groups and np.unique(np.asarray(groups)[rows], return_inverse=True)[1]
+
+    of_train = labels(train) if held_out_source is source else None
+    return Split(source, train, held_out_source, held_out, labels(held_out), of_train)
 
 
 def is_augmented(config) -> bool:
@@ -407,7 +413,9 @@ def _prepare_training(cached: _FeatureCache, dataset: data.Dataset, seed: int) -
         train = _cached_training(cached, parts, holdout)
     else:
         train = _recomputed_training(cached, parts, seed)
-    return _Training(parts.contents, train, holdout, holdout_valid, holdout_groups, profile)
+    return _Training(
+        parts.contents, train, holdout, holdout_valid, holdout_groups, parts.groups, profile
+    )
 
 
 def _cached_training(

@@ -10,7 +10,7 @@ import pathlib
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -24,7 +24,7 @@ from fastflow_jax.data.transforms import placement
 from fastflow_jax.detectors.base import DETECTORS, Scorer, method
 from fastflow_jax.evaluation.evaluate import METRICS, Scored, measure, score_split
 from fastflow_jax.features import shift
-from fastflow_jax.features.extract import image_means
+from fastflow_jax.features.extract import FeatureBatch, image_means
 from fastflow_jax.features.prepare import Prepared, feature_fingerprint, preparer
 from fastflow_jax.files import expanded, read_json, read_lines, to_plain, write_json, write_text
 from fastflow_jax.report.html import write_reports
@@ -212,9 +212,9 @@ def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepare
     }
     if dataset.test:
         start = time.perf_counter()
-        scored = _score_test(part, prepared, fitted.scorer, "test")
+        scored, distances = _score_test(part, prepared, fitted.scorer, "test", fitted.reference)
         results["figures"] = measure(scored)
-        results["shift"] = _shift(part, prepared)
+        results["shift"] = _shift(part, fitted.reference, distances)
         seconds["evaluate"] = time.perf_counter() - start
         _write_pictures(part, prepared, fitted.scorer, scored, fitted.thresholds["pixel"])
     results["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
@@ -222,19 +222,16 @@ def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepare
     return results
 
 
-def _shift(part: _Part, prepared: Prepared) -> dict | None:
-    """Result of `shift.find` as a dict, logged if there is a shift; None without cached features.
-
-    Padding would count as part of the images, so padded images are not tested.
-    """
-    train = prepared.train
-    if train.cached is None or train.valid is not None or train.n < 2:
+def _shift(
+    part: _Part, reference: shift.Reference | None, distances: dict[str, float]
+) -> dict | None:
+    """Result of `shift.find` as a dict, logged if there is a shift; None without a test."""
+    found = reference and shift.find(reference, distances, part.config.data.groups)
+    if found is None:
         return None
-    test = np.concatenate([image_means(batch.features) for batch in prepared.test()])
-    found = shift.find(train.cached, prepared.holdout, test)
     if found.message:
         _log.warning("%s: %s", part.title, found.message)
-    return dataclasses.asdict(found) | {"message": found.message}
+    return dataclasses.asdict(found)
 
 
 def _test_counts(test: data.Source | None) -> dict:
@@ -258,7 +255,8 @@ def _fit(part: _Part, siblings: list[_Part], prepared: Prepared) -> tuple[Fitted
         if not (prepared.dataset.test and every and epoch % every == 0):
             return {}
         start = time.perf_counter()
-        figures = measure(_score_test(part, prepared, make_scorer(), f"epoch {epoch}"))
+        scored, _ = _score_test(part, prepared, make_scorer(), f"epoch {epoch}")
+        figures = measure(scored)
         tested += time.perf_counter() - start
         return {"test": figures}
 
@@ -289,11 +287,28 @@ def _fit(part: _Part, siblings: list[_Part], prepared: Prepared) -> tuple[Fitted
     return fitted, took["train"]
 
 
-def _score_test(part: _Part, prepared: Prepared, scorer: Scorer, progress: str) -> Scored:
+def _score_test(
+    part: _Part,
+    prepared: Prepared,
+    scorer: Scorer,
+    progress: str,
+    reference: shift.Reference | None = None,
+) -> tuple[Scored, dict[str, float]]:
+    """Scores of the test images, and their distances by name if there is a reference."""
     test = prepared.dataset.test
     assert test is not None
+    distances: dict[str, float] = {}
+
+    def batches() -> Iterator[FeatureBatch]:
+        for batch in prepared.test():
+            if reference is not None:
+                names = (test.names[i] for i in batch.index)
+                means = image_means(batch.features, batch.valid)
+                distances.update(zip(names, reference.distances(means).tolist(), strict=True))
+            yield batch
+
     title = f"{part.title}: {progress}"
-    return score_split(scorer.score, prepared.test(), len(test), progress=title)
+    return score_split(scorer.score, batches(), len(test), progress=title), distances
 
 
 def _best_on_test(epochs: list[dict]) -> dict | None:
@@ -365,10 +380,8 @@ def _summarise(config, parts: list[dict]) -> dict:
             },
         },
         # The time to compute shared features is part of the first part that uses them.
-        "seconds": {
-            "/".join(filter(None, (p["name"], p["variant"], str(p["seed"])))): p["seconds"]
-            for p in parts
-        },
+        "seconds": {_key(part): part["seconds"] for part in parts},
+        "shift": {_key(part): part.get("shift") for part in parts},  # see `shift.find`
         "versions": {
             "python": platform.python_version(),
             "fastflow-jax": fastflow_jax.__version__,
@@ -376,6 +389,11 @@ def _summarise(config, parts: list[dict]) -> dict:
             "device": parallel.device_description(),
         },
     }
+
+
+def _key(part: dict) -> str:
+    """Name, variant and seed of a part, such as "bottle/0"."""
+    return "/".join(filter(None, (part["name"], part["variant"], str(part["seed"]))))
 
 
 def _figures(parts: list[dict]) -> dict:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from fastflow_jax.detectors.base import Scorer, method
 from fastflow_jax.features.prepare import Prepared
+from fastflow_jax.features.shift import Reference
 from fastflow_jax.runs import saved
 from fastflow_jax.runs.directory import check_same_data
 from fastflow_jax.training.context import FitContext
@@ -17,6 +18,7 @@ class Fitted(NamedTuple):
 
     scorer: Scorer
     thresholds: dict  # plain, as in `results.json`
+    reference: Reference | None  # for `shift.find`
     seconds: float  # that the detector's `fit` took
 
 
@@ -71,7 +73,11 @@ def fit(
         )
     )
     seconds = time.perf_counter() - start
+    if training == directory:
+        reference = saved.write_reference(config, prepared, training)
+    else:
+        reference = saved.read_reference(training)
     thresholds = saved.record(
         config, scorer, prepared, seed=seed, directory=directory, training=training, scored=scored
     )
-    return Fitted(scorer, thresholds, seconds)
+    return Fitted(scorer, thresholds, reference, seconds)

@@ -16,7 +16,9 @@ from fastflow_jax.detectors.base import Scorer
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.held_out import HeldOut, score_held_out
 from fastflow_jax.evaluation.thresholds import Threshold
-from fastflow_jax.features.prepare import Prepared
+from fastflow_jax.features.extract import image_means
+from fastflow_jax.features.prepare import Prepared, is_augmented
+from fastflow_jax.features.shift import Reference, chosen
 from fastflow_jax.files import expanded, make_folder, read_json, to_plain, write_json
 from fastflow_jax.training.loop import copy_variables
 
@@ -24,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 _DETECTOR = "detector.json"
 _HELD_OUT = "held_out.npz"
+_REFERENCE = "shift.npz"  # in the directory of the training
 _RATE, _PIXEL_RATE = 0.05, 0.01  # default false-alarm rates
 
 
@@ -39,6 +42,7 @@ class Saved:
     image_threshold: Threshold | None
     pixel_threshold: Threshold | None
     images: Profile | None  # None in directories of older versions
+    reference: Reference | None  # None in directories of older versions, see also `Reference.fit`
 
 
 def record(
@@ -108,7 +112,40 @@ def read(directory: pathlib.Path) -> Saved:
         image_threshold=limits[0],
         pixel_threshold=limits[1],
         images=None if images is None else Profile.from_plain(images),
+        reference=read_reference(training),
     )
+
+
+def write_reference(config, prepared: Prepared, training: pathlib.Path) -> Reference | None:
+    """Writes what `read_reference` reads to the directory of a training, and returns it.
+
+    Augmented images are not like new images, and training images may show the same parts if others
+    were given for calibration. In both cases only held-out images are compared with them.
+    """
+    held_out_only = is_augmented(config) or prepared.dataset.calibration is not None
+    if held_out_only and prepared.holdout is None:
+        return None
+    used = chosen(prepared.train.n)
+    train = np.concatenate([image_means(*part) for part in prepared.train.in_batches(32, used)])
+    held_out = None
+    if prepared.holdout is not None:
+        held_out = image_means(prepared.holdout, prepared.holdout_valid)
+    reference = Reference.fit(
+        train,
+        held_out,
+        groups=None if prepared.groups is None else prepared.groups[used],
+        held_out_groups=prepared.holdout_groups,
+        held_out_only=held_out_only,
+    )
+    if reference is not None:
+        reference.save(training / _REFERENCE)
+    return reference
+
+
+def read_reference(training: pathlib.Path) -> Reference | None:
+    """Reads what `write_reference` has written, if anything."""
+    file = training / _REFERENCE
+    return Reference.load(file) if file.exists() else None
 
 
 def find_weights(

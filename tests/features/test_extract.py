@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from fastflow_jax.errors import InputError
-from fastflow_jax.features.extract import DTYPES, cached_features, channel_statistics, extractor
+from fastflow_jax.features.extract import (
+    DTYPES,
+    cached_features,
+    channel_statistics,
+    extractor,
+    image_means,
+)
 
 
 class Multiply(nn.Module):
@@ -49,6 +55,16 @@ def test_features_out_of_the_range_of_float16_are_an_error(images, factor):
 
 def test_zero_features_are_no_underflow():
     assert not features_of(np.zeros((1, 4, 4, 3), np.float32), "float16").any()
+
+
+def test_image_means_leave_out_padding(images):
+    valid = np.zeros((3, 8, 8), bool)
+    valid[:, :4], valid[1, 4:] = True, True
+    means = image_means((images, images[:, :2, :2]), valid)
+    np.testing.assert_allclose(means[0, :3], images[0, :2].mean((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(means[0, 3:], images[0, :1, :2].mean((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(means[1], image_means((images, images[:, :2, :2]))[1])
+    np.testing.assert_allclose(means[1, :3], images[1].mean((0, 1)), rtol=1e-5)
 
 
 def test_constant_features_are_whitened_to_zero():

@@ -178,6 +178,41 @@ def test_large_images_are_tiled_on_request(detector):
     assert detector.predict(small, tile=True).score == pytest.approx(detector.predict(small).score)
 
 
+@pytest.mark.parametrize("brighter", [0, 60])
+def test_a_shift_of_many_images_is_logged(detector, tmp_path, caplog, brighter):
+    for i, image in enumerate(photographs(40, seed=5) + np.uint8(brighter)):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    results = detector.predict(tmp_path)
+    expected = "The new images look shifted as a whole: 40 of 40 images are further"
+    assert (expected in caplog.text) == bool(brighter)
+    distances = {result.name: result.distance for result in results}
+    found = detector.find_shift(distances)
+    assert (found.tested, found.message is not None) == (40, bool(brighter))
+    assert found.further == sum(distance > 1 for distance in distances.values())
+    caplog.clear()
+    assert detector.find_shift(dict(list(distances.items())[:39])) is None
+    detector.predict([tmp_path / f"{i}.png" for i in range(39)])
+    assert "shifted" not in caplog.text
+
+
+def test_distances_are_saved_and_do_not_depend_on_the_batch(detector, tmp_path):
+    images = [*photographs(9, seed=6), spoilt()]
+    expected = [result.distance for result in detector.predict(images)]
+    assert expected[-1] > 2 * max(expected[:-1]) > 0
+    alone = [detector.predict(image).distance for image in images]
+    np.testing.assert_allclose(alone, expected, rtol=1e-4)
+    saved = Detector.load(detector.save(tmp_path / "saved"))
+    assert [result.distance for result in saved.predict(images)] == expected
+    assert detector.predict(images[0], tile=True).distance is None
+
+
+def test_distances_leave_out_padding():
+    bright, others = photographs() + np.uint8(100), photographs(4, seed=7) + np.uint8(100)
+    fitted = Detector.fit(bright, config=tiny(**{"data.resize": "pad"}))
+    wide = np.concatenate([*others], axis=1)
+    assert fitted.predict(wide).distance < 2
+
+
 def test_a_tiled_image_has_the_scores_and_the_blended_maps_of_its_tiles(detector):
     image = photographs(1, size=(100, 130), seed=2)[0]
     where = tiling.places((100, 130), (16, 16))
@@ -711,6 +746,27 @@ def test_groups_come_from_directories_a_regular_expression_or_a_table(tmp_path):
         for groups in ("folder", r"part_(\d+)", str(table))
     ]
     assert [g.tolist() for g in found] == [[0, 0, 1, 1]] * 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "rows", "parts"),
+    [
+        ({}, {}, 6, 6 + 4),
+        ({}, {"groups": np.arange(16) // 2}, 6, 3 + 2),
+        ({}, {"calibrate": photographs(5, seed=3)}, 16, 5),
+        ({"augment.flips": True}, {}, 12, 4),
+        ({"train.cache": "none"}, {}, 6, 6 + 4),
+        ({"augment.flips": True, "data.holdout": 0.0}, {}, None, None),
+    ],
+)
+def test_the_reference_compares_training_images_with_others_like_new_ones(
+    fields, options, rows, parts
+):
+    reference = Detector.fit(photographs(), config=tiny(**fields), **options).reference
+    if rows is None:
+        assert reference is None
+    else:
+        assert (len(reference.rows), reference.n_parts) == (rows, parts)
 
 
 def test_calibration_images_replace_held_out_images(tmp_path):

@@ -106,6 +106,50 @@ def test_a_broken_image_is_reported_and_the_others_are_scored(
     assert "not images, not scored: notes.txt" in caplog.messages
 
 
+@pytest.mark.parametrize(("n", "brighter"), [(50, 60), (50, 0), (34, 60)])
+def test_a_shift_is_logged_and_written(run, tmp_path, caplog, n, brighter):
+    (tmp_path / "photos").mkdir()
+    for i in range(n):
+        Image.fromarray(photograph(i + 50) + np.uint8(brighter)).save(tmp_path / f"photos/{i}.png")
+    (tmp_path / "photos/broken.png").write_bytes(b"")
+    output = tmp_path / "out"
+
+    def shift():
+        predict(run, str(tmp_path / "photos"), output, heatmaps=False)
+        return json.loads((output / "predictions.json").read_text())["shift"]
+
+    found = shift()
+    if n == 34:
+        assert found is None
+        assert "shifted" not in caplog.text
+        return
+    lines, _ = lines_of(output)
+    far = [line["distance"] > 1 for line in lines.values() if line["error"] is None]
+    assert (found["tested"], found["further"]) == (50, sum(far))
+    assert (found["message"] is not None) == bool(brighter)
+    assert ("The new images look shifted as a whole" in caplog.text) == bool(brighter)
+    # Kept lines of an interrupted call count.
+    for name in ("predictions.jsonl", "predictions.csv"):
+        kept = (output / name).read_text().splitlines(keepends=True)[:20]
+        (output / name).write_text("".join(kept))
+    caplog.set_level("INFO")
+    assert shift() == found
+    assert "images were already scored" in caplog.text
+
+
+def test_parts_are_named_by_the_rule_of_the_training(tmp_path):
+    for i in range(48 + 180):
+        folder = tmp_path / ("train" if i < 48 else f"new/lot_7/part_{i // 3}")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photograph(i)).save(folder / f"part_{i // 3}_{i % 3}.png")
+    c = default()
+    c.detector, c.backbone, c.image_size, c.data.groups = "knn", "pixels", (16,), r"part_(\d+)_"
+    Detector.fit(tmp_path / "train", config=c, workdir=tmp_path / "run")
+    predict(tmp_path / "run", str(tmp_path / "new"), tmp_path / "out", heatmaps=False)
+    shift = json.loads((tmp_path / "out/predictions.json").read_text())["shift"]
+    assert (shift["of"], shift["tested"]) == ("parts", 60)
+
+
 def test_raw_maps_equal_the_anomaly_map(run, photos, tmp_path):
     expected = Detector.load(run).predict(photos / "bad.jpg").anomaly_map
     output = tmp_path / "npy"

@@ -195,8 +195,11 @@ def test_defective_test_images_alone_have_no_image_metrics(tmp_path):
     assert "F1" not in (tmp_path / "run" / "table.csv").read_text()
 
 
-@pytest.mark.parametrize("brighter", [0, 60])
-def test_a_shift_of_all_test_images_is_reported(tmp_path, caplog, brighter):
+@pytest.mark.parametrize(
+    ("brighter", "options"),
+    [(0, {}), (60, {}), (60, {"train.cache": "none"}), (60, {"data.resize": "pad"})],
+)
+def test_a_shift_of_all_test_images_is_reported(tmp_path, caplog, brighter, options):
     rng = np.random.default_rng(0)
     for folder, n, offset in (("train/good", 60, 0), ("test/good", 40, brighter)):
         (tmp_path / "photographs" / folder).mkdir(parents=True)
@@ -207,12 +210,13 @@ def test_a_shift_of_all_test_images_is_reported(tmp_path, caplog, brighter):
     root = str(tmp_path / "photographs")
     fields = {"data.name": "folder", "data.category": None, "data.root": root}
     fields |= {"backbone": "pixels", "layers": None, "image_size": (16,), "map.bank": 0}
-    experiment.run(tiny(**fields), tmp_path / "run")
+    results = experiment.run(tiny(**fields | options), tmp_path / "run")
     shift = json.loads((tmp_path / "run" / "part.json").read_text())["shift"]
     report = (tmp_path / "run" / "report.html").read_text()
-    assert shift["test_images"] == 40
+    assert (shift["of"], shift["tested"]) == ("images", 40)
+    assert results["shift"] == {"folder/0": shift}
     for text in (caplog.text, report, shift["message"] or ""):
-        assert ("test images look shifted as a whole" in text) == bool(brighter)
+        assert ("The new images look shifted as a whole" in text) == bool(brighter)
 
 
 def test_missing_data_is_reported_before_missing_weights(tmp_path):

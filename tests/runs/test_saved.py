@@ -205,6 +205,7 @@ def test_a_run_of_an_earlier_version_loads_with_equal_scores(tmp_path):
         assert result.score == pytest.approx(known["score"], rel=1e-3)
         assert result.anomaly_map.mean() == pytest.approx(known["map_mean"], rel=1e-3, abs=1e-3)
         assert (result.p_value, result.is_anomalous) == (known["p_value"], known["is_anomalous"])
+        assert result.distance is None
 
 
 def test_a_saved_detector_has_no_optimiser_state(trained, tmp_path):

@@ -144,7 +144,9 @@ def split(config, dataset: data.Dataset) -> Split:
         train, held_out = split_holdout(len(source), config.data.holdout, groups)
 
     def labels(rows: np.ndarray) -> np.ndarray | None:
-        return groups and np.unique(np.asarray(groups)[rows], return_inverse=True)[1]
+        if groups is None:
+            return None
+        return np.unique(np.asarray(groups)[rows], return_inverse=True)[1]
 
     of_train = labels(train) if held_out_source is source else None
     return Split(source, train, held_out_source, held_out, labels(held_out), of_train)

@@ -10,6 +10,8 @@ The argument is <ablation>/<data set>/<category>; without a category all of the 
 
     kernels       3x3 kernels, or 3x3 and 1x1 in turn, with a small and with a large backbone
     augmentation  training images flipped, rotated, or with changed colours
+    copies        cached copies of training images rotated by up to 10 degrees, for test images as
+                  they are and rotated by 5 degrees
     tampered      test images rotated, zoomed and shifted, for one training
     steps         flows of 1 to 16 steps
     recipe        one choice of the default recipe changed at a time
@@ -19,8 +21,8 @@ The small backbone is --config.backbone. For the large one set
 --config.variants.large_3x3.backbone and --config.variants.large_3x3.weights, for both its rows.
 
 Needs: the data set; for `kernels` weights of WideResNet50-2, `pip install -e '.[hub]'`.
-Time: one training per row (`tampered`: one in all), about two minutes each for ELPV mono on two
-CPU cores.
+Time: one training per row (`tampered`: one in all, `copies`: one per two rows), about two minutes
+each for ELPV mono on two CPU cores.
 Figures: docs/results.md.
 """
 
@@ -67,6 +69,15 @@ def _augmentation(c) -> dict:
     return {name: {"augment": fields} for name, fields in rows.items()}
 
 
+def _copies(c) -> dict:
+    rows = {}
+    for copies in (0, 2, 4, 8):
+        fields = {"augment": {"rotate": 10.0, "copies": copies}} if copies else {}
+        rows[f"copies_{copies}"] = fields
+        rows[f"copies_{copies}_rotate_5"] = fields | {"data": {"tamper": {"rotate": 5.0}}}
+    return rows
+
+
 def _tampered(c) -> dict:
     rows = {
         "untouched": {},
@@ -109,6 +120,7 @@ def _recipe(c) -> dict:
 _ABLATIONS = {
     "kernels": _kernels,
     "augmentation": _augmentation,
+    "copies": _copies,
     "tampered": _tampered,
     "steps": _steps,
     "recipe": _recipe,

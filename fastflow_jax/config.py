@@ -81,8 +81,11 @@ def _data() -> ConfigDict:
 
 
 def _augment() -> ConfigDict:
-    """Random changes of training images in every epoch; features are then not cached."""
+    """Random changes of training images, up to these bounds."""
     c = ConfigDict()
+    # Changed copies of each image, with cached features, for all detectors; 0: images change in
+    # every epoch, and their features are not cached
+    c.copies = 0
     c.flips = False  # left-right and upside-down, each with probability 1/2
     c.rotate = 0.0  # largest angle in degrees, in either direction
     c.colour = 0.0  # largest relative change of brightness, contrast and saturation
@@ -160,6 +163,7 @@ _BOUNDS = {
     "data.tamper.zoom": (0.1, 10),
     "data.tamper.down": (-1, 1),
     "data.tamper.right": (-1, 1),
+    "augment.copies": (0, 64),
     "augment.rotate": (0, 180),
     "augment.colour": (0, 1),
     "length_power": (0, 1),
@@ -301,6 +305,7 @@ def _fill(config: ConfigDict) -> ConfigDict:
                 raise InputError(
                     f"config.{field} must be from {low} to {high}, not {values[field]}."
                 )
+    _check_copies(c.augment)
     for each in methods:
         each.fill(c, spec)
     if c.data.root is not None:
@@ -310,6 +315,14 @@ def _fill(config: ConfigDict) -> ConfigDict:
     if c.weights is not None and expanded(c.weights).is_file():
         c.weights = str(expanded(c.weights).resolve())
     return c.lock()
+
+
+def _check_copies(augment: ConfigDict) -> None:
+    if augment.copies and not (augment.flips or augment.rotate or augment.colour):
+        raise InputError(
+            f"config.augment.copies is {augment.copies}, but copies would equal their images. Set "
+            "config.augment.rotate, config.augment.flips or config.augment.colour."
+        )
 
 
 def _check_choice(field: str, value: str, choices) -> None:

@@ -123,6 +123,8 @@ def test_set_values_are_kept():
         ("data.tamper.zoom", 0.0, "config.data.tamper.zoom must be from 0.1 to 10"),
         ("patchcore.reweight", 1, "config.patchcore.reweight must be 0 or at least 2"),
         ("augment.colour", 2.0, "config.augment.colour must be from 0 to 1"),
+        ("augment.copies", 65, "config.augment.copies must be from 0 to 64, not 65"),
+        ("augment.copies", 4, r"config.augment.copies is 4, .*\. Set config.augment.rotate"),
     ],
 )
 def test_impossible_values_are_named(field, value, message):

@@ -33,13 +33,33 @@ def augmented(source: Source, augment: ConfigDict, seed: int, epoch: int) -> Sou
 
     The change of an image depends only on seed, epoch and index.
     """
-    bounds = augment.to_dict()
+    bounds = {field: value for field, value in augment.to_dict().items() if field != "copies"}
 
     def load(index: int) -> tuple[np.ndarray, None]:
         rng = np.random.default_rng((seed, epoch, index))
         return augment_image(source.load(index)[0], rng, **bounds), None
 
     return dataclasses.replace(source, load=load, part_of=None)
+
+
+def with_copies(source: Source, augment: ConfigDict) -> Source:
+    """Returns `source` followed by `augment.copies` copies of it with changed images.
+
+    With n images, row i + k n has image i in copy k; copy 0 is unchanged. The copies are the same
+    in every run, and have no masks.
+    """
+    n, copies = len(source), range(augment.copies + 1)
+    sources = [source, *(augmented(source, augment, 0, k) for k in copies[1:])]
+
+    def load(index: int) -> tuple[np.ndarray, None]:
+        return sources[index // n].load(index % n)[0], None
+
+    return Source(
+        names=tuple(f"{name}, copy {k}" if k else name for k in copies for name in source.names),
+        defects=source.defects * len(copies),
+        load=load,
+        files=source.files and source.files * len(copies),
+    )
 
 
 def augment_image(

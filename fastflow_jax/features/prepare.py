@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fastflow_jax import data, parallel
 from fastflow_jax.backbones import Backbone, create_backbone
 from fastflow_jax.data import checks
-from fastflow_jax.data.changes import augmented, tampered
+from fastflow_jax.data.changes import augmented, tampered, with_copies
 from fastflow_jax.data.groups import labels_of
 from fastflow_jax.data.pipeline import Batch, batches
 from fastflow_jax.data.profile import Profile, profile_of
@@ -40,7 +40,11 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class _Training:
-    """Features of the training and the held-out images of a run."""
+    """Features of the training and the held-out images of a run.
+
+    With N training images and copies of them, row i + k N of `train` has image i in copy k, see
+    `changes.with_copies`. Each held-out image is then changed once.
+    """
 
     contents: list[str]  # see `Split.contents`
     train: TrainingFeatures
@@ -49,6 +53,12 @@ class _Training:
     holdout_groups: np.ndarray | None  # int [N], see `HeldOut.groups`
     groups: np.ndarray | None  # int [N], see `Split.groups`
     profile: Profile | None  # of the training images
+    copies: int  # of each training image, including the unchanged one
+
+    @property
+    def n_trained_on(self) -> int:
+        """Number of training images without their copies."""
+        return self.train.n // self.copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +139,19 @@ class Split:
             contents += [f"calibration: {content}" for content in self.held_out_source.contents]
         return contents
 
+    def with_copies(self, augment: ConfigDict) -> "Split":
+        """The split with all copies of the training images, and one of each held-out image.
+
+        A single copy of a held-out image keeps the held-out scores independent. See
+        `changes.with_copies`; the unchanged training images come first.
+        """
+        source = held_out_source = with_copies(self.source, augment)
+        if self.held_out_source is not self.source:
+            held_out_source = with_copies(self.held_out_source, augment)
+        train = [self.train + k * len(self.source) for k in range(augment.copies + 1)]
+        held_out = self.held_out + len(self.held_out_source)
+        return Split(source, np.concatenate(train), held_out_source, held_out, self.held_out_groups)
+
 
 def split(config, dataset: data.Dataset) -> Split:
     """Splits normal images; all images given for calibration, if any, are held out.
@@ -154,7 +177,8 @@ def split(config, dataset: data.Dataset) -> Split:
 
 def is_augmented(config) -> bool:
     """Whether training images change from epoch to epoch."""
-    return any(config.augment.values())
+    changes = config.augment.to_dict()
+    return not changes.pop("copies") and any(changes.values())
 
 
 def feature_fingerprint(config, seed: int) -> str:
@@ -264,6 +288,15 @@ def _open_backbone(config, seed: int) -> Backbone:
     return create_backbone(config.backbone, weights=config.weights, layers=config.layers, seed=seed)
 
 
+# Titles of features in messages.
+_KINDS = {
+    "train": "features",
+    "holdout": "held-out features",
+    "unchanged": "features of unchanged held-out images",
+    "test": "test features",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class _FeatureCache:
     """Computes and caches the features of images for one backbone and configuration."""
@@ -288,7 +321,7 @@ class _FeatureCache:
     def compute(self, source: data.Source, rows: np.ndarray, kind: str) -> Features:
         """Features of the images at `rows`, int [N]: [N, h, w, C] per scale.
 
-        `kind` is "train", "holdout" or "test"; it names the features in messages and on disk.
+        `kind` is a key of `_KINDS`; it names the features in messages and on disk.
         """
         # Padding masks are not shared, so features of padded images are not either.
         if self.shared is not None and source.part_of is not None and not self.is_padded:
@@ -304,7 +337,6 @@ class _FeatureCache:
         config, backbone = self.config, self.backbone
         maps = maps_of(backbone.module, config.length_power, config.feature_dtype)
         image = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
-        what = {"train": "features", "holdout": "held-out features", "test": "test features"}[kind]
 
         def compute(places):
             for batch in feature_batches(config, backbone, source, rows[places]):
@@ -318,7 +350,7 @@ class _FeatureCache:
             block=config.batch_size,
             location=config.train.cache,
             folder=self.folder / kind,
-            title=f"{self.title}: {what}",
+            title=f"{self.title}: {_KINDS[kind]}",
         )
 
     def masks_and_padding(
@@ -400,32 +432,40 @@ def _warn(title: str, message: str | None) -> None:
 
 def _prepare_training(cached: _FeatureCache, dataset: data.Dataset, seed: int) -> _Training:
     """Computes the features of the training and the held-out images."""
-    config, parts = cached.config, split(cached.config, dataset)
-    profile = profile_of(parts.source, parts.train)
-    _warn(cached.title, checks.dark_images(parts.source))
+    config, images = cached.config, split(cached.config, dataset)
+    profile = profile_of(images.source, images.train)
+    _warn(cached.title, checks.dark_images(images.source))
+    parts = images
+    if config.augment.copies:
+        parts = images.with_copies(config.augment)
+        fingerprint = cached.fingerprint | {"augment": _key(config.augment)}
+        cached = dataclasses.replace(cached, fingerprint=fingerprint, shared=None)
     is_cached = config.train.cache != "none" and not is_augmented(config)
     if not is_cached:  # only held-out features are cached: do not compute those of all categories
         cached = dataclasses.replace(cached, shared=None)
-    holdout = holdout_valid = holdout_groups = None
+    holdout = holdout_valid = None
     if len(parts.held_out):
         holdout = cached.compute(parts.held_out_source, parts.held_out, "holdout")
         holdout_valid = cached.padding(parts.held_out_source, parts.held_out)
-        holdout_groups = parts.held_out_groups
     if is_cached:
-        train = _cached_training(cached, parts, holdout)
+        train = _cached_training(cached, parts)
+        if holdout is not None:
+            _warn_of_siblings(cached, images, train, holdout)
     else:
         train = _recomputed_training(cached, parts, seed)
     return _Training(
-        parts.contents, train, holdout, holdout_valid, holdout_groups, parts.groups, profile
+        contents=images.contents,
+        train=train,
+        holdout=holdout,
+        holdout_valid=holdout_valid,
+        holdout_groups=parts.held_out_groups if len(parts.held_out) else None,
+        profile=profile,
+        copies=config.augment.copies + 1,
     )
 
 
-def _cached_training(
-    cached: _FeatureCache, parts: Split, holdout: Features | None
-) -> TrainingFeatures:
+def _cached_training(cached: _FeatureCache, parts: Split) -> TrainingFeatures:
     maps = cached.compute(parts.source, parts.train, "train")
-    if holdout is not None:
-        _warn_of_siblings(maps, parts, holdout, cached.title)
     size = cache.n_bytes(len(parts.train), maps)
     fits = cache.fits_on_device(size, cached.config.train.cache)
     on_device = not parallel.any_process(not fits)
@@ -448,17 +488,27 @@ def _recomputed_training(cached: _FeatureCache, parts: Split, seed: int) -> Trai
     return recomputed_features(len(parts.train), batches_of, extract, size, valid)
 
 
-def _warn_of_siblings(maps: Features, parts: Split, holdout: Features, title: str) -> None:
-    """Warns if held-out images seem to show the same parts as training images."""
-    same_source = parts.held_out_source is parts.source and parts.held_out_groups is None
+def _warn_of_siblings(
+    cached: _FeatureCache, images: Split, train: TrainingFeatures, holdout: Features
+) -> None:
+    """Warns if held-out images seem to show the same parts as training images.
+
+    Only unchanged images are compared, because an image is a sibling of its copies.
+    """
+    maps = train.cached
+    assert maps is not None
+    if cached.config.augment.copies:
+        maps = tuple(m[: len(images.train)] for m in maps)
+        holdout = cached.compute(images.held_out_source, images.held_out, "unchanged")
+    same_source = images.held_out_source is images.source and images.held_out_groups is None
     found = siblings.find(maps, holdout, same_source=same_source)
     if found is None:
         return
-    held_out = parts.held_out_source.names[parts.held_out[found.held_out]]
-    trained_on = parts.source.names[parts.train[found.trained_on]]
+    held_out = images.held_out_source.names[images.held_out[found.held_out]]
+    trained_on = images.source.names[images.train[found.trained_on]]
     _log.warning(
-        f"{title}: {found.kind}, such as {held_out} and {trained_on}. If several images show the "
-        "same part, stated false-alarm rates do not hold for new parts. Pass "
+        f"{cached.title}: {found.kind}, such as {held_out} and {trained_on}. If several images "
+        "show the same part, stated false-alarm rates do not hold for new parts. Pass "
         "--config.data.groups (folder, a .csv file or a regular expression) to name the images "
         "that belong together, or put images of other parts into calibration/good."
     )

@@ -201,7 +201,7 @@ def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepare
         "best_on_test": _best_on_test(epochs) if part.training == part.directory else None,
         "data": dataset.provenance
         | {
-            "trained_on": prepared.train.n,
+            "trained_on": prepared.n_trained_on,
             "held_out": len(prepared.holdout[0]) if prepared.holdout else 0,
         }
         | _test_counts(dataset.test),

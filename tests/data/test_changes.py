@@ -12,7 +12,7 @@ from torchvision_oracle import import_torchvision
 
 from fastflow_jax.config import default
 from fastflow_jax.data import Source
-from fastflow_jax.data.changes import augment_image, augmented, tampered, warp
+from fastflow_jax.data.changes import augment_image, augmented, tampered, warp, with_copies
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (20, 20, 3), np.uint8)
@@ -119,7 +119,7 @@ def test_a_subset_of_a_tampered_source_is_tampered():
     np.testing.assert_array_equal(part.part_of[0][3].image, warp(whole[3].image, down=0.25))
 
 
-AUGMENT = ConfigDict({"flips": True, "rotate": 10.0, "colour": 0.3})
+AUGMENT = ConfigDict({"copies": 0, "flips": True, "rotate": 10.0, "colour": 0.3})
 
 
 def test_augmentation_depends_only_on_seed_epoch_and_index():
@@ -136,6 +136,22 @@ def test_augmentation_depends_only_on_seed_epoch_and_index():
         assert all((a != b).any() for a, b in zip(first, other, strict=True))
     assert len({image.tobytes() for image in read(1, 2, range(6))}) == 6
     assert augmented(plain, AUGMENT, 1, 2)[0].mask is None
+
+
+def test_copies_follow_the_unchanged_images():
+    plain = source(part_of=(source(), np.arange(6)))
+    copied = with_copies(plain, ConfigDict(AUGMENT.to_dict() | {"copies": 2}))
+    assert len(copied) == 18
+    for i in range(6):
+        np.testing.assert_array_equal(copied[i].image, plain[i].image)
+    images = [example.image.tobytes() for example in copied]
+    assert len(set(images)) == 18
+    again = with_copies(plain, ConfigDict(AUGMENT.to_dict() | {"copies": 1}))
+    assert [again[i].image.tobytes() for i in range(12)] == images[:12]
+    assert copied.names[1::6] == ("good/1.png", "good/1.png, copy 1", "good/1.png, copy 2")
+    assert copied.defects == ("good",) * 18
+    assert copied[0].mask is None
+    assert copied.part_of is None, "their features are not those of the whole source"
 
 
 @pytest.mark.parametrize("field", ["flips", "rotate", "colour"])

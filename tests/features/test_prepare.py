@@ -233,6 +233,60 @@ def test_the_fingerprint_depends_on_the_settings_of_features(tiny):
         assert feature_fingerprint(tiny(**{field: value}), 0) == feature_fingerprint(one, 0)
 
 
+COPIES = {"augment.rotate": 20.0, "augment.copies": 2}
+
+
+def test_features_of_copies_follow_those_of_the_images(tiny, seen, tmp_path):
+    plain, config = tiny(), tiny(**COPIES)
+    images = preparer(plain, tmp_path)(plain, "bird", 0)
+    get = preparer(config, tmp_path)
+    prepared = get(config, "bird", 0)
+    assert sum(seen) == 40 + 3 * 3 + 2 * 1  # a held-out image unchanged, to find siblings, and once
+    assert (prepared.n_trained_on, prepared.copies, prepared.train.n) == (3, 3, 9)
+    whole = prepared.train.cached[0]
+    np.testing.assert_allclose(whole[:3], images.train.cached[0], rtol=1e-3, atol=1e-3)
+    assert len(np.unique(whole.reshape(9, -1), axis=0)) == 9
+    assert prepared.contents == images.contents
+    assert prepared.holdout[0].shape == images.holdout[0].shape
+    assert (prepared.holdout[0] != np.asarray(images.holdout[0])).any()
+
+
+@pytest.mark.parametrize("change", [{"augment.rotate": 5.0}, {"augment.flips": True}])
+def test_copies_on_disk_are_computed_again_for_other_changes(tiny, seen, tmp_path, change):
+    def count(**fields):
+        seen.clear()
+        config = tiny(**{"train.cache": "disk"} | COPIES | fields)
+        preparer(config, tmp_path)(config, "bird", 0)
+        return sum(seen)
+
+    assert [count(), count(), count(**change)] == [11, 0, 11]
+
+
+def test_without_a_cache_copies_do_not_change(tiny, tmp_path):
+    config = tiny(**COPIES, **{"train.cache": "none"})
+    train = preparer(config, tmp_path)(config, "bird", 0).train
+    assert train.cached is None
+    first, second = (next(train.stream(epoch, np.arange(8)[None]))[0] for epoch in (0, 1))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_all_seeds_share_the_features_of_copies(screws, tmp_path):
+    c, folder = default(), screws / "train/good"
+    c.data.root, c.backbone, c.image_size = str(folder), "pixels", (16,)
+    c.augment.flips, c.augment.copies = True, 2
+    get = preparer(fill(c), tmp_path / "features")
+    assert get(fill(c), None, 0).train is get(fill(c), None, 1).train
+
+
+def test_copies_are_no_siblings(tiny, tmp_path, caplog):
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (40, 20, 20, 3))):
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{i:02}.png")
+    fields = {"data.name": "folder", "data.root": str(tmp_path)}
+    config = tiny(**fields, **{"augment.colour": 0.01, "augment.copies": 2})
+    preparer(config, tmp_path / ".features")(config, None, 0)
+    assert not [message for message in caplog.messages if "calibration/good" in message]
+
+
 def test_keep_last_frees_a_value_before_it_makes_the_next():
     made = []
 

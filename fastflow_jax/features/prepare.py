@@ -53,12 +53,7 @@ class _Training:
     holdout_groups: np.ndarray | None  # int [N], see `HeldOut.groups`
     groups: np.ndarray | None  # int [N], see `Split.groups`
     profile: Profile | None  # of the training images
-    copies: int  # of each training image, including the unchanged one
-
-    @property
-    def n_trained_on(self) -> int:
-        """Number of training images without their copies."""
-        return self.train.n // self.copies
+    n_trained_on: int  # training images, without their copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,15 +137,23 @@ class Split:
     def with_copies(self, augment: ConfigDict) -> "Split":
         """The split with all copies of the training images, and one of each held-out image.
 
-        A single copy of a held-out image keeps the held-out scores independent. See
-        `changes.with_copies`; the unchanged training images come first.
+        A single copy of a held-out image keeps the held-out scores independent. The copies of a
+        training image show the same part. See `changes.with_copies`; the unchanged training images
+        come first.
         """
         source = held_out_source = with_copies(self.source, augment)
         if self.held_out_source is not self.source:
             held_out_source = with_copies(self.held_out_source, augment)
-        train = [self.train + k * len(self.source) for k in range(augment.copies + 1)]
-        held_out = self.held_out + len(self.held_out_source)
-        return Split(source, np.concatenate(train), held_out_source, held_out, self.held_out_groups)
+        times = augment.copies + 1
+        groups = np.arange(len(self.train)) if self.groups is None else self.groups
+        return Split(
+            source=source,
+            train=np.concatenate([self.train + k * len(self.source) for k in range(times)]),
+            held_out_source=held_out_source,
+            held_out=self.held_out + len(self.held_out_source),
+            held_out_groups=self.held_out_groups,
+            groups=np.tile(groups, times),
+        )
 
 
 def split(config, dataset: data.Dataset) -> Split:
@@ -459,8 +462,9 @@ def _prepare_training(cached: _FeatureCache, dataset: data.Dataset, seed: int) -
         holdout=holdout,
         holdout_valid=holdout_valid,
         holdout_groups=parts.held_out_groups if len(parts.held_out) else None,
+        groups=parts.groups,
         profile=profile,
-        copies=config.augment.copies + 1,
+        n_trained_on=len(images.train),
     )
 
 

@@ -110,6 +110,7 @@ def _recipe(c) -> dict:
         "twenty_epochs": {"train": {"max_epochs": 20}},
         "no_bank": {"map": {"bank": 0}},
         "not_compressed": {"map": {"compress": False}},
+        "border_in_full": {"map": {"border": 1}},
         "z_alone": {"map": {"log_det": 0.0}},
         "likelihood": {"map": {"log_det": 1.0}},
         "maximum": {"score": {"form": "top_k", "top_k": 0.0}},

@@ -56,6 +56,7 @@ def get_config(category: str | None = None):
     c.map.bank = 0
     c.map.standardise = False
     c.map.compress = False
+    c.map.border = 1
     c.map.sigma = 0.0
     c.score.form = "top_k"
     c.score.top_k = 0.0

@@ -35,7 +35,7 @@ def default() -> ConfigDict:
     c.image_size = placeholder(tuple)  # (height, width), or (side,)
     c.layers = placeholder(tuple)  # feature maps; None: the default of the detector,
     c.layers_as = placeholder(str)  # or of another detector, if set
-    c.length_power = 0.25  # exponent of the lengths of feature vectors, see `extract.compress`
+    c.length_power = 0.5  # exponent of the lengths of feature vectors, see `extract.compress`
     c.feature_dtype = "float16"  # of cached features; or "bfloat16", "float32"
     c.batch_size = placeholder(int)  # of the backbone and of scoring; training has its own
 
@@ -132,6 +132,9 @@ _FREE_TO_CHANGE = (
 
 # Fields of earlier versions that did not affect results; old run directories have them.
 _RETIRED = ("measure_speed",)
+
+# Values of fields that earlier versions did not have, for run directories without them.
+_BEFORE = {"map.border": 1}
 
 # Fields that all variants of a run share.
 _SHARED = (
@@ -353,6 +356,7 @@ def from_plain(plain: dict) -> ConfigDict:
         }
 
     config = default()
+    config.update_from_flattened_dict(_BEFORE)
     plain = {name: value for name, value in plain.items() if name not in _RETIRED}
     unknown = _flat(plain).keys() - _flat(config.to_dict()).keys()
     unknown = [name for name in sorted(unknown) if not name.startswith("variants.")]
@@ -374,8 +378,8 @@ def without(config: ConfigDict, fields: Sequence[str]) -> dict:
 
 def differences(saved: dict, config: ConfigDict) -> list[str]:
     """Returns a line per field in which the configuration of a run directory differs."""
-    # Fields that the run does not have are at their defaults.
-    old, new = _flat(to_plain(default())) | _flat(saved), _flat(to_plain(config))
+    # Other fields that the run does not have are at their defaults.
+    old, new = _flat(to_plain(default())) | _BEFORE | _flat(saved), _flat(to_plain(config))
     return [
         f"{name}: {old.get(name, 'unset')} in the run, {new.get(name, 'unset')} now"
         for name in sorted(old.keys() | new.keys())

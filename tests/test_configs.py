@@ -309,6 +309,7 @@ def test_the_ablation_of_the_recipe_undoes_one_choice_at_a_time():
         "twenty_epochs": {"train.max_epochs"},
         "no_bank": {"map.bank"},
         "not_compressed": {"map.compress"},
+        "border_in_full": {"map.border"},
         "z_alone": {"map.log_det"},
         "likelihood": {"map.log_det"},
         "maximum": {"score.form"},

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from fastflow_jax.detectors.base import CompiledScorer, compiled
-from fastflow_jax.detectors.maps import resize_map, top_mean, window_maxima
+from fastflow_jax.detectors.maps import border_weights, resize_map, top_mean, window_maxima
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.extract import Features, in_batches
 from fastflow_jax.files import read_arrays, to_plain, write_arrays
@@ -35,12 +35,13 @@ class Calibration(flax.struct.PyTreeNode):
     scale_std: Array  # [maps], their standard deviation
     window_mean: Array  # [maps], mean of `maps.window_maxima` over images and sides
     peak_std: Array  # [maps], standard deviation of the highest energy of an image
+    weight: Array  # [maps], of the map in the image score
 
 
-def identity(maps: int) -> Calibration:
-    """A calibration of some maps that does not change scores."""
-    zeros, ones = np.zeros(maps, np.float32), np.ones(maps, np.float32)
-    return Calibration(zeros, ones, zeros, ones)
+def identity(weight: np.ndarray) -> Calibration:
+    """A calibration that does not change scores, for maps of some weights [maps]."""
+    zeros, ones = np.zeros(len(weight), np.float32), np.ones(len(weight), np.float32)
+    return Calibration(zeros, ones, zeros, ones, weight)
 
 
 def calibrate(
@@ -50,7 +51,7 @@ def calibrate(
     holdout: Features | None,
     valid: np.ndarray | None = None,
     *,
-    maps: int,
+    weight: np.ndarray,
 ) -> Calibration:
     """Calibrates on features of held-out normal images.
 
@@ -60,17 +61,17 @@ def calibrate(
       variables: of the detector.
       holdout: features [n, h, w, C] per scale; without images the calibration is the identity.
       valid: bool [n, H, W], False in padding; None without padding.
-      maps: number of maps that `locate` returns.
+      weight: float32 [maps], of each map of `locate` in the image score.
     """
     if holdout is None or not len(holdout[0]):
-        return identity(maps)
+        return identity(weight)
     run = functools.partial(compiled(locate, FrozenConfigDict(config)), variables)
-    return calibrate_on(config, in_batches(run, (holdout, valid), config.batch_size))
+    return calibrate_on(config, in_batches(run, (holdout, valid), config.batch_size), weight)
 
 
-def calibrate_on(config, maps: tuple[np.ndarray, ...]) -> Calibration:
+def calibrate_on(config, maps: tuple[np.ndarray, ...], weight: np.ndarray) -> Calibration:
     """Calibrates on the `LocationScorer.location_maps` of held-out normal images."""
-    calibration = identity(len(maps))
+    calibration = identity(weight)
     if config.map.standardise:
         spread = np.array([m.std(dtype=np.float64) for m in maps], np.float32)
         calibration = calibration.replace(
@@ -100,8 +101,12 @@ def fuse(
     size: tuple[int, int],
     sigma: float = 0.0,
     compress: bool = False,
+    border: int = 1,
 ) -> jax.Array:
     """Mean of the calibrated and resized maps, [B, h, w] each -> [B, *size].
+
+    Features at the border of an image are less reliable, because backbones pad with zeros, and show
+    what is next to the object more often than defects, so they can have less weight.
 
     Args:
       maps: see `LocationScorer.location_maps`.
@@ -110,22 +115,25 @@ def fuse(
       sigma: of the blur, see `maps.resize_map`.
       compress: takes the inverse hyperbolic sine of each value: typical values do not change, and
         outliers contribute their logarithm, so that no scale and no location dominates.
+      border: side of the neighbourhood that determines the weights, see `maps.border_weights`.
     """
-    standard = [
-        (m - mean) / std
-        for m, mean, std in zip(maps, calibration.scale_mean, calibration.scale_std, strict=True)
-    ]
-    standard = [resize_map(jnp.arcsinh(m) if compress else m, size, sigma) for m in standard]
-    return sum(standard, start=jnp.zeros(())) / len(standard)
+    total = jnp.zeros(())
+    for m, mean, std in zip(maps, calibration.scale_mean, calibration.scale_std, strict=True):
+        m = (m - mean) / std
+        m = (jnp.arcsinh(m) if compress else m) * border_weights(m.shape[1:3], border)
+        total += resize_map(m, size, sigma)
+    return total / len(maps)
 
 
 def _score_maps(config, size, calibration, maps):
     """Scores and anomaly maps from location maps, see `CalibratedScorer.score_maps`."""
-    anomaly_map = fuse(maps, calibration, size, config.map.sigma, config.map.compress)
+    c = config.map
+    anomaly_map = fuse(maps, calibration, size, c.sigma, c.compress, c.border)
     if config.score.form == "top_k":
         return top_mean(anomaly_map, config.score.top_k), anomaly_map
     windows = jnp.stack([window_maxima(m).mean(-1) for m in maps], axis=-1)  # [B, maps]
-    return ((windows - calibration.window_mean) / calibration.peak_std).mean(-1), anomaly_map
+    windows = (windows - calibration.window_mean) / calibration.peak_std
+    return jnp.average(windows, axis=-1, weights=calibration.weight), anomaly_map
 
 
 def score_locations(config, locate, size, state, batch):
@@ -176,7 +184,7 @@ class LocationScorer(CompiledScorer):
 
     def recalibrated(self, maps: tuple[np.ndarray, ...]) -> Self:
         """A copy with another calibration, see `CalibratedScorer.recalibrated`."""
-        calibration = calibrate_on(self.config, maps)
+        calibration = calibrate_on(self.config, maps, self.calibration.weight)
         if len(maps[0]) < _FEW:  # too few for a standard deviation
             calibration = calibration.replace(peak_std=self.calibration.peak_std)
         return dataclasses.replace(self, calibration=calibration)
@@ -201,7 +209,8 @@ def finish_fit(
     file.parent.mkdir(parents=True, exist_ok=True)
     write_arrays(file, variables)
     held_out = context.holdout, context.holdout_valid
-    calibration = calibrate(scorer.locate, config, variables, *held_out, maps=maps)
+    weight = np.ones(maps, np.float32)
+    calibration = calibrate(scorer.locate, config, variables, *held_out, weight=weight)
     save_calibration(config, context.directory, calibration, {})
     return scorer(config, variables, calibration)
 
@@ -227,6 +236,8 @@ def load_calibration(config, directory: pathlib.Path) -> tuple[Calibration, dict
     """
     file = _file(config, directory)
     arrays = read_arrays(file) if file.exists() else {}
+    # Earlier versions had equal weights only.
+    arrays.setdefault("weight", np.ones_like(arrays.get("peak_std", ())))
     names = [field.name for field in dataclasses.fields(Calibration)]
     if not arrays.keys() >= set(names):
         raise InputError(
@@ -240,5 +251,7 @@ def _file(config, directory: pathlib.Path) -> pathlib.Path:
 
     Runs that share a training may differ in these settings.
     """
-    settings = json.dumps([to_plain(config.map), to_plain(config.score)])
+    # Borders do not affect it.
+    fields = {name: value for name, value in to_plain(config.map).items() if name != "border"}
+    settings = json.dumps([fields, to_plain(config.score)])
     return directory / f"calibration_{zlib.crc32(settings.encode()):08x}.npz"

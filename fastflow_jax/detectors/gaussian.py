@@ -95,6 +95,6 @@ METHOD = Method(
             "channels": 100,  # of each scale, drawn at random, with one Gaussian per location
         }
     },
-    reads=("gaussian", "map.standardise", "map.compress", "score"),
+    reads=("gaussian", "map.standardise", "map.compress", "map.border", "score"),
     bounds={"gaussian.shrinkage": (1e-6, 100), "gaussian.channels": (1, 10**5)},
 )

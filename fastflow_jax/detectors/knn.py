@@ -98,7 +98,7 @@ METHOD = Method(
             "average": False,  # averages whitened features over 3x3 locations, on fine maps
         }
     },
-    reads=("knn", "map.standardise", "map.compress", "score"),
+    reads=("knn", "map.standardise", "map.compress", "map.border", "score"),
     scoring=("knn.neighbours",),
     bounds={"knn.points": (1, 10**7), "knn.neighbours": (1, 1000)},
 )

@@ -35,6 +35,21 @@ def _interpolation(before: int, after: int, sigma: float) -> np.ndarray:
     return gaussian_filter1d(weights, sigma, axis=0) if sigma else weights
 
 
+def border_weights(size: tuple[int, int], side: int) -> np.ndarray:
+    """Share of the neighbourhood of each location that is inside the map, float32 [h, w].
+
+    Args:
+      size: (h, w).
+      side: height and width of the neighbourhood, odd; 1 for weights of 1.
+    """
+    reach = side // 2
+    rows, columns = (
+        (np.minimum(np.arange(n) + reach, n - 1) - np.maximum(np.arange(n) - reach, 0) + 1) / side
+        for n in size
+    )
+    return np.outer(rows, columns).astype(np.float32)
+
+
 def top_mean(anomaly_map: jax.Array, part: float) -> jax.Array:
     """Mean of the highest `part` of the pixels of each map [B, H, W]; the maximum for 0."""
     pixels = anomaly_map.reshape(len(anomaly_map), -1)

@@ -60,6 +60,6 @@ METHOD = Method(
     layers=layers,
     # variance: share that the principal components explain at least
     fields={"subspace": {"variance": 0.99}},
-    reads=("subspace", "map.standardise", "map.compress", "score"),
+    reads=("subspace", "map.standardise", "map.compress", "map.border", "score"),
     bounds={"subspace.variance": (0, 1)},
 )

@@ -136,9 +136,15 @@ def load(config, shapes, directory: pathlib.Path) -> "FastFlowScorer":
 def calibrated(
     config, variables: dict, holdout: Features | None, valid: np.ndarray | None = None
 ) -> "FastFlowScorer":
-    """The scorer of trained variables, calibrated on features of held-out normal images."""
-    maps = len(config.layers) + len(variables.get("bank", ()))
-    calibration = calibrate(_locate, config, variables, holdout, valid, maps=maps)
+    """The scorer of trained variables, calibrated on features of held-out normal images.
+
+    The image score depends on the distances to the banks, or on the flows' energies if there are no
+    banks; the anomaly map depends on all of them.
+    """
+    in_banks = len(_BANKS) * bool(variables.get("bank"))
+    of_scale = np.array([not in_banks, *[1] * in_banks], np.float32)
+    weight = np.tile(of_scale, len(config.layers))
+    calibration = calibrate(_locate, config, variables, holdout, valid, weight=weight)
     return FastFlowScorer(config, variables, calibration)
 
 
@@ -341,6 +347,7 @@ METHOD = Method(
             "log_det": 0.1,  # weight of the log-determinant: 1 in a likelihood, 0 in the reference
             "standardise": True,  # divides scales by their standard deviation on held-out images
             "compress": True,  # reduces the weight of outliers, see `fuse`
+            "border": 5,  # weight at the border, see `maps.border_weights`; 1: as elsewhere
             "bank": 2000,  # rows of each memory bank, see `bank`; 0: no banks
         },
         "score": {
@@ -355,6 +362,7 @@ METHOD = Method(
         "flow.hidden_ratio": (1e-3, 100),
         "flow.clamp": (1e-3, 100),
         "map.log_det": (0, 1),
+        "map.border": (1, 99),
         "map.bank": (0, 10**7),
         "score.top_k": (0, 1),
     },

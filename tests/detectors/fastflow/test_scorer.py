@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, uniform_filter
 
 from fastflow_jax.backbones import create_backbone
 from fastflow_jax.config import default, fill
@@ -53,6 +53,11 @@ def location_maps(setup, config):
     ]
 
 
+def inside_shares(size, side):
+    """Share of the neighbourhood of each location that is inside a map of this size."""
+    return uniform_filter(np.pad(np.ones(size), side), side)[side:-side, side:-side]
+
+
 def test_calibrated_maps_and_windows_have_mean_0_and_deviation_1(setup):
     config, _, _, variables, _, features = setup
     calibration = calibrated(config, variables, features).calibration
@@ -90,7 +95,7 @@ def test_scores_are_finite_and_balanced_with_few_held_out_images(setup, n):
 def test_a_deviation_of_rounding_errors_is_not_used(setup):
     """As of distances from a bank that holds copies of the held-out images."""
     rounding = 1e-8 * np.random.default_rng(0).normal(size=(5, 8, 8)).astype(np.float32)
-    calibration = calibrate_on(setup[0], (rounding,))
+    calibration = calibrate_on(setup[0], (rounding,), np.ones(1))
     assert calibration.scale_std.tolist() == [1.0]
     assert calibration.peak_std.tolist() == [1.0]
 
@@ -100,7 +105,7 @@ def test_no_map_dominates_because_few_images_agree(setup):
     apart = np.random.default_rng(0).normal(size=(3, 8, 8)).astype(np.float32)
     agreed = apart.copy()
     agreed[:, 4, 4] = 9.0  # the highest location of every image
-    calibration = calibrate_on(config, (apart, agreed))
+    calibration = calibrate_on(config, (apart, agreed), np.ones(2))
     spread = calibration.peak_std / calibration.scale_std
     assert spread[1] == pytest.approx(0.1 * (spread[0] / 2), rel=1e-4)
 
@@ -121,7 +126,7 @@ def test_p_values_are_valid_with_two_held_out_images(setup):
     above = []
     for _ in range(60):
         held, new = draw(2), draw(32)
-        scorer = FastFlowScorer(config, {}, calibrate_on(config, held))
+        scorer = FastFlowScorer(config, {}, calibrate_on(config, held, np.ones(6)))
         scores = [
             scorer.recalibrated(tuple(m[1 - i :][:1] for m in held)).score_maps(
                 tuple(m[i:][:1] for m in held)
@@ -148,7 +153,8 @@ def test_scores_equal_their_definition(setup, form):
         (m - mean) / std
         for m, mean, std in zip(maps, calibration.scale_mean, calibration.scale_std, strict=True)
     ]
-    squeezed = [jax.image.resize(np.arcsinh(m), (11, 32, 48), "bilinear") for m in standard]
+    squeezed = [np.arcsinh(m) * inside_shares(m.shape[1:], 5) for m in standard]
+    squeezed = [jax.image.resize(m, (11, 32, 48), "bilinear") for m in squeezed]
     blurred = [gaussian_filter(m, 4 * 32 / 224) for m in (squeezed[0] + squeezed[1]) / 2]
     np.testing.assert_allclose(anomaly_maps, blurred, atol=2e-3)
     if form == "top_k":
@@ -176,9 +182,17 @@ def test_weights_are_sent_to_the_devices_once(setup, monkeypatch, kind):
 
 def test_compressed_maps_keep_small_values_and_the_order_of_large_ones():
     m = np.array([0.01, -0.02, 3.0, 500.0, 5000.0]).reshape(1, 1, 5)
-    (found,) = fuse((m,), Calibration([0.0], [1.0], 0.0, 1.0), (1, 5), compress=True)
+    (found,) = fuse((m,), Calibration([0.0], [1.0], 0.0, 1.0, 1.0), (1, 5), compress=True)
     np.testing.assert_allclose(found[0, :2], [0.01, -0.02], rtol=1e-3)
     np.testing.assert_allclose(found[0, 4] - found[0, 3], np.log(10), rtol=1e-3)
+
+
+def test_locations_at_the_border_weigh_as_much_as_their_neighbourhood_inside_the_image():
+    ones = np.ones((1, 6, 7), np.float32)
+    plain = Calibration([1.0], [2.0], 0.0, 1.0, 1.0)
+    (found,) = fuse((2 * ones + 1,), plain, (6, 7), border=5)
+    np.testing.assert_allclose(found, inside_shares((6, 7), 5), rtol=1e-5)
+    np.testing.assert_allclose(fuse((2 * ones + 1,), plain, (6, 7), border=1), ones, rtol=1e-5)
 
 
 def test_features_unlike_normal_ones_score_higher(setup):
@@ -218,6 +232,20 @@ def test_banks_add_two_maps_to_each_scale(setup):
             expected.append(((vectors[..., None, :] - bank) ** 2).sum(-1).min(-1) / 2)
         for one, other in zip(found[3 * i : 3 * i + 3], expected, strict=True):
             np.testing.assert_allclose(one, other / z.shape[-1], atol=2e-4, rtol=1e-4)
+
+
+def test_the_image_score_depends_on_banks_and_the_anomaly_map_on_all_maps(setup):
+    config, _, _model, variables, _, features = setup
+    banked = with_banks(config, variables, cached_features(features), seed=0)
+    scorer = calibrated(config, banked, features)
+    maps = scorer.location_maps(tuple(m[:4] for m in features))
+    scores, anomaly_map = scorer.score_maps(maps)
+    of_flow = tuple(m + 5 * (i % 3 == 0) for i, m in enumerate(maps))
+    of_bank = tuple(m + 5 * (i == 1) for i, m in enumerate(maps))
+    again, higher = scorer.score_maps(of_flow)
+    np.testing.assert_allclose(again, scores, rtol=1e-5)
+    assert np.all(higher > anomaly_map)
+    assert np.all(scorer.score_maps(of_bank)[0] > scores + 0.1)
 
 
 def test_without_held_out_images_banks_still_score(setup):

@@ -38,7 +38,7 @@ class Calibration(flax.struct.PyTreeNode):
     weight: Array  # [maps], of the map in the image score
 
 
-def identity(weight: np.ndarray) -> Calibration:
+def identity(weight: Array) -> Calibration:
     """A calibration that does not change scores, for maps of some weights [maps]."""
     zeros, ones = np.zeros(len(weight), np.float32), np.ones(len(weight), np.float32)
     return Calibration(zeros, ones, zeros, ones, weight)
@@ -51,7 +51,7 @@ def calibrate(
     holdout: Features | None,
     valid: np.ndarray | None = None,
     *,
-    weight: np.ndarray,
+    weight: Array,
 ) -> Calibration:
     """Calibrates on features of held-out normal images.
 
@@ -69,7 +69,7 @@ def calibrate(
     return calibrate_on(config, in_batches(run, (holdout, valid), config.batch_size), weight)
 
 
-def calibrate_on(config, maps: tuple[np.ndarray, ...], weight: np.ndarray) -> Calibration:
+def calibrate_on(config, maps: tuple[np.ndarray, ...], weight: Array) -> Calibration:
     """Calibrates on the `LocationScorer.location_maps` of held-out normal images."""
     calibration = identity(weight)
     if config.map.standardise:

@@ -71,7 +71,7 @@ def _augmentation(c) -> dict:
 
 def _copies(c) -> dict:
     rows = {}
-    for copies in (0, 2, 4, 8):
+    for copies in (0, 4):
         fields = {"augment": {"rotate": 10.0, "copies": copies}} if copies else {}
         rows[f"copies_{copies}"] = fields
         rows[f"copies_{copies}_rotate_5"] = fields | {"data": {"tamper": {"rotate": 5.0}}}

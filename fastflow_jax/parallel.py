@@ -280,9 +280,13 @@ def _exchange(tree: Any, n: int) -> Any:
 
 
 def to_all(tree: Any) -> Any:
-    """Turns a state that each process holds into one global state, for saving."""
+    """Turns a state that each process holds into one global state, for saving.
+
+    A single process saves the copy of its first device. Of a state on several devices Orbax would
+    cut each array into a part per device, and compile a program for each part.
+    """
     if jax.process_count() == 1:
-        return tree
+        return jax.tree.map(lambda x: x.addressable_data(0) if x.is_fully_replicated else x, tree)
     return multihost_utils.host_local_array_to_global_array(tree, _mesh(), PartitionSpec())
 
 

@@ -41,13 +41,34 @@ def _compile_once(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """Environment of processes with one device each, which share a compilation cache."""
+def environment():
+    """Environment of processes with one device each, which share the compilation cache."""
     return os.environ | {
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+
+
+@pytest.fixture
+def compilations():
+    """A context that counts the programs that are compiled, or read from the cache on disk."""
+
+    @contextlib.contextmanager
+    def context():
+        names = []
+
+        def listen(event, seconds, **about):
+            if event == "/jax/core/compile/backend_compile_duration":
+                names.append(about.get("fun_name"))
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield names
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+
+    return context
 
 
 @pytest.fixture

@@ -89,6 +89,7 @@ def tiny(config, **fields):
     detectors = {each.detector for each in variants(config).values()}
     if "fastflow" in detectors:
         config.flow.steps, config.flow.kernels, config.flow.hidden_ratio = 1, (3,), 0.5
+        config.map.bank = min(config.map.bank, 20)
     if detectors & {"fastflow", "cflow", "vae", "gan"}:
         config.train.epochs, config.train.batch_size = 1, 4
     config.update_from_flattened_dict(fields)

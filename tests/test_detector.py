@@ -42,7 +42,7 @@ def tiny(kind="fastflow", **fields):
     c.backbone, c.image_size = "pixels", (16,)
     c.batch_size, c.data.holdout = 8, 0.25
     own = {
-        "fastflow": {"flow.steps": 2, "flow.hidden_ratio": 2.0},
+        "fastflow": {"flow.steps": 2, "flow.hidden_ratio": 2.0, "map.bank": 20},
         "cflow": {"cflow.steps": 1, "cflow.encoding": 8},
         "vae": {"vae.width": 4},
         "gan": {"gan.width": 4},
@@ -68,6 +68,19 @@ def spoilt():
 def detector(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "grey"
     return Detector.fit(photographs(), config=tiny(), workdir=folder)
+
+
+@pytest.fixture(scope="module")
+def run_on_8(tmp_path_factory):
+    """Run directory of a detector that was fitted on `photographs(8)`; tests change copies."""
+    folder = tmp_path_factory.mktemp("of_8") / "run"
+    Detector.fit(photographs(8), config=tiny(), workdir=folder)
+    return folder
+
+
+@pytest.fixture
+def run_copy(run_on_8, tmp_path):
+    return pathlib.Path(shutil.copytree(run_on_8, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("kind", DETECTORS)
@@ -293,20 +306,18 @@ def test_an_f1_optimal_threshold_gives_equal_decisions_alone_and_in_a_batch(dete
         assert chosen.predict(images[batch.index(lowest)]).mask.flat[most]
 
 
-def test_save_without_a_folder_stores_thresholds_in_place(tmp_path):
-    detector = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run")
-    detector.with_threshold(12.5).save()
-    assert Detector.load(tmp_path / "run").image_threshold.value == 12.5
+def test_save_without_a_folder_stores_thresholds_in_place(run_copy):
+    Detector.load(run_copy).with_threshold(12.5).save()
+    assert Detector.load(run_copy).image_threshold.value == 12.5
 
 
-def test_fit_in_a_finished_workdir_loads_it_with_saved_thresholds(tmp_path, monkeypatch):
-    detector = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run")
-    detector.with_threshold(12.5).save()
+def test_fit_in_a_finished_workdir_loads_it_with_saved_thresholds(run_copy, monkeypatch):
+    Detector.load(run_copy).with_threshold(12.5).save()
     monkeypatch.delattr(fastflow_jax.detector, "preparer")
-    again = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run")
+    again = Detector.fit(photographs(8), config=tiny(), workdir=run_copy)
     assert again.image_threshold.value == 12.5
     with pytest.raises(InputError, match="training images are not those that"):
-        Detector.fit(photographs(8, seed=1), config=tiny(), workdir=tmp_path / "run")
+        Detector.fit(photographs(8, seed=1), config=tiny(), workdir=run_copy)
 
 
 def test_a_held_out_image_is_scored_with_a_calibration_on_the_others(detector):
@@ -319,19 +330,6 @@ def test_a_held_out_image_is_scored_with_a_calibration_on_the_others(detector):
     without_first = detector.scorer.recalibrated(tuple(m[1:] for m in maps))
     (score,), _ = without_first.score(tuple(m[:1] for m in features))
     assert score == pytest.approx(detector.held_out.scores[0], rel=1e-3)
-
-
-def test_the_temporary_directory_is_removed_with_the_detector():
-    detector = Detector.fit(photographs(8), config=tiny())
-    folder = detector.folder
-    other = detector.with_threshold(3.0)
-    del detector
-    gc.collect()
-    assert folder.exists()
-    assert other.predict(spoilt()).is_anomalous
-    del other
-    gc.collect()
-    assert not folder.exists()
 
 
 def unpickled(detector):
@@ -377,16 +375,18 @@ def test_a_pickled_detector_samples(detector):
     other.with_threshold(rate=0.5)
 
 
-@pytest.mark.parametrize("copied", [unpickled, copy.deepcopy, copy.copy])
-def test_copies_share_a_temporary_directory(copied, tmp_path):
+def test_the_temporary_directory_is_removed_with_the_last_copy(tmp_path):
     detector = Detector.fit(photographs(8), config=tiny())
-    folder, other = detector.folder, copied(detector)
+    folder = detector.folder
+    for copied in (unpickled, copy.deepcopy, copy.copy, lambda one: one.with_threshold(3.0)):
+        detector = copied(detector)  # the only one that is left
+        gc.collect()
+        assert folder.exists()
+        detector.with_threshold(2.0).save(tmp_path / "saved")
+        assert Detector.load(tmp_path / "saved").image_threshold.value == 2
+        shutil.rmtree(tmp_path / "saved")
+    assert detector.predict(spoilt()).is_anomalous
     del detector
-    gc.collect()
-    assert folder.exists()
-    other.with_threshold(3.0).save(tmp_path / "saved")
-    assert Detector.load(tmp_path / "saved").image_threshold.value == 3
-    del other
     gc.collect()
     assert not folder.exists()
 
@@ -402,9 +402,9 @@ def test_a_pickle_predicts_without_its_temporary_directory_but_cannot_be_saved(t
         other.save(tmp_path / "saved")
 
 
-def test_worker_processes_predict_the_same(tmp_path):
+def test_worker_processes_predict_the_same(run_copy, tmp_path):
     """A bound method takes the detector along."""
-    detector = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run")
+    detector = Detector.load(run_copy)
     images = [spoilt(), photographs(1, seed=8)[0]]
     expected = [detector.predict(image) for image in images]
     context = multiprocessing.get_context("spawn")
@@ -586,32 +586,28 @@ def test_scores_and_thresholds_that_are_nan_are_refused(detector):
         dataclasses.replace(detector, scorer=scorer).predict(spoilt())
 
 
-def test_load_refuses_a_directory_of_an_older_version(tmp_path):
-    folder = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run").folder
-    about = json.loads((folder / "detector.json").read_text())
+def test_load_refuses_a_directory_of_an_older_version(run_copy):
+    about = json.loads((run_copy / "detector.json").read_text())
     del about["weights"]
-    (folder / "detector.json").write_text(json.dumps(about))
+    (run_copy / "detector.json").write_text(json.dumps(about))
     with pytest.raises(
         InputError, match=r"detector\.json was written by an older version, without weights"
     ):
-        Detector.load(folder)
+        Detector.load(run_copy)
 
 
-def test_load_refuses_weights_that_differ_from_those_of_the_training(tmp_path):
-    folder = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run").folder
-    about = json.loads((folder / "detector.json").read_text())
+def test_load_refuses_weights_that_differ_from_those_of_the_training(run_copy):
+    about = json.loads((run_copy / "detector.json").read_text())
     about["weights"] = {"source": "file", "file": "other.pth", "sha256": "12"}
-    (folder / "detector.json").write_text(json.dumps(about))
+    (run_copy / "detector.json").write_text(json.dumps(about))
     with pytest.raises(InputError, match=r"was trained with other weights .*other\.pth"):
-        Detector.load(folder)
+        Detector.load(run_copy)
 
 
-def test_load_names_missing_and_damaged_files(tmp_path):
-    folder = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run").folder
-
+def test_load_names_missing_and_damaged_files(run_on_8, tmp_path):
     def without(name, damage):
         copy = tmp_path / name
-        shutil.copytree(folder, copy)
+        shutil.copytree(run_on_8, copy)
         damage(copy)
         return copy
 
@@ -648,12 +644,12 @@ def test_load_names_missing_and_damaged_files(tmp_path):
     assert Detector.load(given).predict(spoilt()).p_value is None
 
 
-def test_save_names_a_file_in_the_way_and_a_removed_directory(tmp_path):
-    detector = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run")
+def test_save_names_a_file_in_the_way_and_a_removed_directory(run_copy, tmp_path):
+    detector = Detector.load(run_copy)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="a file of that name exists"):
         detector.save(tmp_path / "file" / "below")
-    shutil.rmtree(tmp_path / "run")
+    shutil.rmtree(run_copy)
     with pytest.raises(InputError, match=r"run, .* no longer exists\. Restore it"):
         detector.save(tmp_path / "saved")
 
@@ -701,11 +697,10 @@ def test_sample_refuses_zero_images(detector):
         detector.sample(0)
 
 
-def test_a_damaged_file_of_held_out_scores_is_named(tmp_path):
-    folder = Detector.fit(photographs(8), config=tiny(), workdir=tmp_path / "run").folder
-    (folder / "held_out.npz").write_bytes((folder / "held_out.npz").read_bytes()[:200])
+def test_a_damaged_file_of_held_out_scores_is_named(run_copy):
+    (run_copy / "held_out.npz").write_bytes((run_copy / "held_out.npz").read_bytes()[:200])
     with pytest.raises(InputError, match=r"held_out\.npz is damaged"):
-        Detector.load(folder)
+        Detector.load(run_copy)
 
 
 def shots(n, times, seed=0):

@@ -23,7 +23,7 @@ def examples():
 def small():
     c = default()
     c.backbone, c.image_size = "pixels", (16,)
-    c.flow.steps, c.flow.hidden_ratio = 1, 2.0
+    c.flow.steps, c.flow.hidden_ratio, c.map.bank = 1, 1.0, 20
     c.train.epochs, c.train.batch_size, c.data.holdout = 1, 8, 0.25
     c.batch_size = 8
     return c

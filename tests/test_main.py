@@ -16,6 +16,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
+from fastflow_jax.files import read_lines
 from fastflow_jax.report import table
 from fastflow_jax.runs import experiment
 
@@ -28,7 +29,8 @@ TINY = [
     "--config.flow.steps=1",
     "--config.flow.kernels=(3,)",
     "--config.flow.hidden_ratio=0.5",
-    "--config.train.epochs=6",
+    "--config.map.bank=20",
+    "--config.train.epochs=20",
     "--config.heatmaps=2",
 ]
 
@@ -75,40 +77,43 @@ def wait_for_epochs(folder, epochs, process):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(environment, tmp_path_factory):
+def quiet(environment, tmp_path_factory):
+    """Run directory, standard output and standard error of a run with --quiet."""
     pytest.importorskip("skimage", reason="the textures come with scikit-image")
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, out, err = finish(start([*TINY, f"--workdir={folder}"], environment))
+    code, out, err = finish(start([*TINY, "--quiet", f"--workdir={folder}"], environment))
     assert code == 0, err
+    return folder, out, err
+
+
+@pytest.fixture(scope="module")
+def undisturbed(quiet):
+    return quiet[0]
+
+
+def test_a_quiet_run_writes_nothing_to_stderr(quiet):
+    _, out, err = quiet
+    assert err == ""
     assert "image AUROC" in out
-    return folder
 
 
-def test_a_killed_run_continues_bit_for_bit(undisturbed, environment, tmp_path):
-    arguments = [*TINY, f"--workdir={tmp_path}/run"]
-    process = start(arguments, environment)
-    wait_for_epochs(tmp_path / "run", 2, process)
-    process.send_signal(signal.SIGKILL)
-    finish(process)
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as lines:
-        lines.write('{"epoch": 3, "lo')  # as on a full disk
-    code, _, err = finish(start(arguments, environment))
-    assert code == 0, err
-    assert numbers(tmp_path / "run") == numbers(undisturbed)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_saves_its_state_and_continues(
-    undisturbed, environment, tmp_path, number
+def test_a_run_that_is_killed_and_interrupted_continues_bit_for_bit(
+    undisturbed, environment, tmp_path
 ):
-    arguments = [*TINY, f"--workdir={tmp_path}/run"]
-    process = start(arguments, environment)
-    wait_for_epochs(tmp_path / "run", 1, process)
-    process.send_signal(number)
-    code, _, err = finish(process)
-    assert code == 128 + number, err
-    assert "The same command continues from there." in err
-    assert "Traceback" not in err
+    arguments, done = [*TINY, f"--workdir={tmp_path}/run"], 0
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        process = start(arguments, environment)
+        wait_for_epochs(tmp_path / "run", done + 2, process)
+        process.send_signal(number)
+        code, _, err = finish(process)
+        if number == signal.SIGKILL:
+            with (tmp_path / "run" / "metrics.jsonl").open("a") as lines:
+                lines.write('{"epoch": 3, "lo')  # as on a full disk
+        else:
+            assert code == 128 + number, err
+            assert "The same command continues from there." in err
+            assert "Traceback" not in err
+        done = len(read_lines(tmp_path / "run" / "metrics.jsonl"))
     code, _, err = finish(start(arguments, environment))
     assert code == 0, err
     assert numbers(tmp_path / "run") == numbers(undisturbed)
@@ -270,6 +275,7 @@ def test_names_that_are_not_utf8_are_printed_and_written(environment, tmp_path):
     mask.write_bytes(png_of(np.zeros((32, 32), np.uint8)))  # its name is reported
     arguments = ["--config=configs/folder.py", f"--config.data.root={root}/images"]
     arguments += ["--config.backbone=pixels", "--config.train.epochs=1", "--config.heatmaps=2"]
+    arguments += ["--config.image_size=16", "--config.flow.steps=1", "--config.map.bank=20"]
     strict = environment | {"PYTHONIOENCODING": "utf-8:strict"}
     code, out, err = finish(start([*arguments, f"--workdir={root}/run"], strict))
     assert code == 0, err
@@ -303,7 +309,7 @@ def test_a_full_disk_ends_in_one_message(environment, tmp_path):
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 def test_describe_needs_no_data_and_no_weights(started, capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    arguments = ["--mode=describe", "--config=configs/folder.py", "--config.train.batch_size=2"]
+    arguments = ["--mode=describe", "--config=configs/folder.py", "--config.flow.steps=1"]
     assert started(arguments) == 0
     out = capsys.readouterr().out
     assert "trainable parameters" in out
@@ -372,22 +378,17 @@ def test_compiled_programs_are_deleted_beyond_the_bound(environment, tmp_path):
             file.truncate(2**29 + 1)  # takes no space
         os.utime(folder / name, (time_used, time_used))
     plain = {k: v for k, v in environment.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    arguments = ["--mode=describe", "--config=configs/folder.py"]
+    arguments = ["--mode=describe", "--config=configs/folder.py", "--config.backbone=pixels"]
+    arguments += ["--config.image_size=16", "--config.flow.steps=1"]
     code, _, err = finish(start(arguments, plain | {"XDG_CACHE_HOME": str(tmp_path)}))
     assert code == 0, err
     assert not (folder / "old").exists()
     assert (folder / "new").exists()
 
 
-def test_a_quiet_run_writes_nothing_to_stderr(undisturbed, environment, tmp_path):
-    code, out, err = finish(start([*TINY, "--quiet", f"--workdir={tmp_path}/run"], environment))
-    assert (code, err) == (0, "")
-    assert "image AUROC" in out
-
-
 def test_tqdm_disable_leaves_only_messages(undisturbed, environment, tmp_path):
     disabled = environment | {"TQDM_DISABLE": "1"}
-    arguments = [*TINY, "--config.seeds=2", f"--workdir={tmp_path}/run"]
+    arguments = [*TINY, "--config.seeds=2", "--config.train.epochs=1", f"--workdir={tmp_path}/run"]
     code, out, err = finish(start(arguments, disabled))
     assert code == 0, err
     assert "image AUROC" in out

@@ -30,6 +30,7 @@ TINY = [
     "--config.flow.steps=1",
     "--config.flow.kernels=(3,)",
     "--config.flow.hidden_ratio=0.5",
+    "--config.map.bank=20",
     f"--config.train.epochs={EPOCHS}",
     "--config.train.batch_size=4",
     "--config.train.window=2",  # of maps of 4x4

@@ -29,7 +29,7 @@ def run(tmp_path_factory):
     """A run directory with a small detector."""
     c = default()
     c.backbone, c.image_size = "pixels", (16,)
-    c.flow.steps, c.flow.hidden_ratio = 1, 2.0
+    c.flow.steps, c.flow.hidden_ratio, c.map.bank = 1, 2.0, 20
     c.train.epochs, c.train.batch_size, c.data.holdout = 1, 8, 0.5
     c.batch_size = 8
     folder = tmp_path_factory.mktemp("run") / "grey"

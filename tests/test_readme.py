@@ -75,6 +75,7 @@ SMALL = (
     *("--config.backbone=pixels", "--config.weights=random", "--config.image_size=16"),
     *("--config.flow.steps=1", "--config.flow.hidden_ratio=1", "--config.train.epochs=1"),
     *("--config.train.batch_size=8", "--config.heatmaps=1", "--config.report_pictures=1"),
+    "--config.map.bank=20",
 )
 
 
@@ -123,6 +124,7 @@ def small():
             "image_size": (16,),
             "flow.steps": 1,
             "flow.hidden_ratio": 1.0,
+            "map.bank": 20,
             "train.epochs": 1,
             "train.batch_size": 8,
             "data.holdout": 0.25,

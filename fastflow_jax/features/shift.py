@@ -9,8 +9,8 @@ import pathlib
 from collections.abc import Mapping
 
 import numpy as np
+from scipy import special
 from scipy.spatial.distance import cdist
-from scipy.stats import beta, binom
 
 from fastflow_jax.data.groups import labels_of
 from fastflow_jax.errors import InputError
@@ -160,8 +160,8 @@ def find(
 def _p_value(reference: Reference, tested: int, near: int) -> float:
     """Probability of at most `near` parts that are as near as half of the normal ones."""
     r = reference.n_parts // 2 + 1
-    probability = beta.ppf(_QUANTILES, r, reference.n_parts + 1 - r)
-    return float(binom.cdf(near, tested, _NORMAL * probability).mean())
+    probability = special.betaincinv(r, reference.n_parts + 1 - r, _QUANTILES)
+    return float(special.bdtr(near, tested, _NORMAL * probability).mean())
 
 
 def _first_of_parts(n: int, groups) -> np.ndarray:

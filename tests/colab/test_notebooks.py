@@ -19,6 +19,7 @@ SETTINGS = {
     "layers": ("blocks.2",),
     "flow.steps": 1,
     "flow.kernels": (1,),
+    "map.bank": 20,
     "train.epochs": 2,
     "train.batch_size": 4,
     "batch_size": 4,

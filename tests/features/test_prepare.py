@@ -46,6 +46,7 @@ def tiny(images):
         c.data.name, c.data.root = "cifar10", str(images)
         c.weights, c.image_size, c.layers = "random", (32,), ("blocks.2",)
         c.flow.steps, c.flow.kernels, c.flow.hidden_ratio = 1, (3,), 0.5
+        c.map.bank = 20
         c.train.epochs, c.train.batch_size = 1, 8
         c.batch_size = 8
         c.heatmaps, c.report = 0, False

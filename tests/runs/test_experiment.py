@@ -29,9 +29,10 @@ def tiny(**fields):
     c.data.name, c.data.category = "synthetic", "brick"
     c.weights, c.image_size, c.layers = "random", (64,), ("blocks.2",)
     c.train.epochs, c.heatmaps, c.report_pictures = 1, 4, 4
-    c.update_from_flattened_dict(fields)
-    if c.detector == "fastflow":
+    if fields.get("detector", "fastflow") == "fastflow":
         c.flow.steps, c.flow.kernels, c.flow.hidden_ratio = 1, (3,), 0.5
+        c.map.bank = 20
+    c.update_from_flattened_dict(fields)
     return fill(c)
 
 

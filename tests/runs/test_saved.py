@@ -32,7 +32,7 @@ def write_weights(file, seed=0):
 def config():
     c = default()
     c.backbone, c.layers, c.image_size = "resnet18", ("layer1",), (32,)
-    c.flow.steps, c.flow.hidden_ratio = 1, 0.5
+    c.flow.steps, c.flow.hidden_ratio, c.map.bank = 1, 0.5, 20
     c.train.epochs, c.train.batch_size, c.data.holdout, c.batch_size = 1, 8, 0.25, 8
     return c
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from fastflow_jax import parallel
 from fastflow_jax.errors import InputError
 from fastflow_jax.training.checkpoints import Checkpoints
 
@@ -98,3 +99,15 @@ def test_a_checkpoint_that_lost_an_array_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(epath.gpath.PosixGPath, "rename", lose_data)
     with pytest.raises(InputError, match=r"1 was written but cannot be read back .*--workdir"):
         save()
+
+
+def test_a_state_on_all_devices_is_saved_without_compiling(tmp_path, compilations):
+    x = np.arange(56, dtype=np.float32).reshape(8, 7)
+    state = {"replicated": parallel.on_devices(x), "split": parallel.split(x + 1)}
+    with Checkpoints(tmp_path / "run") as checkpoints, compilations() as compiled:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        restored = checkpoints.restore(1, state)
+    assert compiled == []
+    np.testing.assert_array_equal(restored["replicated"], x)
+    np.testing.assert_array_equal(restored["split"], x + 1)

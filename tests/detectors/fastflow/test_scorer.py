@@ -1,7 +1,5 @@
 """Calibration by held-out normal features, and scores of images."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -335,24 +333,8 @@ def test_a_training_of_another_version_is_refused(setup, tmp_path):
         load(config, training.shapes, tmp_path)
 
 
-@contextlib.contextmanager
-def compilations():
-    """Counts the programs that are compiled, or read from the cache on disk."""
-    names = []
-
-    def listen(event, seconds, **about):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(about.get("fun_name"))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 @pytest.mark.parametrize("form", ["windows", "top_k"])
-def test_a_second_seed_compiles_nothing(tmp_path, form):
+def test_a_second_seed_compiles_nothing(tmp_path, form, compilations):
     c = default()
     c.image_size, c.layers = (12, 8), ("blocks.1", "blocks.2")
     c.flow.steps, c.flow.kernels, c.flow.hidden_ratio = 1, (1,), 0.5

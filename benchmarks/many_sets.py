@@ -283,7 +283,7 @@ def rows_of(done: Pass, sets: Sequence[str], detectors: Sequence[str], seeds) ->
     def row(title: str, values: np.ndarray) -> dict:  # [seeds, detectors]
         means, spread = values.mean(0), values.std(0, ddof=1) if len(seeds) > 1 else None
         cells = means if spread is None else np.stack([means, spread], 1)
-        return {"name": title} | dict(zip(detectors, cells.round(4).tolist(), strict=True))
+        return {"name": title} | dict(zip(detectors, cells.round(6).tolist(), strict=True))
 
     def every(key: Callable[[dict], Any], name: str) -> np.ndarray:  # [seeds, detectors]
         found = [[key(done.trainings[name, d, seed]) for d in detectors] for seed in seeds]

@@ -290,20 +290,24 @@ def test_with_threshold_changes_thresholds_and_save_stores_them(detector, tmp_pa
 
 
 def test_an_f1_optimal_threshold_gives_equal_decisions_alone_and_in_a_batch(detector):
-    """Each image in turn is the lowest of those labelled anomalous; other programs round apart."""
+    """Each image in turn is the lowest of those labelled anomalous; other programs round apart.
+
+    Neighbouring pixels may be equal up to rounding, so the highest pixel of each image is labelled.
+    """
     images = [spoilt(), *photographs(11, seed=8)]
     batch, alone = detector.predict(images), [detector.predict(image) for image in images]
     scores = [r.score for r in batch]
-    maps = np.stack([r.anomaly_map for r in batch])
+    peaks = np.array([r.anomaly_map.max() for r in batch])
     assert [r.score for r in alone] != scores
     for lowest in batch:
         of_images = thresholds.f1_optimal(scores, np.array(scores) >= lowest.score)
-        of_pixels = thresholds.f1_optimal(maps, maps >= lowest.anomaly_map.max())
+        highest = lowest.anomaly_map.max()
+        of_pixels = thresholds.f1_optimal(peaks, peaks >= highest)
         chosen = detector.with_threshold(of_images, pixel=of_pixels)
-        for image, before in zip(images, scores, strict=True):
-            assert chosen.predict(image).is_anomalous == (before >= lowest.score)
-        most = lowest.anomaly_map.argmax()
-        assert chosen.predict(images[batch.index(lowest)]).mask.flat[most]
+        for image, before, peak in zip(images, scores, peaks, strict=True):
+            result = chosen.predict(image)
+            assert result.is_anomalous == (before >= lowest.score)
+            assert result.mask.any() == (peak >= highest)
 
 
 def test_save_without_a_folder_stores_thresholds_in_place(run_copy):

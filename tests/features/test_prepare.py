@@ -221,7 +221,7 @@ def test_the_fingerprint_depends_on_the_settings_of_features(tiny):
     changes = {
         "image_size": (48,),
         "layers": ("blocks.1",),
-        "length_power": 0.5,
+        "length_power": 0.25,
         "feature_dtype": "float32",
         "data.resize": "pad",
     }

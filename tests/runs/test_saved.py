@@ -25,7 +25,9 @@ def write_weights(file, seed=0):
     rng = np.random.default_rng(seed)
     spec = find_spec("resnet18")
     slots = porting.slots(spec.module(("layer1",)), spec.image_size)
-    np.savez(file, **{name: rng.random(s.timm_shape, np.float32) for name, s in slots.items()})
+    np.savez(
+        file, **{name: 0.1 * rng.random(s.timm_shape, np.float32) for name, s in slots.items()}
+    )
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,14 @@
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from fastflow_jax.backbones import check_layers, find_spec
+from fastflow_jax.data.changes import bounds_of
 from fastflow_jax.data.transforms import MASK_RESIZES, RESIZES
 from fastflow_jax.detectors.base import DETECTORS, method
 from fastflow_jax.errors import InputError
@@ -238,19 +239,11 @@ def _check_read(
       changes: the fields to check.
       detectors: names of the detectors of the run.
     """
-
-    def reads(names: Sequence[str]) -> list[str]:
-        return [f"{each}." for name in names for each in method(name).reads]
-
-    def within(field: str, prefixes: Sequence[str]) -> bool:
-        return any(f"{field}.".startswith(prefix) for prefix in prefixes)
-
-    usual, of_some, of_run = _flat(default().to_dict()), reads(list(DETECTORS)), reads(detectors)
+    usual = _flat(default().to_dict())
     unread = {
         field: value
         for field, value in _flat(changes).items()
-        if within(field, of_some) and not within(field, (*of_run, *_READ_BY_ALL))
-        if value != usual[field]
+        if _is_unread(field, detectors) and value != usual[field]
     }
     if not unread:
         return
@@ -264,6 +257,17 @@ def _check_read(
                 f"{name}.{field} has no effect on {' and '.join(dict.fromkeys(detectors))}. Leave "
                 f"it at its default, {usual[field]}."
             )
+
+
+def _is_unread(field: str, detectors: Iterable[str]) -> bool:
+    """Whether detectors read a field, but none of these."""
+
+    def read_by(names: Iterable[str]) -> bool:
+        prefixes = [f"{each}." for name in names for each in method(name).reads]
+        return any(f"{field}.".startswith(prefix) for prefix in prefixes)
+
+    of_all = any(f"{field}.".startswith(prefix) for prefix in _READ_BY_ALL)
+    return read_by(DETECTORS) and not of_all and not read_by(detectors)
 
 
 def variants(config: ConfigDict) -> dict[str | None, ConfigDict]:
@@ -321,7 +325,7 @@ def _fill(config: ConfigDict) -> ConfigDict:
 
 
 def _check_copies(augment: ConfigDict) -> None:
-    if augment.copies and not (augment.flips or augment.rotate or augment.colour):
+    if augment.copies and not any(bounds_of(augment).values()):
         raise InputError(
             f"config.augment.copies is {augment.copies}, but copies would equal their images. Set "
             "config.augment.rotate, config.augment.flips or config.augment.colour."
@@ -377,13 +381,18 @@ def without(config: ConfigDict, fields: Sequence[str]) -> dict:
 
 
 def differences(saved: dict, config: ConfigDict) -> list[str]:
-    """Returns a line per field in which the configuration of a run directory differs."""
+    """Returns a line per field in which the configuration of a run directory differs.
+
+    Fields that none of its detectors reads are left out.
+    """
+    detectors = {each.detector for each in variants(config).values()}
     # Other fields that the run does not have are at their defaults.
     old, new = _flat(to_plain(default())) | _BEFORE | _flat(saved), _flat(to_plain(config))
     return [
         f"{name}: {old.get(name, 'unset')} in the run, {new.get(name, 'unset')} now"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name) and name not in _FREE_TO_CHANGE + _RETIRED
+        if not _is_unread(name, detectors)
     ]
 
 

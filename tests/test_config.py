@@ -181,6 +181,17 @@ def test_differences_skip_fields_that_change_no_result():
     assert differences(to_plain(one), one) == []
 
 
+@pytest.mark.parametrize("detector", ["fastflow", "knn", "patchcore"])
+def test_runs_of_earlier_versions_weighted_the_border_in_full(detector):
+    config = default()
+    config.update(recipe(detector))
+    saved = to_plain(fill(config))
+    del saved["map"]["border"]
+    assert from_plain(saved).map.border == 1
+    lines = differences(saved, fill(config))
+    assert lines == ["map.border: 1 in the run, 5 now"] * (detector != "patchcore")
+
+
 def test_another_directory_of_images_is_a_difference(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one, two, three = default(), default(), default()

@@ -6,6 +6,7 @@ reduced or moved, because a black corner would be an artificial anomaly.
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -33,13 +34,18 @@ def augmented(source: Source, augment: ConfigDict, seed: int, epoch: int) -> Sou
 
     The change of an image depends only on seed, epoch and index.
     """
-    bounds = {field: value for field, value in augment.to_dict().items() if field != "copies"}
+    bounds = bounds_of(augment)
 
     def load(index: int) -> tuple[np.ndarray, None]:
         rng = np.random.default_rng((seed, epoch, index))
         return augment_image(source.load(index)[0], rng, **bounds), None
 
     return dataclasses.replace(source, load=load, part_of=None)
+
+
+def bounds_of(augment: ConfigDict) -> dict[str, Any]:
+    """The fields of `config.augment` that bound the change of an image, see `augment_image`."""
+    return {field: value for field, value in augment.to_dict().items() if field != "copies"}
 
 
 def with_copies(source: Source, augment: ConfigDict) -> Source:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fastflow_jax import data, parallel
 from fastflow_jax.backbones import Backbone, create_backbone
 from fastflow_jax.data import checks
-from fastflow_jax.data.changes import augmented, tampered, with_copies
+from fastflow_jax.data.changes import augmented, bounds_of, tampered, with_copies
 from fastflow_jax.data.groups import labels_of
 from fastflow_jax.data.pipeline import Batch, batches
 from fastflow_jax.data.profile import Profile, profile_of
@@ -180,8 +180,7 @@ def split(config, dataset: data.Dataset) -> Split:
 
 def is_augmented(config) -> bool:
     """Whether training images change from epoch to epoch."""
-    changes = config.augment.to_dict()
-    return not changes.pop("copies") and any(changes.values())
+    return not config.augment.copies and any(bounds_of(config.augment).values())
 
 
 def feature_fingerprint(config, seed: int) -> str:

@@ -245,7 +245,7 @@ def columns(batches: np.ndarray) -> np.ndarray:
 def shared_out(
     read: Callable[[np.ndarray, int], Iterable], rows: np.ndarray, size: int
 ) -> Iterator[Any]:
-    """Yields the batches of `read(rows, size)`, of which each process reads only its share.
+    """Yields the batches of `read(rows, size)`; each process reads its share of the rows only.
 
     Args:
       read: function of rows [M] and a batch size. Yields a tree of arrays [b, ...] for each batch,
@@ -429,9 +429,9 @@ def _compile(function: Callable, kind: str, *, shared: int, axis: int, reduces: 
       kind: "pmap" or "jit".
       shared: number of leading arguments that are replicated; the others are split.
       axis: axis of the batch in the arguments that are split.
-      reduces: True if the result is the same on all devices; these are then the devices of all
-        processes, each of which passes its part of the batch. Otherwise the result is split along
-        the batch, and the devices are those of this process.
+      reduces: True if the result is the same on all devices. The devices are then those of all
+        processes, and each process passes its part of the batch. With False the result is split
+        along the batch, and the devices are those of this process.
     """
     if kind not in KINDS:
         raise InputError(f"config.parallel is '{kind}'. It must be one of {', '.join(KINDS)}.")

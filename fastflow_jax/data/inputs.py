@@ -82,7 +82,15 @@ class Outputs:
         likelihood: np.ndarray | None,
         distance: np.ndarray | None = None,
     ) -> None:
-        """Adds the result of one part: map [h, w], and scalars, of which the last may be None."""
+        """Adds the result of one part.
+
+        Args:
+          part: of the image.
+          score: [].
+          anomaly_map: [h, w].
+          likelihood: log-likelihood [], or None if the detector has none.
+          distance: to the training images [], or None if it is unknown.
+        """
         self.score = float(np.maximum(self.score, score))  # NaN stays
         if likelihood is None or self._likelihoods is None:
             self._likelihoods = None

@@ -40,14 +40,16 @@ def border_weights(size: tuple[int, int], side: int) -> np.ndarray:
 
     Args:
       size: (h, w).
-      side: height and width of the neighbourhood, odd; 1 for weights of 1.
+      side: height and width of the neighbourhood; 1 for weights of 1. An even side is taken as the
+        next odd one.
     """
     reach = side // 2
-    rows, columns = (
-        (np.minimum(np.arange(n) + reach, n - 1) - np.maximum(np.arange(n) - reach, 0) + 1) / side
-        for n in size
-    )
-    return np.outer(rows, columns).astype(np.float32)
+
+    def shares(n: int) -> np.ndarray:
+        i = np.arange(n)
+        return (np.minimum(i + reach, n - 1) - np.maximum(i - reach, 0) + 1) / (2 * reach + 1)
+
+    return np.outer(shares(size[0]), shares(size[1])).astype(np.float32)
 
 
 def top_mean(anomaly_map: jax.Array, part: float) -> jax.Array:

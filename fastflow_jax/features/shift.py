@@ -1,7 +1,7 @@
 """Shift: images that differ as a whole from the training images.
 
-After a change of camera, lighting or position, all new images score high. That is told from
-defective images by a two-sample test on image-level features that needs no labels.
+After a change of camera, lighting or position, all new images score high, as defective images do. A
+two-sample test on image-level features distinguishes the two cases without labels.
 """
 
 import dataclasses

@@ -90,9 +90,10 @@ def test_a_weight_file_is_found_next_to_a_run_of_several_trainings(config, tmp_p
     several = config.copy_and_resolve_references()
     several.update_from_flattened_dict(changes | {"weights": str(tmp_path / "mine.npz")})
     experiment.run(fill(several), tmp_path / "here/run")
+    expected = score(Detector.load(tmp_path / "here/run/seed_1"))
     for place in ("here/run/seed_1", "here/run", "here"):
         (tmp_path / "mine.npz").rename(tmp_path / place / "mine.npz")
-        Detector.load(tmp_path / "here/run/seed_1")
+        assert score(Detector.load(tmp_path / "here/run/seed_1")) == expected
         (tmp_path / place / "mine.npz").rename(tmp_path / "mine.npz")
 
 

@@ -141,9 +141,8 @@ def calibrated(
     The image score depends on the distances to the banks, or on the flows' energies if there are no
     banks; the anomaly map depends on all of them.
     """
-    in_banks = len(_BANKS) * bool(variables.get("bank"))
-    of_scale = np.array([not in_banks, *[1] * in_banks], np.float32)
-    weight = np.tile(of_scale, len(config.layers))
+    of_scale = [0, *[1] * len(_BANKS)] if variables.get("bank") else [1]
+    weight = np.tile(np.array(of_scale, np.float32), len(config.layers))
     calibration = calibrate(_locate, config, variables, holdout, valid, weight=weight)
     return FastFlowScorer(config, variables, calibration)
 

@@ -40,6 +40,13 @@ def _compile_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers(request):
+    """A test's module-level generator starts anew: numbers don't depend on the tests before it."""
+    if (generator := getattr(request.module, "RNG", None)) is not None:
+        generator.bit_generator.state = type(generator.bit_generator)(0).state
+
+
 @pytest.fixture(scope="session")
 def environment():
     """Environment of processes with one device each, which share the compilation cache."""

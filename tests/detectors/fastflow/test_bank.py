@@ -151,7 +151,8 @@ def covering_radius(rows, bank):
 def test_a_coreset_covers_rare_regions(channels):
     """Two of 2,000 locations are rare: a coreset of 20 has one of them, as Gonzalez' bound says."""
     maps = RNG.normal(size=(20, 10, 10, channels)).astype(np.float32)
-    maps[3, 4, 4:6] += 50
+    maps[3, 4, 4:6] = 50 + maps[3, 4, 4]
+    maps[3, 4, 5] += 0.1  # they are near each other
     training = cached_features((maps,))
     (bank,) = draw_coresets(lambda m, _: m, training, 20, batch_size=8, seed=0, label="")
     assert bank.shape == (20, channels)

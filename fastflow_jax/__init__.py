@@ -8,8 +8,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Detector": "fastflow_jax.detector",
     "InputError": "fastflow_jax.errors",
-    "Prediction": "fastflow_jax.detector",
-    "Threshold": "fastflow_jax.evaluation.thresholds",
+    "Prediction": "fastflow_jax.prediction",
+    "Threshold": "fastflow_jax.decision",
 }
 __all__ = list(_PUBLIC)
 

@@ -1,18 +1,14 @@
 """`Detector`, the class that applications import: fit, load, save, predict."""
 
-import collections
-import contextlib
 import dataclasses
 import functools
-import itertools
-import logging
 import numbers
 import os
 import pathlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,13 +19,13 @@ from ml_collections import ConfigDict
 from fastflow_jax import data, parallel
 from fastflow_jax.backbones import Backbone, create_backbone
 from fastflow_jax.config import default, fill, name_data
-from fastflow_jax.data.arrays import Given, Images, as_dataset, each, is_one
-from fastflow_jax.data.inputs import Inputs, Outputs, Part, cut, stacked
-from fastflow_jax.data.pipeline import prefetch
+from fastflow_jax.data.arrays import Images, as_dataset, is_one
+from fastflow_jax.data.inputs import stacked
 from fastflow_jax.data.profile import Profile
+from fastflow_jax.data.transforms import normalise
+from fastflow_jax.decision import Decision, Threshold
 from fastflow_jax.detectors.base import (
     InvertibleScorer,
-    LikelihoodScorer,
     PickledByFields,
     Scorer,
     method,
@@ -37,44 +33,26 @@ from fastflow_jax.detectors.base import (
 )
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.held_out import HeldOut
-from fastflow_jax.evaluation.thresholds import Threshold
 from fastflow_jax.features import shift
-from fastflow_jax.features.extract import Features, image_means, in_batches
+from fastflow_jax.features.extract import Features
 from fastflow_jax.features.prepare import extractor_of, preparer, split
 from fastflow_jax.features.shift import Reference, Shift
 from fastflow_jax.files import expanded
+from fastflow_jax.prediction import Predictor
 from fastflow_jax.runs import directory, saved
 from fastflow_jax.runs.fit import fit
-
-_log = logging.getLogger(__name__)
-
-# Batch sizes of scoring; the smallest one that holds the images is used. A single image is then not
-# padded to a large batch, and at most three programs are compiled.
-_BATCH_SIZES = (1, 8, 32)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Prediction:
-    """Result for one image of [H, W] pixels.
-
-    `p_value`, `is_anomalous` and `mask` are None if the detector has no held-out images and no
-    threshold was set.
-    """
-
-    name: str  # path of the image, or "image 3" for the fourth array
-    score: float  # higher is more anomalous
-    p_value: float | None  # bound of the share of normal images with this score or a higher one
-    is_anomalous: bool | None  # whether the score is above the threshold
-    anomaly_map: np.ndarray  # float32 [H, W], higher is more anomalous
-    mask: np.ndarray | None  # bool [H, W], True where the map is above the pixel threshold
-    log_likelihood: float | None  # in nats per dimension; None if the detector has no likelihood
-    # From the image as a whole to the nearest training image, see `shift.Reference`; 1 is typical
-    # of normal images. None for tiled images and if `Detector.reference` is None.
-    distance: float | None
+from fastflow_jax.scoring import (
+    BATCH_SIZES,
+    ImageScorer,
+    in_batches,
+    pure_function,
+    scoring_function,
+    state_of,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Detector(PickledByFields):
+class Detector(PickledByFields, Predictor):
     """Anomaly detector that is trained on normal images.
 
     >>> from fastflow_jax import Detector
@@ -281,78 +259,72 @@ class Detector(PickledByFields):
             changes[f"{name}_threshold"] = threshold
         return dataclasses.replace(self, **changes)
 
-    def predict(self, images: Images, *, tile: bool = False) -> Prediction | list[Prediction]:
-        """Scores one image or several; logs a warning if several look shifted, see `find_shift`.
-
-        Args:
-          images: a path, the content of a file, an open file, an array uint8 [H, W, 3] in RGB or
-            [H, W], a Pillow image, or several of these, each of any size. A directory stands for
-            all images in it and its subdirectories, a file of several pages for all pages. Images
-            are resized to the input size as in training (`config.data.resize`), and their anomaly
-            maps back to the size of the image.
-          tile: cuts images larger than the input size into overlapping tiles of the input size,
-            which keeps small details. Meant for detectors that were trained on images of about the
-            input size. The score of an image is the highest score of its tiles. False-alarm rates
-            then hold per tile: a normal image of k tiles is flagged up to k times as often.
+    def as_function(self) -> Callable[[jax.Array], dict[str, jax.Array]]:
+        """The detector as a pure function, which can be jitted, exported and differentiated.
 
         Returns:
-          A `Prediction` for one image, a list of them for several.
+          A function of images, uint8 [B, H, W, 3] in RGB of the input size, with any B. It returns
+          "score" [B] and "anomaly_map" [B, H, W], float32; and as far as the detector has held-out
+          images and thresholds, "p_value" float32 [B], "is_anomalous" bool [B] and "mask" bool
+          [B, H, W]. They are those of `Prediction` for images of this size.
 
         Raises:
-          InputError: a file or an array is not an image.
+          InputError: the score of the detector is not a pure function (SPADE), or images are padded
+            (`config.data.resize` of "pad"), and so have a padding mask as well.
         """
-        results = list(self.stream(images, tile=tile))
-        if is_one(images) and len(results) == 1:
-            return results[0]
-        found = self.find_shift({result.name: result.distance for result in results})
-        if found and found.message:
-            _log.warning(found.message)
-        return results
+        function = scoring_function(self.scorer, likelihood=False)
+        if function is None:
+            raise InputError(
+                f"The score of the detector {self.config.detector} is not a pure function. Use "
+                "predict, or fit another detector."
+            )
+        if self.resize == "pad":
+            raise InputError(
+                "Images of this detector are padded, so their score depends on a padding mask as "
+                "well. Fit with config.data.resize of square or crop."
+            )
+        run = pure_function(self.config, self.backbone.module, function)
+        state = parallel.on_default_device(state_of(self.backbone, self.scorer))
 
-    def stream(
-        self,
-        images: Images,
-        *,
-        tile: bool = False,
-        on_error: Callable[[str, InputError], None] | None = None,
-        live: bool = False,
-    ) -> Iterator[Prediction]:
-        """Yields a `Prediction` per image, for more images than fit into memory.
+        def of_images(images: jax.Array) -> dict[str, jax.Array]:
+            found = run(state, (images, None))
+            score, anomaly_map = found["score"], found["anomaly_map"]
+            decided = self.decision(score, anomaly_map)
+            return {"score": score, "anomaly_map": anomaly_map, **decided}
 
-        Args:
-          images: see `predict`; also an endless iterator.
-          tile: see `predict`.
-          on_error: called as `on_error(name, error)` for each image that cannot be read; the other
-            images are scored. By default the error is raised after the results of earlier images.
-          live: scores each image before the next one is requested, for cameras. Otherwise images
-            are read ahead and scored in batches of 32.
-        """
-        size = 1 if live else _BATCH_SIZES[-1]
-        with contextlib.closing(self._all_inputs(images, tile, live)) as inputs:
+        return of_images
 
-            def parts():
-                for name, image in inputs:
-                    if isinstance(image, Inputs):
-                        outputs = Outputs(image)
-                        yield from ((outputs, part) for part in image.parts)
-                    elif on_error:
-                        on_error(name, image)
-                    else:
-                        raise image
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of model inputs."""
+        return tuple(self.config.image_size)
 
-            # The maps of a batch are added to their images before the next batch is cut.
-            remaining, error = parts(), None
-            while error is None:
-                batch = collections.deque()
-                try:
-                    batch.extend(itertools.islice(remaining, size))
-                except Exception as failure:  # raised after earlier images are scored
-                    error = failure
-                if batch:
-                    yield from self._predicted(batch)
-                elif error is None:
-                    return
-            raise error
+    @property
+    def resize(self) -> str:
+        """`config.data.resize`."""
+        return self.config.data.resize
+
+    @property
+    def decision(self) -> Decision:
+        """The thresholds, and the scores of held-out images."""
+        held_out = self.held_out
+        known = () if held_out is None else (held_out.scores, held_out.groups)
+        return Decision(self.image_threshold, self.pixel_threshold, *known)
+
+    @property
+    def batch_size(self) -> int:
+        """Largest number of images that are scored together."""
+        return BATCH_SIZES[0]
+
+    def run(self, images: np.ndarray, valid: np.ndarray | None) -> dict[str, np.ndarray | None]:
+        """Scores model inputs, see `Predictor.run`."""
+        found = self._image_scorer(images, valid)
+        means = found.pop("means")
+        return found | {"distance": self.reference and self.reference.distances(means)}
+
+    @functools.cached_property
+    def _image_scorer(self) -> ImageScorer:
+        return ImageScorer(self.config, self.backbone, self.scorer)
 
     def find_shift(self, distances: Mapping[str, float | None]) -> Shift | None:
         """Tests whether images look shifted as a whole against the training images.
@@ -369,12 +341,13 @@ class Detector(PickledByFields):
 
     def features(self, images: Images) -> Features:
         """Returns features of images, [B, h, w, C] per scale, as `scorer` takes them."""
-        found = []
-        for _, image in self._all_inputs(images):
+        spec, found = self.backbone.spec, []
+        for _, image in self.inputs(images):
             if isinstance(image, InputError):
                 raise image
-            (part,) = image.parts
-            found.append(self._in_batches(lambda extract, _, x: extract(x), part.image[None]))
+            pixels, valid = stacked(list(image.parts))
+            normalised = normalise(pixels, spec.mean, spec.std, valid)
+            found.append(self._in_batches(lambda extract, _, x: extract(x), normalised))
         return tuple(np.concatenate(scale) for scale in zip(*found, strict=True))
 
     def latents(self, features: Features) -> Features:
@@ -439,13 +412,7 @@ class Detector(PickledByFields):
 
     def _in_batches(self, function: Callable, *arrays: Any) -> Any:
         """Computes `function(extract, scorer, *arrays)` for any number of images in batches."""
-        parallel.check_not_forked()
-
-        def run(part):
-            n = len(part[0] if isinstance(part[0], np.ndarray) else part[0][0])
-            return function(*self._with_batch_size(next(b for b in _BATCH_SIZES if n <= b)), *part)
-
-        return in_batches(run, arrays, _BATCH_SIZES[-1])
+        return in_batches(lambda n, part: function(*self._with_batch_size(n), *part), arrays)
 
     @functools.cached_property
     def _with_batch_size(self) -> Callable[[int], tuple[Callable, Scorer]]:
@@ -465,95 +432,6 @@ class Detector(PickledByFields):
             raise InputError(
                 f"The detector {self.config.detector} has no latents. Fit a fastflow detector."
             )
-
-    def _all_inputs(
-        self, images: Images, tile: bool = False, live: bool = False
-    ) -> Generator[tuple[str, Inputs | InputError], None, None]:
-        """Yields each name with its image or error; logs how files differ from training images."""
-
-        def read(given: Given) -> Iterator[tuple[str, Inputs | InputError, dict[str, str]]]:
-            try:
-                for name, image, header in given.read():
-                    profile = self.training_images
-                    unlike = {} if profile is None else profile.differences(header, image)
-                    inputs = cut(image, name, self.config, self.backbone.spec, tile=tile)
-                    yield name, inputs, unlike
-            except InputError as error:
-                yield given.name, error, {}
-
-        def start(given: Given):
-            """Reads the first page in this thread; returns it and an iterator over the others."""
-            pages = read(given)
-            return next(pages), pages
-
-        # One thread for images to be tiled: they are large, and few of them fit into memory.
-        calls = (functools.partial(start, given) for given in each(images))
-        threads, logged = 0 if live else 1 if tile else None, set()
-        with contextlib.closing(prefetch(calls, threads)) as started:
-            for first, rest in started:
-                for name, inputs, unlike in itertools.chain([first], rest):
-                    if new := unlike.keys() - logged:
-                        _log_differences(name, [unlike[field] for field in unlike if field in new])
-                        logged |= new
-                    yield name, inputs
-
-    def _predicted(self, batch: collections.deque[tuple[Outputs, Part]]) -> Iterator[Prediction]:
-        """Scores a batch of parts; yields the predictions of the images that it completes.
-
-        The batch is emptied, so that completed maps are freed.
-        """
-        predict = functools.partial(_predict, self.reference)
-        scores, maps, *optional = self._in_batches(predict, *stacked([part for _, part in batch]))
-        for i in range(len(batch)):
-            outputs, part = batch.popleft()
-            outputs.add(
-                part, scores[i], maps[i], *(None if each is None else each[i] for each in optional)
-            )
-            if outputs.is_complete:
-                yield self._prediction(outputs)
-
-    def _prediction(self, outputs: Outputs) -> Prediction:
-        score, anomaly_map = outputs.score, outputs.anomaly_map
-        if not np.isfinite(score):
-            raise InputError(
-                f"{outputs.name} scores {score}. The training or the weights of the backbone are "
-                "damaged: train again."
-            )
-        image_threshold, pixel_threshold = self.image_threshold, self.pixel_threshold
-        return Prediction(
-            name=outputs.name,
-            score=score,
-            p_value=None if self.held_out is None else self.held_out.p_value(score),
-            is_anomalous=None if image_threshold is None else score > image_threshold.value,
-            anomaly_map=anomaly_map,
-            mask=None if pixel_threshold is None else anomaly_map > pixel_threshold.value,
-            log_likelihood=outputs.log_likelihood,
-            distance=outputs.distance,
-        )
-
-
-def _predict(
-    reference: Reference | None,
-    extract: Callable,
-    scorer: Scorer,
-    images: np.ndarray,
-    valid: np.ndarray | None,
-):
-    """Scores [B], anomaly maps [B, H, W], and log-likelihoods and distances, [B] or None."""
-    features = extract(images)
-    distances = reference and reference.distances(image_means(features, valid))
-    if isinstance(scorer, LikelihoodScorer):
-        return *scorer.score_with_likelihood(features, valid), distances
-    return *scorer.score(features, valid), None, distances
-
-
-def _log_differences(name: str, sentences: list[str]) -> None:
-    _log.warning(
-        "%s differs from the training images: it %s. Normal images may be flagged: use images like "
-        "those of training, or train on images like these.",
-        name,
-        "; it ".join(sentences),
-    )
 
 
 class _TemporaryDirectory:

@@ -17,13 +17,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from fastflow_jax import parallel
 from fastflow_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 _log = logging.getLogger(__name__)
 
@@ -166,6 +167,8 @@ def read_json(file: Path) -> Any:
     Raises:
       InputError: the file is damaged.
     """
+    from fastflow_jax import parallel  # on use: exported detectors are used without JAX
+
     return parallel.on_main(lambda: parse_json(file) if file.exists() else None)
 
 
@@ -223,16 +226,22 @@ def replacing(file: Path, mode: str, **how) -> Iterator[IO]:
             os.close(directory)
 
 
+def _is_main() -> bool:
+    from fastflow_jax import parallel
+
+    return parallel.is_main()
+
+
 def write_text(file: Path, content: str) -> None:
     """Writes a text file atomically, in the first process. Escapes what is not valid UTF-8."""
-    if parallel.is_main():
+    if _is_main():
         with replacing(file, "w", encoding="utf-8", errors="backslashreplace") as opened:
             opened.write(content)
 
 
 def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a .npz file atomically, in the first process."""
-    if parallel.is_main():
+    if _is_main():
         with replacing(file, "wb") as opened:
             content: Any = {name: np.asarray(array) for name, array in arrays.items()}
             np.savez(opened, **content)
@@ -274,6 +283,6 @@ def delete_oldest(folder: Path, max_bytes: int) -> None:
             excess -= size
 
 
-def to_plain(config: ConfigDict) -> dict:
+def to_plain(config: "ConfigDict") -> dict:
     """The configuration as JSON values; tuples become lists."""
     return json.loads(config.to_json_best_effort())

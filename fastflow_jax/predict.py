@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fastflow_jax.data import formats, layout
 from fastflow_jax.data.arrays import read_image
-from fastflow_jax.detector import Detector, Prediction
+from fastflow_jax.detector import Detector
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation import thresholds
 from fastflow_jax.files import (
@@ -32,6 +32,7 @@ from fastflow_jax.files import (
     replacing,
     write_json,
 )
+from fastflow_jax.prediction import Prediction
 from fastflow_jax.report.heatmaps import OF_THE_NAME, draw_heatmap, save_picture
 
 _log = logging.getLogger(__name__)

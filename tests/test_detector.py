@@ -101,6 +101,11 @@ def test_each_detector_finds_a_defect_after_fit_save_load_and_copy(kind, tmp_pat
     assert (bad.log_likelihood is not None) == (kind in ("fastflow", "cflow"))
     if bad.log_likelihood is not None:
         assert bad.log_likelihood < min(result.log_likelihood for result in good)
+    if kind == "spade":
+        with pytest.raises(InputError, match="spade is not a pure function"):
+            detector.as_function()
+    else:
+        assert_the_function_predicts_the_same(detector)
 
 
 def test_a_detector_is_fitted_and_saved_under_a_path_with_brackets(tmp_path, monkeypatch):
@@ -294,7 +299,7 @@ def test_an_f1_optimal_threshold_gives_equal_decisions_alone_and_in_a_batch(dete
 
     Neighbouring pixels may be equal up to rounding, so the highest pixel of each image is labelled.
     """
-    images = [spoilt(), *photographs(11, seed=8)]
+    images = [spoilt(), *photographs(31, seed=8)]
     batch, alone = detector.predict(images), [detector.predict(image) for image in images]
     scores = [r.score for r in batch]
     peaks = np.array([r.anomaly_map.max() for r in batch])
@@ -334,6 +339,29 @@ def test_a_held_out_image_is_scored_with_a_calibration_on_the_others(detector):
     without_first = detector.scorer.recalibrated(tuple(m[1:] for m in maps))
     (score,), _ = without_first.score(tuple(m[:1] for m in features))
     assert score == pytest.approx(detector.held_out.scores[0], rel=1e-3)
+
+
+def assert_the_function_predicts_the_same(detector):
+    images = photographs(3, size=detector.image_size, seed=5)
+    images[0, 4:12, 4:12] = (250, 20, 20)
+    found = jax.tree.map(np.asarray, jax.jit(detector.as_function())(images))
+    assert found.keys() == {"score", "anomaly_map", "p_value", "is_anomalous", "mask"}
+    assert found["is_anomalous"][0]
+    assert found["mask"][0].any()
+    for i, result in enumerate(detector.predict(list(images))):
+        np.testing.assert_allclose(found["score"][i], result.score, rtol=1e-4)
+        np.testing.assert_allclose(
+            found["anomaly_map"][i], result.anomaly_map, rtol=1e-3, atol=1e-3
+        )
+        np.testing.assert_allclose(found["p_value"][i], result.p_value, rtol=1e-6)
+        assert found["is_anomalous"][i] == result.is_anomalous
+        assert (found["mask"][i] != result.mask).mean() < 0.01
+
+
+def test_a_detector_of_padded_images_is_not_a_function_of_their_pixels():
+    fitted = Detector.fit(photographs(8), config=tiny("knn", **{"data.resize": "pad"}))
+    with pytest.raises(InputError, match="Images of this detector are padded"):
+        fitted.as_function()
 
 
 def unpickled(detector):

@@ -11,8 +11,9 @@ import fastflow_jax
 
 ROOT = pathlib.Path(fastflow_jax.__file__).parent
 ORDER = [
-    *("errors", "parallel", "files", "flows", "data", "backbones", "features", "training"),
-    *("detectors", "config", "evaluation", "report", "runs", "detector", "predict", "main"),
+    *("errors", "parallel", "files", "flows", "decision", "data", "prediction", "backbones"),
+    *("features", "training", "detectors", "config", "evaluation", "report", "runs", "scoring"),
+    *("detector", "predict", "main"),
 ]
 DEVICES = {"devices", "local_devices", "device_put", "default_backend", "device_count"}
 DEVICES |= {"local_device_count", "process_count", "process_index", "process_indices"}
@@ -76,3 +77,16 @@ print(sorted(new - {"fastflow_jax"}))
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert process.stdout.strip() == "[]"
+
+
+def test_predictions_load_neither_jax_nor_scipy():
+    code = """
+import sys
+import fastflow_jax.prediction
+print(sorted({name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names))
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert set(ast.literal_eval(process.stdout)) >= {"PIL", "fastflow_jax", "numpy"}
+    assert not set(ast.literal_eval(process.stdout)) & {"jax", "scipy", "ml_collections", "sklearn"}

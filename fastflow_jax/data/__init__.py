@@ -7,11 +7,12 @@ on first use, so that a directory of images needs only Pillow and numpy.
 import importlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING, Any
 
 from fastflow_jax.data.dataset import GOOD, Dataset, Example, Source, check_choice
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 __all__ = [
     "DATASETS",
@@ -36,7 +37,7 @@ _MODULES = {
 DATASETS = tuple(_MODULES)
 
 
-def open_dataset(config: ConfigDict) -> Dataset:
+def open_dataset(config: "ConfigDict") -> Dataset:
     """Opens the data set of `config.data`. Images are decoded later, one by one.
 
     Args:
@@ -53,12 +54,12 @@ def open_dataset(config: ConfigDict) -> Dataset:
     return _module(config).open_dataset(config)
 
 
-def share_images(config: ConfigDict) -> bool:
+def share_images(config: "ConfigDict") -> bool:
     """Whether the categories of the data set are subsets of the same images, see `opener`."""
     return hasattr(_module(config), "opener")
 
 
-def opener(config: ConfigDict) -> Callable[[str | None], Dataset]:
+def opener(config: "ConfigDict") -> Callable[[str | None], Dataset]:
     """Returns a function from category to data set, for several categories of one set.
 
     Categories that are subsets of the same images share them, see `Source.part_of`. The function
@@ -79,7 +80,7 @@ def opener(config: ConfigDict) -> Callable[[str | None], Dataset]:
     return open_category
 
 
-def categories(config: ConfigDict) -> tuple[str | None, ...]:
+def categories(config: "ConfigDict") -> tuple[str | None, ...]:
     """Returns the selected categories: "bottle", "bottle,screw", or all if none is set.
 
     For a data set without categories this is (None,).
@@ -96,7 +97,7 @@ def categories(config: ConfigDict) -> tuple[str | None, ...]:
     return tuple(check_choice("data.category", name, known) for name in names)
 
 
-def _module(config: ConfigDict) -> ModuleType:
+def _module(config: "ConfigDict") -> ModuleType:
     name = check_choice("data.name", _field(config, "name"), DATASETS)
     return importlib.import_module(f"fastflow_jax.data.{_MODULES[name]}")
 

@@ -15,7 +15,7 @@ from fastflow_jax.data.transforms import Placement, seen_part
 class Part(NamedTuple):
     """Model input of an image or of one of its tiles."""
 
-    image: np.ndarray  # float32 [H, W, 3], normalised
+    image: np.ndarray  # uint8 [H, W, 3]; 0 in padding
     valid: np.ndarray | None  # bool [H, W], see `Batch.valid`
     placed: Placement  # of the tile in the input
     where: tuple[slice, slice]  # rows and columns in the image
@@ -31,34 +31,35 @@ class Inputs:
     parts: Iterable[Part]  # to iterate once; tiles are cut on demand
 
 
-def cut(image: np.ndarray, name: str, config, spec, *, tile: bool) -> Inputs:
+def cut(
+    image: np.ndarray, name: str, image_size: tuple[int, int], resize_by: str, *, tile: bool
+) -> Inputs:
     """Returns the model inputs of an image.
 
     Args:
         image: uint8 [H, W, 3].
         name: name of the image in messages and results.
-        config: filled configuration of the detector.
-        spec: `Spec` of its backbone, with `mean` and `std`.
+        image_size: (height, width) of model inputs.
+        resize_by: "square", "crop" or "pad", see `transforms.placement`.
         tile: cut an image that is larger than the input into tiles of the input's size.
     """
-    (rows, columns), (height, width) = config.image_size, image.shape[:2]
+    (rows, columns), (height, width) = image_size, image.shape[:2]
     where = [(slice(0, height), slice(0, width))]
     if tile and (height > rows or width > columns):
         # In a narrow image tiles are as narrow as the image, and "crop" would crop them again.
-        shrunk = min(1, height / rows, width / columns) if config.data.resize == "crop" else 1
+        shrunk = min(1, height / rows, width / columns) if resize_by == "crop" else 1
         sides = max(1, int(rows * shrunk)), max(1, int(columns * shrunk))
         where = tiling.places((height, width), sides)
-    how = {"mean": spec.mean, "std": spec.std, "resize_by": config.data.resize}
 
     def part(span: tuple[slice, slice]) -> Part:
-        return Part(*as_input(image[span], image_size=(rows, columns), **how), span)
+        return Part(*as_input(image[span], image_size, resize_by), span)
 
     parts = (part(where[0]),) if len(where) == 1 else map(part, where)
     return Inputs(name, (height, width), where, parts)
 
 
 def stacked(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns images, float32 [B, H, W, 3], and padding masks, bool [B, H, W] or None."""
+    """Returns images, uint8 [B, H, W, 3], and padding masks, bool [B, H, W] or None."""
     images, valid, *_ = zip(*parts, strict=True)
     return np.stack(images), None if valid[0] is None else np.stack(valid)
 
@@ -79,7 +80,7 @@ class Outputs:
         part: Part,
         score: np.ndarray,
         anomaly_map: np.ndarray,
-        likelihood: np.ndarray | None,
+        log_likelihood: np.ndarray | None = None,
         distance: np.ndarray | None = None,
     ) -> None:
         """Adds the result of one part.
@@ -88,14 +89,14 @@ class Outputs:
           part: of the image.
           score: [].
           anomaly_map: [h, w].
-          likelihood: log-likelihood [], or None if the detector has none.
+          log_likelihood: [], or None if the detector has none.
           distance: to the training images [], or None if it is unknown.
         """
         self.score = float(np.maximum(self.score, score))  # NaN stays
-        if likelihood is None or self._likelihoods is None:
+        if log_likelihood is None or self._likelihoods is None:
             self._likelihoods = None
         else:
-            self._likelihoods += float(likelihood)
+            self._likelihoods += float(log_likelihood)
         if distance is not None and self._n == 1:
             self.distance = float(distance)
         self._blender.add(_at_own_size(anomaly_map, part), part.where)

@@ -56,9 +56,8 @@ def batches(
 
     def load(index: int) -> tuple[np.ndarray, np.ndarray | None, int, int, np.ndarray | None]:
         example = source[index]
-        image, valid, placed = as_input(
-            example.image, image_size=(height, width), mean=mean, std=std, resize_by=resize_by
-        )
+        image, valid, placed = as_input(example.image, (height, width), resize_by)
+        image = normalise(image, mean, std, valid)
         mask = None
         if example.mask is not None:
             resized = resize_mask(example.mask, placed.resized, mask_resize)
@@ -120,25 +119,20 @@ def prefetch(
 
 
 def as_input(
-    image: np.ndarray,
-    *,
-    image_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    resize_by: str,
+    image: np.ndarray, image_size: tuple[int, int], resize_by: str
 ) -> tuple[np.ndarray, np.ndarray | None, Placement]:
-    """Converts an image, uint8 [h, w, 3], to a model input. See `batches` for the arguments.
+    """Resizes an image, uint8 [h, w, 3], to a model input. See `batches` for the arguments.
 
     Returns:
-        The input, float32 [H, W, 3]; its padding mask, bool [H, W], or None without padding; and
-        the placement of the image in the input.
+        The input, uint8 [H, W, 3]; its padding mask, bool [H, W], or None without padding; and the
+        placement of the image in the input.
     """
     height, width = image.shape[:2]
     placed = placement((height, width), image_size, resize_by)
-    normalised = _put(normalise(resize(image, placed.resized), mean, std), placed, image_size)
+    whole = _put(resize(image, placed.resized), placed, image_size)
     if resize_by != "pad":
-        return normalised, None, placed
-    return normalised, _put(np.ones(placed.resized, bool), placed, image_size), placed
+        return whole, None, placed
+    return whole, _put(np.ones(placed.resized, bool), placed, image_size), placed
 
 
 def _put(array: np.ndarray, placed: Placement, image_size: tuple[int, int]) -> np.ndarray:

@@ -8,11 +8,10 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
-from scipy import ndimage
 
 from fastflow_jax.data.formats import broken, cannot_read, open_image, pages_of, tiff_tags
 from fastflow_jax.errors import InputError
@@ -137,6 +136,8 @@ def _lowest_defective(levels: np.ndarray) -> float | None:
     middle = (levels >= highest / 8) & (levels < half)
     if not (low.any() or middle.any()) or len(np.unique(levels)) <= 3:
         return None
+    from scipy import ndimage  # on use, because predictions need neither masks nor scipy
+
     is_even = ndimage.maximum_filter(levels, 3) == ndimage.minimum_filter(levels, 3)
     if _share_in_blocks(low, is_even) > 0.9:
         return None
@@ -147,6 +148,8 @@ def _lowest_defective(levels: np.ndarray) -> float | None:
 
 def _share_in_blocks(pixels: np.ndarray, is_even: np.ndarray) -> float:
     """Fraction of `pixels`, bool [H, W], in 3x3 blocks of one level; 0 if there are none."""
+    from scipy import ndimage
+
     in_blocks = ndimage.binary_dilation(pixels & is_even, np.ones((3, 3), bool)) & pixels
     return in_blocks.sum() / max(1, pixels.sum())
 
@@ -266,7 +269,18 @@ def _resize(array, size, resample):
     return np.asarray(Image.fromarray(array).resize((width, height), resample))
 
 
-def normalise(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Scales uint8 [..., 3] to [0, 1], subtracts `mean`, divides by `std`; returns float32."""
+def normalise(image: Any, mean: Sequence[float], std: Sequence[float], valid: Any = None) -> Any:
+    """Scales images of numpy or JAX to [0, 1], subtracts `mean` and divides by `std`, per channel.
+
+    Args:
+        image: uint8 [..., 3].
+        mean: [3].
+        std: [3].
+        valid: bool [...], False in padded pixels, which become 0; or None without padding.
+
+    Returns:
+        float32 [..., 3].
+    """
     scaled = image.astype(np.float32) / np.float32(255)
-    return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    normalised = (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return normalised if valid is None else normalised * valid[..., None]

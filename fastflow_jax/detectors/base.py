@@ -68,21 +68,6 @@ class Scorer(Protocol):
 
 
 @runtime_checkable
-class LikelihoodScorer(Scorer, Protocol):
-    """A scorer with a likelihood of an image's features."""
-
-    def score_with_likelihood(
-        self,
-        features: Features,
-        valid: np.ndarray | None = None,
-        *,
-        size: tuple[int, int] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns `score`'s results and log-likelihoods [B], in nats per dimension."""
-        ...
-
-
-@runtime_checkable
 class InvertibleScorer(Scorer, Protocol):
     """A scorer with invertible flows."""
 
@@ -189,12 +174,15 @@ def compiled(function: Callable, config: FrozenConfigDict, *arguments: Any) -> C
 class CompiledScorer(PickledByFields):
     """Base of scorers whose work is done by pure functions of a configuration and arrays.
 
-    A subclass is a dataclass with the field `config`. It defines `function` and `arrays`.
+    A subclass is a dataclass with the field `config`. It defines `function` and `arrays`; or
+    `score`, if that cannot be one pure function.
     """
 
     config: Any
     # (config, size, state, (features, valid)) -> scores [B] and anomaly maps [B, *size]
-    function: ClassVar[Callable]
+    function: ClassVar[Callable | None] = None
+    # The same, and log-likelihoods [B] in nats per dimension; None without a likelihood.
+    with_likelihood: ClassVar[Callable | None] = None
 
     def arrays(self) -> Any:
         """The tree of arrays that `function` gets as its state."""
@@ -208,7 +196,9 @@ class CompiledScorer(PickledByFields):
         size: tuple[int, int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores features, see `Scorer.score`."""
-        run = self._program(type(self).function, tuple(size or self.config.image_size))
+        function = type(self).function
+        assert function is not None
+        run = self._program(function, tuple(size or self.config.image_size))
         return run(self._state, (features, valid))
 
     @functools.cached_property

@@ -136,8 +136,8 @@ def _score_maps(config, size, calibration, maps):
     return jnp.average(windows, axis=-1, weights=calibration.weight), anomaly_map
 
 
-def score_locations(config, locate, size, state, batch):
-    """Scores [B] and anomaly maps [B, *size] of a batch, given (variables, calibration)."""
+def score_locations(config, size, state, batch, *, locate: Callable):
+    """Scores [B] and anomaly maps [B, *size] of a batch, see `CompiledScorer.function`."""
     variables, calibration = state
     return _score_maps(config, size, calibration, locate(config, variables, batch))
 
@@ -152,21 +152,12 @@ class LocationScorer(CompiledScorer):
     variables: Any  # tree of arrays
     calibration: Calibration
 
+    def __init_subclass__(cls) -> None:
+        cls.function = functools.partial(score_locations, locate=cls.locate)
+
     def arrays(self) -> tuple[Any, Calibration]:
         """Variables and calibration."""
         return self.variables, self.calibration
-
-    def score(
-        self,
-        features: Features,
-        valid: np.ndarray | None = None,
-        *,
-        size: tuple[int, int] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores features, see `Scorer.score`."""
-        at = tuple(size or self.config.image_size)
-        run = self._program(score_locations, type(self).locate, at)
-        return run(self._state, (features, valid))
 
     def location_maps(
         self, features: Features, valid: np.ndarray | None = None

@@ -206,7 +206,7 @@ def _score(config, size, state, batch):
 
 
 def _score_with_likelihood(config, size, state, batch):
-    """Scores, anomaly maps and log-likelihoods of a batch, see `LikelihoodScorer`."""
+    """Scores, anomaly maps and log-likelihoods of a batch, see `CompiledScorer.with_likelihood`."""
     variables, highest = state
     features, valid = batch
     log_p = _log_p_of(config, variables, features)
@@ -233,6 +233,7 @@ class CFlowScorer(CompiledScorer):
     """Scores by the likelihoods of locations."""
 
     function = staticmethod(_score)
+    with_likelihood = staticmethod(_score_with_likelihood)
     config: ConfigDict  # filled
     variables: dict
     maxima: np.ndarray  # see `maxima`
@@ -240,11 +241,6 @@ class CFlowScorer(CompiledScorer):
     def arrays(self) -> tuple[dict, np.ndarray]:
         """Variables of the flows, and the highest likelihoods."""
         return self.variables, self.maxima
-
-    def score_with_likelihood(self, features, valid=None, *, size=None):
-        """Scores features with their log-likelihoods, see `LikelihoodScorer`."""
-        run = self._program(_score_with_likelihood, tuple(size or self.config.image_size))
-        return run(self._state, (features, valid))
 
 
 def _model(config) -> CFlow:

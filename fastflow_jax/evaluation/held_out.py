@@ -5,9 +5,9 @@ import pathlib
 
 import numpy as np
 
+from fastflow_jax.decision import Threshold, p_values
 from fastflow_jax.detectors.base import CalibratedScorer
 from fastflow_jax.evaluation import thresholds
-from fastflow_jax.evaluation.thresholds import Threshold
 from fastflow_jax.features.extract import Features, in_batches
 from fastflow_jax.files import read_arrays, write_arrays
 
@@ -37,8 +37,8 @@ class HeldOut:
         return thresholds.pixel_threshold(self.tails, rate, groups=self.groups, warn=warn)
 
     def p_value(self, score: float) -> float:
-        """Returns the p-value of an image score, see `thresholds.p_values`."""
-        return float(thresholds.p_values(score, self.scores, self.groups))
+        """Returns the p-value of an image score, see `decision.p_values`."""
+        return float(p_values(score, self.scores, self.groups))
 
     def save(self, file: pathlib.Path) -> None:
         """Writes an .npz file for `load`."""

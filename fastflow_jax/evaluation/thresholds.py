@@ -10,53 +10,18 @@ camera, light or material breaks this. Images of the same part are not independe
 - `f1_optimal`: the best threshold for labelled images, without a statement on new images.
 """
 
-import dataclasses
 import warnings
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
+from fastflow_jax.decision import Threshold, group_weights
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.metrics import f1_max
 
 # Shares of a map's pixels whose lowest value `tails` stores, from all pixels to the highest alone.
 EXCEEDANCES = np.concatenate([np.logspace(0, -5, 101), [0.0]])
-
-
-@dataclasses.dataclass(frozen=True)
-class Threshold:
-    """Decision level: scores **above** `value` are anomalous."""
-
-    value: float
-    kind: str = "given"  # "image" or "pixel": from a false-alarm rate; "f1"; or "given"
-    rate: float | None = None  # requested false-alarm rate
-    interval: tuple[float, float] | None = None  # confidence interval of the true rate
-    confidence: float | None = None  # of the interval
-    n: int = 0  # number of images behind it; of groups, if images are grouped
-    supported: bool = True  # False if n is too small for the rate
-
-
-def p_values(scores: ArrayLike, held_out: ArrayLike, groups: ArrayLike | None = None) -> np.ndarray:
-    """Computes (1 + #{held-out scores >= s}) / (n + 1) for each score s.
-
-    For a new normal image, P(p <= a) <= a for every a, for any distribution of scores.
-
-    With groups, n is the number of groups, and the count is the sum over groups of the share of
-    their images with a score of at least s. The statement then holds for a new image of a new
-    group if groups are exchangeable, whatever the dependence in a group (Lee, Barber & Willett,
-    Distribution-Free Inference with Hierarchical Data, 2023).
-
-    Args:
-      scores: any shape.
-      held_out: scores of held-out images [n].
-      groups: [n], equal for images of the same part, or None if each shows another part.
-    """
-    order = np.argsort(held_out, kind="stable")
-    weights, n = _weights(groups, len(order))
-    above = np.append(np.cumsum(weights[order][::-1])[::-1], 0.0)  # weight from each rank on
-    first = np.searchsorted(np.asarray(held_out)[order], np.asarray(scores), side="left")
-    return (1 + above[first]) / (n + 1)
 
 
 def image_threshold(
@@ -91,7 +56,7 @@ def image_threshold(
       InputError: no held-out scores, or a rate or confidence outside (0, 1).
     """
     scores = _checked(held_out, rate, confidence)
-    weights, n = _weights(groups, len(scores))
+    weights, n = group_weights(groups, len(scores))
     order = np.argsort(scores, kind="stable")
     scores = scores[order]
     # Rounded, because (n + 1)(1 - rate) may miss a whole number by a rounding error.
@@ -125,14 +90,6 @@ def _margin(scores: np.ndarray, place: int) -> float:
     size = max(abs(scores[place]), scores[-1] - scores[0])
     gap = higher[0] - scores[place] if len(higher) else np.inf
     return min(_RELATIVE_MARGIN * size, gap / 2)
-
-
-def _weights(groups: ArrayLike | None, n: int) -> tuple[np.ndarray, int]:
-    """Returns 1 / (images in its group) for each of n images, and the number of groups."""
-    if groups is None:
-        return np.ones(n), n
-    _, group, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
-    return 1 / sizes[group], len(sizes)
 
 
 def _units(groups: ArrayLike | None) -> str:

@@ -174,16 +174,30 @@ def image_means(features: Features, valid: np.ndarray | None = None) -> np.ndarr
         no padding.
     """
 
-    def means(part: Part) -> list[np.ndarray]:
+    def means(part: Part) -> np.ndarray:
         maps, valid = part
-        return [_mean(np.asarray(m, np.float32), valid) for m in maps]
+        return np.concatenate(channel_means(tuple(map(np.asarray, maps)), valid, np.float64), 1)
 
-    return np.concatenate(in_batches(means, (features, valid), 32), axis=1)
+    return in_batches(means, (features, valid), 32)
 
 
-def _mean(m: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
-    where = True if valid is None else np.asarray(inside(valid, m.shape[1:3]))[..., None]
-    return m.mean((1, 2), dtype=np.float64, where=where)
+def channel_means(maps: Any, valid: Any, dtype: Any) -> list[Any]:
+    """Mean of each channel over the locations of each image, [B, C] per scale.
+
+    Args:
+      maps: [B, h, w, C] per scale, of numpy or JAX.
+      valid: see `image_means`.
+      dtype: of the computation.
+    """
+    found = []
+    for m in maps:
+        seen: Any = None if valid is None else inside(valid, m.shape[1:3])[..., None]
+        if seen is None:
+            found.append(m.astype(dtype).mean((1, 2)))
+        else:
+            seen = np.asarray(seen) if isinstance(m, np.ndarray) else seen
+            found.append(m.astype(dtype).mean((1, 2), where=seen))
+    return found
 
 
 def _batches(arrays: Any, size: int) -> Iterator[Any]:

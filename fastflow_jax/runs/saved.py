@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 from fastflow_jax.backbones.weights import sha256
 from fastflow_jax.config import from_plain
 from fastflow_jax.data.profile import Profile
+from fastflow_jax.decision import Threshold
 from fastflow_jax.detectors.base import Scorer
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.held_out import HeldOut, score_held_out
-from fastflow_jax.evaluation.thresholds import Threshold
 from fastflow_jax.features.extract import image_means
 from fastflow_jax.features.prepare import Prepared, is_augmented
 from fastflow_jax.features.shift import Reference, chosen

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from scipy import stats
 
+from fastflow_jax.decision import p_values
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation import metrics
 from fastflow_jax.evaluation import thresholds as T
@@ -19,7 +20,7 @@ rates = st.integers(1, 99).map(lambda percent: percent / 100)
 @given(scores, rates)
 def test_p_values_of_exchangeable_scores_are_super_uniform(values, rate):
     # Each score is the new one with the same probability.
-    p = [float(T.p_values(x, np.delete(values, i))) for i, x in enumerate(values)]
+    p = [float(p_values(x, np.delete(values, i))) for i, x in enumerate(values)]
     assert np.mean(np.array(p) <= rate) <= rate + 1e-9
 
 
@@ -27,14 +28,14 @@ def test_p_values_of_exchangeable_scores_are_super_uniform(values, rate):
 @given(scores, few_values)
 def test_p_values_count_held_out_scores(held_out, score):
     expected = (1 + sum(x >= score for x in held_out)) / (len(held_out) + 1)
-    assert T.p_values(score, held_out) == pytest.approx(expected)
+    assert p_values(score, held_out) == pytest.approx(expected)
 
 
 @settings(deadline=None)
 @given(scores, rates, few_values)
 def test_a_score_is_above_the_threshold_where_its_p_value_is_low(held_out, rate, score):
     threshold = T.image_threshold(held_out, rate, warn=False)
-    p = float(T.p_values(score, held_out))
+    p = float(p_values(score, held_out))
     if threshold.supported:
         assert (score > threshold.value) == (p <= rate + 1e-9)
     else:
@@ -101,7 +102,7 @@ def test_p_values_of_exchangeable_groups_are_super_uniform(values, rate):
     flagged = []
     for i, new in enumerate(values):
         held_out, groups = flat(values[:i] + values[i + 1 :])
-        flagged.append(np.mean(T.p_values(new, held_out, groups) <= rate))
+        flagged.append(np.mean(p_values(new, held_out, groups) <= rate))
     assert np.mean(flagged) <= rate + 1e-9
 
 
@@ -111,7 +112,7 @@ def test_the_threshold_of_groups_agrees_with_their_p_values(values, rate, score)
     held_out, groups = flat(values)
     threshold = T.image_threshold(held_out, rate, groups=groups, warn=False)
     if threshold.supported:
-        assert (score > threshold.value) == (T.p_values(score, held_out, groups) <= rate + 1e-9)
+        assert (score > threshold.value) == (p_values(score, held_out, groups) <= rate + 1e-9)
     assert threshold.n == len(values)
 
 
@@ -127,8 +128,8 @@ def test_groups_of_copies_give_the_thresholds_of_single_images():
             assert one.value == pytest.approx(other.value)
             assert one.interval == pytest.approx(other.interval)
             assert (one.n, one.rate) == (other.n, other.rate)
-        p = T.p_values(held_out, held_out.repeat(copies), groups)
-        np.testing.assert_allclose(p, T.p_values(held_out, held_out))
+        p = p_values(held_out, held_out.repeat(copies), groups)
+        np.testing.assert_allclose(p, p_values(held_out, held_out))
 
 
 def test_too_few_groups_for_a_rate_cause_a_warning():

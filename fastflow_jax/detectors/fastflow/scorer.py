@@ -226,10 +226,13 @@ def _nll(model, variables, features, valid, per_dimension, cut=lambda scale, x: 
 
 
 def _score_with_likelihood(config, size, state, batch):
-    """Scores, maps and log-likelihoods of a batch; the compiler runs the flows once."""
+    """Scores, maps and log-likelihoods of the normalised features of a batch.
+
+    The compiler runs the flows once.
+    """
     features, valid = batch
     nll = _nll(flow_model(config), state[0], features, valid, True)
-    return *score_locations(config, _locate, size, state, batch), -nll
+    return *score_locations(config, size, state, batch, locate=_locate), -nll
 
 
 def _latents(config, state, batch):
@@ -301,17 +304,7 @@ class FastFlowScorer(LocationScorer):
     """
 
     locate = staticmethod(_locate)
-
-    def score_with_likelihood(
-        self,
-        features: Features,
-        valid: np.ndarray | None = None,
-        *,
-        size: tuple[int, int] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Scores features with the log-likelihoods of their normalised values."""
-        run = self._program(_score_with_likelihood, tuple(size or self.config.image_size))
-        return run(self._state, (features, valid))
+    with_likelihood = staticmethod(_score_with_likelihood)
 
     def latents(self, features: Features) -> tuple[np.ndarray, ...]:
         """Latents of features, see `InvertibleScorer.latents`."""

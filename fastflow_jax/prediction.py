@@ -1,0 +1,224 @@
+"""Predictions: from images of any size to scores, decisions and anomaly maps.
+
+`Predictor` is the base of `Detector` and of `exported.Exported`. This module loads without JAX.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from fastflow_jax.data.arrays import Given, Images, each, is_one
+from fastflow_jax.data.inputs import Inputs, Outputs, Part, cut, stacked
+from fastflow_jax.data.pipeline import prefetch
+from fastflow_jax.data.profile import Profile
+from fastflow_jax.decision import Decision
+from fastflow_jax.errors import InputError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prediction:
+    """Result for one image of [H, W] pixels.
+
+    `p_value`, `is_anomalous` and `mask` are None if the detector has no held-out images and no
+    threshold was set.
+    """
+
+    name: str  # path of the image, or "image 3" for the fourth array
+    score: float  # higher is more anomalous
+    p_value: float | None  # bound of the share of normal images with this score or a higher one
+    is_anomalous: bool | None  # whether the score is above the threshold
+    anomaly_map: np.ndarray  # float32 [H, W], higher is more anomalous
+    mask: np.ndarray | None  # bool [H, W], True where the map is above the pixel threshold
+    # In nats per dimension; None if the detector has no likelihood, or was exported.
+    log_likelihood: float | None
+    # From the image as a whole to the nearest training image, see `shift.Reference`; 1 is typical
+    # of normal images. None for tiled images, exported detectors and `Detector.reference` of None.
+    distance: float | None
+
+
+class Predictor:
+    """Predictions for images of any size, given a function of model inputs.
+
+    A subclass defines the attributes and `run`.
+    """
+
+    image_size: tuple[int, int]  # (height, width) of model inputs
+    resize: str  # `config.data.resize`: how images become inputs
+    decision: Decision
+    training_images: Profile | None  # None if unknown
+    batch_size: int  # largest number of images that are scored together
+
+    def run(self, images: np.ndarray, valid: np.ndarray | None) -> Mapping[str, np.ndarray | None]:
+        """Scores model inputs.
+
+        Args:
+          images: uint8 [B, H, W, 3] of the size of model inputs; any B.
+          valid: bool [B, H, W], False in padded pixels, or None if there is no padding.
+
+        Returns:
+          "score" [B] and "anomaly_map" [B, H, W], float32. Optionally "log_likelihood" and
+          "distance" [B], or None, see `Prediction`.
+        """
+        raise NotImplementedError
+
+    def find_shift(self, distances: Mapping[str, float | None]) -> Any:
+        """Tests whether images look shifted as a whole, see `Detector.find_shift`; None here."""
+        del distances
+
+    def predict(self, images: Images, *, tile: bool = False) -> Prediction | list[Prediction]:
+        """Scores one image or several; logs a warning if several look shifted, see `find_shift`.
+
+        Args:
+          images: a path, the content of a file, an open file, an array uint8 [H, W, 3] in RGB or
+            [H, W], a Pillow image, or several of these, each of any size. A directory stands for
+            all images in it and its subdirectories, a file of several pages for all pages. Images
+            are resized to the input size as in training (`config.data.resize`), and their anomaly
+            maps back to the size of the image.
+          tile: cuts images larger than the input size into overlapping tiles of the input size,
+            which keeps small details. Meant for detectors that were trained on images of about the
+            input size. The score of an image is the highest score of its tiles. False-alarm rates
+            then hold per tile: a normal image of k tiles is flagged up to k times as often.
+
+        Returns:
+          A `Prediction` for one image, a list of them for several.
+
+        Raises:
+          InputError: a file or an array is not an image.
+        """
+        results = list(self.stream(images, tile=tile))
+        if is_one(images) and len(results) == 1:
+            return results[0]
+        found = self.find_shift({result.name: result.distance for result in results})
+        if found and found.message:
+            _log.warning(found.message)
+        return results
+
+    def stream(
+        self,
+        images: Images,
+        *,
+        tile: bool = False,
+        on_error: Callable[[str, InputError], None] | None = None,
+        live: bool = False,
+    ) -> Iterator[Prediction]:
+        """Yields a `Prediction` per image, for more images than fit into memory.
+
+        Args:
+          images: see `predict`; also an endless iterator.
+          tile: see `predict`.
+          on_error: called as `on_error(name, error)` for each image that cannot be read; the other
+            images are scored. By default the error is raised after the results of earlier images.
+          live: scores each image before the next one is requested, for cameras. Otherwise images
+            are read ahead and scored in batches.
+        """
+        size = 1 if live else self.batch_size
+        with contextlib.closing(self.inputs(images, tile, live)) as inputs:
+
+            def parts():
+                for name, image in inputs:
+                    if isinstance(image, Inputs):
+                        outputs = Outputs(image)
+                        yield from ((outputs, part) for part in image.parts)
+                    elif on_error:
+                        on_error(name, image)
+                    else:
+                        raise image
+
+            # The maps of a batch are added to their images before the next batch is cut.
+            remaining, error = parts(), None
+            while error is None:
+                batch = collections.deque()
+                try:
+                    batch.extend(itertools.islice(remaining, size))
+                except Exception as failure:  # raised after earlier images are scored
+                    error = failure
+                if batch:
+                    yield from self._predicted(batch)
+                elif error is None:
+                    return
+            raise error
+
+    def inputs(
+        self, images: Images, tile: bool = False, live: bool = False
+    ) -> Generator[tuple[str, Inputs | InputError], None, None]:
+        """Yields each name with its model inputs or error; for the arguments see `stream`.
+
+        Logs how files differ from the training images.
+        """
+
+        def read(given: Given) -> Iterator[tuple[str, Inputs | InputError, dict[str, str]]]:
+            try:
+                for name, image, header in given.read():
+                    profile = self.training_images
+                    unlike = {} if profile is None else profile.differences(header, image)
+                    inputs = cut(image, name, self.image_size, self.resize, tile=tile)
+                    yield name, inputs, unlike
+            except InputError as error:
+                yield given.name, error, {}
+
+        def start(given: Given):
+            """Reads the first page in this thread; returns it and an iterator over the others."""
+            pages = read(given)
+            return next(pages), pages
+
+        # One thread for images to be tiled: they are large, and few of them fit into memory.
+        calls = (functools.partial(start, given) for given in each(images))
+        threads, logged = 0 if live else 1 if tile else None, set()
+        with contextlib.closing(prefetch(calls, threads)) as started:
+            for first, rest in started:
+                for name, inputs, unlike in itertools.chain([first], rest):
+                    if new := unlike.keys() - logged:
+                        _log_differences(name, [unlike[field] for field in unlike if field in new])
+                        logged |= new
+                    yield name, inputs
+
+    def _predicted(self, batch: collections.deque[tuple[Outputs, Part]]) -> Iterator[Prediction]:
+        """Scores a batch of parts; yields the predictions of the images that it completes.
+
+        The batch is emptied, so that completed maps are freed.
+        """
+        found = self.run(*stacked([part for _, part in batch]))
+        found = {name: array for name, array in found.items() if array is not None}
+        for i in range(len(batch)):
+            outputs, part = batch.popleft()
+            outputs.add(part, **{name: array[i] for name, array in found.items()})
+            if outputs.is_complete:
+                yield self._prediction(outputs)
+
+    def _prediction(self, outputs: Outputs) -> Prediction:
+        score, anomaly_map = outputs.score, outputs.anomaly_map
+        if not np.isfinite(score):
+            raise InputError(
+                f"{outputs.name} scores {score}. The training or the weights of the backbone are "
+                "damaged: train again."
+            )
+        decided = self.decision(np.float32(score), anomaly_map)
+        p_value, is_anomalous = decided.get("p_value"), decided.get("is_anomalous")
+        return Prediction(
+            name=outputs.name,
+            score=score,
+            p_value=None if p_value is None else float(p_value),
+            is_anomalous=None if is_anomalous is None else bool(is_anomalous),
+            anomaly_map=anomaly_map,
+            mask=decided.get("mask"),
+            log_likelihood=outputs.log_likelihood,
+            distance=outputs.distance,
+        )
+
+
+def _log_differences(name: str, sentences: list[str]) -> None:
+    _log.warning(
+        "%s differs from the training images: it %s. Normal images may be flagged: use images like "
+        "those of training, or train on images like these.",
+        name,
+        "; it ".join(sentences),
+    )

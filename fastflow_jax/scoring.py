@@ -1,0 +1,138 @@
+"""The score of an image as one pure function of its pixels.
+
+`Detector.predict`, `Detector.as_function` and exported detectors share it.
+"""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from fastflow_jax import parallel
+from fastflow_jax.backbones import Backbone, find_spec
+from fastflow_jax.data.transforms import normalise
+from fastflow_jax.detectors.base import CompiledScorer, PickledByFields, Scorer
+from fastflow_jax.features.extract import channel_means, extractor, image_means, maps_of
+
+# Numbers of images of the compiled programs. A single image is not padded to a large batch, and
+# at most three programs are compiled.
+BATCH_SIZES = (32, 8, 1)
+
+
+def pure_function(config: Any, module: nn.Module, function: Callable) -> Callable[..., dict]:
+    """The function of a detector from pixels to scores.
+
+    Args:
+      config: filled.
+      module: of the backbone.
+      function: of the scorer, see `CompiledScorer.function` or `CompiledScorer.with_likelihood`.
+
+    Returns:
+      (state, (images, valid)) -> "score" [B], "anomaly_map" [B, H, W], "means" [B, C], the
+      `extract.image_means`; and "log_likelihood" [B] if the scorer's function has it. `state` is
+      that of `state_of`; `images` are uint8 [B, H, W, 3] of the input size, and `valid` is bool
+      [B, H, W], False in padding, or None.
+    """
+    spec, size = find_spec(config.backbone), tuple(config.image_size)
+    extract = maps_of(module, config.length_power, config.feature_dtype)
+
+    def run(state, batch):
+        variables, arrays = state
+        images, valid = batch
+        features = extract(variables, normalise(images, spec.mean, spec.std, valid))
+        found = function(config, size, arrays, (features, valid))
+        named = dict(zip(("score", "anomaly_map", "log_likelihood"), found, strict=False))
+        means = jnp.concatenate(channel_means(features, valid, jnp.float32), 1)
+        return named | {"means": means}
+
+    return run
+
+
+def state_of(backbone: Backbone, scorer: Any) -> tuple[Any, Any]:
+    """The arrays that `pure_function` depends on, of a `CompiledScorer`."""
+    return backbone.variables, scorer.arrays()
+
+
+def scoring_function(scorer: Scorer, *, likelihood: bool) -> Callable | None:
+    """The pure function of a scorer, with log-likelihoods if it has them; None without one."""
+    if not isinstance(scorer, CompiledScorer):
+        return None
+    return (likelihood and scorer.with_likelihood) or scorer.function
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageScorer(PickledByFields):
+    """Scores images of the input size, in batches of `BATCH_SIZES`."""
+
+    config: Any  # filled
+    backbone: Backbone
+    scorer: Scorer
+
+    def __call__(self, images: np.ndarray, valid: np.ndarray | None) -> dict[str, np.ndarray]:
+        """Returns the results of `pure_function` for any number of images."""
+        return in_batches(lambda size, part: self._programs(size)(*part), (images, valid))
+
+    @functools.cached_property
+    def _programs(self) -> Callable[[int], Callable[..., dict]]:
+        """Function from a batch size to the compiled function of images and padding masks."""
+        config, backbone, scorer = self.config, self.backbone, self.scorer
+        function = scoring_function(scorer, likelihood=True)
+        if function is None:
+            return functools.cache(lambda size: _in_steps(config, backbone, scorer, size))
+        state = parallel.on_devices(state_of(backbone, scorer))
+
+        def make(size: int) -> Callable[..., dict]:
+            run = _compiled(FrozenConfigDict(config), backbone.module, function, size)
+            return lambda *batch: run(state, batch)
+
+        return functools.cache(make)
+
+
+def in_batches(function: Callable[[int, Any], Any], arrays: Any) -> Any:
+    """Applies a function to a tree of arrays [N, ...] in batches of `BATCH_SIZES`.
+
+    Padding is computed like images, so at most three rows of a batch of eight are padding.
+
+    Args:
+      function: of the size that a batch is padded to, and a tree of at most that many rows. Returns
+        a tree of arrays with a row for each.
+      arrays: tree of arrays.
+    """
+    parallel.check_not_forked()
+    n, start, found = len(jax.tree.leaves(arrays)[0]), 0, []
+    while start < n:
+        left = n - start
+        size = next(size for size in BATCH_SIZES if left >= size or (size == 8 and left > 4))
+        rows = slice(start, start + size)
+        found.append(function(size, jax.tree.map(operator.itemgetter(rows), arrays)))
+        start += size
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
+
+@parallel.cached_program
+def _compiled(config: FrozenConfigDict, module: nn.Module, function: Callable, size: int):
+    return parallel.per_example(pure_function(config, module, function), config.parallel, size)
+
+
+def _in_steps(config: Any, backbone: Backbone, scorer: Scorer, size: int) -> Callable[..., dict]:
+    """The function of images and padding masks for scorers without a pure function."""
+    spec, config = find_spec(config.backbone), config.copy_and_resolve_references()
+    with config.unlocked():
+        config.batch_size = size
+    extract = extractor(backbone, config.length_power, config.parallel, size, config.feature_dtype)
+    scorer = dataclasses.replace(scorer, config=config)
+
+    def run(images: np.ndarray, valid: np.ndarray | None) -> dict:
+        features = extract(normalise(images, spec.mean, spec.std, valid))
+        score, anomaly_map = scorer.score(features, valid)
+        means = image_means(features, valid)
+        return {"score": score, "anomaly_map": anomaly_map, "means": means}
+
+    return run

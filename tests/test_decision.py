@@ -1,0 +1,40 @@
+"""Decisions agree between numpy and JAX, and with the definition in float64."""
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from fastflow_jax.decision import Decision, Threshold
+
+numbers = st.floats(-1e3, 1e3, width=32, allow_subnormal=False)  # XLA takes these as 0
+
+
+@settings(deadline=None)
+@given(st.lists(numbers, min_size=1, max_size=20), numbers, numbers, st.booleans())
+def test_numpy_and_jax_decide_alike(held_out, score, threshold, grouped):
+    held_out = np.float32(held_out)
+    groups = np.arange(len(held_out)) // 2 if grouped else None
+    limits = Threshold(threshold), Threshold(threshold / 3)
+    decision = Decision(*limits, held_out, groups)
+    scores, maps = np.float32([score, held_out[0]]), np.full((2, 3, 4), score, np.float32)
+    found, traced = decision(scores, maps), jax.jit(decision)(jnp.asarray(scores), maps)
+    assert found.keys() == traced.keys() == {"p_value", "is_anomalous", "mask"}
+    np.testing.assert_allclose(traced["p_value"], found["p_value"], rtol=1e-6)
+    np.testing.assert_array_equal(traced["is_anomalous"], found["is_anomalous"])
+    np.testing.assert_array_equal(traced["mask"], found["mask"])
+    np.testing.assert_array_equal(found["is_anomalous"], np.float64(scores) > threshold)
+    np.testing.assert_array_equal(found["mask"], np.float64(maps) > threshold / 3)
+
+
+@pytest.mark.parametrize("value", [0.1, -0.1, 1 / 3, 1e-40, 123456.789])
+def test_a_threshold_between_two_floats_separates_them(value):
+    """No float32 is between the two neighbours of a float64."""
+    near = np.float32(value)
+    neighbours = np.array([np.nextafter(near, np.float32(side)) for side in (-np.inf, np.inf)])
+    scores = np.sort(np.append(neighbours, near))
+    found = Decision(Threshold(value))(scores, scores)
+    assert found.keys() == {"is_anomalous"}
+    np.testing.assert_array_equal(found["is_anomalous"], scores.astype(np.float64) > value)

@@ -251,7 +251,7 @@ def _conditions(config, features: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     """Position encodings of each scale, [B, h, w, D]."""
     encodings = (position_encoding(m.shape[1], m.shape[2], config.cflow.encoding) for m in features)
     pairs = zip(features, encodings, strict=True)
-    return tuple(jnp.broadcast_to(e, (len(m), *e.shape)) for m, e in pairs)
+    return tuple(jnp.broadcast_to(e, (m.shape[0], *e.shape)) for m, e in pairs)
 
 
 def _log_p(latents: Latents) -> list[jax.Array]:

@@ -67,13 +67,13 @@ def _locate(config, variables, batch) -> tuple[jax.Array, ...]:
 
 def _mean_squares(config, y: jax.Array, rows: jax.Array) -> jax.Array:
     """Mean squared distance of [B, h, w, C] to the nearest rows of a bank [M, C], [B, h, w]."""
-    k = min(config.knn.neighbours, len(rows))
+    k = min(config.knn.neighbours, rows.shape[0])
     if k == 1:
         return nearest_squared_distances(y, rows)
     rows = jnp.asarray(rows, jnp.float32)
     # One image at a time, because the distances of all need much memory.
     distances = jax.lax.map(
-        lambda one: nearest(one, rows, k)[0], y.reshape(len(y), -1, y.shape[-1])
+        lambda one: nearest(one, rows, k)[0], y.reshape(y.shape[0], -1, y.shape[-1])
     )
     return jnp.mean(distances**2, -1).reshape(y.shape[:3])
 

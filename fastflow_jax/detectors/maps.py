@@ -54,7 +54,7 @@ def border_weights(size: tuple[int, int], side: int) -> np.ndarray:
 
 def top_mean(anomaly_map: jax.Array, part: float) -> jax.Array:
     """Mean of the highest `part` of the pixels of each map [B, H, W]; the maximum for 0."""
-    pixels = anomaly_map.reshape(len(anomaly_map), -1)
+    pixels = anomaly_map.reshape(anomaly_map.shape[0], -1)
     return jax.lax.top_k(pixels, max(1, round(part * pixels.shape[1])))[0].mean(-1)
 
 

@@ -31,7 +31,7 @@ def nearest(
       Distances [q, k], approximately ascending, infinite if the bank has fewer than k rows to use;
       and indices int32 [q, k].
     """
-    m = len(bank)
+    m = bank.shape[0]
     size = min(_BLOCK, m)
     squares = jnp.sum(bank**2, axis=-1)
     if counts is not None:
@@ -47,9 +47,13 @@ def nearest(
         values = jnp.concatenate([best[0], found], axis=1)
         indices = jnp.concatenate([best[1], start_inside + index], axis=1)
         found, index = _smallest(values, k)
-        return (found, jnp.take_along_axis(indices, index, axis=1)), None
+        chosen = jnp.take_along_axis(indices, index, axis=1, mode="promise_in_bounds")
+        return (found, chosen), None
 
-    none = jnp.full((len(queries), k), jnp.inf), jnp.zeros((len(queries), k), jnp.int32)
+    none = (
+        jnp.full((queries.shape[0], k), jnp.inf),
+        jnp.zeros((queries.shape[0], k), jnp.int32),
+    )
     (found, index), _ = jax.lax.scan(body, none, jnp.arange(0, m, size))
     exact = jnp.linalg.norm(queries[:, None] - bank[index], axis=-1)
     return jnp.where(jnp.isinf(found), jnp.inf, exact), index
@@ -121,15 +125,15 @@ def nearest_squared_distances(vectors: jax.Array, bank: jax.Array) -> jax.Array:
     """Squared distances of vectors [B, h, w, C] to the nearest row of a bank [M, C], [B, h, w].
 
     Computed as |a|^2 - 2 ab + |b|^2, which is accurate for vectors around the origin such as
-    latents, and several times faster than `nearest`, which also returns the index.
+    latents, and several times faster than `nearest`, which also returns the index. The last two
+    terms are one product, (a, 1) times (-2b, |b|^2).
     """
     bank = jnp.asarray(bank, jnp.float32)
-    squares = jnp.sum(bank**2, axis=-1)
-
-    def of_image(rows):  # one at a time: the distances of all images would need much memory
-        return jnp.min(squares - 2 * _product(rows, bank.T), axis=-1)
-
-    found = jax.lax.map(of_image, vectors.reshape(len(vectors), -1, vectors.shape[-1]))
+    matrix = jnp.concatenate([-2 * bank, jnp.sum(bank**2, axis=-1, keepdims=True)], axis=1).T
+    rows = vectors.reshape(vectors.shape[0], -1, vectors.shape[-1])
+    rows = jnp.pad(rows, [(0, 0), (0, 0), (0, 1)], constant_values=1)
+    # One image at a time, because the distances of all need much memory.
+    found = jax.lax.map(lambda image: jnp.min(_product(image, matrix), axis=-1), rows)
     return jnp.maximum(found.reshape(vectors.shape[:-1]) + jnp.sum(vectors**2, axis=-1), 0.0)
 
 

@@ -15,6 +15,7 @@ transformer a single level is used.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -179,7 +180,7 @@ def embed(
         patches = jax.lax.conv_general_dilated(
             m, kernel, (1, 1), "SAME", dimension_numbers=layout, precision="highest"
         )
-        size = (len(m), *grid, kernel.shape[-1])
+        size = (m.shape[0], *grid, kernel.shape[-1])
         total += jax.image.resize(patches, size, "bilinear", antialias=False)
     return total, jnp.ones(total.shape[:3], bool) if valid is None else inside(valid, grid)
 
@@ -203,19 +204,20 @@ def weights(patches: jax.Array, rows: jax.Array, bank: jax.Array, k: int) -> jax
 
 def _score(config, size, state, batch):
     """Scores [B] and anomaly maps [B, *size] of a batch, see `CompiledScorer.function`."""
-    kernels, centre, bank = state
+    kernels, centre, bank = jax.tree.map(jnp.asarray, state)
     c = config.patchcore
     patches, seen = embed(kernels, *batch)
-    patches = (patches - centre).reshape(len(patches), -1, patches.shape[-1])
+    patches = (patches - centre).reshape(patches.shape[0], -1, patches.shape[-1])
     neighbours = min(c.neighbours, len(bank))
     # One image at a time: the distances of all images would need much memory.
     distances, index = jax.lax.map(lambda p: nearest(p, bank, neighbours), patches)
     scores = without_padding(distances.mean(-1).reshape(seen.shape), seen)
     image_score = scores.max((1, 2))
     if c.reweight:
-        worst = scores.reshape(len(scores), -1).argmax(1)
-        image, nearest_row = jnp.arange(len(worst)), index[..., 0]
-        image_score *= weights(patches[image, worst], nearest_row[image, worst], bank, c.reweight)
+        worst = scores.reshape(scores.shape[0], -1).argmax(1)[:, None]
+        take = functools.partial(jnp.take_along_axis, axis=1, mode="promise_in_bounds")
+        patch, row = take(patches, worst[..., None])[:, 0], take(index[..., 0], worst)[:, 0]
+        image_score *= weights(patch, row, bank, c.reweight)
     return image_score, resize_map(scores, size, config.map.sigma)
 
 

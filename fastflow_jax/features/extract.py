@@ -274,7 +274,7 @@ def inside(valid: jax.Array | np.ndarray, size: tuple[int, ...]) -> jax.Array:
       valid: bool [b, H, W], False in padded pixels.
       size: (h, w) of the feature map.
     """
-    share = jax.image.resize(jnp.asarray(valid, jnp.float32), (len(valid), *size), "linear")
+    share = jax.image.resize(jnp.asarray(valid, jnp.float32), (valid.shape[0], *size), "linear")
     return share > 0.5 * share.max((1, 2), keepdims=True)
 
 

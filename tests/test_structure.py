@@ -12,8 +12,8 @@ import fastflow_jax
 ROOT = pathlib.Path(fastflow_jax.__file__).parent
 ORDER = [
     *("errors", "parallel", "files", "flows", "decision", "data", "prediction", "backbones"),
-    *("features", "training", "detectors", "config", "evaluation", "report", "runs", "scoring"),
-    *("detector", "predict", "main"),
+    *("features", "training", "detectors", "export", "config", "evaluation", "report"),
+    *("runs", "scoring", "detector", "predict", "main"),
 ]
 DEVICES = {"devices", "local_devices", "device_put", "default_backend", "device_count"}
 DEVICES |= {"local_device_count", "process_count", "process_index", "process_indices"}

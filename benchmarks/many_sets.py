@@ -49,13 +49,12 @@ from tqdm import tqdm
 from fastflow_jax import data
 from fastflow_jax.config import default, fill, misspelt, name_data, without
 from fastflow_jax.detectors.base import recipe
-from fastflow_jax.errors import InputError
+from fastflow_jax.errors import InputError, Interrupted
 from fastflow_jax.evaluation.evaluate import measure, score_split
 from fastflow_jax.features.prepare import Prepared, feature_fingerprint, preparer
 from fastflow_jax.files import parse_json, read_arrays, replacing
 from fastflow_jax.report.table import TITLES
 from fastflow_jax.runs.fit import fit
-from fastflow_jax.training.loop import Interrupted
 
 ARCHIVES = ("capsule", "cookie", "ballscrew", "magnetic_tile")
 BEHIND = {"image_auroc": 0.01, "pixel_auroc": 0.005}  # differences that are reported

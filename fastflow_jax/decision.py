@@ -73,13 +73,13 @@ class Decision:
         if self.held_out is not None:
             found["p_value"] = p_values(score, self.held_out, self.groups)
         if self.image_threshold is not None:
-            found["is_anomalous"] = score > _rounded_down(self.image_threshold.value)
+            found["is_anomalous"] = score > rounded_down(self.image_threshold.value)
         if self.pixel_threshold is not None:
-            found["mask"] = anomaly_map > _rounded_down(self.pixel_threshold.value)
+            found["mask"] = anomaly_map > rounded_down(self.pixel_threshold.value)
         return found
 
 
-def _rounded_down(value: float) -> np.float32:
+def rounded_down(value: float) -> np.float32:
     """Largest float32 up to a value: a float32 is above both or above neither."""
     rounded = np.float32(value)
     return rounded if float(rounded) <= value else np.nextafter(rounded, np.float32(-np.inf))

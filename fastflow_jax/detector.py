@@ -33,6 +33,7 @@ from fastflow_jax.detectors.base import (
 )
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.held_out import HeldOut
+from fastflow_jax.export.detector import Parity, export
 from fastflow_jax.features import shift
 from fastflow_jax.features.extract import Features
 from fastflow_jax.features.prepare import extractor_of, preparer, split
@@ -294,6 +295,38 @@ class Detector(PickledByFields, Predictor):
 
         return of_images
 
+    def export(
+        self,
+        file: str | os.PathLike,
+        *,
+        kind: str = "onnx",
+        opset: int = 18,
+        any_size: bool = False,
+    ) -> Parity:
+        """Writes `as_function` to a file for a runtime without JAX.
+
+        The file has the backbone, its weights, the thresholds and a description of itself. It is
+        run on held-out images, if they are still available, and on images of random pixels, and is
+        written only if its results are those of the detector.
+
+        Args:
+          file: file to write. An existing file is replaced.
+          kind: "onnx", for `exported.Exported`, ONNX Runtime, OpenVINO and others; or "stablehlo",
+            for `jax.export.deserialize` on a CPU, GPU or TPU, with its description in
+            `<file>.json`. JAX reads StableHLO for six months after the release that wrote it.
+          opset: of ONNX's operations.
+          any_size: the ONNX model resizes images of any size itself, bilinearly.
+
+        Returns:
+          The differences between the file and the detector.
+
+        Raises:
+          InputError: the detector or its options cannot be exported, the packages onnx and
+            onnxruntime are missing, the directory of the file does not exist, or the results
+            differ by more than rounding.
+        """
+        return export(self, expanded(file), kind, opset=opset, any_size=any_size)
+
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) of model inputs."""
@@ -310,6 +343,14 @@ class Detector(PickledByFields, Predictor):
         held_out = self.held_out
         known = () if held_out is None else (held_out.scores, held_out.groups)
         return Decision(self.image_threshold, self.pixel_threshold, *known)
+
+    @property
+    def colour_range(self) -> tuple[float, float] | None:
+        """From m to m + 2 (q - m) of held-out maps, see `pictures.write_pictures`."""
+        if self.held_out is None:
+            return None
+        low, high = self.held_out.typical_levels(0.5, 0.001)
+        return low, high + (high - low)
 
     @property
     def batch_size(self) -> int:

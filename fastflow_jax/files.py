@@ -7,11 +7,13 @@ import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
 import json
 import logging
 import os
 import re
 import stat
+import sys
 import urllib.parse
 import zipfile
 import zlib
@@ -161,15 +163,31 @@ def files_in(workdir: Path, name: str) -> list[Path]:
     return sorted(file for file in workdir.rglob(name) if not is_of_another(file))
 
 
+def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file in hexadecimal digits.
+
+    Raises:
+      InputError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+
+
 def read_json(file: Path) -> Any:
     """Content of a JSON file, read by the first process for all; None if there is no file.
 
     Raises:
       InputError: the file is damaged.
     """
-    from fastflow_jax import parallel  # on use: exported detectors are used without JAX
 
-    return parallel.on_main(lambda: parse_json(file) if file.exists() else None)
+    def read() -> Any:
+        return parse_json(file) if file.exists() else None
+
+    parallel = _processes()
+    return read() if parallel is None else parallel.on_main(read)
 
 
 def parse_json(file: Path) -> Any:
@@ -227,9 +245,16 @@ def replacing(file: Path, mode: str, **how) -> Iterator[IO]:
 
 
 def _is_main() -> bool:
-    from fastflow_jax import parallel
+    parallel = _processes()
+    return parallel is None or parallel.is_main()
 
-    return parallel.is_main()
+
+def _processes() -> Any:
+    """The module `parallel`, or None if it is not loaded: this process then shares no run.
+
+    Exported detectors are used without JAX, which `parallel` imports.
+    """
+    return sys.modules.get("fastflow_jax.parallel")
 
 
 def write_text(file: Path, content: str) -> None:

@@ -1,9 +1,11 @@
-"""Trains, evaluates, describes and applies anomaly detectors.
+"""Trains, evaluates, describes, applies and exports anomaly detectors.
 
 Train:
   python -m fastflow_jax.main --config=configs/demo.py [--config.seed=1 ...] [--workdir=DIR]
 Predict:
   python -m fastflow_jax.main --mode=predict --workdir=DIR --input=photos/new --output=out
+Export:
+  python -m fastflow_jax.main --mode=export --workdir=DIR --output=detector.onnx
 
 Results are printed to stdout; messages and progress bars go to stderr. Compiled programs are cached
 in fastflow_jax/ of the user's cache directory ($XDG_CACHE_HOME or ~/.cache). At each start, the
@@ -61,21 +63,25 @@ _PROCESS = flags.DEFINE_integer(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "describe", "predict"],
-    "Train and evaluate --config, describe its model without data and weights, or predict --input "
+    ["train", "describe", "predict", "export"],
+    "Train and evaluate --config; describe its model without data and weights; predict --input "
     "with the detector in --workdir, which exits with 0 if all images are normal, 1 if some are "
-    "anomalous, 2 if it failed, 3 if some images cannot be read, and 4 if there is no threshold.",
+    "anomalous, 2 if it failed, 3 if some images cannot be read, and 4 if there is no threshold; "
+    "or export that detector to the file --output.",
 )
 _INPUT = flags.DEFINE_string(
     "input", None, "With --mode=predict, read images from this file, directory or glob pattern."
 )
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "With --mode=predict, write results to this directory."
+    "output",
+    None,
+    "With --mode=predict, write results to this directory; with --mode=export, write this file.",
 )
 _WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
-    "With --mode=predict, read the weights of the backbone from this file, if it has moved.",
+    "With --mode=predict or export, read the weights of the backbone from this file, if it has "
+    "moved.",
 )
 _RATE = flags.DEFINE_float(
     "false_alarm_rate",
@@ -90,6 +96,25 @@ _RAW = flags.DEFINE_enum(
     "raw", None, ["npy", "png16"], "With --mode=predict, write anomaly maps in this format as well."
 )
 
+_ENGINE = flags.DEFINE_enum(
+    "engine",
+    "jax",
+    ["jax", "onnx"],
+    "With --mode=predict, compute with JAX, or with ONNX Runtime, which starts faster and has no "
+    "log-likelihoods and no test for a shift.",
+)
+_FORMAT = flags.DEFINE_enum(
+    "format", "onnx", ["onnx", "stablehlo"], "With --mode=export, the format of the file."
+)
+_OPSET = flags.DEFINE_integer("opset", 18, "With --mode=export, the opset of an ONNX file.")
+_RESIZE = flags.DEFINE_enum(
+    "resize",
+    "outside",
+    ["outside", "inside"],
+    "With --mode=export, an ONNX file takes images of its input size, or resizes images of any "
+    "size itself, which differs from Pillow by up to a grey level on photographs.",
+)
+
 _MAX_CACHE_BYTES = 2**30  # of compiled programs
 
 
@@ -98,25 +123,33 @@ def main(argv: list[str]) -> int:
     # Imported here, so that --help answers at once.
     import PIL.Image
 
+    # `data.transforms` raises an error at the size at which Pillow warns.
+    warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
+    # Orbax logs every file, and every failure with its traceback before it raises.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    _set_up_stderr()
+    _check_flags(argv)
+    if _MODE.value == "predict" and _ENGINE.value == "onnx":  # without JAX, which starts slowly
+        return _predict()
+    return _main_with_jax()
+
+
+def _main_with_jax() -> int:
     from fastflow_jax import parallel
     from fastflow_jax.config import fill
     from fastflow_jax.files import expanded
     from fastflow_jax.report.table import format_table
     from fastflow_jax.runs import describe, experiment
 
-    # `data.transforms` raises an error at the size at which Pillow warns.
-    warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
-    # Orbax logs every file, and every failure with its traceback before it raises.
-    absl_logging.set_verbosity(absl_logging.FATAL)
-    _set_up_stderr()
     distributed = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if _DISTRIBUTED.value or any(flag is not None for flag in distributed):
         parallel.start(*distributed)
-    _check_flags(argv)
     _cache_programs()
     _check_device()
     if _MODE.value == "predict":
         return _predict()
+    if _MODE.value == "export":
+        return _export()
     assert _CONFIG.value is not None  # see `_check_flags`
     config = fill(_CONFIG.value)
     if _MODE.value == "describe":
@@ -140,15 +173,15 @@ def _check_flags(argv: list[str]) -> None:
     for flag in (_WORKDIR, _INPUT, _OUTPUT):
         if flag.value == "":
             raise InputError(f"--{flag.name} is empty. Pass a path, or leave the flag out.")
-    if _MODE.value != "predict":
+    if _MODE.value not in ("predict", "export"):
         if _WEIGHTS.value is not None:
             raise InputError("--weights is for --mode=predict. Pass --config.weights=FILE instead.")
         if _CONFIG.value is None:
             raise InputError("--config is missing. Pass, for example, --config=configs/demo.py.")
     elif _CONFIG.value is not None:
         raise InputError(
-            "--mode=predict reads the configuration of the run. Leave --config out, and pass a "
-            "weight file that has moved as --weights=FILE."
+            f"--mode={_MODE.value} reads the configuration of the run. Leave --config out, and "
+            "pass a weight file that has moved as --weights=FILE."
         )
 
 
@@ -210,22 +243,40 @@ def _check_device() -> None:
 
 def _predict() -> int:
     """Predicts images, see `predict.predict`; returns the exit status."""
-    from fastflow_jax.errors import InputError
     from fastflow_jax.predict import predict
 
-    paths: list[str] = []
-    for flag in (_WORKDIR, _INPUT, _OUTPUT):
-        if flag.value is None:
-            raise InputError(f"--mode=predict needs --{flag.name}. See --help.")
-        paths.append(flag.value)
     return predict(
-        *paths,
+        *_needed(_WORKDIR, _INPUT, _OUTPUT),
+        engine=_ENGINE.value,
         weights=_WEIGHTS.value,
         rate=_RATE.value,
         tile=_TILE.value,
         heatmaps=_HEATMAPS.value,
         raw=_RAW.value,
     )
+
+
+def _export() -> int:
+    """Exports a detector, see `Detector.export`; returns the exit status."""
+    from fastflow_jax.detector import Detector
+
+    workdir, output = _needed(_WORKDIR, _OUTPUT)
+    detector = Detector.load(workdir, weights=_WEIGHTS.value)
+    parity = detector.export(
+        output, kind=_FORMAT.value, opset=_OPSET.value, any_size=_RESIZE.value == "inside"
+    )
+    print(f"{output}: {parity}")
+    return 0
+
+
+def _needed(*paths: flags.FlagHolder[str | None]) -> list[str]:
+    """The values of flags; InputError if one is missing."""
+    from fastflow_jax.errors import InputError
+
+    for flag in paths:
+        if flag.value is None:
+            raise InputError(f"--mode={_MODE.value} needs --{flag.name}. See --help.")
+    return [flag.value for flag in paths if flag.value is not None]
 
 
 @contextlib.contextmanager
@@ -241,10 +292,8 @@ def _silence() -> Iterator[None]:
 
 def _run(argv: list[str]) -> int:
     """Runs `main`; errors that a user can fix end in one message and a status."""
-    from fastflow_jax import parallel
-    from fastflow_jax.errors import InputError
+    from fastflow_jax.errors import InputError, Interrupted
     from fastflow_jax.files import remedy
-    from fastflow_jax.training.loop import Interrupted
 
     try:
         return main(argv)
@@ -260,11 +309,13 @@ def _run(argv: list[str]) -> int:
         _fail(message, _status(stop), at_once=True)  # without waiting for threads of JAX
     except Exception as error:
         if remedy(error):
-            flag = _OUTPUT if _MODE.value == "predict" else _WORKDIR
+            flag = _OUTPUT if _MODE.value in ("predict", "export") else _WORKDIR
             _fail(f"{error}. {remedy(error)}, or pass another --{flag.name}.", 2)
         if _MODE.value == "predict":  # Python's status 1 would mean that images are anomalous
             traceback.print_exc()
             return 2
+        from fastflow_jax import parallel
+
         if not parallel.is_lost(error):
             raise
         reason = str(error).splitlines()[0]
@@ -277,7 +328,6 @@ def _run(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses the flags; for a misspelt field of the configuration, suggests similar ones."""
-    from fastflow_jax.config import misspelt
     from fastflow_jax.errors import InputError
 
     words = [word for a in argv for word in a.split("=", 1)]  # --config=FILE or --config FILE
@@ -300,6 +350,8 @@ def _parse(argv: list[str]) -> list[str]:
         # An error in a configuration file comes with its traceback.
         _fail(str(error).rpartition(f"{InputError.__name__}: ")[2].strip(), 2)
     except (AttributeError, KeyError):
+        from fastflow_jax.config import misspelt
+
         config = runpy.run_path(file)["get_config"](*([argument] if argument else []))
         message = misspelt(config, argv)
         if message is None:

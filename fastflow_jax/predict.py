@@ -4,7 +4,6 @@ import contextlib
 import csv
 import dataclasses
 import glob
-import hashlib
 import io
 import json
 import logging
@@ -21,23 +20,24 @@ from tqdm import tqdm
 
 from fastflow_jax.data import formats, layout
 from fastflow_jax.data.arrays import read_image
-from fastflow_jax.detector import Detector
 from fastflow_jax.errors import InputError
-from fastflow_jax.evaluation import thresholds
 from fastflow_jax.files import (
     expanded,
     make_folder,
     read_json,
     read_lines,
     replacing,
+    sha256,
     write_json,
 )
-from fastflow_jax.prediction import Prediction
+from fastflow_jax.prediction import Prediction, Predictor
 from fastflow_jax.report.heatmaps import OF_THE_NAME, draw_heatmap, save_picture
 
 _log = logging.getLogger(__name__)
 
 RAW = ("npy", "png16")
+ENGINES = ("jax", "onnx")
+EXPORTED = "detector.onnx"  # in the run directory, for the engine "onnx"
 _SETTINGS, _JSONL, _CSV = "predictions.json", "predictions.jsonl", "predictions.csv"
 # File names may contain any bytes, which are written unchanged.
 _TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
@@ -72,6 +72,7 @@ def predict(
     images: str,
     output: str | os.PathLike,
     *,
+    engine: str = "jax",
     weights: str | os.PathLike | None = None,
     rate: float | None = None,
     tile: bool = False,
@@ -88,6 +89,8 @@ def predict(
       output: directory for `predictions.csv` and `predictions.jsonl` with a line per image or page,
         `predictions.json` with the options and the result of `Detector.find_shift`, `heatmaps/`
         and `maps/`.
+      engine: "jax"; or "onnx" for ONNX Runtime, which starts faster and has neither
+        log-likelihoods nor the test for a shift. The detector is exported into its directory once.
       weights: weight file of the backbone, see `Detector.load`.
       rate: false-alarm rate, see `Detector.with_threshold`; None for the detector's threshold.
       tile: split large images into tiles, see `Detector.predict`.
@@ -104,17 +107,14 @@ def predict(
     """
     output = expanded(output)
     found = find_images(images)
-    detector = _with_rate(Detector.load(workdir, weights=weights), rate)
+    detector = _with_rate(_load(expanded(workdir), engine, weights), rate)
     make_folder(output)
     if others := found.others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         names = ", ".join(path.name for path in others[:3])
         _log.info("not images, not scored: %s%s", names, more)
-    description = (expanded(workdir) / "detector.json").read_bytes()
-    settings = {
-        "detector": hashlib.sha256(description).hexdigest(),
-        "options": {"rate": rate, "tile": tile, "heatmaps": heatmaps, "raw": raw},
-    }
+    options = {"engine": engine, "rate": rate, "tile": tile, "heatmaps": heatmaps, "raw": raw}
+    settings = {"detector": sha256(expanded(workdir) / "detector.json"), "options": options}
     kept = _lines_to_keep(output, settings, found.names)
     if kept:
         _log.info("%d images were already scored with the same options. Continuing.", len(kept))
@@ -122,7 +122,28 @@ def predict(
     return _summarise(counts, len(others), output, detector.image_threshold is not None)
 
 
-def _with_rate(detector: Detector, rate: float | None) -> Detector:
+def _load(workdir: pathlib.Path, engine: str, weights: str | os.PathLike | None) -> Predictor:
+    """Loads a detector for an engine; a file that was exported earlier needs no JAX."""
+    if engine == "onnx":
+        from fastflow_jax.exported import Exported
+
+        file, description = workdir / EXPORTED, workdir / "detector.json"
+        if file.exists() and description.exists():
+            with contextlib.suppress(InputError):  # it is exported again
+                exported = Exported(file)
+                if exported.metadata["source"] == sha256(description):
+                    return exported
+    from fastflow_jax.detector import Detector
+
+    detector = Detector.load(workdir, weights=weights)
+    if engine == "jax":
+        return detector
+    _log.info("exporting the detector to %s, once", workdir / EXPORTED)
+    detector.export(workdir / EXPORTED)
+    return Exported(workdir / EXPORTED)
+
+
+def _with_rate(detector: Predictor, rate: float | None) -> Predictor:
     if rate is None:
         if detector.image_threshold is None:
             _log.warning("No images were held out in training, so there is no threshold.")
@@ -136,7 +157,7 @@ def _with_rate(detector: Detector, rate: float | None) -> Detector:
 
 
 def _score(
-    detector: Detector, found: "Found", output: pathlib.Path, settings: dict, kept: list[Line]
+    detector: Predictor, found: "Found", output: pathlib.Path, settings: dict, kept: list[Line]
 ) -> Counter:
     """Scores the files without a kept line, writes their results, and counts all outcomes."""
     options = settings["options"]
@@ -277,7 +298,7 @@ def _size_and_time(path: str) -> tuple[int, int] | tuple[None, None]:
 
 
 def draw_prediction(
-    detector: Detector, prediction: Prediction, name: str | None = None
+    detector: Predictor, prediction: Prediction, name: str | None = None
 ) -> Image.Image:
     """Draws the heat map of an image file, with its score and decision as title.
 
@@ -288,7 +309,10 @@ def draw_prediction(
       prediction: of an image file.
       name: of the image in the title; None for the name of the file.
     """
-    low, high = _colours(detector) or (prediction.anomaly_map.min(), prediction.anomaly_map.max())
+    low, high = detector.colour_range or (
+        prediction.anomaly_map.min(),
+        prediction.anomaly_map.max(),
+    )
     title = f"{name or pathlib.Path(prediction.name).name}  score {prediction.score:.3f}"
     if prediction.p_value is not None:
         title += f"  p {prediction.p_value:.3f}"
@@ -302,15 +326,6 @@ def draw_prediction(
         threshold=detector.pixel_threshold and detector.pixel_threshold.value,
         title=title,
     )
-
-
-def _colours(detector: Detector) -> tuple[float, float] | None:
-    """Returns the colour range from held-out maps: m to m + 2 (q - m), see `write_pictures`."""
-    if detector.held_out is None:
-        return None
-    typical = detector.held_out.tails.mean(0)  # falls with the share of pixels
-    low, high = (float(np.interp(-part, -thresholds.EXCEEDANCES, typical)) for part in (0.5, 0.001))
-    return low, high + (high - low)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,7 +380,7 @@ def _matches(pattern: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _line(
-    detector: Detector, prediction: Prediction, file: tuple[int, int] | tuple[None, None]
+    detector: Predictor, prediction: Prediction, file: tuple[int, int] | tuple[None, None]
 ) -> Line:
     mask = prediction.mask
     height, width = prediction.anomaly_map.shape

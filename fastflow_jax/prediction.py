@@ -18,10 +18,12 @@ from fastflow_jax.data.arrays import Given, Images, each, is_one
 from fastflow_jax.data.inputs import Inputs, Outputs, Part, cut, stacked
 from fastflow_jax.data.pipeline import prefetch
 from fastflow_jax.data.profile import Profile
-from fastflow_jax.decision import Decision
+from fastflow_jax.decision import Decision, Threshold
 from fastflow_jax.errors import InputError
 
 _log = logging.getLogger(__name__)
+
+_RESULTS = ("score", "anomaly_map", "log_likelihood", "distance")  # of a model input
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,8 +68,28 @@ class Predictor:
 
         Returns:
           "score" [B] and "anomaly_map" [B, H, W], float32. Optionally "log_likelihood" and
-          "distance" [B], or None, see `Prediction`.
+          "distance" [B], or None, see `Prediction`. Other results are ignored: decisions are made
+          on maps of the size of the image.
         """
+        raise NotImplementedError
+
+    @property
+    def image_threshold(self) -> Threshold | None:
+        """Threshold of image scores."""
+        return self.decision.image_threshold
+
+    @property
+    def pixel_threshold(self) -> Threshold | None:
+        """Threshold of anomaly maps."""
+        return self.decision.pixel_threshold
+
+    @property
+    def colour_range(self) -> tuple[float, float] | None:
+        """Values of anomaly maps at the ends of the colours of heat maps; None if unknown."""
+        return None
+
+    def with_threshold(self, *, rate: float) -> "Predictor":
+        """Returns a copy with the threshold of a false-alarm rate."""
         raise NotImplementedError
 
     def find_shift(self, distances: Mapping[str, float | None]) -> Any:
@@ -187,10 +209,11 @@ class Predictor:
         The batch is emptied, so that completed maps are freed.
         """
         found = self.run(*stacked([part for _, part in batch]))
-        found = {name: array for name, array in found.items() if array is not None}
+        known = {name: found.get(name) for name in _RESULTS}
+        known = {name: array for name, array in known.items() if array is not None}
         for i in range(len(batch)):
             outputs, part = batch.popleft()
-            outputs.add(part, **{name: array[i] for name, array in found.items()})
+            outputs.add(part, **{name: array[i] for name, array in known.items()})
             if outputs.is_complete:
                 yield self._prediction(outputs)
 

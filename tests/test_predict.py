@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -483,3 +484,50 @@ def test_an_image_that_changes_while_it_is_scored_gives_an_error(run, photos, sc
     assert "the file changed while it was scored" in lines["bad.jpg"]["error"]
     assert "changed" in messages
     assert score_directory(photos)[0] == 0  # scored again
+
+
+def test_the_engine_onnx_writes_the_same_lines(run, photos, tmp_path, monkeypatch):
+    """The detector is exported once; the second call loads neither JAX nor the run's arrays."""
+    pytest.importorskip("onnx", reason="the engine needs the extra onnx")
+    pytest.importorskip("onnxruntime", reason="the engine needs the extra onnx")
+    run = pathlib.Path(shutil.copytree(run, tmp_path / "run"))
+    assert predict(run, str(photos), tmp_path / "jax") == 1
+    assert predict(run, str(photos), tmp_path / "onnx", engine="onnx") == 1
+    expected, found = (lines_of(tmp_path / engine)[0] for engine in ("jax", "onnx"))
+    assert found.keys() == expected.keys()
+    for name, line in found.items():
+        one, other = line, expected[name]
+        assert one["score"] == pytest.approx(other["score"], rel=1e-4)
+        assert one["distance"] is one["log_likelihood"] is None
+        same = ("p_value", "is_anomalous", "threshold", "pixel_threshold", "heatmap", "height")
+        assert {key: one[key] for key in same} == {key: other[key] for key in same}
+        assert one["anomalous_part"] == pytest.approx(other["anomalous_part"], abs=0.01)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "load", None)
+        assert predict(run, str(photos), tmp_path / "again", engine="onnx", rate=0.5) == 1
+    assert lines_of(tmp_path / "again")[0]["bad.jpg"]["threshold"] < line["threshold"]
+
+    detector = Detector.load(run)  # other thresholds, so the file is exported again
+    detector.with_threshold(line["threshold"] + 1e6).save()
+    assert predict(run, str(photos), tmp_path / "higher", engine="onnx") == 0
+
+
+def test_one_image_is_predicted_by_onnx_runtime_without_jax(run, photos, environment, tmp_path):
+    pytest.importorskip("onnx", reason="the engine needs the extra onnx")
+    pytest.importorskip("onnxruntime", reason="the engine needs the extra onnx")
+    run = pathlib.Path(shutil.copytree(run, tmp_path / "run"))
+    main = ["-m", "fastflow_jax.main", f"--workdir={run}"]
+    export = [*main, "--mode=export", f"--output={run / 'detector.onnx'}"]
+    command = [*main, "--mode=predict", "--engine=onnx", f"--input={photos / 'bad.jpg'}"]
+    command.append(f"--output={tmp_path / 'out'}")
+    how = {"capture_output": True, "text": True, "env": environment, "cwd": REPOSITORY}
+    process = subprocess.run([sys.executable, *export], **how)
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"detector\.onnx: compared on 0 held-out and 4 random images", process.stdout)
+    process = subprocess.run([sys.executable, "-X", "importtime", *command], **how)
+    assert process.returncode == 1, process.stderr
+    assert "1 of 1 images are anomalous" in process.stdout
+    imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
+    assert "onnxruntime" in imported
+    assert not imported & {"jax", "flax", "scipy", "sklearn", "tensorflow_datasets"}

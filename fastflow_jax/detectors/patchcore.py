@@ -31,11 +31,11 @@ from fastflow_jax.backbones import deepest_maps
 from fastflow_jax.detectors.base import CompiledScorer, Method
 from fastflow_jax.detectors.maps import resize_map
 from fastflow_jax.detectors.nearest import k_center, nearest
-from fastflow_jax.errors import InputError
+from fastflow_jax.errors import InputError, Interrupted
 from fastflow_jax.features.extract import Features, inside, without_padding
 from fastflow_jax.files import read_arrays, write_arrays
 from fastflow_jax.training.context import FitContext
-from fastflow_jax.training.loop import Interrupted, signalled, signals_set_a_flag
+from fastflow_jax.training.loop import signalled, signals_set_a_flag
 
 _BANK = "checkpoints/bank.npz"
 

@@ -36,6 +36,11 @@ class HeldOut:
         """Returns the threshold of anomaly maps for a false-alarm rate of pixels."""
         return thresholds.pixel_threshold(self.tails, rate, groups=self.groups, warn=warn)
 
+    def typical_levels(self, *shares: float) -> list[float]:
+        """Values that these shares of a map's pixels reach, averaged over the images."""
+        typical = self.tails.mean(0)  # falls with the share of pixels
+        return [float(np.interp(-s, -thresholds.EXCEEDANCES, typical)) for s in shares]
+
     def p_value(self, score: float) -> float:
         """Returns the p-value of an image score, see `decision.p_values`."""
         return float(p_values(score, self.scores, self.groups))

@@ -9,7 +9,6 @@ import shutil
 import numpy as np
 from ml_collections import ConfigDict
 
-from fastflow_jax.backbones.weights import sha256
 from fastflow_jax.config import from_plain
 from fastflow_jax.data.profile import Profile
 from fastflow_jax.decision import Threshold
@@ -19,7 +18,7 @@ from fastflow_jax.evaluation.held_out import HeldOut, score_held_out
 from fastflow_jax.features.extract import image_means
 from fastflow_jax.features.prepare import Prepared, is_augmented
 from fastflow_jax.features.shift import Reference, chosen
-from fastflow_jax.files import expanded, make_folder, read_json, to_plain, write_json
+from fastflow_jax.files import expanded, make_folder, read_json, sha256, to_plain, write_json
 from fastflow_jax.training.loop import copy_variables
 
 _log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from ml_collections import FrozenConfigDict
 from tqdm import tqdm
 
 from fastflow_jax import parallel
-from fastflow_jax.errors import InputError
+from fastflow_jax.errors import InputError, Interrupted
 from fastflow_jax.features.extract import TrainingFeatures, in_batches
 from fastflow_jax.files import read_lines, write_text
 from fastflow_jax.training.checkpoints import Checkpoints
@@ -50,14 +50,6 @@ class Run(NamedTuple):
     seed: int  # of the parameters, the order of images and the random keys of the loss
     checkpoints: Checkpoints
     metrics_file: pathlib.Path  # JSON lines, one per epoch
-
-
-class Interrupted(Exception):
-    """Raised after SIGTERM or SIGINT when the training is saved; the same command continues it."""
-
-    def __init__(self, signum: int, where: str):
-        super().__init__(f"interrupted {where}")
-        self.exit_code = 128 + signum
 
 
 @contextlib.contextmanager

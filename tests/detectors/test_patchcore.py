@@ -19,10 +19,10 @@ from fastflow_jax.detectors.patchcore import (
     pooling_kernels,
     weights,
 )
+from fastflow_jax.errors import Interrupted
 from fastflow_jax.features.extract import cached_features
 from fastflow_jax.files import write_arrays
 from fastflow_jax.training.context import FitContext
-from fastflow_jax.training.loop import Interrupted
 
 RNG = np.random.default_rng(0)
 SHAPES = ((8, 12, 5), (4, 6, 9))

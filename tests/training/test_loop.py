@@ -16,13 +16,13 @@ from fastflow_jax import parallel
 from fastflow_jax.config import default
 from fastflow_jax.data.pipeline import Batch
 from fastflow_jax.detectors.fastflow.scorer import objective
-from fastflow_jax.errors import InputError
+from fastflow_jax.errors import InputError, Interrupted
 from fastflow_jax.features.cache import Rows
 from fastflow_jax.features.extract import cached_features, recomputed_features
 from fastflow_jax.training import loop as training
 from fastflow_jax.training.checkpoints import Checkpoints
 from fastflow_jax.training.context import FitContext
-from fastflow_jax.training.loop import Interrupted, Run, train, train_variables
+from fastflow_jax.training.loop import Run, train, train_variables
 from fastflow_jax.training.step import create_optimizer, create_state
 
 N = 11  # neither the batch size nor the number of devices divides it

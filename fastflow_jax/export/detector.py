@@ -1,0 +1,237 @@
+"""Files of detectors for other runtimes, compared with the detector before they are written."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fastflow_jax
+from fastflow_jax import data, exported
+from fastflow_jax.backbones.weights import licence
+from fastflow_jax.decision import rounded_down
+from fastflow_jax.errors import InputError
+from fastflow_jax.export.onnx import to_onnx
+from fastflow_jax.export.resize import resize_inside
+from fastflow_jax.exported import INPUT, Exported, to_metadata
+from fastflow_jax.features.prepare import split
+from fastflow_jax.files import replacing, sha256, write_text
+from fastflow_jax.prediction import Predictor
+
+FORMATS = {"onnx": ".onnx", "stablehlo": ".stablehlo"}  # and the usual suffix of their files
+_EXPORTABLE = ("fastflow", "knn", "gaussian", "subspace", "patchcore", "cflow")
+_SCORE, _MAP = 1e-4, 1e-3  # largest differences of a verified file, see `Parity`
+_HELD_OUT, _RANDOM = 16, 4  # images of the comparison
+_PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """Differences between an exported file and the detector, on the same model inputs."""
+
+    held_out: int  # images held out in training that were compared
+    random: int  # images of random pixels that were compared
+    # Largest difference of a score, over its value, or over the highest held-out score if that is
+    # larger: scores of normal images may be near 0.
+    score: float
+    anomaly_map: float  # largest difference of a map, over its largest value if that is above 1
+    p_value: float | None  # largest difference of a p-value
+    # Decisions that differ although the score differs from the threshold by more than 1e-4 of the
+    # same size.
+    flips: int
+
+    def __str__(self) -> str:
+        return (
+            f"compared on {self.held_out} held-out and {self.random} random images: scores differ "
+            f"by up to {self.score:.1e} of their size, maps by {self.anomaly_map:.1e}, "
+            f"{self.flips} decisions differ"
+        )
+
+    def check(self, file: pathlib.Path) -> None:
+        """Raises InputError if a difference is too large."""
+        is_close = self.score <= _SCORE and self.anomaly_map <= _MAP  # False for NaN
+        if not is_close or self.flips:
+            raise InputError(
+                f"{file} was not written, because its results differ from those of the detector: "
+                f"{self}. Update onnx, onnxruntime or jax, or report this with the configuration."
+            )
+
+
+def export(detector: Any, file: pathlib.Path, kind: str, *, opset: int, any_size: bool) -> Parity:
+    """Writes a detector to a file for another runtime, see `Detector.export`.
+
+    Raises:
+      InputError: see `Detector.export`.
+    """
+    if kind not in FORMATS:
+        raise InputError(f"The format {kind!r} is unknown. Choose from {', '.join(FORMATS)}.")
+    if any_size and kind != "onnx":
+        raise InputError("Images of any size need the format onnx. Leave the option out.")
+    if detector.config.detector not in _EXPORTABLE:
+        raise InputError(
+            f"The detector {detector.config.detector} cannot be exported. Fit one of "
+            f"{', '.join(_EXPORTABLE)}."
+        )
+    if not file.parent.is_dir():
+        raise InputError(f"{file.parent} is not a directory. Create it, or pass another file.")
+    function, held_out = detector.as_function(), _held_out_inputs(detector)
+    writer = _onnx if kind == "onnx" else _stablehlo
+    return writer(detector, function, file, held_out, opset=opset, any_size=any_size)
+
+
+def _onnx(detector, function, file, held_out, *, opset: int, any_size: bool) -> Parity:
+    if any_size and detector.resize != "square":
+        raise InputError(
+            f"Images of this detector are resized by {detector.resize!r}, which cannot be inside "
+            "the model. Leave --resize out."
+        )
+    model = to_onnx(function, {INPUT: _input_shape(detector)}, opset=opset)
+    if any_size:
+        limit = detector.pixel_threshold
+        resize_inside(model, detector.image_size, limit and rounded_down(limit.value))
+    fields = metadata(detector) | {"any_size": any_size, "opset": opset}
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        trial = pathlib.Path(folder, "trial.onnx")
+        _save(model, trial, fields)
+        parity = compare(detector, Exported(trial).run, held_out)
+    parity.check(file)
+    _save(model, file, fields | {"parity": parity})
+    return parity
+
+
+def _save(model, file: pathlib.Path, fields: dict[str, Any]) -> None:
+    import onnx
+
+    onnx.helper.set_model_props(model, to_metadata(fields))
+    with replacing(file, "wb") as opened:
+        opened.write(model.SerializeToString())
+
+
+def _stablehlo(detector, function, file, held_out, **_) -> Parity:
+    whole = jax.jit(lambda images: function(images))
+    written = jax.export.export(whole, platforms=_PLATFORMS)(_input_shape(detector))
+    content = bytes(written.serialize())
+    run = jax.jit(jax.export.deserialize(bytearray(content)).call)
+    parity = compare(detector, lambda x: jax.tree.map(np.asarray, run(x)), held_out)
+    parity.check(file)
+    with replacing(file, "wb") as opened:
+        opened.write(content)
+    fields = metadata(detector) | {"platforms": _PLATFORMS, "parity": parity}
+    text = json.dumps(fields, default=dataclasses.asdict, indent=2)
+    write_text(file.with_name(file.name + ".json"), text + "\n")
+    return parity
+
+
+def _input_shape(detector: Predictor) -> jax.ShapeDtypeStruct:
+    (batch,) = jax.export.symbolic_shape("batch", constraints=["batch >= 1"])
+    return jax.ShapeDtypeStruct((batch, *detector.image_size, 3), jnp.uint8)
+
+
+def metadata(detector: Any) -> dict[str, Any]:
+    """Fields that describe a detector in its exported file, see `exported.Exported`."""
+    config, held_out = detector.config, detector.held_out
+    weights = detector.backbone.weights
+    groups = None if held_out is None or held_out.groups is None else held_out.groups.tolist()
+    height, width = detector.image_size
+    colours = {"channels": "RGB", "type": "uint8", "layout": "NHWC", "range": [0, 255]}
+    return {
+        "format": exported.FORMAT,
+        "version": fastflow_jax.__version__,
+        "detector": config.detector,
+        "backbone": config.backbone,
+        "layers": list(config.layers),
+        "weights": weights,
+        "licence": licence(weights),
+        "classes": ["normal", "anomalous"],
+        "input": {"height": height, "width": width, "resize": detector.resize, **colours},
+        "outputs": _OUTPUTS,
+        "image_threshold": detector.image_threshold,
+        "pixel_threshold": detector.pixel_threshold,
+        "held_out": held_out and {"scores": held_out.scores.tolist(), "groups": groups},
+        "training_images": detector.training_images,
+        "colour_range": detector.colour_range,
+        "precision": _PRECISION,
+        "fingerprint": fingerprint(detector),
+        "source": detector.folder and sha256(detector.folder / "detector.json"),
+    }
+
+
+_OUTPUTS = {
+    "score": "float32 [batch], higher is more anomalous",
+    "anomaly_map": "float32 [batch, height, width], higher is more anomalous",
+    "p_value": "float32 [batch], share of normal images with such a score",
+    "is_anomalous": "bool [batch], the score is above the image threshold",
+    "mask": "bool [batch, height, width], the map is above the pixel threshold",
+}
+_PRECISION = (
+    "Run in float32. On some CPUs OpenVINO computes in bfloat16 by default, which changes "
+    "decisions: set INFERENCE_PRECISION_HINT to f32."
+)
+
+
+def fingerprint(detector: Any) -> str:
+    """Hash of all arrays that the scores depend on, and of the decisions."""
+    digest = hashlib.sha256(detector.config.to_json_best_effort().encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        (detector.backbone.variables, detector.scorer.arrays())
+    ):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    limits = detector.image_threshold, detector.pixel_threshold
+    digest.update(repr([limit and limit.value for limit in limits]).encode())
+    return digest.hexdigest()
+
+
+def compare(
+    detector: Any, run: Callable[[np.ndarray], dict[str, np.ndarray]], held_out: np.ndarray
+) -> Parity:
+    """Compares an exported function with `Detector.run` on held-out and random images.
+
+    Args:
+      detector: the detector.
+      run: images uint8 [B, H, W, 3] -> outputs by name.
+      held_out: inputs of held-out images, uint8 [n, H, W, 3].
+    """
+    shape = (_RANDOM, *detector.image_size, 3)
+    images = np.concatenate([held_out, np.random.default_rng(0).integers(0, 256, shape, np.uint8)])
+    expected, found = detector.run(images, None), run(images)
+    expected |= detector.decision(expected["score"], expected["anomaly_map"])
+    score, maps = expected["score"], expected["anomaly_map"]
+    map_size = np.maximum(1, np.abs(maps).max((1, 2)))
+    usual = 0.0 if detector.held_out is None else float(np.abs(detector.held_out.scores).max())
+    score_size = np.maximum(usual, np.abs(score))
+    flips, p_value = 0, None
+    if "is_anomalous" in expected:
+        level = detector.image_threshold.value
+        is_clear = np.abs(score - level) > _SCORE * max(usual, abs(level))
+        flips = int((is_clear & (found["is_anomalous"] != expected["is_anomalous"])).sum())
+    if "p_value" in expected:
+        p_value = float(np.abs(found["p_value"] - expected["p_value"]).max())
+    return Parity(
+        held_out=len(held_out),
+        random=_RANDOM,
+        score=float((np.abs(found["score"] - score) / score_size).max()),
+        anomaly_map=float((np.abs(found["anomaly_map"] - maps).max((1, 2)) / map_size).max()),
+        p_value=p_value,
+        flips=flips,
+    )
+
+
+def _held_out_inputs(detector: Any) -> np.ndarray:
+    """Model inputs of some held-out images; none if the images are not available any more."""
+    none = np.zeros((0, *detector.image_size, 3), np.uint8)
+    if detector.config.data.name == "folder" and detector.config.data.root is None:
+        return none  # it was fitted on arrays or paths
+    try:
+        parts = split(detector.config, data.open_dataset(detector.config.data))
+        images = [parts.held_out_source[int(i)].image for i in parts.held_out[:_HELD_OUT]]
+    except (InputError, OSError):
+        return none
+    inputs = [given for _, given in detector.inputs(images)]
+    return np.concatenate([none, *(part.image[None] for given in inputs for part in given.parts)])

@@ -1,0 +1,192 @@
+"""Exported detectors: an ONNX file scores images without JAX.
+
+    from fastflow_jax.exported import Exported
+    detector = Exported("screws.onnx")
+    result = detector.predict("new.jpg")
+
+This module needs numpy, Pillow and onnxruntime only. `Detector.export` writes the files.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastflow_jax.data.profile import Profile
+from fastflow_jax.data.transforms import RESIZES
+from fastflow_jax.decision import Decision, Threshold
+from fastflow_jax.errors import InputError
+from fastflow_jax.files import expanded
+from fastflow_jax.prediction import Predictor
+
+FORMAT = 1  # of the metadata
+INPUT, OUTPUTS = "images", ("score", "anomaly_map", "p_value", "is_anomalous", "mask")
+
+
+class Exported(Predictor):
+    """A detector in an ONNX file.
+
+    Its predictions are those of the `Detector` that was exported, without `log_likelihood` and
+    `distance`. Objects can be pickled; the file is then read again.
+
+    Attributes:
+      metadata: the metadata of the file: "version" of the package, "detector", "backbone",
+        "weights" with their "licence", "input", thresholds, "fingerprint", and "parity", the
+        differences from the original detector that were measured when the file was written.
+    """
+
+    def __init__(
+        self,
+        file: str | os.PathLike,
+        *,
+        threads: int | None = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ):
+        """Reads a file of `Detector.export`.
+
+        Args:
+          file: the ONNX file.
+          threads: threads of one prediction; by default one per core.
+          providers: execution providers of ONNX Runtime, in the order of preference.
+
+        Raises:
+          InputError: onnxruntime is not installed; or the file does not exist, is damaged, was not
+            written by `Detector.export`, or was written by a later version.
+        """
+        self.file, self.threads, self.providers = expanded(file), threads, tuple(providers)
+        self._session = _session(self.file, threads, self.providers)
+        self.metadata = _metadata(self.file, self._session.get_modelmeta().custom_metadata_map)
+        given = self.metadata["input"]
+        self.image_size: tuple[int, int] = (given["height"], given["width"])
+        self.resize: str = given["resize"]
+        self.decision: Decision = self.metadata.pop("decision")
+        self.training_images: Profile | None = self.metadata.pop("training_images")
+        # On a CPU larger batches are not faster.
+        self.batch_size = 1 if self.providers == ("CPUExecutionProvider",) else 32
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    @property
+    def name(self) -> str:
+        """Name of the file without its suffix."""
+        return self.file.stem
+
+    @property
+    def colour_range(self) -> tuple[float, float] | None:
+        """See `Predictor.colour_range`."""
+        colours = self.metadata["colour_range"]
+        return None if colours is None else (colours[0], colours[1])
+
+    def with_threshold(self, *, rate: float) -> "Exported":
+        """Returns a copy with the threshold of a false-alarm rate, see `Detector.with_threshold`.
+
+        This needs scipy and scikit-learn. The outputs of `run` keep the threshold of the file.
+        """
+        from fastflow_jax.evaluation.thresholds import image_threshold
+
+        known = self.decision
+        scores = np.zeros(0) if known.held_out is None else known.held_out
+        threshold = image_threshold(scores, rate, groups=known.groups)
+        other = copy.copy(self)
+        other.decision = dataclasses.replace(known, image_threshold=threshold)
+        return other
+
+    def run(self, images: np.ndarray, valid: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Scores model inputs by the model in the file, see `Predictor.run`.
+
+        Args:
+          images: uint8 [B, H, W, 3] in RGB, of `image_size`.
+          valid: None; exported detectors have no padding.
+
+        Returns:
+          The outputs of the file: "score" [B] and "anomaly_map" [B, H, W], float32; "p_value"
+          float32 [B], "is_anomalous" bool [B] and "mask" bool [B, H, W] if the detector has them.
+        """
+        assert valid is None
+        found = self._session.run(self._outputs, {INPUT: images})
+        return dict(zip(self._outputs, found, strict=True))
+
+    def __reduce__(self):
+        changed = {"decision": self.decision}
+        return _again, (self.file, self.threads, self.providers), changed
+
+
+def _again(file, threads, providers) -> Exported:
+    return Exported(file, threads=threads, providers=providers)
+
+
+def _session(file, threads: int | None, providers: Sequence[str]) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise InputError(
+            "onnxruntime is not installed. Install it: pip install 'fastflow-jax[onnx]'."
+        ) from error
+    if not file.is_file():
+        raise InputError(f"{file} was not found. Pass a file that --mode=export has written.")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3  # errors are raised as well
+    # Waiting threads would use half of the time of all cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=list(providers))
+    except Exception as error:  # of several classes without a common base
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{file} cannot be loaded ({reason}). Export the detector again."
+        ) from error
+
+
+def _metadata(file, given: dict[str, str]) -> dict[str, Any]:
+    """Metadata of a file; InputError if they are not those of an exported detector."""
+    if "format" not in given or "input" not in given:
+        raise InputError(
+            f"{file} is not an exported detector. Pass a file that --mode=export has written."
+        )
+    try:
+        found = {key: json.loads(value) for key, value in given.items()}
+        if found["format"] == FORMAT:
+            return found | _parsed(found)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"The metadata of {file} are damaged ({error}). Export the detector again."
+        ) from error
+    raise InputError(
+        f"{file} was written by another version of this package ({found.get('version')}), in "
+        "another format. Install that version, or export the detector again."
+    )
+
+
+def _parsed(found: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the metadata that are objects."""
+    held_out = found["held_out"] or {"scores": None, "groups": None}
+    scores, groups = held_out["scores"], held_out["groups"]
+    profile, given = found["training_images"], found["input"]
+    if given["resize"] not in RESIZES or not min(given["height"], given["width"]) > 0:
+        raise ValueError("an input of an unknown kind")
+    return {
+        "decision": Decision(
+            _threshold(found["image_threshold"]),
+            _threshold(found["pixel_threshold"]),
+            None if scores is None else np.array(scores, np.float32),
+            None if groups is None else np.array(groups),
+        ),
+        "training_images": None if profile is None else Profile.from_plain(profile),
+        "colour_range": found["colour_range"],
+    }
+
+
+def _threshold(plain: dict | None) -> Threshold | None:
+    if plain is None:
+        return None
+    interval = plain["interval"] and tuple(plain["interval"])
+    return Threshold(**plain | {"interval": interval, "value": float(plain["value"])})
+
+
+def to_metadata(fields: dict[str, Any]) -> dict[str, str]:
+    """Metadata of a file from their values; dataclasses become dictionaries."""
+    return {key: json.dumps(value, default=dataclasses.asdict) for key, value in fields.items()}

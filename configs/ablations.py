@@ -111,6 +111,7 @@ def _recipe(c) -> dict:
         "no_bank": {"map": {"bank": 0}},
         "not_compressed": {"map": {"compress": False}},
         "border_in_full": {"map": {"border": 1}},
+        "equal_maps": {"map": {"feature_weight": 1.0, "coarse_weight": 1.0}},
         "z_alone": {"map": {"log_det": 0.0}},
         "likelihood": {"map": {"log_det": 1.0}},
         "maximum": {"score": {"form": "top_k", "top_k": 0.0}},

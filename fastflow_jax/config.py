@@ -135,7 +135,7 @@ _FREE_TO_CHANGE = (
 _RETIRED = ("measure_speed",)
 
 # Values of fields that earlier versions did not have, for run directories without them.
-_BEFORE = {"map.border": 1}
+_BEFORE = {"map.border": 1, "map.coarse_weight": 1.0, "map.feature_weight": 1.0}
 
 # Fields that all variants of a run share.
 _SHARED = (

@@ -182,14 +182,23 @@ def test_differences_skip_fields_that_change_no_result():
 
 
 @pytest.mark.parametrize("detector", ["fastflow", "knn", "patchcore"])
-def test_runs_of_earlier_versions_weighted_the_border_in_full(detector):
+def test_runs_of_earlier_versions_weighted_borders_and_maps_equally(detector):
     config = default()
     config.update(recipe(detector))
     saved = to_plain(fill(config))
-    del saved["map"]["border"]
-    assert from_plain(saved).map.border == 1
-    lines = differences(saved, fill(config))
-    assert lines == ["map.border: 1 in the run, 5 now"] * (detector != "patchcore")
+    for field in ("border", "feature_weight", "coarse_weight"):
+        del saved["map"][field]
+        assert from_plain(saved).map[field] == 1
+    expected = {
+        "fastflow": [
+            "map.border: 1 in the run, 5 now",
+            "map.coarse_weight: 1.0 in the run, 0.5 now",
+            "map.feature_weight: 1.0 in the run, 2.0 now",
+        ],
+        "knn": ["map.border: 1 in the run, 5 now"],
+        "patchcore": [],
+    }
+    assert differences(saved, fill(config)) == expected[detector]
 
 
 def test_another_directory_of_images_is_a_difference(tmp_path, monkeypatch):

@@ -311,6 +311,7 @@ def test_the_ablation_of_the_recipe_undoes_one_choice_at_a_time():
         "no_bank": {"map.bank"},
         "not_compressed": {"map.compress"},
         "border_in_full": {"map.border"},
+        "equal_maps": {"map.feature_weight", "map.coarse_weight"},
         "z_alone": {"map.log_det"},
         "likelihood": {"map.log_det"},
         "maximum": {"score.form"},

@@ -5,7 +5,7 @@ import functools
 import json
 import pathlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self, TypeVar
 
 import flax.struct
@@ -102,8 +102,9 @@ def fuse(
     sigma: float = 0.0,
     compress: bool = False,
     border: int = 1,
+    weights: Sequence[float] | None = None,
 ) -> jax.Array:
-    """Mean of the calibrated and resized maps, [B, h, w] each -> [B, *size].
+    """Weighted mean of the calibrated and resized maps, [B, h, w] each -> [B, *size].
 
     Features at the border of an image are less reliable, because backbones pad with zeros, and show
     what is next to the object more often than defects, so they can have less weight.
@@ -116,19 +117,29 @@ def fuse(
       compress: takes the inverse hyperbolic sine of each value: typical values do not change, and
         outliers contribute their logarithm, so that no scale and no location dominates.
       border: side of the neighbourhood that determines the weights, see `maps.border_weights`.
+      weights: of the maps; None for equal ones.
     """
     total = jnp.zeros(())
-    for m, mean, std in zip(maps, calibration.scale_mean, calibration.scale_std, strict=True):
+    weights = [1.0] * len(maps) if weights is None else weights
+    moments = calibration.scale_mean, calibration.scale_std
+    for m, mean, std, weight in zip(maps, *moments, weights, strict=True):
         m = (m - mean) / std
         m = (jnp.arcsinh(m) if compress else m) * border_weights(m.shape[1:3], border)
-        total += resize_map(m, size, sigma)
-    return total / len(maps)
+        total += weight * resize_map(m, size, sigma)
+    return total / sum(weights)
 
 
-def _score_maps(config, size, calibration, maps):
+def equal_weights(config, n: int) -> list[float]:
+    """Equal weights of n maps, see `LocationScorer.map_weights`."""
+    del config
+    return [1.0] * n
+
+
+def _score_maps(config, size, map_weights, calibration, maps):
     """Scores and anomaly maps from location maps, see `CalibratedScorer.score_maps`."""
     c = config.map
-    anomaly_map = fuse(maps, calibration, size, c.sigma, c.compress, c.border)
+    weights = map_weights(config, len(maps))
+    anomaly_map = fuse(maps, calibration, size, c.sigma, c.compress, c.border, weights)
     if config.score.form == "top_k":
         return top_mean(anomaly_map, config.score.top_k), anomaly_map
     windows = jnp.stack([window_maxima(m).mean(-1) for m in maps], axis=-1)  # [B, maps]
@@ -136,10 +147,12 @@ def _score_maps(config, size, calibration, maps):
     return jnp.average(windows, axis=-1, weights=calibration.weight), anomaly_map
 
 
-def score_locations(config, size, state, batch, *, locate: Callable):
+def score_locations(
+    config, size, state, batch, *, locate: Callable, map_weights: Callable = equal_weights
+):
     """Scores [B] and anomaly maps [B, *size] of a batch, see `CompiledScorer.function`."""
     variables, calibration = state
-    return _score_maps(config, size, calibration, locate(config, variables, batch))
+    return _score_maps(config, size, map_weights, calibration, locate(config, variables, batch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +161,15 @@ class LocationScorer(CompiledScorer):
 
     # (config, variables, (features, valid)) -> energies [B, h, w] of each map
     locate: ClassVar[Callable]
+    # (config, number of maps) -> weight of each map in the anomaly map
+    map_weights: ClassVar[Callable] = staticmethod(equal_weights)
     config: ConfigDict  # filled
     variables: Any  # tree of arrays
     calibration: Calibration
 
     def __init_subclass__(cls) -> None:
-        cls.function = functools.partial(score_locations, locate=cls.locate)
+        parts = {"locate": cls.locate, "map_weights": cls.map_weights}
+        cls.function = functools.partial(score_locations, **parts)
 
     def arrays(self) -> tuple[Any, Calibration]:
         """Variables and calibration."""
@@ -170,7 +186,7 @@ class LocationScorer(CompiledScorer):
 
     def score_maps(self, maps: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Scores and anomaly maps from location maps, see `CalibratedScorer.score_maps`."""
-        run = self._program(_score_maps, tuple(self.config.image_size))
+        run = self._program(_score_maps, tuple(self.config.image_size), type(self).map_weights)
         return run(self.calibration, maps)
 
     def recalibrated(self, maps: tuple[np.ndarray, ...]) -> Self:
@@ -237,12 +253,14 @@ def load_calibration(config, directory: pathlib.Path) -> tuple[Calibration, dict
     return Calibration(**{name: arrays.pop(name) for name in names}), arrays
 
 
+_WEIGHTS = ("border", "coarse_weight", "feature_weight")  # they do not affect a calibration
+
+
 def _file(config, directory: pathlib.Path) -> pathlib.Path:
     """File of a calibration, whose name depends on its settings.
 
     Runs that share a training may differ in these settings.
     """
-    # Borders do not affect it.
-    fields = {name: value for name, value in to_plain(config.map).items() if name != "border"}
+    fields = {name: value for name, value in to_plain(config.map).items() if name not in _WEIGHTS}
     settings = json.dumps([fields, to_plain(config.score)])
     return directory / f"calibration_{zlib.crc32(settings.encode()):08x}.npz"

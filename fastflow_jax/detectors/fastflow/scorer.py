@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from fastflow_jax import parallel
+from fastflow_jax.backbones import find_spec
 from fastflow_jax.detectors.base import Method, compiled
 from fastflow_jax.detectors.calibration import (
     LocationScorer,
@@ -46,6 +47,7 @@ from fastflow_jax.training.context import FitContext
 from fastflow_jax.training.loop import READS, load_variables, train_variables
 from fastflow_jax.training.step import Objective
 
+_COARSE = 16  # stride, above which maps have `map.coarse_weight`
 _BANKS = ("features", "latents")  # kinds of memory banks of each scale
 
 
@@ -232,7 +234,8 @@ def _score_with_likelihood(config, size, state, batch):
     """
     features, valid = batch
     nll = _nll(flow_model(config), state[0], features, valid, True)
-    return *score_locations(config, size, state, batch, locate=_locate), -nll
+    how = {"locate": _locate, "map_weights": _map_weights}
+    return *score_locations(config, size, state, batch, **how), -nll
 
 
 def _latents(config, state, batch):
@@ -290,6 +293,18 @@ def _locate(config, variables, batch) -> tuple[jax.Array, ...]:
     return tuple(maps)
 
 
+def _map_weights(config, n: int) -> list[float]:
+    """Weight of each map of `_locate` in the anomaly map.
+
+    Distances of features are sharper than energies of latents, which depend on a neighbourhood, and
+    maps of a large stride are blurred.
+    """
+    kinds = (1.0, config.map.feature_weight, 1.0)[: n // len(config.layers)]
+    strides = [find_spec(config.backbone).maps[layer][1] for layer in config.layers]
+    scales = [config.map.coarse_weight if stride > _COARSE else 1.0 for stride in strides]
+    return [scale * kind for scale in scales for kind in kinds]
+
+
 def _seen(valid: jax.Array | None, maps: jax.Array) -> jax.Array | None:
     """`extract.inside` for maps [B, h, w, C]; None without padding."""
     return None if valid is None else inside(valid, maps.shape[1:3])
@@ -304,6 +319,7 @@ class FastFlowScorer(LocationScorer):
     """
 
     locate = staticmethod(_locate)
+    map_weights = staticmethod(_map_weights)
     with_likelihood = staticmethod(_score_with_likelihood)
 
     def latents(self, features: Features) -> tuple[np.ndarray, ...]:
@@ -339,6 +355,8 @@ METHOD = Method(
             "log_det": 0.1,  # weight of the log-determinant: 1 in a likelihood, 0 in the reference
             "standardise": True,  # divides scales by their standard deviation on held-out images
             "compress": True,  # reduces the weight of outliers, see `fuse`
+            "feature_weight": 2.0,  # of distances of features, over that of other energies
+            "coarse_weight": 0.5,  # of maps with a stride above 16, over that of other maps
             "border": 5,  # weight at the border, see `maps.border_weights`; 1: as elsewhere
             "bank": 2000,  # rows of each memory bank, see `bank`; 0: no banks
         },
@@ -354,6 +372,8 @@ METHOD = Method(
         "flow.hidden_ratio": (1e-3, 100),
         "flow.clamp": (1e-3, 100),
         "map.log_det": (0, 1),
+        "map.feature_weight": (0, 1000),
+        "map.coarse_weight": (1e-3, 1000),
         "map.border": (1, 99),
         "map.bank": (0, 10**7),
         "score.top_k": (0, 1),

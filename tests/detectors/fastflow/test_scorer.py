@@ -193,6 +193,35 @@ def test_locations_at_the_border_weigh_as_much_as_their_neighbourhood_inside_the
     np.testing.assert_allclose(fuse((2 * ones + 1,), plain, (6, 7), border=1), ones, rtol=1e-5)
 
 
+def test_maps_have_weights_in_the_anomaly_map():
+    maps = tuple(np.full((1, 2, 2), value, np.float32) for value in (1, 2, 6))
+    plain = Calibration(np.zeros(3), np.ones(3), np.zeros(3), np.ones(3), np.ones(3))
+    np.testing.assert_allclose(fuse(maps, plain, (2, 2)), 3)
+    np.testing.assert_allclose(fuse(maps, plain, (2, 2), weights=(1, 2, 0.5)), 8 / 3.5, rtol=1e-6)
+
+
+def test_distances_of_features_weigh_twice_and_coarse_maps_half():
+    c = default()
+    c.weights, c.image_size, c.batch_size = "random", (64, 96), 4
+    c.layers, c.flow.steps, c.flow.zero_init = ("blocks.4", "blocks.5"), 1, False
+    config = fill(c)
+    rng = np.random.default_rng(0)
+    shapes = (8, 4, 6, 112), (8, 2, 3, 192)
+    features = tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    variables = flow_model(config).init(jax.random.key(0), features)
+    variables = with_banks(config, variables, cached_features(features), seed=0)
+    scorer = calibrated(config, variables, features)
+    maps = scorer.location_maps(features)
+    weights = [1, 2, 1, 0.5, 1, 0.5]  # the strides are 16 and 32
+    assert scorer.map_weights(config, 6) == weights
+    how = config.map.sigma, config.map.compress, config.map.border
+    expected = fuse(maps, scorer.calibration, (64, 96), *how, weights)
+    np.testing.assert_allclose(scorer.score(features)[1], expected, atol=1e-4)
+    np.testing.assert_allclose(scorer.score_maps(maps)[1], expected, atol=1e-4)
+    equal = fuse(maps, scorer.calibration, (64, 96), *how)
+    assert np.abs(equal - expected).max() > 0.1
+
+
 def test_features_unlike_normal_ones_score_higher(setup):
     config, backbone, _model, variables, images, features = setup
     calibration = calibrated(config, variables, features).calibration

@@ -1,0 +1,247 @@
+"""The web application: scores of image files, health, metrics; `v2` has tensors."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from fastflow_jax.errors import InputError
+from fastflow_jax.prediction import Prediction
+from fastflow_jax.serve import v2
+from fastflow_jax.serve.gate import Gate, Limits, Load, busy, error_response
+from fastflow_jax.serve.metrics import CONTENT_TYPE, Metrics
+from fastflow_jax.serve.models import MAX_IMAGES, Loaded, Model, watch
+from fastflow_jax.serve.worker import WorkerLost
+
+T = TypeVar("T")
+_MAPS = ("npy", "png16")
+_WATCH_SECONDS = 1.0
+
+
+class Service:
+    """Answers the requests for some models."""
+
+    def __init__(self, models: Mapping[str, Model], limits: Limits, load: Load, metrics: Metrics):
+        """Prepares the threads that read images and wait for workers; one for each request."""
+        self.models, self.load, self.metrics = models, load, metrics
+        self._threads = ThreadPoolExecutor(limits.queue, thread_name_prefix="request")
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Calls a function in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    def find(self, name: str | None) -> Model:
+        """Returns a model by name; without a name the only one.
+
+        Raises:
+          HTTPException: there is none of that name, or several and no name.
+        """
+        if name is None and len(self.models) == 1:
+            return next(iter(self.models.values()))
+        names = ", ".join(self.models)
+        if name is None:
+            raise HTTPException(400, f"Several models are served. Pass ?model= one of {names}.")
+        if name not in self.models:
+            raise HTTPException(404, f"There is no model {name!r}. Choose one of {names}.")
+        return self.models[name]
+
+    async def predict(self, request: Request) -> Response:
+        """Scores the image in the body, or the files of a form."""
+        model = self.find(request.query_params.get("model"))
+        anomaly_map = _choice(request, "map", _MAPS)
+        mask = _choice(request, "mask", ("png",))
+        is_form = request.headers.get("content-type", "").startswith("multipart/form-data")
+        files = await _files_of_form(request) if is_form else [("image", await request.body())]
+        if not any(content for _, content in files):
+            raise HTTPException(
+                400, "The request has no image. Send its bytes, or a form of files."
+            )
+
+        def score() -> list[dict]:
+            with model.use() as loaded:
+                return [
+                    _as_json(loaded, prediction, anomaly_map, mask)
+                    for prediction in loaded.score(files, MAX_IMAGES if is_form else 1)
+                ]
+
+        found = await self.in_thread(score)
+        if is_form:
+            return JSONResponse({"predictions": found})
+        return JSONResponse(found[0])
+
+    async def list_models(self, request: Request) -> Response:
+        """Describes all models."""
+        del request
+        return JSONResponse({"models": [_describe(model) for model in self.models.values()]})
+
+    async def live(self, request: Request) -> Response:
+        """The process answers."""
+        del request
+        return JSONResponse({"live": True})
+
+    async def ready(self, request: Request) -> Response:
+        """Whether requests are accepted and all models have a worker; status 503 if not."""
+        del request
+        is_ready = not self.load.is_draining and all(
+            model.current.is_ready for model in self.models.values()
+        )
+        return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
+
+    async def report(self, request: Request) -> Response:
+        """Metrics for Prometheus."""
+        del request
+        return PlainTextResponse(self.metrics.text(), media_type=CONTENT_TYPE)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """Watches the files of the models while the application runs."""
+        del app
+        stop = threading.Event()
+        thread = threading.Thread(target=watch, args=(self.models, _WATCH_SECONDS, stop))
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            await asyncio.get_running_loop().run_in_executor(None, thread.join)
+
+
+def create_app(
+    models: Mapping[str, Model], limits: Limits, load: Load, metrics: Metrics
+) -> Starlette:
+    """Returns the ASGI application.
+
+    Args:
+      models: by the name that requests give.
+      limits: what is accepted.
+      load: updated with each request; the server sets `is_draining`.
+      metrics: updated with each request.
+    """
+    service = Service(models, limits, load, metrics)
+    tensors = v2.Protocol(service.find, service.in_thread)
+    return Starlette(
+        routes=[
+            Route("/v1/predict", service.predict, methods=["POST"]),
+            Route("/v1/models", service.list_models),
+            Route("/healthz", service.live),
+            Route("/readyz", service.ready),
+            Route("/metrics", service.report),
+            Route("/v2/health/live", service.live),
+            Route("/v2/health/ready", service.ready),
+            *tensors.routes(),
+        ],
+        middleware=[Middleware(Gate, limits=limits, load=load, metrics=metrics)],
+        exception_handlers={
+            HTTPException: _http_error,
+            ClientDisconnect: _disconnected,
+            InputError: _unprocessable,
+            WorkerLost: _lost,
+            Exception: _failed,
+        },
+        lifespan=service.lifespan,
+    )
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    del request
+    assert isinstance(error, HTTPException)
+    return error_response(error.status_code, error.detail, dict(error.headers or {}))
+
+
+def _unprocessable(request: Request, error: Exception) -> Response:
+    del request
+    return error_response(422, str(error))
+
+
+def _lost(request: Request, error: Exception) -> Response:
+    del request
+    return busy(str(error))
+
+
+def _disconnected(request: Request, error: Exception) -> Response:
+    del request, error
+    return error_response(400, "The connection was closed before the end of the request.")
+
+
+def _failed(request: Request, error: Exception) -> Response:
+    del request, error
+    return error_response(500, "The server failed. See its log.")
+
+
+def _choice(request: Request, name: str, allowed: tuple[str, ...]) -> str | None:
+    value = request.query_params.get(name)
+    if value is not None and value not in allowed:
+        raise HTTPException(400, f"{name}={value} is unknown. Pass one of {', '.join(allowed)}.")
+    return value
+
+
+async def _files_of_form(request: Request) -> list[tuple[str, bytes]]:
+    async with request.form(max_files=MAX_IMAGES) as form:
+        return [
+            (file.filename or "image", await file.read())
+            for _, file in form.multi_items()
+            if isinstance(file, UploadFile)
+        ]
+
+
+def _as_json(
+    loaded: Loaded, prediction: Prediction, anomaly_map: str | None, mask: str | None
+) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "name": prediction.name,
+        "score": prediction.score,
+        "p_value": prediction.p_value,
+        "is_anomalous": prediction.is_anomalous,
+        "threshold": loaded.threshold,
+        "model": loaded.name,
+        "version": loaded.version,
+    }
+    if anomaly_map is not None:
+        found["anomaly_map"] = _encoded_map(prediction.anomaly_map, anomaly_map)
+    if mask is not None:
+        found["mask"] = None if prediction.mask is None else _png(np.uint8(255) * prediction.mask)
+    return found
+
+
+def _encoded_map(anomaly_map: np.ndarray, form: str) -> dict[str, Any]:
+    """An anomaly map as base64; in a PNG, 0 is `zero` and 65535 is `full`."""
+    if form == "npy":
+        file = io.BytesIO()
+        np.save(file, anomaly_map)
+        return {"format": form, "data": base64.b64encode(file.getvalue()).decode()}
+    low, high = float(anomaly_map.min()), float(anomaly_map.max())
+    part = (anomaly_map - low) / (high - low if high > low else 1)
+    data = _png(np.round(65535 * part).astype(np.uint16))
+    return {"format": form, "zero": low, "full": high, "data": data}
+
+
+def _png(array: np.ndarray) -> str:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _describe(model: Model) -> dict[str, Any]:
+    loaded = model.current
+    return {
+        "name": model.name,
+        "version": loaded.version,
+        "ready": loaded.is_ready,
+        "image_size": list(loaded.image_size),
+        "threshold": loaded.threshold,
+        "metadata": {key: value for key, value in loaded.metadata.items() if key != "held_out"},
+    }

@@ -219,7 +219,7 @@ def test_distances_of_features_weigh_twice_and_coarse_maps_half():
     np.testing.assert_allclose(scorer.score(features)[1], expected, atol=1e-4)
     np.testing.assert_allclose(scorer.score_maps(maps)[1], expected, atol=1e-4)
     equal = fuse(maps, scorer.calibration, (64, 96), *how)
-    assert np.abs(equal - expected).max() > 0.1
+    assert np.abs(equal - expected).max() > 0.01
 
 
 def test_features_unlike_normal_ones_score_higher(setup):

@@ -1,4 +1,4 @@
-"""Trains, evaluates, describes, applies and exports anomaly detectors.
+"""Trains, evaluates, describes, applies, exports and serves anomaly detectors.
 
 Train:
   python -m fastflow_jax.main --config=configs/demo.py [--config.seed=1 ...] [--workdir=DIR]
@@ -6,6 +6,8 @@ Predict:
   python -m fastflow_jax.main --mode=predict --workdir=DIR --input=photos/new --output=out
 Export:
   python -m fastflow_jax.main --mode=export --workdir=DIR --output=detector.onnx
+Serve:
+  python -m fastflow_jax.main --mode=serve --workdir=DIR --port=8000
 
 Results are printed to stdout; messages and progress bars go to stderr. Compiled programs are cached
 in fastflow_jax/ of the user's cache directory ($XDG_CACHE_HOME or ~/.cache). At each start, the
@@ -63,11 +65,11 @@ _PROCESS = flags.DEFINE_integer(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "describe", "predict", "export"],
+    ["train", "describe", "predict", "export", "serve"],
     "Train and evaluate --config; describe its model without data and weights; predict --input "
     "with the detector in --workdir, which exits with 0 if all images are normal, 1 if some are "
     "anomalous, 2 if it failed, 3 if some images cannot be read, and 4 if there is no threshold; "
-    "or export that detector to the file --output.",
+    "export that detector to the file --output; or serve it, or each --model, over HTTP.",
 )
 _INPUT = flags.DEFINE_string(
     "input", None, "With --mode=predict, read images from this file, directory or glob pattern."
@@ -80,8 +82,8 @@ _OUTPUT = flags.DEFINE_string(
 _WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
-    "With --mode=predict or export, read the weights of the backbone from this file, if it has "
-    "moved.",
+    "With --mode=predict, export or serve, read the weights of the backbone from this file, if it "
+    "has moved.",
 )
 _RATE = flags.DEFINE_float(
     "false_alarm_rate",
@@ -98,10 +100,10 @@ _RAW = flags.DEFINE_enum(
 
 _ENGINE = flags.DEFINE_enum(
     "engine",
-    "jax",
+    None,
     ["jax", "onnx"],
-    "With --mode=predict, compute with JAX, or with ONNX Runtime, which starts faster and has no "
-    "log-likelihoods and no test for a shift.",
+    "Compute with JAX, the default of --mode=predict, or with ONNX Runtime, the default of "
+    "--mode=serve, which starts faster and has no log-likelihoods and no test for a shift.",
 )
 _FORMAT = flags.DEFINE_enum(
     "format", "onnx", ["onnx", "stablehlo"], "With --mode=export, the format of the file."
@@ -113,6 +115,35 @@ _RESIZE = flags.DEFINE_enum(
     ["outside", "inside"],
     "With --mode=export, an ONNX file takes images of its input size, or resizes images of any "
     "size itself, which differs from Pillow by up to a grey level on photographs.",
+)
+
+_MODELS = flags.DEFINE_multi_string(
+    "model",
+    [],
+    "With --mode=serve, serve this exported file instead of --workdir, as NAME=FILE; may be "
+    "repeated.",
+)
+_HOST = flags.DEFINE_string(
+    "host",
+    "127.0.0.1",
+    "With --mode=serve, listen on this address, by default for this machine only. Requests must "
+    "have the token in $FASTFLOW_TOKEN, if it is set.",
+)
+_PORT = flags.DEFINE_integer("port", 8000, "With --mode=serve, listen on this port.")
+_WORKERS = flags.DEFINE_integer(
+    "workers", 1, "With --mode=serve, score in this number of processes for each detector."
+)
+_BATCH = flags.DEFINE_integer(
+    "batch", 1, "With --mode=serve, score up to this number of images together."
+)
+_LATENCY = flags.DEFINE_float(
+    "latency_ms", 5.0, "With --mode=serve, let an image wait up to this time for others."
+)
+_QUEUE = flags.DEFINE_integer(
+    "queue", 64, "With --mode=serve, refuse requests beyond this number at the same time."
+)
+_MAX_BYTES = flags.DEFINE_integer(
+    "max_bytes", 32 * 2**20, "With --mode=serve, refuse requests of more bytes."
 )
 
 _MAX_CACHE_BYTES = 2**30  # of compiled programs
@@ -129,8 +160,11 @@ def main(argv: list[str]) -> int:
     absl_logging.set_verbosity(absl_logging.FATAL)
     _set_up_stderr()
     _check_flags(argv)
-    if _MODE.value == "predict" and _ENGINE.value == "onnx":  # without JAX, which starts slowly
+    # Without JAX, which starts slowly, unless the detector must be exported first.
+    if _MODE.value == "predict" and _ENGINE.value == "onnx":
         return _predict()
+    if _MODE.value == "serve":
+        return _serve()
     return _main_with_jax()
 
 
@@ -173,7 +207,7 @@ def _check_flags(argv: list[str]) -> None:
     for flag in (_WORKDIR, _INPUT, _OUTPUT):
         if flag.value == "":
             raise InputError(f"--{flag.name} is empty. Pass a path, or leave the flag out.")
-    if _MODE.value not in ("predict", "export"):
+    if _MODE.value not in ("predict", "export", "serve"):
         if _WEIGHTS.value is not None:
             raise InputError("--weights is for --mode=predict. Pass --config.weights=FILE instead.")
         if _CONFIG.value is None:
@@ -247,7 +281,7 @@ def _predict() -> int:
 
     return predict(
         *_needed(_WORKDIR, _INPUT, _OUTPUT),
-        engine=_ENGINE.value,
+        engine=_ENGINE.value or "jax",
         weights=_WEIGHTS.value,
         rate=_RATE.value,
         tile=_TILE.value,
@@ -267,6 +301,36 @@ def _export() -> int:
     )
     print(f"{output}: {parity}")
     return 0
+
+
+def _serve() -> int:
+    """Serves detectors, see `serve.run`; returns the exit status."""
+    from fastflow_jax import serve
+    from fastflow_jax.errors import InputError
+    from fastflow_jax.files import expanded
+    from fastflow_jax.predict import export_once
+
+    models: dict[str, str | os.PathLike] = {}
+    for text in _MODELS.value:
+        name, is_given, file = text.partition("=")
+        if not is_given or name in models:
+            raise InputError(f"--model={text} is not a new NAME=FILE. Pass each name once.")
+        models[name] = file
+    if not models:
+        (path,) = _needed(_WORKDIR)
+        workdir = expanded(path).resolve()
+        is_jax = _ENGINE.value == "jax"
+        models[workdir.name] = workdir if is_jax else export_once(workdir, _WEIGHTS.value).file
+    return serve.run(
+        models,
+        host=_HOST.value,
+        port=_PORT.value,
+        max_bytes=_MAX_BYTES.value,
+        queue=_QUEUE.value,
+        batch=_BATCH.value,
+        latency_ms=_LATENCY.value,
+        workers=_WORKERS.value,
+    )
 
 
 def _needed(*paths: flags.FlagHolder[str | None]) -> list[str]:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from fastflow_jax.data import formats, layout
 from fastflow_jax.data.arrays import read_image
 from fastflow_jax.errors import InputError
+from fastflow_jax.exported import Exported
 from fastflow_jax.files import (
     expanded,
     make_folder,
@@ -123,24 +124,38 @@ def predict(
 
 
 def _load(workdir: pathlib.Path, engine: str, weights: str | os.PathLike | None) -> Predictor:
-    """Loads a detector for an engine; a file that was exported earlier needs no JAX."""
+    """Loads a detector for an engine."""
     if engine == "onnx":
-        from fastflow_jax.exported import Exported
+        return export_once(workdir, weights)
+    from fastflow_jax.detector import Detector
 
-        file, description = workdir / EXPORTED, workdir / "detector.json"
-        if file.exists() and description.exists():
-            with contextlib.suppress(InputError):  # it is exported again
-                exported = Exported(file)
-                if exported.metadata["source"] == sha256(description):
-                    return exported
+    return Detector.load(workdir, weights=weights)
+
+
+def export_once(workdir: pathlib.Path, weights: str | os.PathLike | None = None) -> Exported:
+    """Returns the detector of a run directory, exported to `EXPORTED` in it.
+
+    A file that was exported earlier is read without JAX, if the thresholds have not changed since.
+
+    Args:
+      workdir: directory for `Detector.load`.
+      weights: weight file of the backbone, see `Detector.load`.
+
+    Raises:
+      InputError: see `Detector.load` and `Detector.export`.
+    """
+    file, description = workdir / EXPORTED, workdir / "detector.json"
+    if file.exists() and description.exists():
+        with contextlib.suppress(InputError):  # it is exported again
+            exported = Exported(file)
+            if exported.metadata["source"] == sha256(description):
+                return exported
     from fastflow_jax.detector import Detector
 
     detector = Detector.load(workdir, weights=weights)
-    if engine == "jax":
-        return detector
-    _log.info("exporting the detector to %s, once", workdir / EXPORTED)
-    detector.export(workdir / EXPORTED)
-    return Exported(workdir / EXPORTED)
+    _log.info("exporting the detector to %s, once", file)
+    detector.export(file)
+    return Exported(file)
 
 
 def _with_rate(detector: Predictor, rate: float | None) -> Predictor:

@@ -300,8 +300,23 @@ def _fill(config: ConfigDict) -> ConfigDict:
     _check_choice("detector", c.detector, DETECTORS)
     _check_choice("layers_as", c.layers_as or c.detector, DETECTORS)
     c.layers = check_layers(spec, c.layers or method(c.layers_as or c.detector).layers(c, spec))
+    _check_values(c)
+    _check_copies(c.augment)
+    for name in DETECTORS:
+        method(name).fill(c, spec)
+    if c.data.root is not None:
+        c.data.root = str(expanded(c.data.root).resolve())
+    if c.data.dir is not None:
+        expanded(c.data.dir)  # raises for a URL, before anything is written
+    if c.weights is not None and expanded(c.weights).is_file():
+        c.weights = str(expanded(c.weights).resolve())
+    return c.lock()
+
+
+def _check_values(config: ConfigDict) -> None:
+    """Raises InputError if a field has a value that is none of its choices or out of bounds."""
     methods = [method(name) for name in DETECTORS]
-    values = _flat(c.to_dict())
+    values = _flat(config.to_dict())
     for choices in (_CHOICES, *(m.choices for m in methods)):
         for field, allowed in choices.items():
             if values[field] is not None:
@@ -312,16 +327,6 @@ def _fill(config: ConfigDict) -> ConfigDict:
                 raise InputError(
                     f"config.{field} must be from {low} to {high}, not {values[field]}."
                 )
-    _check_copies(c.augment)
-    for each in methods:
-        each.fill(c, spec)
-    if c.data.root is not None:
-        c.data.root = str(expanded(c.data.root).resolve())
-    if c.data.dir is not None:
-        expanded(c.data.dir)  # raises for a URL, before anything is written
-    if c.weights is not None and expanded(c.weights).is_file():
-        c.weights = str(expanded(c.weights).resolve())
-    return c.lock()
 
 
 def _check_copies(augment: ConfigDict) -> None:
@@ -347,10 +352,10 @@ def _size(size) -> tuple[int, int]:
 
 
 def from_plain(plain: dict) -> ConfigDict:
-    """Returns the filled configuration of a run directory; the inverse of `to_plain`.
+    """Returns the filled configuration of a run or a saved detector; the inverse of `to_plain`.
 
     Raises:
-      InputError: a field does not exist in this version.
+      InputError: a field does not exist in this version, or has an impossible value.
     """
 
     def with_tuples(section):
@@ -360,6 +365,8 @@ def from_plain(plain: dict) -> ConfigDict:
         }
 
     config = default()
+    needed = {field for field, value in _flat(config.to_dict()).items() if value is not None}
+    needed |= {"image_size", "layers", "batch_size"}
     config.update_from_flattened_dict(_BEFORE)
     plain = {name: value for name, value in plain.items() if name not in _RETIRED}
     unknown = _flat(plain).keys() - _flat(config.to_dict()).keys()
@@ -370,7 +377,20 @@ def from_plain(plain: dict) -> ConfigDict:
             "Install that version, or train again."
         )
     with config.unlocked():
-        config.update(with_tuples(plain))
+        try:
+            config.update(with_tuples(plain))
+        except (TypeError, ValueError, AttributeError, KeyError) as error:  # of ml_collections
+            raise InputError(
+                f"The configuration is damaged ({error}). Restore it, or train again."
+            ) from error
+        _check_values(config)
+        unset = [field for field, value in _flat(config.to_dict()).items() if value is None]
+        if missing := needed.intersection(unset):
+            raise InputError(f"config.{min(missing)} is not set. Restore it, or train again.")
+        spec = find_spec(config.backbone)
+        config.image_size = _size(config.image_size)
+        config.layers = check_layers(spec, config.layers)
+        method(config.detector).fill(config, spec)
     return config.lock()
 
 

@@ -7,7 +7,6 @@ import os
 import pathlib
 import shutil
 import tempfile
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,7 +39,8 @@ from fastflow_jax.features.prepare import extractor_of, preparer, split
 from fastflow_jax.features.shift import Reference, Shift
 from fastflow_jax.files import expanded
 from fastflow_jax.prediction import Predictor
-from fastflow_jax.runs import directory, saved
+from fastflow_jax.runs import directory, durable, saved
+from fastflow_jax.runs.durable import Saved
 from fastflow_jax.runs.fit import fit
 from fastflow_jax.scoring import (
     BATCH_SIZES,
@@ -72,11 +72,10 @@ class Detector(PickledByFields, Predictor):
     held_out: HeldOut | None = None
     image_threshold: Threshold | None = None
     pixel_threshold: Threshold | None = None
-    folder: pathlib.Path | None = None  # directory that it was loaded from, see `save`
+    # Directory or .zip file that it was loaded from; None if it was fitted without `workdir`.
+    folder: pathlib.Path | None = None
     training_images: Profile | None = None  # None in directories of older versions
     reference: Reference | None = None  # for `find_shift`; None in directories of older versions
-    # Directory of a detector that was fitted without `workdir`; removed with its last copy.
-    _temporary: "_TemporaryDirectory | None" = None
 
     @classmethod
     def fit(
@@ -101,8 +100,8 @@ class Detector(PickledByFields, Predictor):
           config: the configuration, see `config.default`; or the name of a detector for its recipe.
             FastFlow by default.
           workdir: the run directory, as with `main`. An interrupted fit is continued; a finished
-            one is loaded with its saved thresholds. By default a temporary directory; call `save`
-            to keep the detector.
+            one is loaded with its saved thresholds. By default a temporary one, which is removed;
+            call `save` to keep the detector.
           groups: a label per image, if `images` is a list or an array. Images with equal labels
             show the same part and are held out together. For directories see `config.data.groups`.
           calibrate: normal images of other parts than `images`, for calibration and thresholds.
@@ -118,10 +117,17 @@ class Detector(PickledByFields, Predictor):
         folder = None if workdir is None else expanded(workdir)
         config = _fit_config(images, config)
         dataset = _fit_dataset(images, config, groups, calibrate)
-        temporary = None
-        if folder is None:
-            temporary = _TemporaryDirectory()
-            folder = pathlib.Path(temporary.path)
+        if folder is not None:
+            return cls._fit_in(folder, config, dataset)
+        with tempfile.TemporaryDirectory(
+            prefix="fastflow_jax_", ignore_cleanup_errors=True
+        ) as temporary:
+            detector = cls._fit_in(pathlib.Path(temporary), config, dataset)
+        return dataclasses.replace(detector, folder=None)
+
+    @classmethod
+    def _fit_in(cls, folder: pathlib.Path, config: ConfigDict, dataset: data.Dataset) -> "Detector":
+        """Trains in a run directory, or continues its training, or loads a finished one."""
         with directory.claim(folder, config):
             if parallel.on_main(lambda: saved.is_finished(folder)):
                 detector = cls.load(folder)
@@ -133,37 +139,35 @@ class Detector(PickledByFields, Predictor):
             label = f"{dataset.name}: train"
             fit(config, prepared, seed=config.seed, directory=folder, label=label)
             parallel.on_main(lambda: shutil.rmtree(folder / "features", ignore_errors=True))
-        return dataclasses.replace(cls.load(folder), _temporary=temporary)
+        return cls.load(folder)
 
     @classmethod
     def load(
         cls, folder: str | os.PathLike, *, weights: str | os.PathLike | None = None
     ) -> "Detector":
-        """Loads a detector from a directory that `save`, `fit` or `main` has written.
+        """Loads a detector that `save`, `fit` or `main` has written.
 
         Args:
-          folder: the directory. If a run has several trainings, the directory of one of them, that
-            is, of a category, a variant or a seed.
-          weights: weight file of the backbone, if it was moved after the training. By default the
-            recorded file, or a file of its name in or next to the run directory. Its sha256 must
-            be the recorded one.
+          folder: the directory or .zip file. If a run has several trainings, the directory of one
+            of them, that is, of a category, a variant or a seed.
+          weights: weight file of the backbone, if the detector does not contain the weights and
+            the file was moved after the training. By default the recorded file, or a file of its
+            name in or next to the run directory. Its sha256 must be the recorded one.
 
         Raises:
-          InputError: the directory has no training, or several, which are listed; or the weights of
-            the backbone were not found, or are not those of the training.
+          InputError: there is no detector, or there are several trainings, which are listed; a file
+            is missing or damaged; or the weights of the backbone were not found, or are not those
+            of the training.
         """
+        parallel.check_not_forked()
         folder = expanded(folder)
         record = saved.read(folder)
-        record.config.weights = saved.find_weights(record, folder, weights)
-        detector = cls.from_training(record.config, record.training, record.seed)
-        found = detector.backbone.weights
-        if found.get("sha256") != record.weights.get("sha256"):
-            raise InputError(
-                f"{folder} was trained with other weights of {record.config.backbone}: "
-                f"{record.weights}, not {found}. Restore them, or train again."
-            )
-        return dataclasses.replace(
-            detector,
+        backbone = saved.load_backbone(record, folder, weights)
+        shapes = _shapes(record.config, backbone)
+        return cls(
+            config=record.config,
+            backbone=backbone,
+            scorer=method(record.config.detector).load(record.config, shapes, record.state),
             held_out=record.held_out,
             image_threshold=record.image_threshold,
             pixel_threshold=record.pixel_threshold,
@@ -185,36 +189,50 @@ class Detector(PickledByFields, Predictor):
         backbone = create_backbone(
             config.backbone, weights=config.weights, layers=config.layers, seed=seed
         )
-        scorer = method(config.detector).load(config, _shapes(config, backbone), folder)
-        return cls(config, backbone, scorer)
+        of_kind = method(config.detector)
+        state = of_kind.read(config, folder)
+        return cls(config, backbone, of_kind.load(config, _shapes(config, backbone), state))
 
-    def save(self, folder: str | os.PathLike | None = None) -> pathlib.Path:
-        """Saves the detector for `load`; returns the directory.
+    def save(
+        self, folder: str | os.PathLike | None = None, *, backbone: bool | None = None
+    ) -> pathlib.Path:
+        """Saves the detector for `load`; returns the path.
 
-        The weight file of the backbone is not copied; `load` reads it where it is.
+        It is written completely or not at all. docs/detector.md describes the format.
 
         Args:
-          folder: a new directory. By default the directory of the detector, in which only the
-            thresholds change.
+          folder: a new directory, or a new file whose name ends with .zip. By default where the
+            detector was loaded from; only the thresholds change there.
+          backbone: whether to save the weights of the backbone. By default they are saved if they
+            take less than 100 MB. A detector without them needs the weight file, the package or
+            the hub that they came from.
 
         Raises:
-          InputError: the directory has other files, or the directory of the detector was removed.
+          InputError: the path exists with other content or cannot be written; or no path was given
+            and the detector has none, or it no longer exists.
         """
-        if self.folder is None:
-            raise InputError(
-                "This detector has no directory to copy. Make it with Detector.fit or "
-                "Detector.load to save it."
-            )
-        if not self.folder.exists():
-            raise InputError(
-                f"{self.folder}, the directory of this detector, no longer exists. Restore it, or "
-                "load the detector from another directory. A detector that is fitted without "
-                "workdir has a temporary directory: call save(folder) before you pickle it."
-            )
-        folder = self.folder if folder is None else expanded(folder)
+        path = self.folder if folder is None else expanded(folder)
+        if path is None:
+            raise InputError("This detector was not loaded from a path. Pass one to save it to.")
         thresholds = self.image_threshold, self.pixel_threshold
-        saved.save(self.folder, folder, self.config.weights, *thresholds)
-        return folder
+        if self.folder is not None and path.resolve() == self.folder.resolve() and path.exists():
+            saved.change(path, self.config.weights, *thresholds)
+            return path
+        if folder is None:
+            raise InputError(f"{path} of this detector no longer exists. Pass another path.")
+        content = Saved(
+            config=self.config,
+            weights=self.backbone.weights,
+            state=self.scorer.state_dict(),
+            held_out=self.held_out,
+            image_threshold=thresholds[0],
+            pixel_threshold=thresholds[1],
+            images=self.training_images,
+            reference=self.reference,
+            backbone=self.backbone.state_dict(),
+        )
+        durable.write(path, content, backbone=backbone)
+        return path
 
     def with_threshold(
         self,
@@ -473,29 +491,6 @@ class Detector(PickledByFields, Predictor):
             raise InputError(
                 f"The detector {self.config.detector} has no latents. Fit a fastflow detector."
             )
-
-
-class _TemporaryDirectory:
-    """A directory that is removed with this object, or at the end of the process.
-
-    Copies and pickles that are loaded in the same process share the object. In other processes they
-    have None instead.
-    """
-
-    def __init__(self):
-        self.path = tempfile.mkdtemp(prefix="fastflow_jax_")
-        _temporary_directories[self.path] = self
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-
-    def __reduce__(self):
-        return _temporary_directory, (self.path,)
-
-
-_temporary_directories = weakref.WeakValueDictionary()  # of this process, by path
-
-
-def _temporary_directory(path: str) -> _TemporaryDirectory | None:
-    return _temporary_directories.get(path)
 
 
 def _fit_config(images: Any, config: ConfigDict | str | None) -> ConfigDict:

@@ -12,9 +12,11 @@ import json
 import logging
 import os
 import re
+import shutil
 import stat
 import sys
 import urllib.parse
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -176,6 +178,11 @@ def sha256(path: Path) -> str:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
 
 
+def sha256_of_detector(path: Path) -> str:
+    """Returns the SHA-256 that identifies a detector: of its .zip file or its `detector.json`."""
+    return sha256(path if path.is_file() else path / "detector.json")
+
+
 def read_json(file: Path) -> Any:
     """Content of a JSON file, read by the first process for all; None if there is no file.
 
@@ -198,7 +205,7 @@ def parse_json(file: Path) -> Any:
     """
     try:
         return json.loads(file.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{file} is damaged ({error}). Restore it, or train in a new directory."
         ) from error
@@ -231,13 +238,44 @@ def replacing(file: Path, mode: str, **how) -> Iterator[IO]:
       how: other arguments of `open`.
     """
     temporary = file.with_suffix(".tmp")
-    with temporary.open(mode, **how) as opened:
-        yield opened
-        opened.flush()
-        os.fsync(opened.fileno())
-    temporary.replace(file)
+    try:
+        with temporary.open(mode, **how) as opened:
+            yield opened
+            opened.flush()
+            os.fsync(opened.fileno())
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _synchronise(file.parent)
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Yields a new hidden path next to `path`, and moves it to `path` when the context ends.
+
+    What is written there, a file or a directory, replaces a file or an empty directory. If the
+    context raises, it is removed.
+
+    Raises:
+      OSError: the directory is not writable, or `path` is a directory with files.
+    """
+    path = path.resolve()
+    temporary = path.with_name(f".saving_{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+        raise
+    _synchronise(path.parent)
+
+
+def _synchronise(folder: Path) -> None:
     with contextlib.suppress(OSError):  # some file systems cannot synchronise directories
-        directory = os.open(file.parent, os.O_RDONLY)
+        directory = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:

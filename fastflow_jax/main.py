@@ -120,13 +120,13 @@ _RESIZE = flags.DEFINE_enum(
 _MODELS = flags.DEFINE_multi_string(
     "model",
     [],
-    "With --mode=serve, serve this exported file instead of --workdir, as NAME=FILE; may be "
+    "With --mode=serve, serve this exported file, given as NAME=FILE, instead of --workdir; may be "
     "repeated.",
 )
 _HOST = flags.DEFINE_string(
     "host",
     "127.0.0.1",
-    "With --mode=serve, listen on this address, by default for this machine only. Requests must "
+    "With --mode=serve, listen on this address, by default for this machine only; requests must "
     "have the token in $FASTFLOW_TOKEN, if it is set.",
 )
 _PORT = flags.DEFINE_integer("port", 8000, "With --mode=serve, listen on this port.")

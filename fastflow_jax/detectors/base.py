@@ -66,6 +66,13 @@ class Scorer(Protocol):
         """
         ...
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Arrays by name, from which `Method.load` rebuilds the scorer.
+
+        Saved detectors consist of them: names, shapes and types must not change.
+        """
+        ...
+
 
 @runtime_checkable
 class InvertibleScorer(Scorer, Protocol):
@@ -109,15 +116,18 @@ def _nothing(config: ConfigDict, spec: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A detector: how it is trained and loaded, and its part of the configuration."""
+    """A detector: how it is trained, read and rebuilt, and its part of the configuration."""
 
     title: str  # its name in reports
     # Trains, or continues an interrupted training. Raises Interrupted after SIGTERM or SIGINT, and
     # InputError if the configuration does not suit the detector or training diverged.
     fit: Callable[[FitContext], Scorer]
-    # (filled configuration, (h, w, C) of each scale, directory of the training) -> what `fit`
+    # (filled configuration, directory of the training) -> the state dict of the scorer that `fit`
     # returned. Raises InputError if files are missing or damaged.
-    load: Callable[[ConfigDict, Sequence[tuple[int, ...]], pathlib.Path], Scorer]
+    read: Callable[[ConfigDict, pathlib.Path], Mapping[str, np.ndarray]]
+    # (filled configuration, (h, w, C) of each scale, state dict) -> the scorer with this state
+    # dict. Raises InputError if it does not fit, see `state.check`.
+    load: Callable[[ConfigDict, Sequence[tuple[int, ...]], Mapping[str, np.ndarray]], Scorer]
     # (configuration, specification of a backbone) -> the feature maps that it takes by default
     layers: Callable[[ConfigDict, Any], tuple[str, ...]]
     # Sections of the configuration with the defaults of their fields; a type stands for a field of
@@ -174,8 +184,8 @@ def compiled(function: Callable, config: FrozenConfigDict, *arguments: Any) -> C
 class CompiledScorer(PickledByFields):
     """Base of scorers whose work is done by pure functions of a configuration and arrays.
 
-    A subclass is a dataclass with the field `config`. It defines `function` and `arrays`; or
-    `score`, if that cannot be one pure function.
+    A subclass is a dataclass with the field `config`. It defines `state_dict`, and `function` and
+    `arrays`; or `score`, if that cannot be one pure function.
     """
 
     config: Any

@@ -5,7 +5,7 @@ import functools
 import json
 import pathlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar
 
 import flax.struct
@@ -19,6 +19,7 @@ from fastflow_jax.detectors.maps import border_weights, resize_map, top_mean, wi
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.extract import Features, in_batches
 from fastflow_jax.files import read_arrays, to_plain, write_arrays
+from fastflow_jax.state import Slot, State, check, flatten, unflatten
 from fastflow_jax.training.context import FitContext
 
 _FEW = 4  # held-out images; fewer do not give a standard deviation
@@ -36,6 +37,10 @@ class Calibration(flax.struct.PyTreeNode):
     window_mean: Array  # [maps], mean of `maps.window_maxima` over images and sides
     peak_std: Array  # [maps], standard deviation of the highest energy of an image
     weight: Array  # [maps], of the map in the image score
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Calibration))
+_PREFIX = "calibration/"  # of their names in a state dict
 
 
 def identity(weight: Array) -> Calibration:
@@ -175,6 +180,10 @@ class LocationScorer(CompiledScorer):
         """Variables and calibration."""
         return self.variables, self.calibration
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Variables by name, and the fields of the calibration as `calibration/<field>`."""
+        return flatten({**self.variables, "calibration": dataclasses.asdict(self.calibration)})
+
     def location_maps(
         self, features: Features, valid: np.ndarray | None = None
     ) -> tuple[np.ndarray, ...]:
@@ -222,21 +231,37 @@ def finish_fit(
     return scorer(config, variables, calibration)
 
 
-def load_scorer(scorer: type[S], config, directory: pathlib.Path) -> S:
-    """Loads what `finish_fit` has saved."""
-    calibration, _ = load_calibration(config, directory)
-    return scorer(config, read_arrays(directory / _VARIABLES), calibration)
+def read_fit(config, directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads what `finish_fit` has saved, see `Method.read`."""
+    return read_arrays(directory / _VARIABLES) | read_calibration(config, directory)
+
+
+def load_scorer(
+    scorer: type[S], config, state: State, slots: Mapping[str, Slot], *, maps: int
+) -> S:
+    """Rebuilds a scorer from its state dict, see `Method.load`.
+
+    Args:
+      scorer: class of the scorer.
+      config: filled.
+      state: see `LocationScorer.state_dict`.
+      slots: of the variables.
+      maps: number of maps that `scorer.locate` returns.
+    """
+    check(state, {**slots, **{f"{_PREFIX}{name}": Slot((maps,)) for name in _FIELDS}})
+    variables = unflatten(state)
+    return scorer(config, variables, Calibration(**variables.pop("calibration")))
 
 
 def save_calibration(
-    config, directory: pathlib.Path, calibration: Calibration, arrays: dict[str, np.ndarray]
+    config, directory: pathlib.Path, calibration: Calibration, banks: dict[str, np.ndarray]
 ) -> None:
-    """Saves a calibration with the arrays that depend on the same settings."""
-    write_arrays(_file(config, directory), dataclasses.asdict(calibration) | arrays)
+    """Saves a calibration with the memory banks, which depend on the same settings."""
+    write_arrays(_file(config, directory), dataclasses.asdict(calibration) | banks)
 
 
-def load_calibration(config, directory: pathlib.Path) -> tuple[Calibration, dict[str, np.ndarray]]:
-    """Loads what `save_calibration` has saved.
+def read_calibration(config, directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads what `save_calibration` has saved, as part of a state dict.
 
     Raises:
       InputError: the file is missing, damaged or of another version.
@@ -245,12 +270,11 @@ def load_calibration(config, directory: pathlib.Path) -> tuple[Calibration, dict
     arrays = read_arrays(file) if file.exists() else {}
     # Earlier versions had equal weights only.
     arrays.setdefault("weight", np.ones_like(arrays.get("peak_std", ())))
-    names = [field.name for field in dataclasses.fields(Calibration)]
-    if not arrays.keys() >= set(names):
+    if not arrays.keys() >= set(_FIELDS):
         raise InputError(
             f"{file} is missing, or was written by another version of this package. Train again."
         )
-    return Calibration(**{name: arrays.pop(name) for name in names}), arrays
+    return {f"{_PREFIX if n in _FIELDS else 'bank/'}{n}": x for n, x in arrays.items()}
 
 
 _WEIGHTS = ("border", "coarse_weight", "feature_weight")  # they do not affect a calibration

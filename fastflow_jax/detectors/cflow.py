@@ -41,9 +41,10 @@ from fastflow_jax.errors import InputError
 from fastflow_jax.features.extract import TrainingFeatures, inside, without_padding
 from fastflow_jax.files import read_arrays, write_arrays
 from fastflow_jax.flows import AffineCoupling, ConvSubnet, GlobalAffine, Permute
+from fastflow_jax.state import Slot, State, check, flatten, unflatten
 from fastflow_jax.training.context import FitContext
-from fastflow_jax.training.loop import READS, cached_by_config, load_variables, train_variables
-from fastflow_jax.training.step import Objective
+from fastflow_jax.training.loop import READS, cached_by_config, read_variables, train_variables
+from fastflow_jax.training.step import Objective, variable_slots
 
 _MAXIMA = "likelihood_maxima.npz"
 
@@ -73,10 +74,17 @@ def fit(context: FitContext) -> "CFlowScorer":
     return trained
 
 
-def load(config, shapes, directory: pathlib.Path) -> "CFlowScorer":
-    """Loads the scorer that `fit` has saved, see `Method.load`."""
-    variables = load_variables(directory, config, objective(config), shapes)
-    return CFlowScorer(config, variables, read_arrays(directory / _MAXIMA)["log_likelihood"])
+def read(config, directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads what `fit` has saved, see `Method.read`."""
+    highest = read_arrays(directory / _MAXIMA)["log_likelihood"]
+    return flatten({**read_variables(directory), "maxima": highest})
+
+
+def load(config, shapes, state: State) -> "CFlowScorer":
+    """Rebuilds a scorer, see `Method.load`."""
+    check(state, variable_slots(objective(config), shapes) | {"maxima": Slot((len(shapes),))})
+    variables = unflatten(state)
+    return CFlowScorer(config, variables, variables.pop("maxima"))
 
 
 def position_encoding(height: int, width: int, size: int) -> np.ndarray:
@@ -242,6 +250,10 @@ class CFlowScorer(CompiledScorer):
         """Variables of the flows, and the highest likelihoods."""
         return self.variables, self.maxima
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """See `Scorer.state_dict`."""
+        return flatten({**self.variables, "maxima": self.maxima})
+
 
 def _model(config) -> CFlow:
     return CFlow(config.cflow.steps, config.cflow.clamp)
@@ -294,6 +306,7 @@ def _take(maps: jax.Array, rows: jax.Array) -> jax.Array:
 METHOD = Method(
     title="CFLOW",
     fit=fit,
+    read=read,
     load=load,
     layers=layers,
     fields={

@@ -20,6 +20,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from fastflow_jax.detectors import convnets
@@ -34,9 +35,10 @@ from fastflow_jax.detectors.convnets import (
 )
 from fastflow_jax.detectors.maps import resize_map
 from fastflow_jax.features.extract import inside, without_padding
+from fastflow_jax.state import State, check, flatten, unflatten
 from fastflow_jax.training.context import FitContext
-from fastflow_jax.training.loop import READS, cached_by_config, load_variables
-from fastflow_jax.training.step import Objective
+from fastflow_jax.training.loop import READS, cached_by_config, read_variables
+from fastflow_jax.training.step import Objective, variable_slots
 
 
 def fit(context: FitContext) -> Scorer:
@@ -45,9 +47,16 @@ def fit(context: FitContext) -> Scorer:
     return fit_one_map(context, objective(config), partial(GANScorer, config))
 
 
-def load(config, shapes, directory: pathlib.Path) -> "GANScorer":
-    """Loads the scorer that `fit` has saved, see `Method.load`."""
-    return GANScorer(config, load_variables(directory, config, objective(config), shapes))
+def read(config, directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads what `fit` has saved, see `Method.read`."""
+    return GANScorer(config, read_variables(directory)).state_dict()
+
+
+def load(config, shapes, state: State) -> "GANScorer":
+    """Rebuilds a scorer, see `Method.load`."""
+    slots = variable_slots(objective(config), shapes).items()
+    check(state, {name: slot for name, slot in slots if name.startswith("params/generator/")})
+    return GANScorer(config, unflatten(state))
 
 
 class Generator(nn.Module):
@@ -176,6 +185,10 @@ class GANScorer(CompiledScorer):
         """The variables of the generator."""
         return {"params": self.variables["params"]["generator"]}
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The variables of the generator, see `Scorer.state_dict`."""
+        return flatten({"params": {"generator": self.variables["params"]["generator"]}})
+
 
 def _generator(config) -> Generator:
     return Generator(config.gan.width, config.gan.latent)
@@ -184,6 +197,7 @@ def _generator(config) -> Generator:
 METHOD = Method(
     title="GANomaly",
     fit=fit,
+    read=read,
     load=load,
     layers=convnets.layers,
     fields={

@@ -11,14 +11,13 @@ same position: Defard et al., PaDiM (arXiv 2011.08785), with the shrinkage above
 """
 
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fastflow_jax.detectors.base import Method
-from fastflow_jax.detectors.calibration import LocationScorer, finish_fit, load_scorer
+from fastflow_jax.detectors.calibration import LocationScorer, finish_fit, load_scorer, read_fit
 from fastflow_jax.detectors.fastflow.scorer import layers
 from fastflow_jax.features.extract import (
     channel_moments,
@@ -27,6 +26,7 @@ from fastflow_jax.features.extract import (
     whitening,
     without_padding,
 )
+from fastflow_jax.state import Slot, State
 from fastflow_jax.training.context import FitContext
 
 
@@ -49,9 +49,17 @@ def fit(context: FitContext) -> "GaussianScorer":
     return finish_fit(GaussianScorer, context, variables, maps=len(context.train.shapes))
 
 
-def load(config, shapes, directory: pathlib.Path) -> "GaussianScorer":
-    """Loads the scorer that `fit` has saved, see `Method.load`."""
-    return load_scorer(GaussianScorer, config, directory)
+def load(config, shapes, state: State) -> "GaussianScorer":
+    """Rebuilds a scorer, see `Method.load`."""
+    slots = {}
+    for i, (*size, channels) in enumerate(shapes):
+        if config.gaussian.per_location:
+            channels = min(channels, config.gaussian.channels)
+            slots[f"channels_{i}"] = Slot((channels,), np.int32)
+        places = size if config.gaussian.per_location else ()
+        slots[f"mean_{i}"] = Slot((*places, channels))
+        slots[f"matrix_{i}"] = Slot((*places, channels, channels))
+    return load_scorer(GaussianScorer, config, state, slots, maps=len(shapes))
 
 
 def locate(config, variables, batch) -> tuple[jax.Array, ...]:
@@ -86,6 +94,7 @@ class GaussianScorer(LocationScorer):
 METHOD = Method(
     title="Gaussian",
     fit=fit,
+    read=read_fit,
     load=load,
     layers=layers,
     fields={

@@ -8,18 +8,18 @@ al. (arXiv 2005.14140). Everything but the energies is as in FastFlow.
 
 import dataclasses
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
 
 from fastflow_jax.detectors.base import Method, compiled
-from fastflow_jax.detectors.calibration import LocationScorer, finish_fit, load_scorer
+from fastflow_jax.detectors.calibration import LocationScorer, finish_fit, load_scorer, read_fit
 from fastflow_jax.detectors.fastflow import bank
 from fastflow_jax.detectors.fastflow.scorer import layers
 from fastflow_jax.detectors.nearest import nearest, nearest_squared_distances
 from fastflow_jax.features.extract import inside, without_padding
+from fastflow_jax.state import Slot, State
 from fastflow_jax.training.context import FitContext
 
 
@@ -38,9 +38,14 @@ def fit(context: FitContext) -> "KnnScorer":
     return finish_fit(KnnScorer, context, variables, maps=len(context.train.shapes))
 
 
-def load(config, shapes, directory: pathlib.Path) -> "KnnScorer":
-    """Loads the scorer that `fit` has saved, see `Method.load`."""
-    return load_scorer(KnnScorer, config, directory)
+def load(config, shapes, state: State) -> "KnnScorer":
+    """Rebuilds a scorer, see `Method.load`."""
+    slots = {}
+    for i, (_, _, channels) in enumerate(shapes):
+        slots[f"mean_{i}"] = Slot((channels,))
+        slots[f"whitening_{i}"] = Slot((channels, channels))
+        slots[f"bank_{i}"] = Slot((None, channels))
+    return load_scorer(KnnScorer, config, state, slots, maps=len(shapes))
 
 
 def _entries(config, variables, batch) -> tuple[jax.Array, ...]:
@@ -88,6 +93,7 @@ class KnnScorer(LocationScorer):
 METHOD = Method(
     title="Whitened k-NN",
     fit=fit,
+    read=read_fit,
     load=load,
     layers=layers,
     fields={

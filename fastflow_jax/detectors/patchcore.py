@@ -34,6 +34,7 @@ from fastflow_jax.detectors.nearest import k_center, nearest
 from fastflow_jax.errors import InputError, Interrupted
 from fastflow_jax.features.extract import Features, inside, without_padding
 from fastflow_jax.files import read_arrays, write_arrays
+from fastflow_jax.state import Slot, State, check
 from fastflow_jax.training.context import FitContext
 from fastflow_jax.training.loop import signalled, signals_set_a_flag
 
@@ -59,21 +60,27 @@ def fit(context: FitContext) -> "PatchCoreScorer":
     """
     config, file = context.config, context.directory / _BANK
     if parallel.on_main(file.exists):
-        return load(config, context.train.shapes, context.directory)
+        return load(config, context.train.shapes, read(config, context.directory))
     with signals_set_a_flag() as received:
         chosen = _choose(context, received)
         rows = _patch_rows(context, "bank", received)
         bank = [patches[here] for patches, here in zip(rows, chosen, strict=True)]
         scorer = PatchCoreScorer(config, context.train.shapes, np.concatenate(bank))
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_arrays(file, {"bank": scorer.bank})
+        write_arrays(file, scorer.state_dict())
         _stop_if(received, "after the memory bank was saved")
     return scorer
 
 
-def load(config, shapes, directory: pathlib.Path) -> "PatchCoreScorer":
-    """Loads the scorer that `fit` has saved, see `Method.load`."""
-    return PatchCoreScorer(config, shapes, read_arrays(directory / _BANK)["bank"])
+def read(config, directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads what `fit` has saved, see `Method.read`."""
+    return read_arrays(directory / _BANK)
+
+
+def load(config, shapes, state: State) -> "PatchCoreScorer":
+    """Rebuilds a scorer, see `Method.load`."""
+    check(state, {"bank": Slot((None, config.patchcore.dimension))})
+    return PatchCoreScorer(config, shapes, state["bank"])
 
 
 def _choose(context: FitContext, received: list[int]) -> list[np.ndarray]:
@@ -235,10 +242,15 @@ class PatchCoreScorer(CompiledScorer):
         centre = self.bank.mean(0)
         return pooling_kernels(self.shapes, self.bank.shape[1]), centre, self.bank - centre
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """See `Scorer.state_dict`."""
+        return {"bank": self.bank}
+
 
 METHOD = Method(
     title="PatchCore",
     fit=fit,
+    read=read,
     load=load,
     layers=layers,
     fields={

@@ -29,6 +29,7 @@ from fastflow_jax.detectors.maps import resize_map
 from fastflow_jax.detectors.nearest import nearest
 from fastflow_jax.features.extract import Features, inside, without_padding
 from fastflow_jax.files import read_arrays, write_arrays
+from fastflow_jax.state import Slot, State, check
 from fastflow_jax.training.context import FitContext
 
 _GALLERY = "checkpoints/gallery.npz"
@@ -43,26 +44,33 @@ def fit(context: FitContext) -> "SpadeScorer":
     """Saves the features of all training images as `checkpoints/gallery.npz`."""
     config, features, file = context.config, context.train, context.directory / _GALLERY
     if parallel.on_main(file.exists):
-        return load(config, features.shapes, context.directory)
+        return load(config, features.shapes, read(config, context.directory))
     maps = features.cached
     if maps is None:
         parts = [part for part, _ in features.parts()]
         maps = tuple(map(np.concatenate, zip(*parts, strict=True)))
-    gallery = {f"maps_{i}": m for i, m in enumerate(maps)}
-    if features.valid is not None:
-        gallery["valid"] = features.valid
+    scorer = SpadeScorer(config, maps, features.valid)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_arrays(file, gallery)
-    return SpadeScorer(config, maps, features.valid)
+    write_arrays(file, scorer.state_dict())
+    return scorer
 
 
-def load(config, shapes, directory: pathlib.Path) -> "SpadeScorer":
-    """Loads the scorer that `fit` has saved, see `Method.load`."""
-    gallery = read_arrays(directory / _GALLERY)
-    maps = (gallery[f"maps_{i}"] for i in range(len(shapes)))
+def read(config, directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads what `fit` has saved, see `Method.read`."""
+    gallery = read_arrays(directory / _GALLERY).items()
     # numpy files store bfloat16 as raw bytes.
-    maps = tuple(m.view(jnp.bfloat16) if m.dtype.kind == "V" else m for m in maps)
-    return SpadeScorer(config, maps, gallery.get("valid"))
+    return {name: x.view(jnp.bfloat16) if x.dtype.kind == "V" else x for name, x in gallery}
+
+
+def load(config, shapes, state: State) -> "SpadeScorer":
+    """Rebuilds a scorer, see `Method.load`."""
+    names = [f"maps_{i}" for i in range(len(shapes))]
+    (n, *_) = (*state[names[0]].shape, None) if names[0] in state else (None,)
+    slots = {name: Slot((n or None, *shape)) for name, shape in zip(names, shapes, strict=True)}
+    if "valid" in state:
+        slots["valid"] = Slot((n, *config.image_size), np.bool_)
+    check(state, slots)
+    return SpadeScorer(config, tuple(state[name] for name in names), state.get("valid"))
 
 
 def _retrieve(config, known, vectors):
@@ -141,6 +149,11 @@ class SpadeScorer(CompiledScorer):
         draw = self._program(_draw, tuple(size or self.config.image_size))
         return scores, draw(None, (found, valid))
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """See `Scorer.state_dict`."""
+        state = {f"maps_{i}": np.asarray(m) for i, m in enumerate(self.maps)}
+        return state if self.valid is None else state | {"valid": self.valid}
+
     @functools.cached_property
     def _vectors(self) -> jax.Array:
         """Vectors of the training images, [N, C]."""
@@ -159,6 +172,7 @@ def _vectors(features: Features, valid: np.ndarray | None) -> np.ndarray:
 METHOD = Method(
     title="SPADE",
     fit=fit,
+    read=read,
     load=load,
     layers=layers,
     fields={

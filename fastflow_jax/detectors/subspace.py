@@ -6,15 +6,15 @@ Here of each scale, per channel; feature maps, calibration and image score are t
 """
 
 import dataclasses
-import pathlib
 
 import numpy as np
 
 from fastflow_jax.detectors.base import Method
-from fastflow_jax.detectors.calibration import LocationScorer, finish_fit, load_scorer
+from fastflow_jax.detectors.calibration import LocationScorer, finish_fit, load_scorer, read_fit
 from fastflow_jax.detectors.fastflow.scorer import layers
 from fastflow_jax.detectors.gaussian import locate
 from fastflow_jax.features.extract import channel_moments
+from fastflow_jax.state import Slot, State
 from fastflow_jax.training.context import FitContext
 
 
@@ -41,9 +41,13 @@ def residual_basis(covariance: np.ndarray, variance: float) -> np.ndarray:
     return vectors[:, : max(1, np.sum(left <= 1 - variance))].astype(np.float32)
 
 
-def load(config, shapes, directory: pathlib.Path) -> "SubspaceScorer":
-    """Loads the scorer that `fit` has saved, see `Method.load`."""
-    return load_scorer(SubspaceScorer, config, directory)
+def load(config, shapes, state: State) -> "SubspaceScorer":
+    """Rebuilds a scorer, see `Method.load`."""
+    slots = {}
+    for i, (_, _, channels) in enumerate(shapes):
+        slots[f"mean_{i}"] = Slot((channels,))
+        slots[f"matrix_{i}"] = Slot((channels, None))
+    return load_scorer(SubspaceScorer, config, state, slots, maps=len(shapes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,7 @@ class SubspaceScorer(LocationScorer):
 METHOD = Method(
     title="Principal subspace",
     fit=fit,
+    read=read_fit,
     load=load,
     layers=layers,
     # variance: share that the principal components explain at least

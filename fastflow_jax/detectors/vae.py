@@ -19,6 +19,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from fastflow_jax.detectors import convnets
@@ -33,9 +34,10 @@ from fastflow_jax.detectors.convnets import (
 )
 from fastflow_jax.detectors.maps import resize_map
 from fastflow_jax.features.extract import inside, without_padding
+from fastflow_jax.state import State, check, flatten, unflatten
 from fastflow_jax.training.context import FitContext
-from fastflow_jax.training.loop import READS, cached_by_config, load_variables
-from fastflow_jax.training.step import Objective
+from fastflow_jax.training.loop import READS, cached_by_config, read_variables
+from fastflow_jax.training.step import Objective, variable_slots
 
 _LOWEST_LOG_VARIANCE = -6.0  # deviations of 0.05 or more, in images from -1 to 1
 
@@ -46,9 +48,15 @@ def fit(context: FitContext) -> Scorer:
     return fit_one_map(context, objective(config), partial(VAEScorer, config))
 
 
-def load(config, shapes, directory: pathlib.Path) -> "VAEScorer":
-    """Loads the scorer that `fit` has saved, see `Method.load`."""
-    return VAEScorer(config, load_variables(directory, config, objective(config), shapes))
+def read(config, directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads what `fit` has saved, see `Method.read`."""
+    return flatten(read_variables(directory))
+
+
+def load(config, shapes, state: State) -> "VAEScorer":
+    """Rebuilds a scorer, see `Method.load`."""
+    check(state, variable_slots(objective(config), shapes))
+    return VAEScorer(config, unflatten(state))
 
 
 class VAE(nn.Module):
@@ -150,6 +158,10 @@ class VAEScorer(CompiledScorer):
         """The variables of the networks."""
         return self.variables
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """See `Scorer.state_dict`."""
+        return flatten(self.variables)
+
 
 def _noise(config, samples: int) -> jax.Array:
     """Fixed noise of codes, [samples, latent]."""
@@ -163,6 +175,7 @@ def _model(config) -> VAE:
 METHOD = Method(
     title="VAE",
     fit=fit,
+    read=read,
     load=load,
     layers=convnets.layers,
     fields={

@@ -10,6 +10,7 @@ from fastflow_jax.detectors.base import CalibratedScorer
 from fastflow_jax.evaluation import thresholds
 from fastflow_jax.features.extract import Features, in_batches
 from fastflow_jax.files import read_arrays, write_arrays
+from fastflow_jax.state import Slot, State, check
 
 _FOLDS = 5
 
@@ -45,16 +46,29 @@ class HeldOut:
         """Returns the p-value of an image score, see `decision.p_values`."""
         return float(p_values(score, self.scores, self.groups))
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The arrays by name, for `from_state`."""
+        return {name: array for name, array in vars(self).items() if array is not None}
+
+    @classmethod
+    def from_state(cls, state: State) -> "HeldOut":
+        """The inverse of `state_dict`; raises InputError if it has other arrays."""
+        n = len(state.get("scores", ())) or None
+        slots = {"scores": Slot((n,)), "tails": Slot((n, len(thresholds.EXCEEDANCES)))}
+        if "groups" in state:
+            slots["groups"] = Slot((n,), np.integer)
+        check(state, slots)
+        return cls(state["scores"], state["tails"], state.get("groups"))
+
     def save(self, file: pathlib.Path) -> None:
         """Writes an .npz file for `load`."""
-        fields = vars(self).items()
-        write_arrays(file, {name: array for name, array in fields if array is not None})
+        write_arrays(file, self.state_dict())
 
     @classmethod
     def load(cls, file: pathlib.Path) -> "HeldOut":
         """Reads a file of `save`, also of older versions; raises InputError if it is damaged."""
-        arrays = read_arrays(file)
-        return cls(arrays["scores"], arrays["tails"], arrays.get("groups"))
+        names, arrays = [field.name for field in dataclasses.fields(cls)], read_arrays(file)
+        return cls.from_state({name: arrays[name] for name in names if name in arrays})
 
 
 def score_held_out(

@@ -21,7 +21,7 @@ from fastflow_jax.export.onnx import to_onnx
 from fastflow_jax.export.resize import resize_inside
 from fastflow_jax.exported import INPUT, Exported, to_metadata
 from fastflow_jax.features.prepare import split
-from fastflow_jax.files import replacing, sha256, write_text
+from fastflow_jax.files import replacing, sha256_of_detector, write_text
 from fastflow_jax.prediction import Predictor
 
 FORMATS = {"onnx": ".onnx", "stablehlo": ".stablehlo"}  # and the usual suffix of their files
@@ -158,7 +158,7 @@ def metadata(detector: Any) -> dict[str, Any]:
         "colour_range": detector.colour_range,
         "precision": _PRECISION,
         "fingerprint": fingerprint(detector),
-        "source": detector.folder and sha256(detector.folder / "detector.json"),
+        "source": detector.folder and sha256_of_detector(detector.folder),
     }
 
 

@@ -16,6 +16,7 @@ from fastflow_jax.data.groups import labels_of
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.prepare import split_holdout
 from fastflow_jax.files import read_arrays, write_arrays
+from fastflow_jax.state import Slot, State, check
 
 _NORMAL = 0.25  # smallest share of new parts that are assumed to be normal
 _LEVEL = 0.01  # largest p-value of a shift
@@ -95,16 +96,33 @@ class Reference:
         """Distances of images with these `image_means` [B, C], float64 [B]; 1 is typical."""
         return cdist((means - self.center) / self.scale, self.rows).min(1) / self.median
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The fields by name, for `from_state`."""
+        return {name: np.asarray(value) for name, value in vars(self).items()}
+
+    @classmethod
+    def from_state(cls, state: State) -> "Reference":
+        """The inverse of `state_dict`; raises InputError if it has other arrays."""
+        channels = state["center"].size if "center" in state else None
+        slots = {name: Slot((channels,)) for name in ("center", "scale")}
+        slots |= {
+            "rows": Slot((None, channels)),
+            "median": Slot(()),
+            "n_parts": Slot((), np.integer),
+        }
+        check(state, slots)
+        arrays = dict(state)
+        median, n_parts = float(arrays.pop("median")), int(arrays.pop("n_parts"))
+        return cls(**arrays, median=median, n_parts=n_parts)
+
     def save(self, file: pathlib.Path) -> None:
         """Writes an .npz file for `load`."""
-        write_arrays(file, {name: np.asarray(value) for name, value in vars(self).items()})
+        write_arrays(file, self.state_dict())
 
     @classmethod
     def load(cls, file: pathlib.Path) -> "Reference":
         """Reads a file of `save`; raises InputError if it is damaged."""
-        arrays = read_arrays(file)
-        median, n_parts = float(arrays.pop("median")), int(arrays.pop("n_parts"))
-        return cls(**arrays, median=median, n_parts=n_parts)
+        return cls.from_state(read_arrays(file))
 
 
 def chosen(n: int) -> np.ndarray:

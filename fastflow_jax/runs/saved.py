@@ -1,47 +1,31 @@
-"""Saved detectors: the files of a finished training that `Detector.load` reads."""
+"""What `Detector.load` reads: saved detectors, and records of finished trainings."""
 
 import dataclasses
 import logging
 import os
 import pathlib
-import shutil
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from fastflow_jax.backbones import Backbone, create_backbone, rebuild_backbone
 from fastflow_jax.config import from_plain
 from fastflow_jax.data.profile import Profile
 from fastflow_jax.decision import Threshold
-from fastflow_jax.detectors.base import Scorer
+from fastflow_jax.detectors.base import Scorer, method
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.held_out import HeldOut, score_held_out
 from fastflow_jax.features.extract import image_means
 from fastflow_jax.features.prepare import Prepared, is_augmented
 from fastflow_jax.features.shift import Reference, chosen
-from fastflow_jax.files import expanded, make_folder, read_json, sha256, to_plain, write_json
-from fastflow_jax.training.loop import copy_variables
+from fastflow_jax.files import expanded, read_json, sha256, to_plain, write_json
+from fastflow_jax.runs import durable
+from fastflow_jax.runs.durable import DETECTOR, Saved, plain_thresholds, read_threshold
 
 _log = logging.getLogger(__name__)
 
-_DETECTOR = "detector.json"
 _HELD_OUT = "held_out.npz"
 _REFERENCE = "shift.npz"  # in the directory of the training
 _RATE, _PIXEL_RATE = 0.05, 0.01  # default false-alarm rates
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Saved:
-    """The record of a finished training."""
-
-    config: ConfigDict  # filled, of the training
-    seed: int
-    weights: dict  # of the backbone, see `Backbone.weights`
-    training: pathlib.Path  # directory of the training
-    held_out: HeldOut | None
-    image_threshold: Threshold | None
-    pixel_threshold: Threshold | None
-    images: Profile | None  # None in directories of older versions
-    reference: Reference | None  # None in directories of older versions, see also `Reference.fit`
 
 
 def record(
@@ -80,38 +64,44 @@ def record(
         "seed": seed,
         "weights": prepared.backbone.weights,
         "training": os.path.relpath(training, directory),
-        "thresholds": _plain(image, pixel),
+        "thresholds": plain_thresholds(image, pixel),
         "images": prepared.profile and dataclasses.asdict(prepared.profile),
     }
-    write_json(directory / _DETECTOR, about)
+    write_json(directory / DETECTOR, about)
     return about["thresholds"]
 
 
-def read(directory: pathlib.Path) -> Saved:
-    """Reads what `record` or `save` has written.
+def read(path: pathlib.Path) -> Saved:
+    """Reads a saved detector, or the directory of a finished training that `record` has written.
 
     Raises:
-      InputError: the directory has no training, or several, which are listed.
+      InputError: there is no detector, there are several trainings, which are listed, or a file is
+        missing or damaged.
     """
-    about = _about(directory)
-    training, file = (directory / about["training"]).resolve(), directory / _HELD_OUT
+    if path.is_file():
+        return durable.read(path)
+    about = _about(path)
+    if "format" in about:
+        return durable.read(path)
+    training, file = (path / about["training"]).resolve(), path / _HELD_OUT
     if not (training / "checkpoints").exists():
         raise InputError(f"{training} lacks its checkpoints. Restore them, or train again.")
     held_out = HeldOut.load(file) if file.exists() else None
-    limits = [_threshold(about["thresholds"][of]) for of in ("image", "pixel")]
+    limits = [read_threshold(about["thresholds"][of]) for of in ("image", "pixel")]
     if held_out is None and any(t and t.kind in ("image", "pixel") for t in limits):
-        raise InputError(f"{directory} lacks its {_HELD_OUT}. Restore it, or train again.")
-    images = about.get("images")
+        raise InputError(f"{path} lacks its {_HELD_OUT}. Restore it, or train again.")
+    config, images = from_plain(about["config"]), about.get("images")
     return Saved(
-        config=from_plain(about["config"]),
-        seed=about["seed"],
+        config=config,
         weights=about["weights"],
-        training=training,
+        state=method(config.detector).read(config, training),
         held_out=held_out,
         image_threshold=limits[0],
         pixel_threshold=limits[1],
         images=None if images is None else Profile.from_plain(images),
         reference=read_reference(training),
+        seed=about["seed"],
+        training=training,
     )
 
 
@@ -147,7 +137,37 @@ def read_reference(training: pathlib.Path) -> Reference | None:
     return Reference.load(file) if file.exists() else None
 
 
-def find_weights(
+def load_backbone(
+    record: Saved, directory: pathlib.Path, weights: str | os.PathLike | None = None
+) -> Backbone:
+    """The backbone of a saved detector or a finished training.
+
+    Sets `config.weights` of the record to the path of the weight file.
+
+    Args:
+      record: of the detector.
+      directory: directory or file that `record` was read from.
+      weights: a file with the weights of the backbone; None for the recorded one.
+
+    Raises:
+      InputError: the weights were not found, or are not those of the training.
+    """
+    config, known = record.config, record.weights
+    if record.backbone is not None and weights is None:
+        return rebuild_backbone(config.backbone, config.layers, record.backbone, known)
+    config.weights = _find_weights(record, directory, weights)
+    backbone = create_backbone(
+        config.backbone, weights=config.weights, layers=config.layers, seed=record.seed
+    )
+    if backbone.weights.get("sha256") != known.get("sha256"):
+        raise InputError(
+            f"{directory} was trained with other weights of {config.backbone}: {known}, not "
+            f"{backbone.weights}. Restore them, or train again."
+        )
+    return backbone
+
+
+def _find_weights(
     record: Saved, directory: pathlib.Path, weights: str | os.PathLike | None = None
 ) -> str | None:
     """The weight file of a detector's backbone, as `config.weights`.
@@ -182,6 +202,8 @@ def find_weights(
     if record.weights.get("source") != "file" or recorded is None or os.path.exists(recorded):
         return recorded
     directory = directory.resolve()
+    if directory.is_file():  # a .zip file
+        directory = directory.parent
     parents = (directory, *directory.parents)
     run = next((d for d in parents if (d / "config.json").exists()), directory)
     for place in (directory, run, run.parent):
@@ -195,57 +217,44 @@ def find_weights(
     )
 
 
-def save(
-    source: pathlib.Path,
-    directory: pathlib.Path,
-    weights: str | None,
-    image_threshold: Threshold | None,
-    pixel_threshold: Threshold | None,
+def change(
+    path: pathlib.Path, weights: str | None, image: Threshold | None, pixel: Threshold | None
 ) -> None:
-    """Copies a detector to a new directory with these thresholds, or changes them in place.
+    """Changes the thresholds of a saved detector or of a finished training.
 
     Args:
-      source: directory of the detector.
-      directory: new directory, or the source.
+      path: that `read` has read.
       weights: `config.weights`, recorded again because the file may have moved.
-      image_threshold: of image scores.
-      pixel_threshold: of anomaly maps.
+      image: threshold of image scores.
+      pixel: threshold of anomaly maps.
 
     Raises:
-      InputError: the directory has other files.
+      InputError: there is no detector, or it cannot be written.
     """
-    about = _about(source)
-    if directory.resolve() != source.resolve():
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise InputError(f"{directory} has other files. Save to a new directory.")
-        make_folder(directory)
-        training = source / about["training"]
-        copy_variables(training, directory)
-        (directory / "checkpoints").mkdir(exist_ok=True)
-        for file in (training / "checkpoints").glob("*.npz"):  # of detectors without gradients
-            shutil.copy(file, directory / "checkpoints")
-        for file in [*training.glob("*.npz"), *source.glob(_HELD_OUT)]:
-            shutil.copy(file, directory)
-        about["training"] = "."
+    if path.is_file() or "format" in (about := _about(path)):
+        durable.change(path, weights, image, pixel)
+        return
     about["config"]["weights"] = weights
-    about["thresholds"] = _plain(image_threshold, pixel_threshold)
-    write_json(directory / _DETECTOR, about)
+    about["thresholds"] = plain_thresholds(image, pixel)
+    durable.write_description(path, about)
 
 
 def is_finished(directory: pathlib.Path) -> bool:
-    """Whether `record` or `save` has written to a directory."""
-    return (directory / _DETECTOR).exists()
+    """Whether a directory has a finished training or a saved detector."""
+    return (directory / DETECTOR).exists()
 
 
 def _about(directory: pathlib.Path) -> dict:
     """The content of `detector.json`; for errors see `read`."""
-    about = read_json(directory / _DETECTOR)
+    about = read_json(directory / DETECTOR)
     if about is None:
         raise InputError(_where_trainings_are(directory))
     known = about if isinstance(about, dict) else {}
+    if "format" in known:
+        return known
     if missing := {"config", "seed", "weights", "training", "thresholds"} - known.keys():
         raise InputError(
-            f"{directory / _DETECTOR} was written by an older version, without {min(missing)}. "
+            f"{directory / DETECTOR} was written by an older version, without {min(missing)}. "
             "Train again."
         )
     return about
@@ -253,26 +262,11 @@ def _about(directory: pathlib.Path) -> dict:
 
 def _where_trainings_are(directory: pathlib.Path) -> str:
     if not directory.is_dir():
-        return f"{directory} is not a directory. Pass the run directory of a training."
-    found = sorted(str(file.parent) for file in directory.rglob(_DETECTOR))
+        return (
+            f"{directory} is not a directory or a .zip file. Pass a saved detector, or the run "
+            "directory of a training."
+        )
+    found = sorted(str(file.parent) for file in directory.rglob(DETECTOR))
     if found:
         return f"{directory} has several trainings. Pass one of them:\n  " + "\n  ".join(found)
     return f"{directory} has no finished training, or one of an older version. Train there first."
-
-
-def _plain(image: Threshold | None, pixel: Threshold | None) -> dict:
-    return {name: t and dataclasses.asdict(t) for name, t in (("image", image), ("pixel", pixel))}
-
-
-def _threshold(plain: dict | None) -> Threshold | None:
-    """The inverse of `_plain` for one threshold."""
-    if plain is None:
-        return None
-    try:
-        interval = plain["interval"] and tuple(plain["interval"])
-        return Threshold(**plain | {"value": float(plain["value"]), "interval": interval})
-    except (TypeError, ValueError, KeyError) as error:
-        raise InputError(
-            f"A threshold is damaged, or was written by another version ({error}). Install that "
-            "version, or train again."
-        ) from error

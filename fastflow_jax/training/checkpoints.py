@@ -6,7 +6,7 @@ import functools
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -110,45 +110,45 @@ class Checkpoints:
                 "then continues from the previous checkpoint."
             ) from error
 
-    def restore(self, step: int | None, template: Any, *, partial: bool = False) -> Any:
+    def restore(self, step: int | None, template: Any) -> Any:
         """Reads a checkpoint onto the default device of each process, whatever devices wrote it.
 
         Args:
           step: `latest`.
           template: a tree of the same structure, shapes and types (arrays or ShapeDtypeStructs).
-          partial: the template may be a dict with some fields of the state only.
 
         Raises:
           InputError: there is no checkpoint, it is damaged, or its structure is another.
         """
+        return self._restore(step, lambda step: template, partial=False)
+
+    def restore_fields(self, *fields: str) -> dict[str, Any]:
+        """Reads some fields of the state in the latest checkpoint, like `restore`.
+
+        Fields that the state does not have are left out.
+        """
+
+        def shapes(step: int) -> dict[str, Any]:
+            tree: Any = self._orbax.metadata(step).metadata
+            return {field: tree[field] for field in fields if field in tree}
+
+        return self._restore(self.latest, shapes, partial=True)
+
+    def _restore(self, step: int | None, template: Callable[[int], Any], *, partial: bool) -> Any:
+        """Reads the arrays of `template(step)`; `partial` if the state may have other fields."""
         sharding = parallel.of_all()
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), template
-        )
         with _damage_is_named(self._directory):
             if step is None:
                 raise ValueError("it is empty")
             self._check_manifest(step)
+            abstract = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                template(step),
+            )
             context = ocp.Context()
             context.pytree.loading.partial_load = partial
             with context:
                 return parallel.to_own(self._orbax.load(step, abstract))
-
-    def _shapes(self, step: int, fields: Sequence[str]) -> dict[str, Any]:
-        """Shapes and types of the arrays in some fields of a saved state."""
-        with _damage_is_named(self._directory):
-            tree: Any = self._orbax.metadata(step).metadata
-            some = {field: tree[field] for field in fields if field in tree}
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), some)
-
-    def copy_fields(self, directory: pathlib.Path, fields: Sequence[str]) -> None:
-        """Copies some fields of the latest checkpoint to a new directory of checkpoints."""
-        step = self.latest
-        if step is None:
-            return
-        state = self.restore(step, self._shapes(step, fields), partial=True)
-        with Checkpoints(directory) as copy:
-            copy.save(step, state)
 
 
 @contextlib.contextmanager

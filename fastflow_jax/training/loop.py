@@ -290,29 +290,11 @@ def train_variables(
         return train(context, objective, runs[:n], on_epoch)[0].variables
 
 
-def load_variables(
-    directory: pathlib.Path, config, objective: Objective, shapes: Sequence[tuple[int, ...]]
-) -> dict:
-    """Loads the variables that `train_variables` has saved in a directory.
-
-    Args:
-      directory: of the training.
-      config: filled, of the training.
-      objective: of the training.
-      shapes: (h, w, C) of each scale.
-    """
-    optimizer = create_optimizer(config.train, 1)
-    state = jax.eval_shape(partial(create_state, objective, optimizer, shapes, 0))
-    template = {"params": state.params, "constants": state.constants}
+def read_variables(directory: pathlib.Path) -> dict:
+    """Reads the variables that `train_variables` has saved in the directory of a training."""
     with Checkpoints(directory / "checkpoints") as checkpoints:
-        found = checkpoints.restore(checkpoints.latest, template, partial=True)
-    return {"params": found["params"], **found["constants"]}
-
-
-def copy_variables(directory: pathlib.Path, copy: pathlib.Path) -> None:
-    """Copies what `load_variables` reads to another directory, without the optimiser's state."""
-    with Checkpoints(directory / "checkpoints") as checkpoints:
-        checkpoints.copy_fields(copy / "checkpoints", ("params", "constants"))
+        found = checkpoints.restore_fields("params", "constants")
+    return {"params": found["params"], **found.get("constants", {})}
 
 
 def _epoch_runner(config, objective, optimizer, features, seeds) -> Callable:

@@ -1,6 +1,6 @@
 """The training step as a pure function of state and batch, and the order of batches in an epoch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 
 from fastflow_jax import parallel
 from fastflow_jax.features.extract import Features
+from fastflow_jax.state import Slot
 
 
 class Objective(NamedTuple):
@@ -28,6 +30,19 @@ class Objective(NamedTuple):
     loss: Callable[..., jax.Array]
     # (variables, features, valid) -> losses of held-out images [B], without random numbers
     validation: Callable[..., jax.Array]
+
+
+def variable_slots(objective: Objective, shapes: Sequence[tuple[int, ...]]) -> dict[str, Slot]:
+    """The slots of the variables of an objective in a state dict; computes nothing.
+
+    Args:
+      objective: of a training.
+      shapes: (h, w, C) of each scale.
+    """
+    features = tuple(jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in shapes)
+    variables = jax.eval_shape(objective.init, jax.random.key(0), features)
+    leaves: dict[str, Any] = flatten_dict(variables, sep="/")
+    return {name: Slot(leaf.shape, leaf.dtype.type) for name, leaf in leaves.items()}
 
 
 class TrainState(flax.struct.PyTreeNode):

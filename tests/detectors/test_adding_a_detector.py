@@ -50,6 +50,8 @@ def test_the_example_finds_a_defect(example, tmp_path):
     assert 6 <= y < 16
     assert 12 <= x < 24
     assert Detector.load(tmp_path / "run").predict(defective).score == result.score
+    saved = Detector.load(detector.save(tmp_path / "saved.zip"))
+    assert saved.predict(defective).score == result.score
     with pytest.raises(InputError, match="mean has no latents"):
         detector.sample()
 

@@ -190,7 +190,7 @@ def test_padding_does_not_affect_scores_and_maps(config, fitted):
 
 def test_a_loaded_scorer_gives_equal_scores(config, fitted):
     scorer, folder = fitted
-    loaded = cflow.load(config, [m.shape[1:] for m in FEATURES], folder)
+    loaded = cflow.load(config, [m.shape[1:] for m in FEATURES], cflow.read(config, folder))
     test = tuple(m[8:] for m in FEATURES)
     for one, other in zip(scorer.score(test), loaded.score(test), strict=True):
         np.testing.assert_array_equal(one, other)

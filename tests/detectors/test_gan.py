@@ -134,7 +134,7 @@ def test_padding_does_not_affect_scores_and_maps(config, fitted):
 
 def test_a_loaded_scorer_gives_equal_scores(config, fitted):
     scorer, folder = fitted
-    loaded = gan.load(config, [(*SIZE, 3)], folder)
+    loaded = gan.load(config, [(*SIZE, 3)], gan.read(config, folder))
     x = (images(5, 6),)
     for one, other in zip(scorer.score(x), loaded.score(x), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastflow_jax.config import default, fill
-from fastflow_jax.detectors.gaussian import fit, load
+from fastflow_jax.detectors.gaussian import METHOD, fit
 from fastflow_jax.features.extract import cached_features
 from fastflow_jax.training.context import FitContext
 
@@ -72,6 +72,6 @@ def test_a_loaded_scorer_gives_the_same_scores(tmp_path, per_location):
     held_out, test = features(5, seed=2), features(3, seed=1)
     c = config(**{"gaussian.per_location": per_location})
     scorer = fit(FitContext(c, cached_features(features(9)), tmp_path, holdout=held_out))
-    loaded = load(scorer.config, SHAPES, tmp_path)
+    loaded = METHOD.load(scorer.config, SHAPES, METHOD.read(scorer.config, tmp_path))
     for one, other in zip(scorer.score(test), loaded.score(test), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -5,7 +5,7 @@ import pytest
 from sklearn.neighbors import NearestNeighbors
 
 from fastflow_jax.config import default, fill
-from fastflow_jax.detectors.knn import fit, load
+from fastflow_jax.detectors.knn import METHOD, fit
 from fastflow_jax.features.extract import cached_features
 from fastflow_jax.training.context import FitContext
 
@@ -97,7 +97,7 @@ def test_other_features_score_higher_than_normal_ones(tmp_path):
 def test_a_loaded_scorer_gives_the_same_scores(tmp_path):
     train, test = features(8), features(3, seed=1)
     scorer = fitted(tmp_path, train, holdout=features(5, seed=2))
-    loaded = load(scorer.config, SHAPES, tmp_path)
+    loaded = METHOD.load(scorer.config, SHAPES, METHOD.read(scorer.config, tmp_path))
     for one, other in zip(scorer.score(test), loaded.score(test), strict=True):
         np.testing.assert_array_equal(one, other)
 

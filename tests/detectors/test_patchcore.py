@@ -12,10 +12,10 @@ from fastflow_jax.config import default, fill
 from fastflow_jax.detectors import nearest, patchcore
 from fastflow_jax.detectors.nearest import k_center
 from fastflow_jax.detectors.patchcore import (
+    METHOD,
     PatchCoreScorer,
     embed,
     fit,
-    load,
     pooling_kernels,
     weights,
 )
@@ -192,7 +192,7 @@ def test_a_loaded_scorer_gives_equal_scores(tmp_path):
     scorer = fitted(tmp_path, maps)
     test = random_maps(3, seed=1)
     again = fitted(tmp_path, random_maps(6, seed=9))  # finished: the bank is not filled again
-    for other in (load(config(), scorer.shapes, tmp_path), again):
+    for other in (METHOD.load(config(), scorer.shapes, METHOD.read(config(), tmp_path)), again):
         for one, two in zip(scorer.score(test), other.score(test), strict=True):
             np.testing.assert_array_equal(one, two)
     same, another = (fitted(tmp_path / str(s), maps, seed=s).bank for s in (0, 1))

@@ -10,7 +10,7 @@ from fastflow_jax.backbones import find_spec
 from fastflow_jax.config import default, fill
 from fastflow_jax.detectors import spade
 from fastflow_jax.detectors.maps import resize_map
-from fastflow_jax.detectors.spade import fit, load
+from fastflow_jax.detectors.spade import METHOD, fit
 from fastflow_jax.features.extract import TrainingFeatures, cached_features
 from fastflow_jax.training.context import FitContext
 
@@ -83,7 +83,7 @@ def test_features_in_bfloat16_are_loaded(tmp_path):
         tuple(m.astype(jnp.bfloat16) for m in maps) for maps in (random_maps(7), random_maps(3, 1))
     )
     scorer = fitted(tmp_path, train)
-    loaded = load(config(), SHAPES, tmp_path)
+    loaded = METHOD.load(config(), SHAPES, METHOD.read(config(), tmp_path))
     for one, two in zip(scorer.score(test), loaded.score(test), strict=True):
         np.testing.assert_array_equal(one, two)
 
@@ -105,7 +105,11 @@ def test_a_loaded_scorer_gives_equal_scores(tmp_path):
     parts = TrainingFeatures(7, SHAPES, None, cached_features(train).parts, None)
     (tmp_path / "recomputed").mkdir()
     recomputed = fit(FitContext(config(), parts, tmp_path / "recomputed"))
-    for other in (load(config(), SHAPES, tmp_path), again, recomputed):
+    for other in (
+        METHOD.load(config(), SHAPES, METHOD.read(config(), tmp_path)),
+        again,
+        recomputed,
+    ):
         for one, two in zip(scorer.score(test), other.score(test), strict=True):
             np.testing.assert_array_equal(one, two)
 
@@ -123,7 +127,7 @@ def test_padding_is_neither_compared_nor_scored(tmp_path):
         results.append(scorer.score(spoilt[1], valid[:4]))
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
-    reloaded = load(config(), SHAPES, tmp_path / "1")
+    reloaded = METHOD.load(config(), SHAPES, METHOD.read(config(), tmp_path / "1"))
     for one, other in zip(results[1], reloaded.score(spoilt[1], valid[:4]), strict=True):
         np.testing.assert_array_equal(one, other)
     plain, _ = fitted(tmp_path / "plain", maps).score(spoilt[1])

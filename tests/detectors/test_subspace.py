@@ -5,7 +5,7 @@ import pytest
 from sklearn.decomposition import PCA
 
 from fastflow_jax.config import default, fill
-from fastflow_jax.detectors.subspace import fit, load, residual_basis
+from fastflow_jax.detectors.subspace import METHOD, fit, residual_basis
 from fastflow_jax.features.extract import cached_features
 from fastflow_jax.training.context import FitContext
 
@@ -54,6 +54,6 @@ def test_one_direction_is_left_if_all_variance_is_explained():
 def test_a_loaded_scorer_gives_the_same_scores(tmp_path):
     held_out, test = features(5, seed=2), features(3, seed=1)
     scorer = fit(FitContext(config(), cached_features(features(9)), tmp_path, holdout=held_out))
-    loaded = load(scorer.config, SHAPES, tmp_path)
+    loaded = METHOD.load(scorer.config, SHAPES, METHOD.read(scorer.config, tmp_path))
     for one, other in zip(scorer.score(test), loaded.score(test), strict=True):
         np.testing.assert_array_equal(one, other)

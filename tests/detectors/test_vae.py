@@ -137,7 +137,7 @@ def test_padding_does_not_affect_scores_and_maps(config, fitted):
 
 def test_a_loaded_scorer_gives_equal_scores(config, fitted):
     scorer, folder = fitted
-    loaded = vae.load(config, [(*SIZE, 3)], folder)
+    loaded = vae.load(config, [(*SIZE, 3)], vae.read(config, folder))
     x = (images(5, 6),)
     for one, other in zip(scorer.score(x), loaded.score(x), strict=True):
         np.testing.assert_array_equal(one, other)

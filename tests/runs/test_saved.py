@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -14,7 +15,7 @@ from fastflow_jax.backbones import find_spec, porting
 from fastflow_jax.config import default, fill
 from fastflow_jax.errors import InputError
 from fastflow_jax.predict import predict
-from fastflow_jax.runs import experiment
+from fastflow_jax.runs import durable, experiment
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 IMAGES = np.random.default_rng(0).integers(118, 138, (8, 32, 32, 3), np.uint8)
@@ -184,7 +185,7 @@ def test_weights_flags_of_the_wrong_mode_are_refused(
             "written by another version",
         ),
         (lambda about: about["thresholds"]["image"].pop("interval"), "written by another version"),
-        (lambda about: about["config"].update(detector="oracle"), "the detector is 'oracle'"),
+        (lambda about: about["config"].update(detector="oracle"), "not 'oracle'"),
     ],
 )
 def test_load_refuses_a_record_of_another_version(trained, tmp_path, change, message):
@@ -211,15 +212,45 @@ def test_a_run_of_an_earlier_version_loads_with_equal_scores(tmp_path):
         assert result.distance is None
 
 
-def test_a_saved_detector_has_no_optimiser_state(trained, tmp_path):
-    detector = Detector.load(trained / "run")
-    saved = detector.save(tmp_path / "saved")
+@pytest.fixture
+def without_file(trained):
+    """The weight file of the training is not in its place."""
+    (trained / "mine.npz").rename(trained / "away")
+    yield trained / "away"
+    (trained / "away").rename(trained / "mine.npz")
 
-    def fields(directory):
-        (names,) = (directory / "checkpoints").rglob("_METADATA")
-        return names.read_text()
 
-    assert "optimizer" in fields(trained / "run")
-    assert "optimizer" not in fields(saved)
-    assert "params" in fields(saved)
-    assert score(Detector.load(saved)) == score(detector)
+@pytest.mark.parametrize("name", ["saved", "saved.zip"])
+def test_a_saved_detector_contains_the_weights_of_its_backbone(name, trained, moved, tmp_path):
+    shutil.copy(trained / "mine.npz", tmp_path / "copy.npz")
+    detector = Detector.load(moved, weights=tmp_path / "copy.npz")
+    (tmp_path / "copy.npz").unlink()
+    for number in range(2):  # also when it is saved once more
+        detector = Detector.load(detector.save(tmp_path / f"{number}_{name}"))
+    assert score(detector) == score(Detector.load(trained / "run"))
+    again = Detector.load(tmp_path / f"0_{name}", weights=trained / "mine.npz")
+    assert score(again) == score(detector)
+
+
+def test_weights_are_saved_on_request_or_if_they_are_small(
+    trained, without_file, tmp_path, monkeypatch, caplog
+):
+    detector = Detector.load(trained / "run", weights=without_file)
+    weights = [tmp_path / name / "backbone.safetensors" for name in ("no", "large", "yes", "small")]
+    detector.save(tmp_path / "no", backbone=False)
+    detector.save(tmp_path / "small")
+    assert not caplog.records
+    monkeypatch.setattr(durable, "_SMALL", 1000)
+    detector.save(tmp_path / "large")
+    assert re.search("does not contain the weights .*backbone=True", caplog.text)
+    detector.save(tmp_path / "yes", backbone=True)
+    assert [file.exists() for file in weights] == [False, False, True, True]
+    assert score(Detector.load(tmp_path / "no")) == score(detector)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(tmp_path / "no", tmp_path / "elsewhere/no")
+    about = tmp_path / "elsewhere/no/detector.json"
+    about.write_text(about.read_text().replace(str(without_file), "/no/such/folder/mine.npz"))
+    with pytest.raises(InputError, match=r"/no/such/folder/mine\.npz, which does not exist"):
+        Detector.load(tmp_path / "elsewhere/no")
+    shutil.copy(without_file, tmp_path / "elsewhere/mine.npz")
+    assert score(Detector.load(tmp_path / "elsewhere/no")) == score(detector)

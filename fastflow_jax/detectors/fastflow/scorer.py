@@ -17,7 +17,8 @@ from fastflow_jax.detectors.base import Method, compiled
 from fastflow_jax.detectors.calibration import (
     LocationScorer,
     calibrate,
-    load_calibration,
+    load_scorer,
+    read_calibration,
     save_calibration,
     score_locations,
 )
@@ -43,12 +44,14 @@ from fastflow_jax.features.extract import (
 from fastflow_jax.flows import Flow
 from fastflow_jax.flows.chain import is_double
 from fastflow_jax.flows.coupling import half_channels
+from fastflow_jax.state import Slot, State, flatten
 from fastflow_jax.training.context import FitContext
-from fastflow_jax.training.loop import READS, load_variables, train_variables
-from fastflow_jax.training.step import Objective
+from fastflow_jax.training.loop import READS, read_variables, train_variables
+from fastflow_jax.training.step import Objective, variable_slots
 
 _COARSE = 16  # stride, above which maps have `map.coarse_weight`
 _BANKS = ("features", "latents")  # kinds of memory banks of each scale
+_EARLIER_BANK = "bank"  # the only kind in saved detectors of earlier versions
 
 
 def layers(config: ConfigDict, spec: Any) -> tuple[str, ...]:
@@ -126,13 +129,18 @@ def fit(context: FitContext) -> "FastFlowScorer":
     return trained
 
 
-def load(config, shapes, directory: pathlib.Path) -> "FastFlowScorer":
-    """Loads the scorer that `fit` has saved, see `Method.load`."""
-    calibration, banks = load_calibration(config, directory)
-    variables = load_variables(directory, config, objective(config), shapes)
-    if banks:
-        variables = variables | {"bank": banks}
-    return FastFlowScorer(config, variables, calibration)
+def read(config, directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads what `fit` has saved, see `Method.read`."""
+    return flatten(read_variables(directory)) | read_calibration(config, directory)
+
+
+def load(config, shapes, state: State) -> "FastFlowScorer":
+    """Rebuilds a scorer, see `Method.load`."""
+    kinds = [kind for kind in (*_BANKS, _EARLIER_BANK) if f"bank/{kind}_0" in state]
+    slots = variable_slots(objective(config), shapes)
+    for i, (_, _, channels) in enumerate(shapes):
+        slots |= {f"bank/{kind}_{i}": Slot((None, channels)) for kind in kinds}
+    return load_scorer(FastFlowScorer, config, state, slots, maps=len(shapes) * (1 + len(kinds)))
 
 
 def calibrated(
@@ -267,8 +275,7 @@ def _compared(x: jax.Array, z: jax.Array, valid: jax.Array | None) -> dict[str, 
     return {
         "features": lambda: x,
         "latents": lambda: z,
-        # Saved detectors of earlier versions have these banks only.
-        "bank": lambda: bank.averaged(z, _seen(valid, z)),
+        _EARLIER_BANK: lambda: bank.averaged(z, _seen(valid, z)),
     }
 
 
@@ -334,6 +341,7 @@ class FastFlowScorer(LocationScorer):
 METHOD = Method(
     title="FastFlow",
     fit=fit,
+    read=read,
     load=load,
     layers=layers,
     fields={

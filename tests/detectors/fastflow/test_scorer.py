@@ -17,6 +17,7 @@ from fastflow_jax.detectors.fastflow.scorer import (
     fit,
     flow_model,
     load,
+    read,
     with_banks,
 )
 from fastflow_jax.detectors.maps import window_maxima
@@ -343,7 +344,7 @@ def test_a_loaded_scorer_gives_equal_scores(setup, tmp_path):
     training = cached_features(tuple(m[:8] for m in features))
     holdout = tuple(m[8:] for m in features)
     fitted = fit(FitContext(config, training, tmp_path, 1, holdout))
-    loaded = load(config, training.shapes, tmp_path)
+    loaded = load(config, training.shapes, read(config, tmp_path))
     for one, other in zip(fitted.score(holdout), loaded.score(holdout), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -356,10 +357,10 @@ def test_a_training_of_another_version_is_refused(setup, tmp_path):
     file = next(tmp_path.glob("calibration_*.npz"))
     write_arrays(file, {"window_std": np.ones(3)})  # as an earlier version left it
     with pytest.raises(InputError, match="another version"):
-        load(config, training.shapes, tmp_path)
+        read(config, tmp_path)
     file.unlink()
     with pytest.raises(InputError, match=r"calibration_.* is missing"):
-        load(config, training.shapes, tmp_path)
+        read(config, tmp_path)
 
 
 @pytest.mark.parametrize("form", ["windows", "top_k"])

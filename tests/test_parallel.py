@@ -279,3 +279,18 @@ def test_the_memory_limit_of_a_container_counts(tmp_path, monkeypatch, limit, st
     (tmp_path / limit).write_text("3000000\n")
     (tmp_path / statistics).write_text(f"file 5000000\n{name} 1000000\n")
     assert parallel.available_host_memory() == 2_000_000 < before
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="threads are not listed")
+@pytest.mark.parametrize("n", [1, 3])
+def test_nproc_sets_the_number_of_threads(n, environment):
+    code = """
+import pathlib
+import jax
+jax.block_until_ready(jax.numpy.ones((99, 99)) @ jax.numpy.ones((99, 99)))
+names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+print(names.count("tf_XLAEigen"))
+"""
+    command, environment = [sys.executable, "-c", code], environment | {"NPROC": str(n)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(n)

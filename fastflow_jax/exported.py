@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fastflow_jax.data.pipeline import n_threads
 from fastflow_jax.data.profile import Profile
 from fastflow_jax.data.transforms import RESIZES
 from fastflow_jax.decision import Decision, Threshold
@@ -50,7 +51,7 @@ class Exported(Predictor):
 
         Args:
           file: the ONNX file.
-          threads: threads of one prediction; by default one per core.
+          threads: threads of one prediction; by default $NPROC, or one per core.
           providers: execution providers of ONNX Runtime, in the order of preference.
 
         Raises:
@@ -128,7 +129,7 @@ def _session(file, threads: int | None, providers: Sequence[str]) -> Any:
     if not file.is_file():
         raise InputError(f"{file} was not found. Pass a file that --mode=export has written.")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads or n_threads()
     options.log_severity_level = 3  # errors are raised as well
     # Waiting threads would use half of the time of all cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -62,6 +62,9 @@ _PROCESSES = flags.DEFINE_integer(
 _PROCESS = flags.DEFINE_integer(
     "process", None, "With --coordinator, give this process this index, from 0."
 )
+_THREADS = flags.DEFINE_integer(
+    "threads", None, "Compute with this number of CPU threads, by default one per core."
+)
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
@@ -160,6 +163,8 @@ def main(argv: list[str]) -> int:
     absl_logging.set_verbosity(absl_logging.FATAL)
     _set_up_stderr()
     _check_flags(argv)
+    if _THREADS.value is not None:
+        os.environ["NPROC"] = str(_THREADS.value)  # XLA reads it when it starts
     # Without JAX, which starts slowly, unless the detector must be exported first.
     if _MODE.value == "predict" and _ENGINE.value == "onnx":
         return _predict()
@@ -204,6 +209,8 @@ def _check_flags(argv: list[str]) -> None:
 
     if len(argv) > 1:
         raise InputError(f"The argument {argv[1]!r} is unknown. Flags begin with two dashes.")
+    if _THREADS.value is not None and _THREADS.value < 1:
+        raise InputError(f"--threads must be at least 1, not {_THREADS.value}.")
     for flag in (_WORKDIR, _INPUT, _OUTPUT):
         if flag.value == "":
             raise InputError(f"--{flag.name} is empty. Pass a path, or leave the flag out.")
@@ -329,6 +336,7 @@ def _serve() -> int:
         queue=_QUEUE.value,
         batch=_BATCH.value,
         latency_ms=_LATENCY.value,
+        threads=_THREADS.value or 1,
         workers=_WORKERS.value,
     )
 

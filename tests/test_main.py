@@ -217,6 +217,7 @@ def test_a_finished_run_is_not_repeated(undisturbed, started, capsys, monkeypatc
         (["--mode=serve", "--model=screws.onnx"], "--model=screws.onnx is not a new NAME=FILE"),
         (["--mode=serve", "--model=a=x.onnx", "--model=a=y.onnx"], "--model=a=y.onnx is not a new"),
         (["--mode=serve"], "is not a directory"),
+        (["--config=configs/demo.py", "--threads=0"], "--threads must be at least 1, not 0"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
@@ -372,6 +373,7 @@ def test_each_flag_has_a_sentence_of_help():
     assert {"config", "workdir", "mode", "quiet"} <= {flag.name for flag in ours}
     for flag in ours:
         text = flag.help.rpartition(">: ")[2]  # after the choices
+        text = text.partition(";\n    repeat this option")[0]
         assert re.fullmatch(r"[A-Z][^.]* [^.]*(\.py[^.]*)*\.", text), flag.name
 
 

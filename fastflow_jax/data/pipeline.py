@@ -66,7 +66,7 @@ def batches(
 
     rows = range(len(source)) if indices is None else indices
     calls = (functools.partial(load, int(index)) for index in rows)
-    threads = os.cpu_count() or 1
+    threads = n_threads()
     examples = prefetch(calls, threads, max(2 * batch_size, threads))
     try:
         while examples_of_batch := list(itertools.islice(examples, batch_size)):
@@ -82,6 +82,12 @@ def batches(
         examples.close()
 
 
+def n_threads() -> int:
+    """Number of CPU threads to use: $NPROC, which XLA reads as well, or one per core."""
+    given = os.environ.get("NPROC", "")
+    return int(given) if given.isdecimal() and int(given) else os.cpu_count() or 1
+
+
 def prefetch(
     calls: Iterable[Callable[[], T]], threads: int | None = None, size: int | None = None
 ) -> Generator[T, None, None]:
@@ -92,14 +98,14 @@ def prefetch(
 
     Args:
         calls: functions without arguments.
-        threads: number of threads, by default one per core. 0: no threads, each call is made when
+        threads: number of threads, by default `n_threads()`. 0: no threads, each call is made when
             its result is requested.
         size: number of calls started ahead, by default two per thread.
     """
     if threads == 0:
         yield from (call() for call in calls)
         return
-    threads = threads or os.cpu_count() or 1
+    threads = threads or n_threads()
     size = size or 2 * threads
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     waiting, remaining, error = collections.deque(), iter(calls), None

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import os
 import pathlib
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ import numpy as np
 
 from fastflow_jax.data.arrays import Given
 from fastflow_jax.data.inputs import Outputs, cut, stacked
+from fastflow_jax.data.pipeline import n_threads
 from fastflow_jax.errors import InputError
 from fastflow_jax.prediction import Prediction, Predictor
 from fastflow_jax.serve.batching import Batcher
@@ -78,7 +78,7 @@ class Loaded(Predictor):
             on_batch=metrics.batch_size.labels(name).observe,
         )
         # Decoded images are large: one at a time and core.
-        self._decoding = threading.BoundedSemaphore(os.cpu_count() or 1)
+        self._decoding = threading.BoundedSemaphore(n_threads())
 
     @property
     def is_ready(self) -> bool:

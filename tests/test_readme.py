@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import fastflow_jax.detector
-from fastflow_jax import data
+from fastflow_jax import Detector, data
 from fastflow_jax.config import default
 from fastflow_jax.data import Source
 
@@ -42,15 +42,21 @@ def run_examples(page):
 def commands():
     for page in (README, *DOCS):
         for block in blocks(page, "sh"):
-            for line in block.replace("\\\n", " ").splitlines():
+            lines = block.replace("\\\n", " ").splitlines()
+            while lines:
+                line = lines.pop(0)
+                while line.count("'") % 2:  # a quotation of several lines
+                    line += f"\n{lines.pop(0)}"
                 for command in line.split("&&"):
-                    words = shlex.split(command)
+                    words = shlex.split(command, comments=True)
                     if words:
                         yield pytest.param(words, id=f"{page.stem}: {shlex.join(words)}")
 
 
-# test_detector_page.py runs the code of detector.md, which needs images.
-_ALONE = [page for page in DOCS if blocks(page, "python") and page.stem != "detector"]
+# test_detector_page.py runs the code of detector.md, a test below that of export.md; the code of
+# serving.md needs a server, see tests/serve/.
+_OTHERS = ("detector", "export", "serving")
+_ALONE = [page for page in DOCS if blocks(page, "python") and page.stem not in _OTHERS]
 
 
 @pytest.mark.parametrize("page", _ALONE, ids=lambda page: page.stem)
@@ -69,6 +75,9 @@ def test_every_linked_file_exists(page):
 NOT_RUN = {
     "pip install": "it would change the environment; its extras are checked against pyproject.toml",
     "python -m pytest": "it would run this test again",
+    "python -m fastflow_jax.main --mode=serve": "it would not end; tests/serve/ starts servers",
+    "curl": "it needs a server; tests/serve/ sends such requests",
+    "docker": "containers are not available to tests",
 }
 # Appended to a page's own settings: pixels as features, one flow step, images of 16x16 pixels.
 SMALL = (
@@ -151,7 +160,21 @@ def test_the_code_of_the_readme_runs(workplace, monkeypatch):
     assert log_likelihood.shape == features.shape[:3] == (1, 4, 4)
 
 
+def test_the_code_of_the_page_on_export_runs(workplace):
+    for package in ("onnx", "onnxruntime"):
+        pytest.importorskip(package, reason="ONNX export needs the extra onnx")
+    Detector.fit("photos/screws/train/good", config=small()).export("screws.onnx")
+    Image.fromarray(pixels(29, (20, 24))[0]).save("photos/new/017.jpg", quality=100)
+    assert run_examples(ROOT / "docs/export.md")["result"].is_anomalous
+
+
 COMMANDS = list(commands())
+
+
+def training_of(options):
+    """Options of the first command that trains in the same directory."""
+    (workdir,) = (word for word in options if word.startswith("--workdir="))
+    return next(c.values[0] for c in COMMANDS if workdir in c.values[0])[3:]
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
@@ -170,10 +193,15 @@ def test_commands_run(command, workplace, started, capsys):
     elif "--mode=describe" in options:
         assert started(options) == 0
         assert "trainable" in capsys.readouterr().out
+    elif "--mode=export" in options:
+        for package in ("onnx", "onnxruntime"):
+            pytest.importorskip(package, reason="ONNX export needs the extra onnx")
+        started([*training_of(options), *SMALL])
+        assert started(options) == 0
+        assert "0 decisions differ" in capsys.readouterr().out
+        assert (workplace / "screws.onnx").is_file()
     elif "--mode=predict" in options:
-        (workdir,) = (word for word in options if word.startswith("--workdir="))
-        training = next(c.values[0] for c in COMMANDS if workdir in c.values[0])  # the first one
-        started([*training[3:], *SMALL])
+        started([*training_of(options), *SMALL])
         assert started(options) == 1
         lines = (workplace / "out/predictions.jsonl").read_text().splitlines()
         normal, defective = map(json.loads, lines)

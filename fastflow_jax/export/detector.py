@@ -204,7 +204,9 @@ def compare(
     expected |= detector.decision(expected["score"], expected["anomaly_map"])
     score, maps = expected["score"], expected["anomaly_map"]
     map_size = np.maximum(1, np.abs(maps).max((1, 2)))
-    usual = 0.0 if detector.held_out is None else float(np.abs(detector.held_out.scores).max())
+    # A single held-out image scores 0, since it is calibrated on itself.
+    held = np.zeros(0) if detector.held_out is None else detector.held_out.scores
+    usual = float(np.abs(held).max(initial=0)) or float(len(held) > 0)
     score_size = np.maximum(usual, np.abs(score))
     flips, p_value = 0, None
     if "is_anomalous" in expected:

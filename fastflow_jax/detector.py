@@ -47,6 +47,7 @@ from fastflow_jax.scoring import (
     ImageScorer,
     in_batches,
     pure_function,
+    resize_pixels,
     scoring_function,
     state_of,
 )
@@ -278,18 +279,23 @@ class Detector(PickledByFields, Predictor):
             changes[f"{name}_threshold"] = threshold
         return dataclasses.replace(self, **changes)
 
-    def as_function(self) -> Callable[[jax.Array], dict[str, jax.Array]]:
-        """The detector as a pure function, which can be jitted, exported and differentiated.
+    def as_function(self, *, any_size: bool = False) -> Callable[[jax.Array], dict[str, jax.Array]]:
+        """The detector as a pure function, which can be jitted and exported.
+
+        Args:
+          any_size: resize images of any size inside the function, to within a grey level of
+            `predict`, and maps back to their size. By default images must have the input size.
 
         Returns:
-          A function of images, uint8 [B, H, W, 3] in RGB of the input size, with any B. It returns
+          A function of images, uint8 [B, H, W, 3] in RGB, with any B. It returns
           "score" [B] and "anomaly_map" [B, H, W], float32; and as far as the detector has held-out
           images and thresholds, "p_value" float32 [B], "is_anomalous" bool [B] and "mask" bool
           [B, H, W]. They are those of `Prediction` for images of this size.
 
         Raises:
-          InputError: the score of the detector is not a pure function (SPADE), or images are padded
-            (`config.data.resize` of "pad"), and so have a padding mask as well.
+          InputError: the score of the detector is not a pure function (SPADE); images are padded
+            (`config.data.resize` of "pad"), and so have a padding mask as well; or images of any
+            size would be cropped.
         """
         function = scoring_function(self.scorer, likelihood=False)
         if function is None:
@@ -302,12 +308,20 @@ class Detector(PickledByFields, Predictor):
                 "Images of this detector are padded, so their score depends on a padding mask as "
                 "well. Fit with config.data.resize of square or crop."
             )
+        if any_size and self.resize != "square":
+            raise InputError(
+                f"Images of this detector are resized by {self.resize!r}, which is not part of the "
+                "function. Leave any_size out."
+            )
         run = pure_function(self.config, self.backbone.module, function)
         state = parallel.on_default_device(state_of(self.backbone, self.scorer))
 
         def of_images(images: jax.Array) -> dict[str, jax.Array]:
-            found = run(state, (images, None))
+            pixels = resize_pixels(images, self.image_size) if any_size else images
+            found = run(state, (pixels, None))
             score, anomaly_map = found["score"], found["anomaly_map"]
+            if any_size:
+                anomaly_map = jax.image.resize(anomaly_map, images.shape[:3], "linear")
             decided = self.decision(score, anomaly_map)
             return {"score": score, "anomaly_map": anomaly_map, **decided}
 

@@ -55,6 +55,40 @@ def pure_function(config: Any, module: nn.Module, function: Callable) -> Callabl
     return run
 
 
+_TIE = 1e-4  # halves are rounded up, also if the product is a little below
+
+
+def resize_pixels(images: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Resizes images as `transforms.resize` does, to within a grey level.
+
+    Pillow's bilinear filter is a matrix for each direction, with rounding after each. Pillow begins
+    with the rows if they become fewer and the image is smaller then than after the columns.
+
+    Args:
+      images: uint8 [B, h, w, 3].
+      size: (height, width) of the result.
+    """
+    (height, width), (rows, columns) = images.shape[1:3], size
+    passes = [("bhwc,vw->bhvc", width, columns), ("bhwc,vh->bvwc", height, rows)]
+    if rows < height and rows * width < height * columns:
+        passes.reverse()
+    x = images.astype(jnp.float32)
+    for equation, before, after in passes:
+        if before != after:
+            product = jnp.einsum(equation, x, _triangles(before, after), precision="highest")
+            x = jnp.clip(jnp.floor(product + 0.5 + _TIE), 0, 255)
+    return x.astype(jnp.uint8)
+
+
+def _triangles(before: int, after: int) -> np.ndarray:
+    """Pillow's bilinear filter as a matrix [after, before]; it is wider when it shrinks."""
+    scale = before / after
+    width = max(scale, 1.0)
+    centres = (np.arange(after) + 0.5)[:, None] * scale
+    weights = np.maximum(0, 1 - np.abs(np.arange(before) + 0.5 - centres) / width)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
 def state_of(backbone: Backbone, scorer: Any) -> tuple[Any, Any]:
     """The arrays that `pure_function` depends on, of a `CompiledScorer`."""
     return backbone.variables, scorer.arrays()

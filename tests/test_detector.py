@@ -360,6 +360,17 @@ def assert_the_function_predicts_the_same(detector):
         assert (found["mask"][i] != result.mask).mean() < 0.01
 
 
+def test_the_function_of_images_of_any_size_equals_predict(detector):
+    image = np.asarray(Image.fromarray(spoilt()).resize((75, 50), Image.Resampling.BILINEAR))
+    found = jax.jit(detector.as_function(any_size=True))(image[None])
+    expected = detector.predict(image)
+    np.testing.assert_allclose(found["score"][0], expected.score, rtol=0.02)
+    assert found["anomaly_map"].shape == found["mask"].shape == (1, 50, 75)
+    assert np.abs(found["anomaly_map"][0] - expected.anomaly_map).mean() < 0.02
+    assert (found["mask"][0] != expected.mask).mean() < 0.01
+    assert found["mask"].any()
+
+
 def test_a_detector_of_padded_images_is_not_a_function_of_their_pixels():
     fitted = Detector.fit(photographs(8), config=tiny("knn", **{"data.resize": "pad"}))
     with pytest.raises(InputError, match="Images of this detector are padded"):

@@ -32,7 +32,7 @@ from fastflow_jax.detectors.base import (
 )
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.held_out import HeldOut
-from fastflow_jax.export.detector import Parity, export
+from fastflow_jax.export.detector import Options, Parity, export
 from fastflow_jax.features import shift
 from fastflow_jax.features.extract import Features
 from fastflow_jax.features.prepare import extractor_of, preparer, split
@@ -334,6 +334,7 @@ class Detector(PickledByFields, Predictor):
         kind: str = "onnx",
         opset: int = 18,
         any_size: bool = False,
+        runtime: str | os.PathLike | None = None,
     ) -> Parity:
         """Writes `as_function` to a file for a runtime without JAX.
 
@@ -343,21 +344,26 @@ class Detector(PickledByFields, Predictor):
 
         Args:
           file: file to write. An existing file is replaced.
-          kind: "onnx", for `exported.Exported`, ONNX Runtime, OpenVINO and others; or "stablehlo",
-            for `jax.export.deserialize` on a CPU, GPU or TPU, with its description in
-            `<file>.json`. JAX reads StableHLO for six months after the release that wrote it.
+          kind: "onnx", for `exported.Exported`, ONNX Runtime, OpenVINO and others; "html", a web
+            page that scores images in the browser; or "stablehlo", for `jax.export.deserialize` on
+            a CPU, GPU or TPU, with its description in `<file>.json`. JAX reads StableHLO for six
+            months after the release that wrote it.
           opset: of ONNX's operations.
-          any_size: the ONNX model resizes images of any size itself, bilinearly.
+          any_size: the ONNX model resizes images of any size itself, bilinearly. That of a page
+            always does.
+          runtime: for a page, the npm package onnxruntime-web, as the file that
+            `npm pack onnxruntime-web` writes or as a directory.
 
         Returns:
           The differences between the file and the detector.
 
         Raises:
           InputError: the detector or its options cannot be exported, the packages onnx and
-            onnxruntime are missing, the directory of the file does not exist, or the results
-            differ by more than rounding.
+            onnxruntime are missing, the directory of the file or the runtime does not exist, or
+            the results differ by more than rounding.
         """
-        return export(self, expanded(file), kind, opset=opset, any_size=any_size)
+        options = Options(opset, any_size, None if runtime is None else expanded(runtime))
+        return export(self, expanded(file), kind, options)
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -109,7 +109,16 @@ _ENGINE = flags.DEFINE_enum(
     "--mode=serve, which starts faster and has no log-likelihoods and no test for a shift.",
 )
 _FORMAT = flags.DEFINE_enum(
-    "format", "onnx", ["onnx", "stablehlo"], "With --mode=export, the format of the file."
+    "format",
+    "onnx",
+    ["onnx", "html", "stablehlo"],
+    "With --mode=export, the format of the file; html is a web page that scores images.",
+)
+_RUNTIME = flags.DEFINE_string(
+    "runtime",
+    None,
+    "With --format=html, the npm package onnxruntime-web: the file that `npm pack onnxruntime-web` "
+    "writes, or a directory.",
 )
 _OPSET = flags.DEFINE_integer("opset", 18, "With --mode=export, the opset of an ONNX file.")
 _RESIZE = flags.DEFINE_enum(
@@ -211,7 +220,7 @@ def _check_flags(argv: list[str]) -> None:
         raise InputError(f"The argument {argv[1]!r} is unknown. Flags begin with two dashes.")
     if _THREADS.value is not None and _THREADS.value < 1:
         raise InputError(f"--threads must be at least 1, not {_THREADS.value}.")
-    for flag in (_WORKDIR, _INPUT, _OUTPUT):
+    for flag in (_WORKDIR, _INPUT, _OUTPUT, _RUNTIME):
         if flag.value == "":
             raise InputError(f"--{flag.name} is empty. Pass a path, or leave the flag out.")
     if _MODE.value not in ("predict", "export", "serve"):
@@ -304,7 +313,11 @@ def _export() -> int:
     workdir, output = _needed(_WORKDIR, _OUTPUT)
     detector = Detector.load(workdir, weights=_WEIGHTS.value)
     parity = detector.export(
-        output, kind=_FORMAT.value, opset=_OPSET.value, any_size=_RESIZE.value == "inside"
+        output,
+        kind=_FORMAT.value,
+        opset=_OPSET.value,
+        any_size=_RESIZE.value == "inside",
+        runtime=_RUNTIME.value,
     )
     print(f"{output}: {parity}")
     return 0

@@ -18,13 +18,15 @@ from fastflow_jax.backbones.weights import licence
 from fastflow_jax.decision import rounded_down
 from fastflow_jax.errors import InputError
 from fastflow_jax.export.onnx import to_onnx
+from fastflow_jax.export.page import page, read_runtime
 from fastflow_jax.export.resize import resize_inside
 from fastflow_jax.exported import INPUT, Exported, to_metadata
 from fastflow_jax.features.prepare import split
 from fastflow_jax.files import replacing, sha256_of_detector, write_text
 from fastflow_jax.prediction import Predictor
 
-FORMATS = {"onnx": ".onnx", "stablehlo": ".stablehlo"}  # and the usual suffix of their files
+# The formats, with the usual suffix of their files.
+FORMATS = {"onnx": ".onnx", "html": ".html", "stablehlo": ".stablehlo"}
 _EXPORTABLE = ("fastflow", "knn", "gaussian", "subspace", "patchcore", "cflow")
 _SCORE, _MAP = 1e-4, 1e-3  # largest differences of a verified file, see `Parity`
 _HELD_OUT, _RANDOM = 16, 4  # images of the comparison
@@ -63,7 +65,16 @@ class Parity:
             )
 
 
-def export(detector: Any, file: pathlib.Path, kind: str, *, opset: int, any_size: bool) -> Parity:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of an export, see `Detector.export`."""
+
+    opset: int = 18
+    any_size: bool = False
+    runtime: pathlib.Path | None = None
+
+
+def export(detector: Any, file: pathlib.Path, kind: str, options: Options) -> Parity:
     """Writes a detector to a file for another runtime, see `Detector.export`.
 
     Raises:
@@ -71,8 +82,10 @@ def export(detector: Any, file: pathlib.Path, kind: str, *, opset: int, any_size
     """
     if kind not in FORMATS:
         raise InputError(f"The format {kind!r} is unknown. Choose from {', '.join(FORMATS)}.")
-    if any_size and kind != "onnx":
+    if options.any_size and kind not in ("onnx", "html"):
         raise InputError("Images of any size need the format onnx. Leave the option out.")
+    if options.runtime and kind != "html":
+        raise InputError("A runtime is for the format html. Leave the option out.")
     if detector.config.detector not in _EXPORTABLE:
         raise InputError(
             f"The detector {detector.config.detector} cannot be exported. Fit one of "
@@ -80,45 +93,64 @@ def export(detector: Any, file: pathlib.Path, kind: str, *, opset: int, any_size
         )
     if not file.parent.is_dir():
         raise InputError(f"{file.parent} is not a directory. Create it, or pass another file.")
-    function, held_out = detector.as_function(), _held_out_inputs(detector)
-    writer = _onnx if kind == "onnx" else _stablehlo
-    return writer(detector, function, file, held_out, opset=opset, any_size=any_size)
+    writer = {"onnx": _onnx, "html": _html, "stablehlo": _stablehlo}[kind]
+    return writer(detector, file, options)
 
 
-def _onnx(detector, function, file, held_out, *, opset: int, any_size: bool) -> Parity:
-    if any_size and detector.resize != "square":
-        raise InputError(
-            f"Images of this detector are resized by {detector.resize!r}, which cannot be inside "
-            "the model. Leave --resize out."
-        )
-    model = to_onnx(function, {INPUT: _input_shape(detector)}, opset=opset)
-    if any_size:
-        limit = detector.pixel_threshold
-        resize_inside(model, detector.image_size, limit and rounded_down(limit.value))
-    fields = metadata(detector) | {"any_size": any_size, "opset": opset}
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        trial = pathlib.Path(folder, "trial.onnx")
-        _save(model, trial, fields)
-        parity = compare(detector, Exported(trial).run, held_out)
-    parity.check(file)
-    _save(model, file, fields | {"parity": parity})
+def _onnx(detector, file: pathlib.Path, options: Options) -> Parity:
+    content, parity = _verified_model(detector, file, options)
+    with replacing(file, "wb") as opened:
+        opened.write(content)
     return parity
 
 
-def _save(model, file: pathlib.Path, fields: dict[str, Any]) -> None:
+def _html(detector, file: pathlib.Path, options: Options) -> Parity:
+    runtime = read_runtime(options.runtime)
+    options = dataclasses.replace(options, any_size=True)
+    model, parity = _verified_model(detector, file, options)
+    fields, threshold = metadata(detector), detector.image_threshold
+    about = {key: fields[key] for key in ("version", "detector", "backbone", "licence")}
+    about |= {"name": file.stem, "parity": str(parity), "colour_range": detector.colour_range}
+    about |= {"threshold": threshold and threshold.value, "rate": threshold and threshold.rate}
+    write_text(file, page(model, runtime, about))
+    return parity
+
+
+def _verified_model(detector, file: pathlib.Path, options: Options) -> tuple[bytes, Parity]:
+    """Content of an ONNX file, after its results were compared with those of the detector."""
+    if options.any_size and detector.resize != "square":
+        raise InputError(
+            f"Images of this detector are resized by {detector.resize!r}, which cannot be inside "
+            "the model. Export an ONNX file without --resize=inside."
+        )
+    function = detector.as_function()
+    model = to_onnx(function, {INPUT: _input_shape(detector)}, opset=options.opset)
+    if options.any_size:
+        limit = detector.pixel_threshold
+        resize_inside(model, detector.image_size, limit and rounded_down(limit.value))
+    fields = metadata(detector) | {"any_size": options.any_size, "opset": options.opset}
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        trial = pathlib.Path(folder, "trial.onnx")
+        trial.write_bytes(_with_metadata(model, fields))
+        parity = compare(detector, Exported(trial).run)
+    parity.check(file)
+    return _with_metadata(model, fields | {"parity": parity}), parity
+
+
+def _with_metadata(model, fields: dict[str, Any]) -> bytes:
     import onnx
 
     onnx.helper.set_model_props(model, to_metadata(fields))
-    with replacing(file, "wb") as opened:
-        opened.write(model.SerializeToString())
+    return model.SerializeToString()
 
 
-def _stablehlo(detector, function, file, held_out, **_) -> Parity:
+def _stablehlo(detector, file: pathlib.Path, options: Options) -> Parity:
+    function = detector.as_function()
     whole = jax.jit(lambda images: function(images))
     written = jax.export.export(whole, platforms=_PLATFORMS)(_input_shape(detector))
     content = bytes(written.serialize())
     run = jax.jit(jax.export.deserialize(bytearray(content)).call)
-    parity = compare(detector, lambda x: jax.tree.map(np.asarray, run(x)), held_out)
+    parity = compare(detector, lambda x: jax.tree.map(np.asarray, run(x)))
     parity.check(file)
     with replacing(file, "wb") as opened:
         opened.write(content)
@@ -188,17 +220,14 @@ def fingerprint(detector: Any) -> str:
     return digest.hexdigest()
 
 
-def compare(
-    detector: Any, run: Callable[[np.ndarray], dict[str, np.ndarray]], held_out: np.ndarray
-) -> Parity:
+def compare(detector: Any, run: Callable[[np.ndarray], dict[str, np.ndarray]]) -> Parity:
     """Compares an exported function with `Detector.run` on held-out and random images.
 
     Args:
       detector: the detector.
       run: images uint8 [B, H, W, 3] -> outputs by name.
-      held_out: inputs of held-out images, uint8 [n, H, W, 3].
     """
-    shape = (_RANDOM, *detector.image_size, 3)
+    held_out, shape = _held_out_inputs(detector), (_RANDOM, *detector.image_size, 3)
     images = np.concatenate([held_out, np.random.default_rng(0).integers(0, 256, shape, np.uint8)])
     expected, found = detector.run(images, None), run(images)
     expected |= detector.decision(expected["score"], expected["anomaly_map"])

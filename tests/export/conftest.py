@@ -1,8 +1,14 @@
 """Functions that are exported and run by onnxruntime."""
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
+
+from fastflow_jax import Detector
+
+DURABLE = pathlib.Path(__file__).parent.parent / "goldens" / "durable"
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +71,21 @@ def agree(exported):
         return model
 
     return check
+
+
+@pytest.fixture(scope="session")
+def grey():
+    """A saved FastFlow detector of grey images of 20 x 30 pixels, and a spoilt image."""
+    pytest.importorskip("onnx", reason="the package onnx writes the file")
+    pytest.importorskip("onnxruntime", reason="exported files are compared with onnxruntime")
+    spoilt = np.random.default_rng(0).integers(118, 138, (20, 30, 3), np.uint8)
+    spoilt[6:16, 12:24] = (250, 20, 20)
+    return Detector.load(DURABLE / "fastflow").with_threshold(image=100.0), spoilt
+
+
+@pytest.fixture(scope="session")
+def any_size(grey, tmp_path_factory):
+    """An exported file of the detector `grey` that takes images of any size."""
+    path = tmp_path_factory.mktemp("any_size") / "grey.onnx"
+    grey[0].export(path, any_size=True)
+    return path

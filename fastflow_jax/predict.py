@@ -108,7 +108,7 @@ def predict(
     """
     output = expanded(output)
     found = find_images(images)
-    detector = _with_rate(_load(expanded(workdir), engine, weights), rate)
+    detector = with_rate(_load(expanded(workdir), engine, weights), rate)
     make_folder(output)
     if others := found.others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
@@ -120,7 +120,7 @@ def predict(
     if kept:
         _log.info("%d images were already scored with the same options. Continuing.", len(kept))
     counts = _score(detector, found, output, settings, kept)
-    return _summarise(counts, len(others), output, detector.image_threshold is not None)
+    return summarise(counts, len(others), output, detector.image_threshold is not None)
 
 
 def _load(workdir: pathlib.Path, engine: str, weights: str | os.PathLike | None) -> Predictor:
@@ -163,7 +163,8 @@ def export_once(workdir: pathlib.Path, weights: str | os.PathLike | None = None)
     return Exported(file)
 
 
-def _with_rate(detector: Predictor, rate: float | None) -> Predictor:
+def with_rate(detector: Predictor, rate: float | None) -> Predictor:
+    """Returns a detector with the threshold of a rate, if not None; logs warnings about it."""
     if rate is None:
         if detector.image_threshold is None:
             _log.warning("No images were held out in training, so there is no threshold.")
@@ -229,13 +230,13 @@ def _score(
 
 
 def _outcomes(line: Line) -> list[str]:
-    """Returns the outcomes that `_summarise` counts: a decision, an error, or both."""
+    """Returns the outcomes that `summarise` counts: a decision, an error, or both."""
     if line.score is None:
         return ["unreadable"]
     return ["anomalous" if line.is_anomalous else "normal"] + ["unwritten"] * bool(line.error)
 
 
-def _summarise(counts: Counter, n_others: int, output: pathlib.Path, decides: bool) -> int:
+def summarise(counts: Counter, n_others: int, output: pathlib.Path, decides: bool) -> int:
     """Prints the number of images per outcome; returns the exit status."""
     scored = counts["anomalous"] + counts["normal"]
     summary = f"{counts['anomalous']} of {scored} images are anomalous"

@@ -7,12 +7,14 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import PIL.Image
 
 from fastflow_jax.data.arrays import Given, Images, each, is_one
 from fastflow_jax.data.inputs import Inputs, Outputs, Part, cut, stacked
@@ -45,6 +47,29 @@ class Prediction:
     # From the image as a whole to the nearest training image, see `shift.Reference`; 1 is typical
     # of normal images. None for tiled images, exported detectors and `Detector.reference` of None.
     distance: float | None
+
+
+MAP_FORMS = ("npy", "png16")
+
+
+def encode_map(anomaly_map: np.ndarray, form: str) -> tuple[bytes, float | None, float | None]:
+    """Encodes an anomaly map, float32 [H, W], as a file.
+
+    Args:
+      anomaly_map: the map.
+      form: "npy" for float32, or "png16" for a PNG in 16 bits from its minimum to its maximum.
+
+    Returns:
+      The content of the file, and the values of the levels 0 and 65535 of a PNG, or None.
+    """
+    file = io.BytesIO()
+    if form == "npy":
+        np.save(file, anomaly_map)
+        return file.getvalue(), None, None
+    low, high = float(anomaly_map.min()), float(anomaly_map.max())
+    part = (anomaly_map - low) / (high - low if high > low else 1)
+    PIL.Image.fromarray(np.round(65535 * part).astype(np.uint16)).save(file, "PNG")
+    return file.getvalue(), low, high
 
 
 class Predictor:

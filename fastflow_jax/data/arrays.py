@@ -21,7 +21,7 @@ from fastflow_jax.files import expanded
 
 # A file, a directory, the content of a file, a Pillow image, or uint8 [H, W, 3] or [H, W].
 Image = str | os.PathLike | bytes | IO[bytes] | np.ndarray | PIL.Image.Image
-Images = Image | Iterable[Image]
+Images = Image | Iterable[Image] | Iterable["Given"]
 
 _log = logging.getLogger(__name__)
 
@@ -158,7 +158,9 @@ def each(images: Images) -> Iterator[Given]:
         yield given
 
 
-def _given(image: Image, name: str, is_lasting: bool) -> Given:
+def _given(image: Image | Given, name: str, is_lasting: bool) -> Given:
+    if isinstance(image, Given):
+        return image
     if isinstance(image, str | os.PathLike):
         path = expanded(os.fsdecode(image))
         return Given(os.fsdecode(image) if path == Path(image) else str(path), path=path)

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from fastflow_jax.errors import InputError
-from fastflow_jax.prediction import Prediction
+from fastflow_jax.prediction import MAP_FORMS, Prediction, encode_map
 from fastflow_jax.serve import v2
 from fastflow_jax.serve.gate import Gate, Limits, Load, busy, error_response
 from fastflow_jax.serve.metrics import CONTENT_TYPE, Metrics
@@ -28,7 +28,6 @@ from fastflow_jax.serve.models import MAX_IMAGES, Loaded, Model, watch
 from fastflow_jax.serve.worker import WorkerLost
 
 T = TypeVar("T")
-_MAPS = ("npy", "png16")
 _WATCH_SECONDS = 1.0
 
 
@@ -62,7 +61,7 @@ class Service:
     async def predict(self, request: Request) -> Response:
         """Scores the image in the body, or the files of a form."""
         model = self.find(request.query_params.get("model"))
-        anomaly_map = _choice(request, "map", _MAPS)
+        anomaly_map = _choice(request, "map", MAP_FORMS)
         mask = _choice(request, "mask", ("png",))
         is_form = request.headers.get("content-type", "").startswith("multipart/form-data")
         files = await _files_of_form(request) if is_form else [("image", await request.body())]
@@ -218,15 +217,10 @@ def _as_json(
 
 
 def _encoded_map(anomaly_map: np.ndarray, form: str) -> dict[str, Any]:
-    """An anomaly map as base64; in a PNG, 0 is `zero` and 65535 is `full`."""
-    if form == "npy":
-        file = io.BytesIO()
-        np.save(file, anomaly_map)
-        return {"format": form, "data": base64.b64encode(file.getvalue()).decode()}
-    low, high = float(anomaly_map.min()), float(anomaly_map.max())
-    part = (anomaly_map - low) / (high - low if high > low else 1)
-    data = _png(np.round(65535 * part).astype(np.uint16))
-    return {"format": form, "zero": low, "full": high, "data": data}
+    """An anomaly map as base64, see `encode_map`."""
+    content, zero, full = encode_map(anomaly_map, form)
+    found = {"format": form, "data": base64.b64encode(content).decode()}
+    return found if zero is None else found | {"zero": zero, "full": full}
 
 
 def _png(array: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""Fixtures of the server: a tiny exported detector, an application, and a server process."""
+"""Fixtures of the server: an application and a server process."""
 
 import contextlib
 import io
@@ -10,62 +10,8 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 from PIL import Image
-
-SIDE = 8
-THRESHOLD, PIXEL_THRESHOLD, HELD_OUT = 0.5, 0.75, [0.1, 0.2, 0.3, 0.4]
-
-
-@pytest.fixture(scope="session")
-def export():
-    """Writes an exported detector: the map is the brightness, the score its mean plus `offset`."""
-    onnx = pytest.importorskip("onnx", reason="exported detectors need the extra onnx")
-    pytest.importorskip("onnxruntime", reason="exported detectors need the extra onnx")
-    from fastflow_jax.decision import Threshold
-    from fastflow_jax.exported import FORMAT, to_metadata
-
-    make, of = onnx.helper, onnx.TensorProto
-
-    def write(file, offset=0.0, **changes):
-        shape = ["batch", SIDE, SIDE]
-        constant = onnx.numpy_helper.from_array
-        graph = make.make_graph(
-            [
-                make.make_node("Cast", ["images"], ["floats"], to=of.FLOAT),
-                make.make_node("ReduceMean", ["floats"], ["grey"], axes=[3], keepdims=0),
-                make.make_node("Div", ["grey", "white"], ["anomaly_map"]),
-                make.make_node("ReduceMean", ["anomaly_map"], ["mean"], axes=[1, 2], keepdims=0),
-                make.make_node("Add", ["mean", "offset"], ["score"]),
-            ],
-            "detector",
-            [make.make_tensor_value_info("images", of.UINT8, [*shape, 3])],
-            [
-                make.make_tensor_value_info("score", of.FLOAT, ["batch"]),
-                make.make_tensor_value_info("anomaly_map", of.FLOAT, shape),
-            ],
-            [
-                constant(np.float32(255), "white"),
-                constant(np.float32(offset), "offset"),
-            ],
-        )
-        model = make.make_model(graph, opset_imports=[make.make_opsetid("", 13)], ir_version=8)
-        fields = {
-            "format": FORMAT,
-            "version": "0",
-            "input": {"height": SIDE, "width": SIDE, "resize": "square"},
-            "image_threshold": Threshold(THRESHOLD),
-            "pixel_threshold": Threshold(PIXEL_THRESHOLD),
-            "held_out": {"scores": HELD_OUT, "groups": None},
-            "training_images": None,
-            "colour_range": None,
-        }
-        onnx.helper.set_model_props(model, to_metadata(fields | changes))
-        onnx.save(model, file)
-        return pathlib.Path(file)
-
-    return write
 
 
 @pytest.fixture(scope="session")

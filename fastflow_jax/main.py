@@ -68,19 +68,24 @@ _THREADS = flags.DEFINE_integer(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "describe", "predict", "export", "serve"],
+    ["train", "describe", "predict", "export", "serve", "batch"],
     "Train and evaluate --config; describe its model without data and weights; predict --input "
     "with the detector in --workdir, which exits with 0 if all images are normal, 1 if some are "
     "anomalous, 2 if it failed, 3 if some images cannot be read, and 4 if there is no threshold; "
-    "export that detector to the file --output; or serve it, or each --model, over HTTP.",
+    "export that detector to the file --output; serve it, or each --model, over HTTP; or score "
+    "millions of images with it, or with --model, as a batch job with the same exit statuses.",
 )
 _INPUT = flags.DEFINE_string(
-    "input", None, "With --mode=predict, read images from this file, directory or glob pattern."
+    "input",
+    None,
+    "With --mode=predict or batch, read images from this file, directory or glob pattern; with "
+    "--mode=batch also from .txt, .csv, .jsonl or .parquet files.",
 )
 _OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "With --mode=predict, write results to this directory; with --mode=export, write this file.",
+    "With --mode=predict or batch, write results to this directory; with --mode=export, write this "
+    "file.",
 )
 _WEIGHTS = flags.DEFINE_string(
     "weights",
@@ -91,14 +96,18 @@ _WEIGHTS = flags.DEFINE_string(
 _RATE = flags.DEFINE_float(
     "false_alarm_rate",
     None,
-    "With --mode=predict, allow this share of normal images, from 0 to 1, to be called anomalous.",
+    "With --mode=predict or batch, allow this share of normal images, from 0 to 1, to be called "
+    "anomalous.",
 )
 _TILE = flags.DEFINE_bool(
-    "tile", False, "With --mode=predict, cut images larger than the input into tiles."
+    "tile", False, "With --mode=predict or batch, cut images larger than the input into tiles."
 )
 _HEATMAPS = flags.DEFINE_bool("heatmaps", True, "With --mode=predict, draw heat maps.")
 _RAW = flags.DEFINE_enum(
-    "raw", None, ["npy", "png16"], "With --mode=predict, write anomaly maps in this format as well."
+    "raw",
+    None,
+    ["npy", "png16"],
+    "With --mode=predict or batch, write anomaly maps in this format as well.",
 )
 
 _ENGINE = flags.DEFINE_enum(
@@ -133,8 +142,17 @@ _MODELS = flags.DEFINE_multi_string(
     "model",
     [],
     "With --mode=serve, serve this exported file, given as NAME=FILE, instead of --workdir; may be "
-    "repeated.",
+    "repeated. With --mode=batch, score with this exported FILE instead of --workdir.",
 )
+_SHARD = flags.DEFINE_string(
+    "shard", "1/1", "With --mode=batch, score this part of the images, such as 3/16."
+)
+_COLUMN = flags.DEFINE_string(
+    "column",
+    "path",
+    "With --mode=batch, the column of paths or, in .parquet files, of contents of image files.",
+)
+_RAY = flags.DEFINE_integer("ray", 0, "With --mode=batch, score with this number of Ray workers.")
 _HOST = flags.DEFINE_string(
     "host",
     "127.0.0.1",
@@ -179,6 +197,8 @@ def main(argv: list[str]) -> int:
         return _predict()
     if _MODE.value == "serve":
         return _serve()
+    if _MODE.value == "batch":
+        return _score_batch()
     return _main_with_jax()
 
 
@@ -223,7 +243,7 @@ def _check_flags(argv: list[str]) -> None:
     for flag in (_WORKDIR, _INPUT, _OUTPUT, _RUNTIME):
         if flag.value == "":
             raise InputError(f"--{flag.name} is empty. Pass a path, or leave the flag out.")
-    if _MODE.value not in ("predict", "export", "serve"):
+    if _MODE.value not in ("predict", "export", "serve", "batch"):
         if _WEIGHTS.value is not None:
             raise InputError("--weights is for --mode=predict. Pass --config.weights=FILE instead.")
         if _CONFIG.value is None:
@@ -354,6 +374,24 @@ def _serve() -> int:
     )
 
 
+def _score_batch() -> int:
+    """Scores a shard of many images, see `batch.run`; returns the exit status."""
+    from fastflow_jax import batch
+    from fastflow_jax.errors import InputError
+
+    if len(_MODELS.value) > 1:
+        raise InputError("--mode=batch has one detector. Pass --model once.")
+    (model,) = _MODELS.value or _needed(_WORKDIR)
+    return batch.run(
+        model,
+        *_needed(_INPUT, _OUTPUT),
+        shard=_SHARD.value,
+        column=_COLUMN.value,
+        options=batch.Options(_RATE.value, _TILE.value, _RAW.value, _THREADS.value or 1),
+        ray=_RAY.value,
+    )
+
+
 def _needed(*paths: flags.FlagHolder[str | None]) -> list[str]:
     """The values of flags; InputError if one is missing."""
     from fastflow_jax.errors import InputError
@@ -388,15 +426,18 @@ def _run(argv: list[str]) -> int:
         _fail(f"{stop}. The same command continues from there.", stop.exit_code)
     except KeyboardInterrupt as stop:
         rest = "from the last checkpoint, if any"
-        if _MODE.value == "predict":
+        if _MODE.value in ("predict", "batch"):
             rest = "with the remaining images"
         message = f"interrupted. The same command continues {rest}."
         _fail(message, _status(stop), at_once=True)  # without waiting for threads of JAX
     except Exception as error:
         if remedy(error):
-            flag = _OUTPUT if _MODE.value in ("predict", "export") else _WORKDIR
+            flag = _OUTPUT if _MODE.value in ("predict", "export", "batch") else _WORKDIR
             _fail(f"{error}. {remedy(error)}, or pass another --{flag.name}.", 2)
-        if _MODE.value == "predict":  # Python's status 1 would mean that images are anomalous
+        if _MODE.value in (
+            "predict",
+            "batch",
+        ):  # Python's status 1 would mean that images are anomalous
             traceback.print_exc()
             return 2
         from fastflow_jax import parallel

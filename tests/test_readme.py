@@ -54,8 +54,8 @@ def commands():
 
 
 # test_detector_page.py runs the code of detector.md, a test below that of export.md; the code of
-# serving.md needs a server, see tests/serve/.
-_OTHERS = ("detector", "export", "serving")
+# serving.md needs a server, see tests/serve/; test_batch.py runs that of batch.md.
+_OTHERS = ("detector", "export", "serving", "batch")
 _ALONE = [page for page in DOCS if blocks(page, "python") and page.stem not in _OTHERS]
 
 
@@ -200,6 +200,12 @@ def test_commands_run(command, workplace, started, capsys):
         assert started(options) == 0
         assert "0 decisions differ" in capsys.readouterr().out
         assert (workplace / "screws.onnx").is_file()
+    elif "--mode=batch" in options:
+        for package in ("onnx", "pyarrow", *["ray"] * ("--ray" in line)):
+            pytest.importorskip(package, reason="batch scoring needs the extras onnx, batch, ray")
+        Detector.fit("photos/screws/train/good", config=small()).export("screws.onnx")
+        assert started(options) == 1
+        assert "of 18 images are anomalous" in capsys.readouterr().out
     elif "--mode=predict" in options:
         started([*training_of(options), *SMALL])
         assert started(options) == 1

@@ -79,7 +79,7 @@ _INPUT = flags.DEFINE_string(
     "input",
     None,
     "With --mode=predict or batch, read images from this file, directory or glob pattern; with "
-    "--mode=batch also from .txt, .csv, .jsonl or .parquet files.",
+    "--mode=batch also from a text, CSV, JSON lines or Parquet file.",
 )
 _OUTPUT = flags.DEFINE_string(
     "output",
@@ -142,7 +142,7 @@ _MODELS = flags.DEFINE_multi_string(
     "model",
     [],
     "With --mode=serve, serve this exported file, given as NAME=FILE, instead of --workdir; may be "
-    "repeated. With --mode=batch, score with this exported FILE instead of --workdir.",
+    "repeated; with --mode=batch, score with this exported FILE instead of --workdir.",
 )
 _SHARD = flags.DEFINE_string(
     "shard", "1/1", "With --mode=batch, score this part of the images, such as 3/16."
@@ -150,7 +150,7 @@ _SHARD = flags.DEFINE_string(
 _COLUMN = flags.DEFINE_string(
     "column",
     "path",
-    "With --mode=batch, the column of paths or, in .parquet files, of contents of image files.",
+    "With --mode=batch, the column of paths or, in Parquet files, of contents of image files.",
 )
 _RAY = flags.DEFINE_integer("ray", 0, "With --mode=batch, score with this number of Ray workers.")
 _HOST = flags.DEFINE_string(

@@ -76,6 +76,9 @@ NOT_RUN = {
     "pip install": "it would change the environment; its extras are checked against pyproject.toml",
     "python -m pytest": "it would run this test again",
     "python -m fastflow_jax.main --mode=serve": "it would not end; tests/serve/ starts servers",
+    "npm": "it would download a package",
+    "python -m fastflow_jax.main --mode=export --workdir=runs/screws --format=html": "it needs that "
+    "package; tests/export/test_page.py exports web pages",
     "curl": "it needs a server; tests/serve/ sends such requests",
     "docker": "containers are not available to tests",
 }

@@ -27,13 +27,18 @@ def file(grey, tmp_path_factory):
 def test_a_detector_equals_onnxruntime(file, batch):
     images = np.random.default_rng(2).integers(118, 138, (batch, 16, 16, 3), np.uint8)
     images[0, 3:9, 3:9] = (250, 20, 20)
-    expected, found = Exported(file).run(images), compiled(file)({"images": images})
+    exported = Exported(file)
+    expected, found = exported.run(images), compiled(file)({"images": images})
     for name, tolerance in (("score", 5e-3), ("anomaly_map", 2e-2)):
         scale = np.abs(expected[name]).max()
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=tolerance * scale)
     np.testing.assert_allclose(found["p_value"], expected["p_value"], rtol=1e-6)
     np.testing.assert_array_equal(found["is_anomalous"], expected["is_anomalous"])
-    assert (found["mask"] != expected["mask"]).mean() < 0.01
+    # Pixels next to the threshold may differ, as the map does.
+    distance = np.abs(expected["anomaly_map"] - exported.pixel_threshold.value)
+    is_clear = distance > tolerance * scale
+    assert is_clear.mean() > 0.5
+    np.testing.assert_array_equal(found["mask"][is_clear], expected["mask"][is_clear])
     assert expected["is_anomalous"][0]
     assert expected["mask"][0].any()
 

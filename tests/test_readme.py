@@ -77,8 +77,8 @@ NOT_RUN = {
     "python -m pytest": "it would run this test again",
     "python -m fastflow_jax.main --mode=serve": "it would not end; tests/serve/ starts servers",
     "npm": "it would download a package",
-    "python -m fastflow_jax.main --mode=export --workdir=runs/screws --format=html": "it needs that "
-    "package; tests/export/test_page.py exports web pages",
+    "python -m fastflow_jax.main --mode=export --workdir=runs/screws --format=html": "it needs the "
+    "npm package; tests/export/test_page.py exports web pages",
     "curl": "it needs a server; tests/serve/ sends such requests",
     "docker": "containers are not available to tests",
 }

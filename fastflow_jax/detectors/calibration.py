@@ -174,7 +174,7 @@ class LocationScorer(CompiledScorer):
 
     def __init_subclass__(cls) -> None:
         parts = {"locate": cls.locate, "map_weights": cls.map_weights}
-        cls.function = functools.partial(score_locations, **parts)
+        cls.function = staticmethod(functools.partial(score_locations, **parts))
 
     def arrays(self) -> tuple[Any, Calibration]:
         """Variables and calibration."""

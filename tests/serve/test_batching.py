@@ -12,11 +12,12 @@ class Doubler:
     """Doubles numbers; waits for `may_run` first, and fails on a batch with None."""
 
     def __init__(self):
-        self.batches, self.idled = [], threading.Event()
+        self.batches, self.idled, self.begun = [], threading.Event(), threading.Event()
         self.may_run = threading.Event()
         self.may_run.set()
 
     def run(self, payloads):
+        self.begun.set()
         self.may_run.wait(10)
         self.batches.append(list(payloads))
         return [2 * payload for payload in payloads]
@@ -31,8 +32,7 @@ def test_what_waits_is_computed_in_batches_of_at_most_the_size():
     sizes = []
     batcher = Batcher([runner], size=4, latency=0, on_batch=sizes.append)
     results = [batcher.submit(0)]
-    while batcher.waiting:  # the first is being computed
-        time.sleep(0.001)
+    assert runner.begun.wait(10)
     results += [batcher.submit(i) for i in range(1, 10)]
     assert batcher.waiting == 9
     runner.may_run.set()

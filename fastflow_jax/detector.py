@@ -345,9 +345,10 @@ class Detector(PickledByFields, Predictor):
         Args:
           file: file to write. An existing file is replaced.
           kind: "onnx", for `exported.Exported`, ONNX Runtime, OpenVINO and others; "html", a web
-            page that scores images in the browser; or "stablehlo", for `jax.export.deserialize` on
-            a CPU, GPU or TPU, with its description in `<file>.json`. JAX reads StableHLO for six
-            months after the release that wrote it.
+            page that scores images in the browser; "stablehlo", for `jax.export.deserialize` on
+            a CPU, GPU or TPU; or "litert" (experimental), for LiteRT, one image at a time. The
+            last two have their description in `<file>.json`. JAX reads StableHLO for six months
+            after the release that wrote it.
           opset: of ONNX's operations.
           any_size: the ONNX model resizes images of any size itself, bilinearly. That of a page
             always does.
@@ -358,8 +359,8 @@ class Detector(PickledByFields, Predictor):
           The differences between the file and the detector.
 
         Raises:
-          InputError: the detector or its options cannot be exported, the packages onnx and
-            onnxruntime are missing, the directory of the file or the runtime does not exist, or
+          InputError: the detector or its options cannot be exported, the packages of the format
+            are missing, the directory of the file or the runtime does not exist, or
             the results differ by more than rounding.
         """
         options = Options(opset, any_size, None if runtime is None else expanded(runtime))

@@ -120,8 +120,9 @@ _ENGINE = flags.DEFINE_enum(
 _FORMAT = flags.DEFINE_enum(
     "format",
     "onnx",
-    ["onnx", "html", "stablehlo"],
-    "With --mode=export, the format of the file; html is a web page that scores images.",
+    ["onnx", "html", "stablehlo", "litert"],
+    "With --mode=export, the format of the file; html is a web page that scores images, litert is "
+    "experimental.",
 )
 _RUNTIME = flags.DEFINE_string(
     "runtime",

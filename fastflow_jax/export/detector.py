@@ -17,6 +17,7 @@ from fastflow_jax import data, exported
 from fastflow_jax.backbones.weights import licence
 from fastflow_jax.decision import rounded_down
 from fastflow_jax.errors import InputError
+from fastflow_jax.export.litert import load_litert, to_litert
 from fastflow_jax.export.onnx import to_onnx
 from fastflow_jax.export.page import page, read_runtime
 from fastflow_jax.export.resize import resize_inside
@@ -26,7 +27,7 @@ from fastflow_jax.files import replacing, sha256_of_detector, write_text
 from fastflow_jax.prediction import Predictor
 
 # The formats, with the usual suffix of their files.
-FORMATS = {"onnx": ".onnx", "html": ".html", "stablehlo": ".stablehlo"}
+FORMATS = {"onnx": ".onnx", "html": ".html", "stablehlo": ".stablehlo", "litert": ".tflite"}
 _EXPORTABLE = ("fastflow", "knn", "gaussian", "subspace", "patchcore", "cflow")
 _SCORE, _MAP = 1e-4, 1e-3  # largest differences of a verified file, see `Parity`
 _HELD_OUT, _RANDOM = 16, 4  # images of the comparison
@@ -61,7 +62,8 @@ class Parity:
         if not is_close or self.flips:
             raise InputError(
                 f"{file} was not written, because its results differ from those of the detector: "
-                f"{self}. Update onnx, onnxruntime or jax, or report this with the configuration."
+                f"{self}. Update jax and the packages of the format, or report this with the "
+                "configuration."
             )
 
 
@@ -93,7 +95,7 @@ def export(detector: Any, file: pathlib.Path, kind: str, options: Options) -> Pa
         )
     if not file.parent.is_dir():
         raise InputError(f"{file.parent} is not a directory. Create it, or pass another file.")
-    writer = {"onnx": _onnx, "html": _html, "stablehlo": _stablehlo}[kind]
+    writer = {"onnx": _onnx, "html": _html, "stablehlo": _stablehlo, "litert": _litert}[kind]
     return writer(detector, file, options)
 
 
@@ -152,12 +154,27 @@ def _stablehlo(detector, file: pathlib.Path, options: Options) -> Parity:
     run = jax.jit(jax.export.deserialize(bytearray(content)).call)
     parity = compare(detector, lambda x: jax.tree.map(np.asarray, run(x)))
     parity.check(file)
+    _write_with_description(file, content, metadata(detector) | {"platforms": _PLATFORMS}, parity)
+    return parity
+
+
+def _litert(detector, file: pathlib.Path, options: Options) -> Parity:
+    shape = jax.ShapeDtypeStruct((1, *detector.image_size, 3), jnp.uint8)
+    content = to_litert(detector.as_function(), shape)
+    parity = compare(detector, load_litert(content))
+    parity.check(file)
+    _write_with_description(file, content, metadata(detector) | {"batch": 1}, parity)
+    return parity
+
+
+def _write_with_description(
+    file: pathlib.Path, content: bytes, fields: dict[str, Any], parity: Parity
+) -> None:
+    """Writes a file that has no metadata, and `<file>.json` that describes it."""
     with replacing(file, "wb") as opened:
         opened.write(content)
-    fields = metadata(detector) | {"platforms": _PLATFORMS, "parity": parity}
-    text = json.dumps(fields, default=dataclasses.asdict, indent=2)
+    text = json.dumps(fields | {"parity": parity}, default=dataclasses.asdict, indent=2)
     write_text(file.with_name(file.name + ".json"), text + "\n")
-    return parity
 
 
 def _input_shape(detector: Predictor) -> jax.ShapeDtypeStruct:

@@ -66,8 +66,8 @@ class Exported(Predictor):
         self.resize: str = given["resize"]
         self.decision: Decision = self.metadata.pop("decision")
         self.training_images: Profile | None = self.metadata.pop("training_images")
-        # On a CPU larger batches are not faster.
-        self.batch_size = 1 if self.providers == ("CPUExecutionProvider",) else 32
+        # On a CPU larger batches are not faster, and need more memory.
+        self.batch_size = 8 if self.providers == ("CPUExecutionProvider",) else 32
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     @property

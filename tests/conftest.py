@@ -44,7 +44,7 @@ def _compile_once(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _same_numbers(request):
-    """A test's module-level generator starts anew: numbers don't depend on the tests before it."""
+    """Resets the module-level generator: numbers do not depend on the tests before it."""
     if (generator := getattr(request.module, "RNG", None)) is not None:
         generator.bit_generator.state = type(generator.bit_generator)(0).state
 

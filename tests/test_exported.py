@@ -43,7 +43,7 @@ def spoilt(size=(20, 30)):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A directory of PNG files, of which a detector is trained on `train/good`."""
+    """A directory of PNG files; a detector is trained on `train/good`."""
     root = tmp_path_factory.mktemp("detector") / "images"
     (root / "train/good").mkdir(parents=True)
     for i, image in enumerate(photographs()):

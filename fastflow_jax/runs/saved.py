@@ -1,4 +1,4 @@
-"""What `Detector.load` reads: saved detectors, and records of finished trainings."""
+"""Saved detectors and records of finished trainings, for `Detector.load`."""
 
 import dataclasses
 import logging

@@ -1,4 +1,4 @@
-"""What is checked before a request is read: token, size, number of requests, shutdown."""
+"""Checks before a request is read: token, size, number of requests, shutdown."""
 
 import asyncio
 import dataclasses
@@ -18,7 +18,7 @@ _BODY_SECONDS = 60
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the server accepts."""
+    """Limits of the requests that the server accepts."""
 
     max_bytes: int = 32 * 2**20  # of the body of a request
     queue: int = 64  # requests with images that are answered at the same time
@@ -104,7 +104,7 @@ class Gate:
 
 
 class _Body:
-    """The body of a request, of which at most `max_bytes` are read, for a limited time."""
+    """Body of a request; at most `max_bytes` are read, for a limited time."""
 
     def __init__(self, scope: Scope, receive: Receive, max_bytes: int):
         headers = Headers(scope=scope)

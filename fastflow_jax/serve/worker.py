@@ -42,7 +42,7 @@ class WorkerLost(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Description:
-    """What the server must know of a detector that its workers hold."""
+    """Properties of a detector that the server needs; its workers hold the detector."""
 
     image_size: tuple[int, int]  # (height, width) of model inputs
     resize: str  # how images become inputs

@@ -31,13 +31,11 @@ from fastflow_jax.files import (
     sha256_of_detector,
     write_json,
 )
-from fastflow_jax.prediction import Prediction, Predictor
+from fastflow_jax.prediction import Prediction, Predictor, encode_map
 from fastflow_jax.report.heatmaps import OF_THE_NAME, draw_heatmap, save_picture
 
 _log = logging.getLogger(__name__)
 
-RAW = ("npy", "png16")
-ENGINES = ("jax", "onnx")
 EXPORTED = "detector.onnx"  # in the run directory, for the engine "onnx"
 _SETTINGS, _JSONL, _CSV = "predictions.json", "predictions.jsonl", "predictions.csv"
 # File names may contain any bytes, which are written unchanged.
@@ -427,12 +425,8 @@ def _write_raw(
 ) -> None:
     """Writes an anomaly map, and its path and scale to the line."""
     file = f"maps/{name}.{raw.removesuffix('16')}"
-    (output / file).parent.mkdir(parents=True, exist_ok=True)
-    if raw == "npy":
-        np.save(output / file, anomaly_map)
-    else:
-        low, high = float(anomaly_map.min()), float(anomaly_map.max())
-        part = (anomaly_map - low) / (high - low if high > low else 1)
-        save_picture(output / file, Image.fromarray(np.round(65535 * part).astype(np.uint16)))
-        line.raw_zero, line.raw_full = low, high
+    content, line.raw_zero, line.raw_full = encode_map(anomaly_map, raw)
+    make_folder((output / file).parent)
+    with replacing(output / file, "wb") as opened:
+        opened.write(content)
     line.raw_map = file

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import pathlib
 import shutil
@@ -17,6 +16,7 @@ from fastflow_jax.data.arrays import Given
 from fastflow_jax.data.inputs import Outputs, cut, stacked
 from fastflow_jax.data.pipeline import n_threads
 from fastflow_jax.errors import InputError
+from fastflow_jax.files import sha256_of_detector
 from fastflow_jax.prediction import Prediction, Predictor
 from fastflow_jax.serve.batching import Batcher
 from fastflow_jax.serve.metrics import Metrics
@@ -58,7 +58,7 @@ class Loaded(Predictor):
         restarts = metrics.restarts.labels(name)
         # Workers that are restarted read the copy, because the file may have changed.
         own = _copied(file, self._copy)
-        self.version = _hash(own)
+        self.version = sha256_of_detector(own)[:12]
         try:
             for _ in range(engine.workers):
                 self._workers.append(
@@ -257,14 +257,6 @@ def _copied(file: pathlib.Path, folder: Any) -> pathlib.Path:
 
 def _main_file(file: pathlib.Path) -> pathlib.Path:
     return file / "detector.json" if file.is_dir() else file
-
-
-def _hash(file: pathlib.Path) -> str:
-    """First characters of the sha256 of an exported detector, or of a directory's description."""
-    try:
-        return hashlib.sha256(_main_file(file).read_bytes()).hexdigest()[:12]
-    except OSError as error:
-        raise InputError(f"{file} has no detector: {error.strerror}. Train one there.") from error
 
 
 def _signature(file: pathlib.Path) -> tuple[int, ...] | None:

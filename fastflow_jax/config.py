@@ -24,6 +24,8 @@ def default() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # of parameters, permutations, the order of images, and random backbones
     c.seeds = 1  # number of runs, with seeds from `seed` on; the table reports mean and deviation
+    c.one_model = False  # True trains one model of all categories, see docs/products.md
+    c.products = 0  # number of products of a model, set by a run with `one_model`
     c.detector = "fastflow"  # see `detectors.base.DETECTORS`
     c.parallel = "pmap"  # or "jit": how a batch is split over the devices of this machine
     c.data = _data()
@@ -162,6 +164,7 @@ _CHOICES = {
 _BOUNDS = {
     "seed": (0, 2**31),
     "seeds": (1, 1000),
+    "products": (0, 10_000),
     "data.holdout": (0, 0.5),
     "data.tamper.rotate": (-180, 180),
     "data.tamper.zoom": (0.1, 10),
@@ -302,6 +305,7 @@ def _fill(config: ConfigDict) -> ConfigDict:
     c.layers = check_layers(spec, c.layers or method(c.layers_as or c.detector).layers(c, spec))
     _check_values(c)
     _check_copies(c.augment)
+    _check_one_model(c)
     for name in DETECTORS:
         method(name).fill(c, spec)
     if c.data.root is not None:
@@ -335,6 +339,16 @@ def _check_copies(augment: ConfigDict) -> None:
             f"config.augment.copies is {augment.copies}, but copies would equal their images. Set "
             "config.augment.rotate, config.augment.flips or config.augment.colour."
         )
+
+
+def _check_one_model(config: ConfigDict) -> None:
+    if not config.one_model:
+        return
+    for field, usual in (("seeds", 1), ("evaluate_every", 0)):
+        if config[field] != usual:
+            raise InputError(f"config.one_model needs config.{field}={usual}. Leave {field} out.")
+    if len(config.variants):
+        raise InputError("config.one_model has no variants. Make each variant a separate run.")
 
 
 def _check_choice(field: str, value: str, choices) -> None:

@@ -178,9 +178,21 @@ def sha256(path: Path) -> str:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
 
 
+PRODUCTS = "products.json"  # in the directory of a model of several products
+
+
 def sha256_of_detector(path: Path) -> str:
-    """Returns the SHA-256 that identifies a detector: of its .zip file or its `detector.json`."""
-    return sha256(path if path.is_file() else path / "detector.json")
+    """Returns the SHA-256 that identifies a detector: of its .zip file or its `detector.json`.
+
+    Of a model of several products, that of the list of their identifiers.
+    """
+    if path.is_file():
+        return sha256(path)
+    if not (path / PRODUCTS).exists():
+        return sha256(path / "detector.json")
+    places = parse_json(path / PRODUCTS)["products"].values()
+    each = [sha256_of_detector(path / place) for place in places]
+    return hashlib.sha256("".join(each).encode()).hexdigest()
 
 
 def read_json(file: Path) -> Any:

@@ -99,6 +99,12 @@ _RATE = flags.DEFINE_float(
     "With --mode=predict or batch, allow this share of normal images, from 0 to 1, to be called "
     "anomalous.",
 )
+_PRODUCT = flags.DEFINE_string(
+    "product",
+    None,
+    "With --mode=predict and a model of several products, all images show this one; by default "
+    "each image shows the product that it is nearest to.",
+)
 _TILE = flags.DEFINE_bool(
     "tile", False, "With --mode=predict or batch, cut images larger than the input into tiles."
 )
@@ -324,6 +330,7 @@ def _predict() -> int:
         tile=_TILE.value,
         heatmaps=_HEATMAPS.value,
         raw=_RAW.value,
+        product=_PRODUCT.value,
     )
 
 

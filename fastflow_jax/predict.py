@@ -23,6 +23,7 @@ from fastflow_jax.data.arrays import read_image
 from fastflow_jax.errors import InputError
 from fastflow_jax.exported import Exported
 from fastflow_jax.files import (
+    PRODUCTS,
     expanded,
     make_folder,
     read_json,
@@ -53,6 +54,8 @@ class Line:
     threshold: float | None = None
     log_likelihood: float | None = None  # of the features, in nats per dimension
     distance: float | None = None  # from the training images, see `Prediction.distance`
+    product: str | None = None  # of a model of several products, unless it was given
+    is_known: bool | None = None  # whether the image seems to show one of the products
     anomalous_part: float | None = None  # share of pixels above the pixel threshold
     pixel_threshold: float | None = None
     height: int | None = None
@@ -77,6 +80,7 @@ def predict(
     tile: bool = False,
     heatmaps: bool = True,
     raw: str | None = None,
+    product: str | None = None,
 ) -> int:
     """Scores images with the detector of a run and writes the results.
 
@@ -96,6 +100,7 @@ def predict(
       heatmaps: draw heat maps.
       raw: write anomaly maps in the size of their image, "npy" as float32 or "png16" in 16 bits
         from their minimum to their maximum; None for no maps.
+      product: of all images, for a model of several products; None to recognise it.
 
     Returns:
       Exit status: 0 if all images are normal, 1 if some are anomalous, 3 if some images could not
@@ -106,13 +111,14 @@ def predict(
     """
     output = expanded(output)
     found = find_images(images)
-    detector = with_rate(_load(expanded(workdir), engine, weights), rate)
+    detector = with_rate(_load(expanded(workdir), engine, weights, product), rate)
     make_folder(output)
     if others := found.others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         names = ", ".join(path.name for path in others[:3])
         _log.info("not images, not scored: %s%s", names, more)
     options = {"engine": engine, "rate": rate, "tile": tile, "heatmaps": heatmaps, "raw": raw}
+    options |= {"product": product}
     settings = {"detector": sha256_of_detector(expanded(workdir)), "options": options}
     kept = _lines_to_keep(output, settings, found.names)
     if kept:
@@ -121,13 +127,29 @@ def predict(
     return summarise(counts, len(others), output, detector.image_threshold is not None)
 
 
-def _load(workdir: pathlib.Path, engine: str, weights: str | os.PathLike | None) -> Predictor:
-    """Loads a detector for an engine."""
+def _load(
+    workdir: pathlib.Path,
+    engine: str,
+    weights: str | os.PathLike | None,
+    product: str | None,
+) -> Predictor:
+    """Loads a detector, or a model of several products, for an engine."""
+    of_several = (workdir / PRODUCTS).exists()
+    if product is not None and not of_several:
+        raise InputError(f"{workdir} has no model of several products. Leave --product out.")
     if engine == "onnx":
+        if of_several:
+            raise InputError(
+                f"{workdir} has a model of several products, which is not exported as a whole. "
+                "Pass the directory of one product, or leave --engine=onnx out."
+            )
         return export_once(workdir, weights)
-    from fastflow_jax.detector import Detector
+    from fastflow_jax.detector import Detector, Products
 
-    return Detector.load(workdir, weights=weights)
+    if not of_several:
+        return Detector.load(workdir, weights=weights)
+    model = Products.load(workdir, weights=weights)
+    return model if product is None else model.detector_of(product)
 
 
 def export_once(workdir: pathlib.Path, weights: str | os.PathLike | None = None) -> Exported:
@@ -204,10 +226,13 @@ def _score(
 
         for prediction in detector.stream(todo, tile=options["tile"], on_error=report):
             path, name = found.locate(prediction.name)
-            line = _line(detector, prediction, before[path])
+            owner = detector.for_prediction(prediction)
+            line = _line(owner, prediction, before[path])
+            if prediction.is_known is False:
+                _log.warning("%s seems to show none of the products.", prediction.name)
             try:
                 if options["heatmaps"]:
-                    picture = draw_prediction(detector, prediction, name)
+                    picture = draw_prediction(owner, prediction, name)
                     save_picture(output / f"heatmaps/{name}.png", picture)
                     line.heatmap = f"heatmaps/{name}.png"
                 if options["raw"]:
@@ -277,7 +302,8 @@ def _json_line(line: Line) -> str:
 
 def _csv_line(line: Line) -> str:
     words = {True: "true", False: "false", None: None}
-    plain = dataclasses.asdict(line) | {"is_anomalous": words[line.is_anomalous]}
+    plain = dataclasses.asdict(line)
+    plain |= {name: words[plain[name]] for name in ("is_anomalous", "is_known")}
     return _csv_row(plain.values())
 
 
@@ -411,6 +437,8 @@ def _line(
         threshold=detector.image_threshold and detector.image_threshold.value,
         log_likelihood=prediction.log_likelihood,
         distance=prediction.distance,
+        product=prediction.product,
+        is_known=prediction.is_known,
         anomalous_part=None if mask is None else float(mask.mean()),
         pixel_threshold=detector.pixel_threshold and detector.pixel_threshold.value,
         height=height,

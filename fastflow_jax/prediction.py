@@ -25,7 +25,8 @@ from fastflow_jax.errors import InputError
 
 _log = logging.getLogger(__name__)
 
-_RESULTS = ("score", "anomaly_map", "log_likelihood", "distance")  # of a model input
+# Of a model input
+_RESULTS = ("score", "anomaly_map", "log_likelihood", "distance", "product", "is_known")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,6 +48,9 @@ class Prediction:
     # From the image as a whole to the nearest training image, see `shift.Reference`; 1 is typical
     # of normal images. None for tiled images, exported detectors and `Detector.reference` of None.
     distance: float | None
+    # Nearest product of a model of several products; None if the product was given.
+    product: str | None = None
+    is_known: bool | None = None  # False if the image seems to show none of the products
 
 
 MAP_FORMS = ("npy", "png16")
@@ -112,6 +116,11 @@ class Predictor:
     def colour_range(self) -> tuple[float, float] | None:
         """Values of anomaly maps at the ends of the colours of heat maps; None if unknown."""
         return None
+
+    def for_prediction(self, prediction: Prediction) -> "Predictor":
+        """The predictor with the thresholds and colours of a prediction."""
+        del prediction
+        return self
 
     def with_threshold(self, *, rate: float) -> "Predictor":
         """Returns a copy with the threshold of a false-alarm rate."""

@@ -72,6 +72,29 @@ class Source:
     def __len__(self) -> int:
         return len(self.names)
 
+    def subset(self, rows: np.ndarray, *, share: bool = False) -> "Source":
+        """The examples at `rows`, int [M].
+
+        Args:
+          rows: of the examples.
+          share: sets `part_of`, so that subsets share their features; for sources without masks.
+        """
+
+        def of(values):
+            return None if values is None else tuple(values[i] for i in rows)
+
+        header = self.header
+        return Source(
+            names=tuple(self.names[i] for i in rows),
+            defects=tuple(self.defects[i] for i in rows),
+            load=lambda index: self.load(rows[index]),
+            part_of=(self, rows) if share else None,
+            cut_masks=self.cut_masks,
+            files=of(self.files),
+            header=None if header is None else lambda index: header(rows[index]),
+            groups=of(self.groups),
+        )
+
     def __getitem__(self, index: int) -> Example:
         defect = self.defects[index]
         image, mask = self.load(index)

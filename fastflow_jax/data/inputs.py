@@ -71,6 +71,8 @@ class Outputs:
         self.name = inputs.name
         self.score = -np.inf  # maximum over the parts
         self.distance: float | None = None  # to the training images; None for several parts
+        self.product = 0  # index of the product, see `Products`
+        self.is_known = True  # whether it is one of the products
         self._missing = self._n = len(inputs.where)
         self._likelihoods: float | None = 0.0
         self._blender = tiling.Blender(inputs.size, inputs.where)
@@ -82,6 +84,8 @@ class Outputs:
         anomaly_map: np.ndarray,
         log_likelihood: np.ndarray | None = None,
         distance: np.ndarray | None = None,
+        product: np.ndarray | None = None,
+        is_known: np.ndarray | None = None,
     ) -> None:
         """Adds the result of one part.
 
@@ -91,6 +95,8 @@ class Outputs:
           anomaly_map: [h, w].
           log_likelihood: [], or None if the detector has none.
           distance: to the training images [], or None if it is unknown.
+          product: index of the product [], or None if there is one only.
+          is_known: whether it is one of the products [], or None.
         """
         self.score = float(np.maximum(self.score, score))  # NaN stays
         if log_likelihood is None or self._likelihoods is None:
@@ -99,6 +105,8 @@ class Outputs:
             self._likelihoods += float(log_likelihood)
         if distance is not None and self._n == 1:
             self.distance = float(distance)
+        if product is not None:
+            self.product, self.is_known = int(product), bool(is_known)
         self._blender.add(_at_own_size(anomaly_map, part), part.where)
         self._missing -= 1
 

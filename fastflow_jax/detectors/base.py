@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from fastflow_jax import parallel
 from fastflow_jax.data.dataset import check_choice
-from fastflow_jax.features.extract import Features
+from fastflow_jax.features.extract import Features, TrainingFeatures
 from fastflow_jax.training.context import FitContext
 
 DETECTORS = {
@@ -133,6 +133,10 @@ class Method:
     # Sections of the configuration with the defaults of their fields; a type stands for a field of
     # that type that is None until `fill` sets it.
     fields: Mapping[str, Mapping[str, Any]]
+    # (context, features of each product): trains the part that the products of one model share, or
+    # continues it. Features of the context are `joined`. Each product is then fitted with
+    # `FitContext.shared`. None if the products share nothing but the backbone.
+    fit_shared: Callable[[FitContext, Sequence[TrainingFeatures]], None] | None = None
     # Differences of its runs from the default configuration.
     recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # Sections and fields that it reads, in addition to those that all detectors read.

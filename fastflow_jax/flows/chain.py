@@ -54,9 +54,15 @@ class FlowStep(nn.Module):
         affine = GlobalAffine(self.affine, name="affine")
         self.layers = [*couplings, affine, Permute(name="permute")]
 
-    def __call__(self, x: jax.Array, *, inverse: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Transforms x [B, h, w, C]; log_det [B, h, w]."""
-        return compose(self.layers, x, inverse)
+    def __call__(
+        self, x: jax.Array, condition: jax.Array | None = None, *, inverse: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Transforms x [B, h, w, C], given `condition` [B, h, w, D] if any; log_det [B, h, w]."""
+        layers = [
+            partial(layer, condition=condition) if isinstance(layer, AffineCoupling) else layer
+            for layer in self.layers
+        ]
+        return compose(layers, x, inverse)
 
 
 class Flow(nn.Module):
@@ -89,13 +95,25 @@ class Flow(nn.Module):
     def setup(self):
         self.step = [FlowStep(**step_fields(self, i)) for i in range(self.steps)]
 
-    def __call__(self, x: jax.Array, *, inverse: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Maps features [B, h, w, C] to z of the same shape, or z back; log_det [B, h, w]."""
+    def __call__(
+        self, x: jax.Array, condition: jax.Array | None = None, *, inverse: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Maps features to latents, or latents to features.
+
+        Args:
+          x: features [B, h, w, C], or latents with `inverse`.
+          condition: [B, h, w, D], a further input of every coupling's subnet; None for none. It
+            gets no gradient in a reversible flow.
+          inverse: whether to map latents to features.
+
+        Returns:
+          Latents or features [B, h, w, C], and log_det [B, h, w].
+        """
         if not self.reversible or self.is_initializing():
-            return compose(self.step, x, inverse)
+            return compose([partial(step, condition=condition) for step in self.step], x, inverse)
         unbound: list[tuple[nn.Module, Any]] = [step.unbind() for step in self.step]
         params = tuple(variables["params"] for _, variables in unbound)
-        constants = tuple({k: v[k] for k in v if k != "params"} for _, v in unbound)
+        constants = tuple(({k: v[k] for k in v if k != "params"}, condition) for _, v in unbound)
         steps = tuple(step for step, _ in unbound)
         return rebuilding(_apply, steps, inverse, params, constants, x)
 
@@ -130,7 +148,8 @@ def compose(layers: Sequence[Callable], x: jax.Array, inverse: bool) -> tuple[ja
 
 
 def _apply(step, constants, params, x, inverse):
-    return step.apply({"params": params, **constants}, x, inverse=inverse)
+    collections, condition = constants
+    return step.apply({"params": params, **collections}, x, condition, inverse=inverse)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

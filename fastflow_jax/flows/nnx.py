@@ -10,6 +10,7 @@ wrt=nnx.Param)` trains the parameters only. Save both with a checkpoint.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -40,9 +41,11 @@ class Permutation(nnx.Variable):
 class _LinenLayer(nnx.bridge.ToNNX):
     """A linen layer, initialised for `channels` channels; the variables have linen's names."""
 
-    def __init__(self, layer: nn.Module, channels: int, rngs: nnx.Rngs):
+    def __init__(self, layer: nn.Module, channels: int, rngs: nnx.Rngs, condition_channels=0):
         super().__init__(layer)
-        self.lazy_init(jnp.zeros((1, 1, 1, channels), jnp.float32), rngs=rngs.params())
+        widths = [channels, condition_channels] if condition_channels else [channels]
+        inputs = [jnp.zeros((1, 1, 1, width), jnp.float32) for width in widths]
+        self.lazy_init(*inputs, rngs=rngs.params())
         for name, value in list(vars(self).items()):
             if isinstance(value, Mapping) and not name.startswith("_"):
                 setattr(self, name, _as_attributes(value))
@@ -82,11 +85,18 @@ class Permute(_LinenLayer):
 class FlowStep(_LinenLayer):
     """Coupling, learned scale and offset, channel shuffle; [B, h, w, C], log_det [B, h, w].
 
-    Takes `channels`, the fields of `flows.FlowStep` and `rngs`.
+    Takes `channels`, the fields of `flows.FlowStep`, `condition_channels` and `rngs`.
     """
 
-    def __init__(self, channels: int, *fields: Any, rngs: nnx.Rngs, **named: Any):
-        super().__init__(flows.FlowStep(*fields, **named), channels, rngs)
+    def __init__(
+        self,
+        channels: int,
+        *fields: Any,
+        condition_channels: int = 0,
+        rngs: nnx.Rngs,
+        **named: Any,
+    ):
+        super().__init__(flows.FlowStep(*fields, **named), channels, rngs, condition_channels)
 
 
 class AffineCoupling(nnx.Module):
@@ -123,27 +133,39 @@ class AffineCoupling(nnx.Module):
 class Flow(nnx.Module):
     """Chain of steps with alternating kernel sizes.
 
-    Takes `channels`, the fields of `flows.Flow` and `rngs`.
+    Takes `channels`, the fields of `flows.Flow`, `condition_channels` and `rngs`.
 
     Attributes:
       step: `nnx.List` of `FlowStep`.
     """
 
-    def __init__(self, channels: int, *fields: Any, rngs: nnx.Rngs, **named: Any):
+    def __init__(
+        self,
+        channels: int,
+        *fields: Any,
+        condition_channels: int = 0,
+        rngs: nnx.Rngs,
+        **named: Any,
+    ):
         flow = flows.Flow(*fields, **named)
+        shared = {"condition_channels": condition_channels, "rngs": rngs}
         self.step = nnx.List(
-            [FlowStep(channels, rngs=rngs, **step_fields(flow, i)) for i in range(flow.steps)]
+            [FlowStep(channels, **shared, **step_fields(flow, i)) for i in range(flow.steps)]
         )
         self.reversible = flow.reversible
 
-    def __call__(self, x: jax.Array, *, inverse: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Maps features [B, h, w, C] to z of the same shape, or z back; log_det [B, h, w]."""
+    def __call__(
+        self, x: jax.Array, condition: jax.Array | None = None, *, inverse: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Maps features to latents, or latents to features, see `flows.Flow`."""
         if not self.reversible:
-            return compose(self.step, x, inverse)
+            return compose([partial(step, condition=condition) for step in self.step], x, inverse)
         parts = (nnx.split(step, nnx.Param, ...) for step in self.step)
         graphs, params, constants = zip(*parts, strict=True)
-        return rebuilding(_apply, graphs, inverse, params, constants, x)
+        given = tuple((each, condition) for each in constants)
+        return rebuilding(_apply, graphs, inverse, params, given, x)
 
 
 def _apply(graph, constants, params, x, inverse):
-    return nnx.merge(graph, params, constants)(x, inverse=inverse)
+    variables, condition = constants
+    return nnx.merge(graph, params, variables)(x, condition, inverse=inverse)

@@ -10,7 +10,7 @@ import pathlib
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -30,7 +30,7 @@ from fastflow_jax.files import expanded, read_json, read_lines, to_plain, write_
 from fastflow_jax.report.html import write_reports
 from fastflow_jax.report.pictures import write_pictures
 from fastflow_jax.report.table import format_csv, format_markdown
-from fastflow_jax.runs import advice
+from fastflow_jax.runs import advice, products
 from fastflow_jax.runs.directory import claim
 from fastflow_jax.runs.fit import Fitted, fit
 
@@ -77,9 +77,18 @@ def run(config, workdir: str | pathlib.Path) -> dict:
                 workdir,
             )
             return results
-        plan = _plan(config, workdir)
-        parts = _run_parts(config, workdir, plan)
+        opened, names = None, data.categories(config.data)
+        if config.one_model and len(names) == 1:
+            whole = data.open_dataset(config.data)
+            opened = products.discovered(config, whole, workdir / "features")
+            names = tuple(opened)
+        plan = _plan(config, workdir, names)
+        parts, membership = _run_parts(config, workdir, plan, opened)
         results = _summarise(config, parts)
+        if config.one_model:
+            results["products"] = products.recognition({p.name: p.directory for p in membership})
+            names = {p.name: p.directory.relative_to(workdir).as_posix() for p in membership}
+            products.write_products(workdir, names)
         write_text(workdir / "table.md", format_markdown(results))
         write_text(workdir / "table.csv", format_csv(results))
         if config.report:
@@ -88,7 +97,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         write_json(workdir / "results.json", results)
         parallel.on_main(lambda: None)  # all processes wait until the files are written
         _log.info(_advice(parts))
-        if len(plan) == 1:
+        if len(plan) == 1 or config.one_model:
             predict = f"--mode=predict --workdir={workdir} --input=IMAGES --output=RESULTS"
             _log.info("To score new images, use %s", predict)
         return results
@@ -106,6 +115,7 @@ class _Part:
     training: pathlib.Path  # directory of the first part with the same training
     scored: pathlib.Path  # directory of the first part with the same scores
     pictures: int  # largest number of images in its report
+    member: products.Membership | None = None  # of a model of several products
 
     @property
     def file(self) -> pathlib.Path:
@@ -121,9 +131,21 @@ class _Part:
         return f"{self.name}, {self.variant}" if self.variant else self.name
 
 
-def _run_parts(config, workdir: pathlib.Path, plan: list[_Part]) -> list[dict]:
-    """Runs the parts that are not finished; returns the results of all parts."""
-    prepare = preparer(config, workdir / "features")
+def _run_parts(
+    config, workdir: pathlib.Path, plan: list[_Part], opened: dict[str, data.Dataset] | None
+) -> tuple[list[dict], list[_Part]]:
+    """Runs the parts that are not finished; returns the results of all parts, and the parts.
+
+    Args:
+      config: of the run.
+      workdir: the run directory.
+      plan: the parts.
+      opened: data set of each category; None to open those of `config.data`.
+    """
+    open_category = None if opened is None else lambda name: opened[str(name)]
+    prepare = preparer(config, workdir / "features", open_category)
+    if config.one_model:
+        plan, prepare = _share_training(workdir, plan, prepare)
     done, parts = sum(part.file.exists() for part in plan), []
     bar = {"desc": workdir.name, "unit": "run", "dynamic_ncols": True, "smoothing": 0}
     with tqdm(total=len(plan), initial=done, disable=len(plan) == 1, **bar) as progress:
@@ -135,7 +157,25 @@ def _run_parts(config, workdir: pathlib.Path, plan: list[_Part]) -> list[dict]:
                     finished = _run_part(part, group[i + 1 :], prepare)
                     progress.update()
                 parts.append(finished)
-    return parts
+    return parts, plan
+
+
+def _share_training(
+    workdir: pathlib.Path, plan: list[_Part], prepare: Callable[..., Prepared]
+) -> tuple[list[_Part], Callable[..., Prepared]]:
+    """Trains what the parts share; returns the parts of one model, and their `prepare`."""
+    of_all = products.of_several(plan[0].config, len(plan))
+    held: dict[str | None, Prepared] = {}
+    directory = workdir / products.SHARED
+    if not all(part.file.exists() for part in plan):
+        held = {part.category: prepare(of_all, part.category, part.seed) for part in plan}
+        named = {part.name: held[part.category] for part in plan}
+        directory = products.fit_shared(of_all, named, directory, plan[0].seed)
+    members = [
+        dataclasses.replace(part, config=of_all, member=products.Membership(i, directory))
+        for i, part in enumerate(plan)
+    ]
+    return members, lambda config, category, seed: held.pop(category)
 
 
 # Fields that do not affect the scores of unchanged images, and fields that do not affect training.
@@ -150,9 +190,8 @@ _AFTER_TRAINING = (
 )
 
 
-def _plan(config, workdir: pathlib.Path) -> list[_Part]:
+def _plan(config, workdir: pathlib.Path, categories: tuple[str | None, ...]) -> list[_Part]:
     """The parts of a run in their order: parts that share features follow each other."""
-    categories = data.categories(config.data)
     seeds = [config.seed + i for i in range(config.seeds)]
     pairs = [(category, v) for category in categories for v in variants(config).items()]
     if data.share_images(config.data):  # the categories of a variant share features
@@ -212,9 +251,11 @@ def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepare
     }
     if dataset.test:
         start = time.perf_counter()
-        scored, distances = _score_test(part, prepared, fitted.scorer, "test", fitted.reference)
+        scored, means = _score_test(part, prepared, fitted.scorer, "test")
         results["figures"] = measure(scored)
-        results["shift"] = _shift(part, fitted.reference, distances)
+        results["shift"] = _shift(part, fitted.reference, dataset.test.names, means)
+        if part.member is not None:
+            products.write_means(part.directory, means)
         seconds["evaluate"] = time.perf_counter() - start
         _write_pictures(part, prepared, fitted.scorer, scored, fitted.thresholds["pixel"])
     results["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
@@ -223,10 +264,20 @@ def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepare
 
 
 def _shift(
-    part: _Part, reference: shift.Reference | None, distances: dict[str, float]
+    part: _Part, reference: shift.Reference | None, names: Sequence[str], means: np.ndarray
 ) -> dict | None:
-    """Result of `shift.find` as a dict, logged if there is a shift; None without a test."""
-    found = reference and shift.find(reference, distances, part.config.data.groups)
+    """Result of `shift.find` as a dict, logged if there is a shift; None without a test.
+
+    Args:
+      part: of the run.
+      reference: of its training images.
+      names: of the test images.
+      means: their `extract.image_means`, [N, C].
+    """
+    if reference is None:
+        return None
+    distances = dict(zip(names, reference.distances(means).tolist(), strict=True))
+    found = shift.find(reference, distances, part.config.data.groups)
     if found is None:
         return None
     if found.message:
@@ -275,6 +326,7 @@ def _fit(part: _Part, siblings: list[_Part], prepared: Prepared) -> tuple[Fitted
         training=part.training,
         scored=part.scored,
         sibling_runs=tuple((sibling.seed, sibling.training) for sibling in siblings),
+        member=part.member,
         on_epoch=on_epoch,
         label=f"{part.title}: train",
     )
@@ -288,27 +340,22 @@ def _fit(part: _Part, siblings: list[_Part], prepared: Prepared) -> tuple[Fitted
 
 
 def _score_test(
-    part: _Part,
-    prepared: Prepared,
-    scorer: Scorer,
-    progress: str,
-    reference: shift.Reference | None = None,
-) -> tuple[Scored, dict[str, float]]:
-    """Scores of the test images, and their distances by name if there is a reference."""
+    part: _Part, prepared: Prepared, scorer: Scorer, progress: str
+) -> tuple[Scored, np.ndarray]:
+    """Scores of the test images, and their `image_means` [N, C]."""
     test = prepared.dataset.test
     assert test is not None
-    distances: dict[str, float] = {}
+    means: dict[int, np.ndarray] = {}
 
     def batches() -> Iterator[FeatureBatch]:
         for batch in prepared.test():
-            if reference is not None:
-                names = (test.names[i] for i in batch.index)
-                means = image_means(batch.features, batch.valid)
-                distances.update(zip(names, reference.distances(means).tolist(), strict=True))
+            found = image_means(batch.features, batch.valid)
+            means.update(zip(batch.index.tolist(), found, strict=True))
             yield batch
 
     title = f"{part.title}: {progress}"
-    return score_split(scorer.score, batches(), len(test), progress=title), distances
+    scored = score_split(scorer.score, batches(), len(test), progress=title)
+    return scored, np.stack([means[i] for i in range(len(test))])
 
 
 def _best_on_test(epochs: list[dict]) -> dict | None:

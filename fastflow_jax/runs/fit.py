@@ -10,6 +10,7 @@ from fastflow_jax.features.prepare import Prepared
 from fastflow_jax.features.shift import Reference
 from fastflow_jax.runs import saved
 from fastflow_jax.runs.directory import check_same_data
+from fastflow_jax.runs.products import Membership
 from fastflow_jax.training.context import FitContext
 
 
@@ -31,6 +32,7 @@ def fit(
     training: pathlib.Path | None = None,
     scored: pathlib.Path | None = None,
     sibling_runs: tuple[tuple[int, pathlib.Path], ...] = (),
+    member: Membership | None = None,
     on_epoch: Callable[[int, Callable[[], Scorer]], dict] = lambda epoch, make_scorer: {},
     label: str = "train",
 ) -> Fitted:
@@ -45,6 +47,7 @@ def fit(
       scored: directory of a part whose scorer gives the same scores, whose held-out scores are
         then reused.
       sibling_runs: see `FitContext`.
+      member: the place in a model of several products; None for a model of its own.
       on_epoch: see `FitContext`.
       label: of progress bars.
 
@@ -70,6 +73,8 @@ def fit(
             sibling_runs=sibling_runs,
             on_epoch=on_epoch,
             label=label,
+            shared=member and member.training,
+            product=0 if member is None else member.index,
         )
     )
     seconds = time.perf_counter() - start

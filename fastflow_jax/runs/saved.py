@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 _HELD_OUT = "held_out.npz"
 _REFERENCE = "shift.npz"  # in the directory of the training
-_RATE, _PIXEL_RATE = 0.05, 0.01  # default false-alarm rates
+RATE, PIXEL_RATE = 0.05, 0.01  # default false-alarm rates
 
 
 def record(
@@ -57,8 +57,8 @@ def record(
                 "one image, the threshold means nothing. Use different images.",
                 len(held_out.scores),
             )
-        image = held_out.image_threshold(max(_RATE, 1 / (held_out.n_parts + 1)))
-        pixel = held_out.pixel_threshold(_PIXEL_RATE, warn=False)
+        image = held_out.image_threshold(max(RATE, 1 / (held_out.n_parts + 1)))
+        pixel = held_out.pixel_threshold(PIXEL_RATE, warn=False)
     about = {
         "config": to_plain(config),
         "seed": seed,

@@ -33,3 +33,7 @@ class FitContext:
     # that returns the scorer of that epoch. Its result is added to the line in `metrics.jsonl`.
     on_epoch: Callable[[int, Callable[[], Any]], dict] = _ignore
     label: str = "train"  # of progress bars
+    # Directory of the training that several products share, see `Method.fit_shared`; None for a
+    # training of its own.
+    shared: pathlib.Path | None = None
+    product: int = 0  # index of the product in that training

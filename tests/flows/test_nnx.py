@@ -168,3 +168,16 @@ def test_layers_import_only_jax_and_flax(module, others):
     assert all(name == "fastflow_jax" or name.startswith("fastflow_jax.flows") for name in ours)
     for other in (*others, "sklearn", "tensorflow_datasets", "orbax", "grain", "matplotlib", "PIL"):
         assert other not in loaded
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+def test_conditional_flow_equals_linen(reversible):
+    fields = {"steps": 2, "kernels": (3, 1), "reversible": reversible}
+    flow = moved(layers.Flow(5, condition_channels=3, **fields, rngs=nnx.Rngs(0)))
+    condition = np.random.default_rng(2).normal(size=(2, 3, 4, 3)).astype(np.float32)
+    want = jax.jit(flows.Flow(**fields).apply)(linen_tree(flow), X, condition)
+    got = nnx.jit(lambda flow: flow(X, condition))(flow)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    back, _ = nnx.jit(lambda flow: flow(got[0], condition, inverse=True))(flow)
+    np.testing.assert_allclose(back, X, atol=1e-4)

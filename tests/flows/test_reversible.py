@@ -152,3 +152,21 @@ def test_works_in_vmap_scan_and_pmap():
         jax.lax.scan(lambda _, part: (None, gradient(variables, part)), None, x)[1],
     ):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_conditional_flow_has_the_results_and_gradients_of_the_plain_one():
+    plain, reversible = pair(steps=2, kernels=(3, 1))
+    x = jnp.asarray(X, jnp.float32)
+    condition = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, 4, 3)), jnp.float32)
+    variables = trained_like(plain.init(jax.random.key(0), x, condition))
+    constants = {"permutations": variables["permutations"]}
+
+    def loss(flow, params, x):
+        z, log_det = flow.apply({"params": params, **constants}, x, condition)
+        return jnp.mean(0.5 * jnp.sum(z**2, -1) - log_det)
+
+    got, want = (
+        jax.jit(jax.value_and_grad(partial(loss, flow), (0, 1)))(variables["params"], x)
+        for flow in (reversible, plain)
+    )
+    assert_close(got, want, 1e-4)

@@ -11,6 +11,7 @@ from typing import cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fastflow_jax.errors import InputError
 from fastflow_jax.flows import Flow
@@ -35,15 +36,25 @@ class FeatureNorm(nn.Module):
     kind: str
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, product: jax.Array | None = None) -> jax.Array:
+        """Normalises x.
+
+        Args:
+          x: features.
+          product: int [B], the product of each image, if the statistics of several products are
+            stacked; None if the statistics are those of one product.
+        """
         if self.kind == "none":
             return x
         channels = x.shape[-1]
         if self.kind in ("whiten", "standardise"):
             mean = self.variable("statistics", "mean", jnp.zeros, (channels,)).value
+            x = x - (mean if product is None else mean[product][:, None, None])
             if self.kind == "standardise":
-                return (x - mean) / self.variable("statistics", "std", jnp.ones, (channels,)).value
-            return (x - mean) @ self.variable("statistics", "whitening", jnp.eye, channels).value
+                std = self.variable("statistics", "std", jnp.ones, (channels,)).value
+                return x / (std if product is None else std[product][:, None, None])
+            matrix = self.variable("statistics", "whitening", jnp.eye, channels).value
+            return x @ (matrix if product is None else matrix[product][:, None])
         affine = self.kind == "layer"
         axes = (-3, -2, -1)
         return nn.LayerNorm(
@@ -62,16 +73,21 @@ class FastFlow(nn.Module):
     Attributes:
       flow: the flow of every scale, with its hyperparameters; each scale has its own parameters.
       norm: see `FeatureNorm`.
+      products: number of products; with 0 or 1 the flows have no condition. Otherwise the condition
+        is the product as a one-hot vector, which is in the collection "product" if the variables
+        are those of one product.
     """
 
     flow: Flow
     norm: str = "whiten"
+    products: int = 0
 
     @nn.compact
     def __call__(
         self,
         features: Sequence[jax.Array],
         cut: Callable[[int, jax.Array], jax.Array] = lambda scale, x: x,
+        product: jax.Array | None = None,
     ) -> Latents:
         """Maps features [B, h, w, C] per scale to (z [B, h, w, C], log_det [B, h, w]) per scale.
 
@@ -79,15 +95,41 @@ class FastFlow(nn.Module):
           features: of the backbone.
           cut: (scale, map) -> the part of the map that the flow gets, see `random_windows`; the
             whole map by default.
+          product: int [B], the product of each image, if the variables are those of all products.
         """
-        latents = []
+        latents, one_hot = [], None
+        if self.products > 1:
+            one_hot = self.variable("product", "one_hot", jnp.zeros, (self.products,)).value
+            one_hot = one_hot if product is None else jax.nn.one_hot(product, self.products)
         for i, x in enumerate(features):
             norm = FeatureNorm(self.norm, name=f"norm_{i}")
             x = x.astype(jnp.float32)
             # A norm over the training set may follow the cut, which is cheaper.
-            x = cut(i, norm(x)) if self.norm.startswith("layer") else norm(cut(i, x))
-            latents.append(self.flow.clone(parent=self, name=f"flow_{i}")(x))
+            is_layer = self.norm.startswith("layer")
+            x = cut(i, norm(x)) if is_layer else norm(cut(i, x), product)
+            flow = self.flow.clone(parent=self, name=f"flow_{i}")
+            latents.append(flow(x, condition(one_hot, x)))
         return tuple(latents)
+
+
+def condition(one_hot: jax.Array | None, x: jax.Array) -> jax.Array | None:
+    """The condition of a flow, [B, h, w, P], for features x [B, h, w, C].
+
+    Args:
+      one_hot: [B, P], or [P] for all images; None without a condition.
+      x: the features.
+    """
+    if one_hot is None:
+        return None
+    rows = jnp.broadcast_to(one_hot, (x.shape[0], one_hot.shape[-1]))
+    return jnp.broadcast_to(rows[:, None, None], (*x.shape[:3], rows.shape[-1]))
+
+
+def of_product(variables: dict, product: int, products: int) -> dict:
+    """The variables of one product, from those of all products with stacked statistics."""
+    statistics = jax.tree.map(lambda x: x[product], variables.get("statistics", {}))
+    one_hot = np.eye(products, dtype=np.float32)[product]
+    return {**variables, "statistics": statistics, "product": {"one_hot": one_hot}}
 
 
 def normalise(model: FastFlow, variables: dict, features: Sequence[jax.Array]) -> list[jax.Array]:
@@ -114,7 +156,8 @@ def invert(model: FastFlow, variables: dict, latents: Sequence[jax.Array]) -> tu
     flow, features = model.flow, []
     for i, z in enumerate(latents):
         own = {k: tree[f"flow_{i}"] for k, tree in variables.items() if f"flow_{i}" in tree}
-        x, _ = flow.apply(own, z.astype(jnp.float32), inverse=True)
+        given = condition(variables.get("product", {}).get("one_hot"), z)
+        x, _ = flow.apply(own, z.astype(jnp.float32), given, inverse=True)
         statistics = variables.get("statistics", {}).get(f"norm_{i}", {})
         if "whitening" in statistics:
             x = x @ jnp.linalg.inv(statistics["whitening"])

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
 import jax
@@ -31,6 +32,7 @@ from fastflow_jax.detectors.fastflow.model import (
     location_energies,
     negative_log_likelihood,
     normalise,
+    of_product,
     random_windows,
 )
 from fastflow_jax.detectors.nearest import nearest_squared_distances
@@ -41,6 +43,8 @@ from fastflow_jax.features.extract import (
     inside,
     without_padding,
 )
+from fastflow_jax.features.joined import split_products
+from fastflow_jax.files import read_json, write_json
 from fastflow_jax.flows import Flow
 from fastflow_jax.flows.chain import is_double
 from fastflow_jax.flows.coupling import half_channels
@@ -51,6 +55,7 @@ from fastflow_jax.training.step import Objective, variable_slots
 
 _COARSE = 16  # stride, above which maps have `map.coarse_weight`
 _BANKS = ("features", "latents")  # kinds of memory banks of each scale
+_SHARED = "checkpoints/shared.json"  # of a product, see `fit_shared`
 _EARLIER_BANK = "bank"  # the only kind in saved detectors of earlier versions
 
 
@@ -122,16 +127,49 @@ def fit(context: FitContext) -> "FastFlowScorer":
         variables = with_banks(config, variables, context.train, seed, label=context.label)
         return calibrated(config, variables, context.holdout, context.holdout_valid)
 
-    nll = objective(config, context.train.statistics(config.flow.norm))
-    trained = scorer(train_variables(context, nll, scorer), context.seed)
+    if context.shared is not None:
+        _link(context)
+        variables = _read_variables(config, context.directory)
+    else:
+        nll = objective(config, context.train.statistics(config.flow.norm))
+        variables = train_variables(context, nll, scorer)
+    trained = scorer(variables, context.seed)
     banks = trained.variables.get("bank", {})
     save_calibration(config, context.directory, trained.calibration, banks)
     return trained
 
 
+def fit_shared(context: FitContext, members: Sequence[TrainingFeatures]) -> None:
+    """Trains flows that are conditioned on the product, see `Method.fit_shared`.
+
+    Each product has its own norm.
+    """
+    statistics = [member.statistics(context.config.flow.norm) for member in members]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *statistics)
+    train_variables(context, objective(context.config, stacked), lambda variables, seed: None)
+
+
 def read(config, directory: pathlib.Path) -> dict[str, np.ndarray]:
     """Reads what `fit` has saved, see `Method.read`."""
-    return flatten(read_variables(directory)) | read_calibration(config, directory)
+    return flatten(_read_variables(config, directory)) | read_calibration(config, directory)
+
+
+def _link(context: FitContext) -> None:
+    """Records the shared training of a product in the place of checkpoints of its own."""
+    assert context.shared is not None
+    file = context.directory / _SHARED
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shared = os.path.relpath(context.shared, context.directory)
+    write_json(file, {"training": shared, "product": context.product})
+
+
+def _read_variables(config, directory: pathlib.Path) -> dict:
+    """Variables of the flows from the directory of a training, or from the one that it shares."""
+    link = read_json(directory / _SHARED)
+    if link is None:
+        return read_variables(directory)
+    variables = read_variables((directory / link["training"]).resolve())
+    return of_product(variables, link["product"], config.products)
 
 
 def load(config, shapes, state: State) -> "FastFlowScorer":
@@ -182,7 +220,7 @@ def flow_model(config) -> FastFlow:
     fields["kernels"], fields["dtype"] = tuple(fields["kernels"]), jnp.dtype(fields["dtype"])
     fields["out_kernel"] = fields["out_kernel"] or None
     norm = fields.pop("norm")
-    return FastFlow(Flow(**fields), norm)
+    return FastFlow(Flow(**fields), norm, config.products)
 
 
 def objective(config, statistics: dict | None = None) -> Objective:
@@ -197,7 +235,7 @@ def objective(config, statistics: dict | None = None) -> Objective:
     fresh, loss, validation = _functions(model, per_dimension, config.train.window)
 
     def init(key, features):
-        variables = dict(fresh(key, features))
+        variables = dict(fresh(key, split_products(features)[0]))
         if statistics:
             variables["statistics"] = statistics
         return variables
@@ -227,11 +265,11 @@ def _functions(
 
 def _nll(model, variables, features, valid, per_dimension, cut=lambda scale, x: x) -> jax.Array:
     """`model.negative_log_likelihood` of images without their padding, [B]."""
-    masks = None
+    (maps, product), masks = split_products(features), None
     if valid is not None:
-        seen = (inside(valid, m.shape[1:3])[..., None] for m in features)
+        seen = (inside(valid, m.shape[1:3])[..., None] for m in maps)
         masks = [cut(i, m)[..., 0] for i, m in enumerate(seen)]
-    latents = cast(Latents, model.apply(variables, features, cut))
+    latents = cast(Latents, model.apply(variables, maps, cut, product))
     return negative_log_likelihood(latents, per_dimension=per_dimension, inside=masks)
 
 
@@ -341,6 +379,7 @@ class FastFlowScorer(LocationScorer):
 METHOD = Method(
     title="FastFlow",
     fit=fit,
+    fit_shared=fit_shared,
     read=read,
     load=load,
     layers=layers,

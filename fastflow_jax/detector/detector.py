@@ -81,14 +81,14 @@ class Detector(PickledByFields, Predictor):
     @classmethod
     def fit(
         cls,
-        images: Images | data.Dataset | ConfigDict,
+        images: Images | data.Dataset | ConfigDict | Mapping[str, Images],
         *,
         config: ConfigDict | str | None = None,
         workdir: str | os.PathLike | None = None,
         groups: Sequence[Any] | None = None,
         calibrate: Images | None = None,
-    ) -> "Detector":
-        """Trains a detector on normal images.
+    ) -> "Detector | Any":
+        """Trains a detector on normal images, or one model of several products.
 
         Args:
           images: one of
@@ -96,7 +96,8 @@ class Detector(PickledByFields, Predictor):
             - paths, or uint8 arrays [H, W, 3] in RGB;
             - a `data.Dataset`;
             - the name of a data set, such as "elpv/mono";
-            - a configuration that names a data set, without `config`.
+            - a configuration that names a data set, without `config`;
+            - a dictionary of the images of each product by its name.
             Some images are held out for calibration and thresholds, see `config.data.holdout`.
           config: the configuration, see `config.default`; or the name of a detector for its recipe.
             FastFlow by default.
@@ -109,15 +110,29 @@ class Detector(PickledByFields, Predictor):
             All of `images` are then used for training. By default `calibration/good` of a
             directory if it exists, otherwise held-out images.
 
+        Returns:
+          A `Detector`. A `Products` if `images` is a dictionary, or if `config.one_model` is set,
+          which finds the products of mixed images.
+
         Raises:
           InputError: the images or the configuration do not suit a training, `workdir` has another
             run, or the groups do not fit the images.
           Interrupted: SIGTERM or SIGINT was received; the state is saved in `workdir`.
         """
         parallel.check_not_forked()
+        given = images if isinstance(images, ConfigDict) else config
+        of_several = isinstance(given, ConfigDict) and given.one_model
+        if of_several or isinstance(images, Mapping):
+            from fastflow_jax.detector.products import Products
+
+            if groups is not None or calibrate is not None:
+                raise InputError(
+                    "groups and calibrate are for one product. For several, set config.data.groups."
+                )
+            return Products.fit(images, config=config, workdir=workdir)
         folder = None if workdir is None else expanded(workdir)
-        config = _fit_config(images, config)
-        dataset = _fit_dataset(images, config, groups, calibrate)
+        config = fit_config(images, config)
+        dataset = fit_dataset(images, config, groups, calibrate)
         if folder is not None:
             return cls._fit_in(folder, config, dataset)
         with tempfile.TemporaryDirectory(
@@ -163,7 +178,11 @@ class Detector(PickledByFields, Predictor):
         parallel.check_not_forked()
         folder = expanded(folder)
         record = saved.read(folder)
-        backbone = saved.load_backbone(record, folder, weights)
+        return cls.of_record(record, saved.load_backbone(record, folder, weights), folder)
+
+    @classmethod
+    def of_record(cls, record: Saved, backbone: Backbone, folder: pathlib.Path) -> "Detector":
+        """The detector of a record that was read from a directory or a .zip file."""
         shapes = _shapes(record.config, backbone)
         return cls(
             config=record.config,
@@ -215,25 +234,27 @@ class Detector(PickledByFields, Predictor):
         path = self.folder if folder is None else expanded(folder)
         if path is None:
             raise InputError("This detector was not loaded from a path. Pass one to save it to.")
-        thresholds = self.image_threshold, self.pixel_threshold
         if self.folder is not None and path.resolve() == self.folder.resolve() and path.exists():
-            saved.change(path, self.config.weights, *thresholds)
+            saved.change(path, self.config.weights, self.image_threshold, self.pixel_threshold)
             return path
         if folder is None:
             raise InputError(f"{path} of this detector no longer exists. Pass another path.")
-        content = Saved(
+        durable.write(path, self.record(), backbone=backbone)
+        return path
+
+    def record(self) -> Saved:
+        """The content of a saved detector."""
+        return Saved(
             config=self.config,
             weights=self.backbone.weights,
             state=self.scorer.state_dict(),
             held_out=self.held_out,
-            image_threshold=thresholds[0],
-            pixel_threshold=thresholds[1],
+            image_threshold=self.image_threshold,
+            pixel_threshold=self.pixel_threshold,
             images=self.training_images,
             reference=self.reference,
             backbone=self.backbone.state_dict(),
         )
-        durable.write(path, content, backbone=backbone)
-        return path
 
     def with_threshold(
         self,
@@ -492,10 +513,10 @@ class Detector(PickledByFields, Predictor):
 
     def _in_batches(self, function: Callable, *arrays: Any) -> Any:
         """Computes `function(extract, scorer, *arrays)` for any number of images in batches."""
-        return in_batches(lambda n, part: function(*self._with_batch_size(n), *part), arrays)
+        return in_batches(lambda n, part: function(*self.sized(n), *part), arrays)
 
     @functools.cached_property
-    def _with_batch_size(self) -> Callable[[int], tuple[Callable, Scorer]]:
+    def sized(self) -> Callable[[int], tuple[Callable, Scorer]]:
         """Function from a batch size to an extractor and a scorer that are compiled for it."""
         config, backbone, scorer = self.config, self.backbone, self.scorer
 
@@ -514,7 +535,7 @@ class Detector(PickledByFields, Predictor):
             )
 
 
-def _fit_config(images: Any, config: ConfigDict | str | None) -> ConfigDict:
+def fit_config(images: Any, config: ConfigDict | str | None) -> ConfigDict:
     """The filled configuration of a fit; its `data` names `images` if they are a data set."""
     if isinstance(images, ConfigDict):
         if config is not None:
@@ -543,7 +564,7 @@ def _fit_config(images: Any, config: ConfigDict | str | None) -> ConfigDict:
             c.data.name, c.data.category = "folder", None
             c.data.root = str(path) if path and path.is_dir() else None
     c = fill(c)
-    if c.seeds > 1 or len(c.variants) or len(data.categories(c.data)) > 1:
+    if c.seeds > 1 or len(c.variants) or (len(data.categories(c.data)) > 1 and not c.one_model):
         raise InputError(
             "A detector has one seed, one variant and one category. Train several with python -m "
             "fastflow_jax.main."
@@ -551,7 +572,9 @@ def _fit_config(images: Any, config: ConfigDict | str | None) -> ConfigDict:
     return c
 
 
-def _fit_dataset(images: Any, config: ConfigDict, groups: Any, calibrate: Any) -> data.Dataset:
+def fit_dataset(
+    images: Any, config: ConfigDict, groups: Any = None, calibrate: Any = None
+) -> data.Dataset:
     """The images of a fit as a data set without test images."""
     if isinstance(images, data.Dataset):
         dataset = images

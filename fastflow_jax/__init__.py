@@ -9,6 +9,7 @@ _PUBLIC = {
     "Detector": "fastflow_jax.detector",
     "InputError": "fastflow_jax.errors",
     "Prediction": "fastflow_jax.prediction",
+    "Products": "fastflow_jax.detector",
     "Threshold": "fastflow_jax.decision",
 }
 __all__ = list(_PUBLIC)

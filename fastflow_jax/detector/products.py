@@ -190,6 +190,13 @@ class Products(PickledByFields, Predictor):
         write_products(path, places)
         return path
 
+    def export(self, file: str | os.PathLike, **options: Any) -> None:
+        """Refuses: a product is exported by itself, `detectors[name].export(file)`."""
+        raise InputError(
+            f"{file} is not written: a model of several products is not exported as a whole. Use "
+            "the export of one product, model.detectors[name].export(file)."
+        )
+
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) of model inputs."""

@@ -5,17 +5,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import cdist
-from sklearn.cluster import HDBSCAN
 
 from fastflow_jax.errors import InputError
-from fastflow_jax.features.shift import Reference
+from fastflow_jax.features.shift import Reference, chosen
 
 # An image shows none of the products if it is nearly as far from the nearest one as from the next,
-# and further than normal images are from each other. On five data sets, the ratio of the two
-# distances is at most .75 for test images and at least .78 for images of a product left out.
-_RATIO, _FURTHER = 0.75, 2.0
-_FEWEST = 10  # images of a cluster
+# and further from it than its training images are from each other. On five data sets, the ratio of
+# the two distances is at most .75 for test images, and at least .78 for images of a set left out.
+_RATIO, _FURTHER = 0.75, 1.5
+_FEWEST = 10  # images of a group
+_DISTINCT = 1.4  # smallest ratio of distances between and within groups
 
 
 class Recognised(NamedTuple):
@@ -75,23 +76,26 @@ def _spread(rows: np.ndarray) -> float:
 
 
 def find_products(means: np.ndarray) -> np.ndarray:
-    """Groups images that seem to show the same product, by HDBSCAN (Campello et al., 2013).
+    """Groups images that seem to show the same product.
+
+    Single linkage joins the nearest images and groups first. Products are the groups of at least
+    ten images whose number stays the same over the longest range of distances, in their ratio.
+    Groups of any size and shape are found, also if k-means would join the small ones.
 
     Args:
       means: `image_means` of training images, [N, C].
 
     Returns:
       int [N], the group of each image, from 0 on in the order of the first images. All images are
-      in one group if no two products are distinct. Images between the groups are in that of the
+      in one group if no two products are distinct. An image outside the groups is in that of the
       nearest grouped image.
     """
     scale = means.std(0)
     scale[scale == 0] = 1
     x = (means - means.mean(0)) / scale
-    if len(x) < 2 * _FEWEST:
-        return np.zeros(len(x), int)
-    search = HDBSCAN(min_cluster_size=_FEWEST, copy=True)  # pyright: ignore[reportArgumentType]
-    labels = search.fit(x).labels_
+    used = np.flatnonzero(chosen(len(x)))
+    labels = np.full(len(x), -1)
+    labels[used] = _distinct(x[used])
     grouped = labels >= 0
     if not grouped.any():
         return np.zeros(len(x), int)
@@ -99,3 +103,25 @@ def find_products(means: np.ndarray) -> np.ndarray:
     labels[~grouped] = labels[grouped][nearest]
     _, first, group = np.unique(labels, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[group]
+
+
+def _distinct(x: np.ndarray) -> np.ndarray:
+    """Groups of x [N, C], int [N]; -1 outside the groups, and if there are no two groups."""
+    outside = np.full(len(x), -1)
+    if len(x) < 2 * _FEWEST:
+        return outside
+    tree = linkage(x, "single")
+    n_groups, sizes = 0, [1] * len(x)
+    best, cut, start = _DISTINCT, None, 0.0  # start: where the number of groups last changed
+    for one, other, distance, size in tree:
+        is_group = [int(n >= _FEWEST) for n in (size, sizes[int(one)], sizes[int(other)])]
+        sizes.append(int(size))
+        change = is_group[0] - is_group[1] - is_group[2]
+        if change and n_groups >= 2 and distance > best * start:
+            best, cut = distance / start, np.sqrt(distance * start)
+        n_groups, start = n_groups + change, distance if change else start
+    if cut is None:
+        return outside
+    labels = fcluster(tree, cut, "distance")
+    found, counts = np.unique(labels, return_counts=True)
+    return np.where(np.isin(labels, found[counts >= _FEWEST]), labels, -1)

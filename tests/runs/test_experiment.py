@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastflow_jax import data
 from fastflow_jax.config import default, fill
+from fastflow_jax.detector import Products
+from fastflow_jax.detectors.base import recipe
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.evaluate import METRICS
 from fastflow_jax.features.prepare import split_holdout
@@ -444,3 +447,56 @@ def test_the_default_workdir_has_the_name_of_the_experiment(file, folder):
     c = default()
     c.backbone = "resnet18"
     assert experiment.default_workdir(file, c) == pathlib.Path("runs") / folder
+
+
+def test_one_model_of_all_categories_is_continued_and_loaded(tmp_path, killed_in_the_third_part):
+    c = tiny(**{"one_model": True, "data.category": "brick,gravel,grass"})
+    with killed_in_the_third_part():
+        experiment.run(c, tmp_path / "run")
+    results = experiment.run(c, tmp_path / "run")
+    assert list(results["categories"]) == ["brick", "gravel", "grass"]
+    shares = results["products"]
+    assert list(shares) == ["brick", "gravel", "grass"]
+    for share in shares.values():
+        assert sum(share.values()) == pytest.approx(1)
+        assert share["recognised"] > 0.5  # features of random weights
+    model = Products.load(tmp_path / "run")
+    image = data.opener(c.data)("grass").test[0].image
+    scores = {name: model.predict(image, product=name).score for name in shares}
+    assert min(scores, key=scores.__getitem__) == "grass"
+    assert experiment.run(c, tmp_path / "run") == results
+    undisturbed = experiment.run(c, tmp_path / "other")
+    assert undisturbed["categories"] == results["categories"]
+
+
+def test_one_model_finds_the_products_of_a_directory(tmp_path):
+    rng = np.random.default_rng(0)
+    colours = {"red": (180, 60, 60), "blue": (60, 60, 180)}
+    for part, n in (("train/good", 20), ("test/good", 3), ("test/hole", 3)):
+        for name, colour in colours.items():
+            for i in range(n):
+                image = np.array(colour) + rng.integers(-10, 10, (16, 16, 3))
+                image[4:9, 4:9] = 0 if part.endswith("hole") else image[4:9, 4:9]
+                file = tmp_path / "mixed" / part / f"{name}_{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.astype(np.uint8)).save(file)
+    c = default()
+    c.update(recipe("knn"))
+    c.backbone, c.image_size, c.one_model = "pixels", (16,), True
+    c.data.root, c.heatmaps, c.report = str(tmp_path / "mixed"), 0, False
+    results = experiment.run(fill(c), tmp_path / "run")
+    assert list(results["categories"]) == ["product_1", "product_2"]
+    assert results["mean"]["image_auroc"] == 1
+    assert results["products"]["product_1"] == {"recognised": 1, "confused": 0, "unknown": 0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data.category": "brick,gravel", "seeds": 2}, "needs config.seeds=1"),
+        ({"data.category": "brick,gravel", "evaluate_every": 1}, "needs config.evaluate_every=0"),
+    ],
+)
+def test_one_model_refuses_what_it_cannot_do(fields, message):
+    with pytest.raises(InputError, match=message):
+        tiny(one_model=True, **fields)

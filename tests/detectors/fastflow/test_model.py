@@ -19,6 +19,7 @@ from fastflow_jax.detectors.fastflow.model import (
     invert,
     location_energies,
     negative_log_likelihood,
+    of_product,
     random_windows,
 )
 from fastflow_jax.detectors.fastflow.scorer import calibrated, flow_model, objective
@@ -384,3 +385,26 @@ def test_top_mean_and_window_maxima_equal_those_of_numpy():
 def test_norms_per_image_cannot_be_inverted(norm):
     with pytest.raises(InputError, match=rf"flow\.norm='{norm}'"):
         invert(FastFlow(Flow(steps=1), norm), {}, ())
+
+
+def test_a_model_of_several_products_equals_the_models_of_each():
+    rng = np.random.default_rng(3)
+    features = [jnp.asarray(rng.normal(size=(3, 4, 5, 6)), jnp.float32)]
+    product = jnp.array([1, 0, 1])
+    model = FastFlow(Flow(steps=2, kernels=(3,)), "whiten", products=2)
+    variables = model.init(jax.random.key(0), features)
+    norms = {
+        "mean": rng.normal(size=(2, 6)).astype("f"),
+        "whitening": rng.normal(size=(2, 6, 6)).astype("f"),
+    }
+    variables = {**variables, "statistics": {"norm_0": norms}}
+    ((together, log_det),) = model.apply(variables, features, product=product)
+    for i, x in enumerate(features[0]):
+        own = of_product(variables, int(product[i]), 2)
+        ((z, own_log_det),) = model.apply(own, [x[None]])
+        np.testing.assert_allclose(z[0], together[i], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(own_log_det[0], log_det[i], rtol=1e-4, atol=1e-4)
+        (back,) = invert(model, own, [z])
+        np.testing.assert_allclose(back[0], x, atol=1e-3)
+    ((other, _),) = model.apply(of_product(variables, 0, 2), [features[0][:1]])
+    assert np.abs(other[0] - together[0]).max() > 0.01

@@ -13,6 +13,7 @@ milliseconds to predict an image.
 """
 
 import argparse
+import json
 import pathlib
 import shlex
 import sys
@@ -51,8 +52,10 @@ def figures(fitted: Fitted, prepared: Prepared, name: str) -> dict[str, float]:
     return measure(score_split(score, prepared.test(), len(test), progress=f"{name}: test"))
 
 
-def compare(config: Any, prepared: dict[str, Prepared], folder: pathlib.Path) -> list[dict]:
-    """Rows of the first table: a product each."""
+def compare(
+    config: Any, prepared: dict[str, Prepared], own: dict[str, dict], folder: pathlib.Path
+) -> list[dict]:
+    """Rows of the first table: a product each; `own` are figures of its own model, if known."""
     c, start = of_several(config, len(prepared)), time.perf_counter()
     shared = fit_shared(c, prepared, folder, 0)
     print(f"shared training: {time.perf_counter() - start:.0f} s", file=sys.stderr)
@@ -61,8 +64,8 @@ def compare(config: Any, prepared: dict[str, Prepared], folder: pathlib.Path) ->
         member = trained(c, p, name, Membership(i, shared))
         references.append(member.reference)
         row = {"name": name.replace("_", " ")}
-        for kind, fitted in (("one", member), ("own", trained(config, p, name, None))):
-            found = figures(fitted, p, name)
+        alone = own.get(name) or figures(trained(config, p, name, None), p, name)
+        for kind, found in (("one", figures(member, p, name)), ("own", alone)):
             row |= {f"{kind} {of}": found[of] for of in ("image_auroc", "pixel_auroc", "aupro")}
         rows.append(row)
         print(row, file=sys.stderr)
@@ -113,9 +116,18 @@ def main() -> None:
     parser.add_argument("--archives", type=pathlib.Path, help="As in many_sets.py.")
     parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("sets"))
     parser.add_argument("--detector", default="fastflow", help="Detector of both models.")
+    parser.add_argument(
+        "--own", type=pathlib.Path, help="File of many_sets.py with the figures of own models."
+    )
     parser.add_argument("--growth", type=int, nargs="*", default=[], help="Numbers of products.")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("one_model.json"))
     args = parser.parse_args()
+    trainings = json.loads(args.own.read_text())["trainings"] if args.own else []
+    own = {
+        each["set"]: each["figures"]
+        for each in trainings
+        if (each["detector"], each["seed"]) == (args.detector, 0)
+    }
     found = many_sets.unpack(args.archives, args.data) if args.archives else []
     sets = many_sets.find_sets([*args.sets, *found])
     about = {
@@ -143,7 +155,7 @@ def main() -> None:
             prepare = preparer(config, pathlib.Path(folder, name.replace("/", "_")))
             prepared[name] = prepare(config, config.data.category, 0)
         config = many_sets.configuration(args.detector, {})
-        rows = compare(config, prepared, pathlib.Path(folder, "shared"))
+        rows = compare(config, prepared, own, pathlib.Path(folder, "shared"))
     columns = {
         "name": "product",
         "one image_auroc": "one model: image AUROC",

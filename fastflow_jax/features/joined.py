@@ -1,11 +1,12 @@
 """Features of the images of several products, for a training that they share."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from fastflow_jax.errors import InputError
+from fastflow_jax.features.cache import Rows
 from fastflow_jax.features.extract import Features, TrainingFeatures, cached_features
 
 
@@ -36,7 +37,8 @@ class _Concatenated:
 def joined(members: Sequence[TrainingFeatures], on_device: bool = False) -> TrainingFeatures:
     """The training features of several products as those of one training.
 
-    The scales are followed by the product of each image, int32 [N].
+    The scales are followed by the product of each image, int32 [N]. Images of a product that has
+    fewer than the mean number of images are repeated up to that number.
 
     Args:
       members: the features of each product.
@@ -51,11 +53,19 @@ def joined(members: Sequence[TrainingFeatures], on_device: bool = False) -> Trai
             "One model of several products needs cached features. Set config.augment.copies for "
             "augmentation, and leave config.train.cache=none out."
         )
-    maps: Any = [_Concatenated(scale) for scale in zip(*cached, strict=True)]
-    masks: Any = [member.valid for member in members if member.valid is not None]
-    valid: Any = _Concatenated(masks) if masks else None
-    product = _products([member.n for member in members])
-    return cached_features((*maps, product), valid, on_device)
+    counts = np.array([member.n for member in members])
+    lengths = np.maximum(counts, round(counts.mean()))
+    firsts = np.cumsum(counts) - counts
+    repeated = [first + np.arange(length) % n for first, length, n in zip(firsts, lengths, counts)]
+    rows = np.concatenate(repeated)
+
+    def whole(arrays: Sequence[Any]) -> Any:
+        return Rows(cast(np.ndarray, _Concatenated(arrays)), rows)
+
+    maps = [whole(scale) for scale in zip(*cached, strict=True)]
+    masks = [member.valid for member in members if member.valid is not None]
+    product = _products(lengths.tolist())
+    return cached_features((*maps, product), whole(masks) if masks else None, on_device)
 
 
 def joined_held_out(

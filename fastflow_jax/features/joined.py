@@ -56,7 +56,10 @@ def joined(members: Sequence[TrainingFeatures], on_device: bool = False) -> Trai
     counts = np.array([member.n for member in members])
     lengths = np.maximum(counts, round(counts.mean()))
     firsts = np.cumsum(counts) - counts
-    repeated = [first + np.arange(length) % n for first, length, n in zip(firsts, lengths, counts)]
+    repeated = [
+        first + np.arange(length) % n
+        for first, length, n in zip(firsts, lengths, counts, strict=True)
+    ]
     rows = np.concatenate(repeated)
 
     def whole(arrays: Sequence[Any]) -> Any:

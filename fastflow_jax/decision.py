@@ -24,7 +24,12 @@ class Threshold:
     supported: bool = True  # False if n is too small for the rate
 
 
-def p_values(scores: Any, held_out: ArrayLike, groups: ArrayLike | None = None) -> Any:
+def p_values(
+    scores: Any,
+    held_out: ArrayLike,
+    groups: ArrayLike | None = None,
+    kinds: ArrayLike | None = None,
+) -> Any:
     """Computes (1 + #{held-out scores >= s}) / (n + 1) for each score s.
 
     For a new normal image, P(p <= a) <= a for every a, for any distribution of scores.
@@ -34,15 +39,32 @@ def p_values(scores: Any, held_out: ArrayLike, groups: ArrayLike | None = None) 
     group if groups are exchangeable, whatever the dependence in a group (Lee, Barber & Willett,
     Distribution-Free Inference with Hierarchical Data, 2023).
 
+    With kinds, the p-value is the highest of those of each kind, so that the statement holds for
+    new images of every kind.
+
     Args:
       scores: number or array of any shape.
       held_out: scores of held-out images [n].
       groups: [n], equal for images of the same part, or None if each shows another part.
+      kinds: int [n], equal for images of the same kind, such as one lighting; None for one kind.
     """
     scores = scores if hasattr(scores, "shape") else np.asarray(scores)
     held_out = np.asarray(held_out)
-    weights, n = group_weights(groups, len(held_out))
-    return (1 + ((scores[..., None] <= held_out) * weights).sum(-1)) / (n + 1)
+    of_kind = []
+    for rows in rows_by_kind(kinds, len(held_out)):
+        weights, n = group_weights(None if groups is None else np.asarray(groups)[rows], len(rows))
+        of_kind.append((1 + ((scores[..., None] <= held_out[rows]) * weights).sum(-1)) / (n + 1))
+    highest = of_kind[0]
+    for other in of_kind[1:]:
+        highest = highest.clip(other)
+    return highest
+
+
+def rows_by_kind(kinds: ArrayLike | None, n: int) -> list[np.ndarray]:
+    """Returns the rows of each kind among n images, for the argument `kinds` of `p_values`."""
+    if kinds is None:
+        return [np.arange(n)]
+    return [np.flatnonzero(np.asarray(kinds) == kind) for kind in np.unique(np.asarray(kinds))]
 
 
 def group_weights(groups: ArrayLike | None, n: int) -> tuple[np.ndarray, int]:
@@ -61,6 +83,7 @@ class Decision:
     pixel_threshold: Threshold | None = None
     held_out: np.ndarray | None = None  # scores of held-out images, float32 [n]
     groups: np.ndarray | None = None  # of these images, see `p_values`
+    kinds: np.ndarray | None = None  # likewise
 
     def __call__(self, score: Any, anomaly_map: Any) -> dict[str, Any]:
         """Returns the results that the detector has, of float32 scores [...] and maps [...].
@@ -71,7 +94,7 @@ class Decision:
         """
         found = {}
         if self.held_out is not None:
-            found["p_value"] = p_values(score, self.held_out, self.groups)
+            found["p_value"] = p_values(score, self.held_out, self.groups, self.kinds)
         if self.image_threshold is not None:
             found["is_anomalous"] = score > rounded_down(self.image_threshold.value)
         if self.pixel_threshold is not None:

@@ -90,7 +90,7 @@ class Exported(Predictor):
 
         known = self.decision
         scores = np.zeros(0) if known.held_out is None else known.held_out
-        threshold = image_threshold(scores, rate, groups=known.groups)
+        threshold = image_threshold(scores, rate, groups=known.groups, kinds=known.kinds)
         other = copy.copy(self)
         other.decision = dataclasses.replace(known, image_threshold=threshold)
         return other
@@ -164,8 +164,8 @@ def _metadata(file, given: dict[str, str]) -> dict[str, Any]:
 
 def _parsed(found: dict[str, Any]) -> dict[str, Any]:
     """The fields of the metadata that are objects."""
-    held_out = found["held_out"] or {"scores": None, "groups": None}
-    scores, groups = held_out["scores"], held_out["groups"]
+    held_out = found["held_out"] or {"scores": None}
+    scores, groups, kinds = (held_out.get(name) for name in ("scores", "groups", "kinds"))
     profile, given = found["training_images"], found["input"]
     if given["resize"] not in RESIZES or not min(given["height"], given["width"]) > 0:
         raise ValueError("an input of an unknown kind")
@@ -175,6 +175,7 @@ def _parsed(found: dict[str, Any]) -> dict[str, Any]:
             _threshold(found["pixel_threshold"]),
             None if scores is None else np.array(scores, np.float32),
             None if groups is None else np.array(groups),
+            None if kinds is None else np.array(kinds),
         ),
         "training_images": None if profile is None else Profile.from_plain(profile),
         "colour_range": found["colour_range"],

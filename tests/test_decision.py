@@ -13,12 +13,13 @@ numbers = st.floats(-1e3, 1e3, width=32, allow_subnormal=False)  # XLA takes the
 
 
 @settings(deadline=None)
-@given(st.lists(numbers, min_size=1, max_size=20), numbers, numbers, st.booleans())
-def test_numpy_and_jax_decide_alike(held_out, score, threshold, grouped):
+@given(st.lists(numbers, min_size=1, max_size=20), numbers, numbers, st.booleans(), st.booleans())
+def test_numpy_and_jax_decide_alike(held_out, score, threshold, grouped, of_kinds):
     held_out = np.float32(held_out)
     groups = np.arange(len(held_out)) // 2 if grouped else None
+    kinds = np.arange(len(held_out)) // 8 if of_kinds else None
     limits = Threshold(threshold), Threshold(threshold / 3)
-    decision = Decision(*limits, held_out, groups)
+    decision = Decision(*limits, held_out, groups, kinds)
     scores, maps = np.float32([score, held_out[0]]), np.full((2, 3, 4), score, np.float32)
     found, traced = decision(scores, maps), jax.jit(decision)(jnp.asarray(scores), maps)
     assert found.keys() == traced.keys() == {"p_value", "is_anomalous", "mask"}

@@ -401,7 +401,7 @@ class Detector(PickledByFields, Predictor):
     def decision(self) -> Decision:
         """The thresholds, and the scores of held-out images."""
         held_out = self.held_out
-        known = () if held_out is None else (held_out.scores, held_out.groups)
+        known = () if held_out is None else (held_out.scores, held_out.groups, held_out.kinds)
         return Decision(self.image_threshold, self.pixel_threshold, *known)
 
     @property

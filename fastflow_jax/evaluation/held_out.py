@@ -23,6 +23,9 @@ class HeldOut:
     tails: np.ndarray  # [n, Q], quantiles of their anomaly maps, see `thresholds.tails`
     # int [n], equal for images of the same part; None if each image shows another part.
     groups: np.ndarray | None = None
+    # int [n], equal for images of the same kind: 0 for those of the training, higher for images
+    # that were taught later. None if there is one kind.
+    kinds: np.ndarray | None = None
 
     @property
     def n_parts(self) -> int:
@@ -30,12 +33,33 @@ class HeldOut:
         return len(self.scores) if self.groups is None else len(np.unique(self.groups))
 
     def image_threshold(self, rate: float) -> Threshold:
-        """Returns the threshold of image scores for a false-alarm rate."""
-        return thresholds.image_threshold(self.scores, rate, groups=self.groups)
+        """Returns the threshold of image scores for a false-alarm rate.
+
+        With several kinds it is the highest of their thresholds, so that the rate holds for each.
+        """
+        return thresholds.image_threshold(self.scores, rate, groups=self.groups, kinds=self.kinds)
 
     def pixel_threshold(self, rate: float, *, warn: bool = True) -> Threshold:
-        """Returns the threshold of anomaly maps for a false-alarm rate of pixels."""
-        return thresholds.pixel_threshold(self.tails, rate, groups=self.groups, warn=warn)
+        """Returns the threshold of anomaly maps for a false-alarm rate of pixels, likewise."""
+        known = {"groups": self.groups, "kinds": self.kinds}
+        return thresholds.pixel_threshold(self.tails, rate, warn=warn, **known)
+
+    def with_kind(self, other: "HeldOut") -> "HeldOut":
+        """Adds images of a new kind, whose parts are others than those of this object."""
+        kinds = np.zeros(len(self.scores), int) if self.kinds is None else self.kinds
+        groups = None
+        if self.groups is not None or other.groups is not None:
+            old, new = (
+                np.arange(len(each.scores)) if each.groups is None else each.groups
+                for each in (self, other)
+            )
+            groups = np.concatenate([old, new - new.min() + old.max() + 1])
+        return HeldOut(
+            np.concatenate([self.scores, other.scores]),
+            np.concatenate([self.tails, other.tails]),
+            groups,
+            np.concatenate([kinds, np.full(len(other.scores), kinds.max() + 1)]),
+        )
 
     def typical_levels(self, *shares: float) -> list[float]:
         """Values that these shares of a map's pixels reach, averaged over the images."""
@@ -44,7 +68,7 @@ class HeldOut:
 
     def p_value(self, score: float) -> float:
         """Returns the p-value of an image score, see `decision.p_values`."""
-        return float(p_values(score, self.scores, self.groups))
+        return float(p_values(score, self.scores, self.groups, self.kinds))
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The arrays by name, for `from_state`."""
@@ -55,10 +79,11 @@ class HeldOut:
         """The inverse of `state_dict`; raises InputError if it has other arrays."""
         n = len(state.get("scores", ())) or None
         slots = {"scores": Slot((n,)), "tails": Slot((n, len(thresholds.EXCEEDANCES)))}
-        if "groups" in state:
-            slots["groups"] = Slot((n,), np.integer)
+        for name in ("groups", "kinds"):
+            if name in state:
+                slots[name] = Slot((n,), np.integer)
         check(state, slots)
-        return cls(state["scores"], state["tails"], state.get("groups"))
+        return cls(state["scores"], state["tails"], state.get("groups"), state.get("kinds"))
 
     def save(self, file: pathlib.Path) -> None:
         """Writes an .npz file for `load`."""

@@ -10,13 +10,16 @@ camera, light or material breaks this. Images of the same part are not independe
 - `f1_optimal`: the best threshold for labelled images, without a statement on new images.
 """
 
+import dataclasses
+import functools
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from fastflow_jax.decision import Threshold, group_weights
+from fastflow_jax.decision import Threshold, group_weights, rows_by_kind
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.metrics import f1_max
 
@@ -30,6 +33,7 @@ def image_threshold(
     confidence: float = 0.95,
     *,
     groups: ArrayLike | None = None,
+    kinds: ArrayLike | None = None,
     warn: bool = True,
 ) -> Threshold:
     """Returns the k-th lowest held-out score, k = ceil((n + 1)(1 - rate)), plus a margin.
@@ -45,17 +49,24 @@ def image_threshold(
     With groups, n and k count groups, and images share the weight of their group, see `p_values`.
     The interval is that of one image per group, the widest.
 
+    With kinds, the highest threshold of a kind is returned: the rate then holds for new images of
+    every kind (Vovk, Lindsay, Nouretdinov & Gammerman, Mondrian Confidence Machine, 2003).
+
     Args:
       held_out: scores of held-out images [n].
       rate: false-alarm rate, between 0 and 1.
       confidence: of the interval, between 0 and 1.
       groups: [n], equal for images of the same part, or None if each shows another part.
+      kinds: int [n], equal for images of the same kind, such as one lighting; None for one kind.
       warn: False silences the warning; see `Threshold.supported`.
 
     Raises:
       InputError: no held-out scores, or a rate or confidence outside (0, 1).
     """
     scores = _checked(held_out, rate, confidence)
+    if kinds is not None:
+        choose = functools.partial(image_threshold, rate=rate, confidence=confidence, warn=warn)
+        return _highest(choose, scores, groups, kinds)
     weights, n = group_weights(groups, len(scores))
     order = np.argsort(scores, kind="stable")
     scores = scores[order]
@@ -114,6 +125,7 @@ def pixel_threshold(
     confidence: float = 0.95,
     *,
     groups: ArrayLike | None = None,
+    kinds: ArrayLike | None = None,
     warn: bool = True,
 ) -> Threshold:
     """Returns the value that a share `rate` of held-out pixels exceeds, averaged over the images.
@@ -128,6 +140,7 @@ def pixel_threshold(
       rate: false-alarm rate of pixels, between 0 and 1.
       confidence: of the interval, between 0 and 1.
       groups: [n], equal for images of the same part; their shares are averaged first.
+      kinds: see `image_threshold`.
       warn: False silences the warning that the rate is not supported: that its standard deviation,
         estimated from the images, is larger than the rate.
 
@@ -136,6 +149,9 @@ def pixel_threshold(
     """
     held_out_tails = np.asarray(held_out_tails, np.float64)
     _checked(held_out_tails[:, 0] if held_out_tails.size else [], rate, confidence)
+    if kinds is not None:
+        choose = functools.partial(pixel_threshold, rate=rate, confidence=confidence, warn=warn)
+        return _highest(choose, held_out_tails, groups, kinds)
 
     def shares_above(value: float) -> np.ndarray:  # of the pixels of each image or group
         return _by_group([np.interp(value, t, EXCEEDANCES) for t in held_out_tails], groups)
@@ -157,6 +173,19 @@ def pixel_threshold(
             stacklevel=2,
         )
     return Threshold(float(high), "pixel", rate, interval, confidence, n, supported)
+
+
+def _highest(
+    choose: Callable[..., Threshold], held_out: np.ndarray, groups: ArrayLike | None, kinds
+) -> Threshold:
+    """The highest threshold of a kind, supported if those of all kinds are."""
+    labels = None if groups is None else np.asarray(groups)
+    limits = [
+        choose(held_out[rows], groups=None if labels is None else labels[rows])
+        for rows in rows_by_kind(kinds, len(held_out))
+    ]
+    highest = max(limits, key=lambda limit: limit.value)
+    return dataclasses.replace(highest, supported=all(limit.supported for limit in limits))
 
 
 def _by_group(values: ArrayLike, groups: ArrayLike | None) -> np.ndarray:

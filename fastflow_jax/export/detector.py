@@ -17,6 +17,7 @@ from fastflow_jax import data, exported
 from fastflow_jax.backbones.weights import licence
 from fastflow_jax.decision import rounded_down
 from fastflow_jax.errors import InputError
+from fastflow_jax.evaluation.held_out import HeldOut
 from fastflow_jax.export.litert import load_litert, to_litert
 from fastflow_jax.export.onnx import to_onnx
 from fastflow_jax.export.page import page, read_runtime
@@ -186,7 +187,6 @@ def metadata(detector: Any) -> dict[str, Any]:
     """Fields that describe a detector in its exported file, see `exported.Exported`."""
     config, held_out = detector.config, detector.held_out
     weights = detector.backbone.weights
-    groups = None if held_out is None or held_out.groups is None else held_out.groups.tolist()
     height, width = detector.image_size
     colours = {"channels": "RGB", "type": "uint8", "layout": "NHWC", "range": [0, 255]}
     return {
@@ -202,13 +202,19 @@ def metadata(detector: Any) -> dict[str, Any]:
         "outputs": _OUTPUTS,
         "image_threshold": detector.image_threshold,
         "pixel_threshold": detector.pixel_threshold,
-        "held_out": held_out and {"scores": held_out.scores.tolist(), "groups": groups},
+        "held_out": held_out and _plain_scores(held_out),
         "training_images": detector.training_images,
         "colour_range": detector.colour_range,
         "precision": _PRECISION,
         "fingerprint": fingerprint(detector),
         "source": detector.folder and sha256_of_detector(detector.folder),
     }
+
+
+def _plain_scores(held_out: HeldOut) -> dict[str, list | None]:
+    """Scores, groups and kinds as JSON values."""
+    arrays = {name: getattr(held_out, name) for name in ("scores", "groups", "kinds")}
+    return {name: None if x is None else x.tolist() for name, x in arrays.items()}
 
 
 _OUTPUTS = {

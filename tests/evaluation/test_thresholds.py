@@ -44,6 +44,29 @@ def test_a_score_is_above_the_threshold_where_its_p_value_is_low(held_out, rate,
 
 
 @settings(deadline=None)
+@given(scores, scores, rates, few_values, st.booleans())
+def test_thresholds_and_p_values_of_kinds_are_the_highest(one, other, rate, score, grouped):
+    held_out, kinds = np.concatenate([one, other]), np.repeat([3, 7], [len(one), len(other)])
+    groups = np.arange(len(held_out)) // 2 + 100 * kinds if grouped else None
+    own = [None if groups is None else groups[kinds == kind] for kind in (3, 7)]
+    pairs = list(zip((one, other), own, strict=True))
+    limits = [T.image_threshold(x, rate, groups=g, warn=False) for x, g in pairs]
+    found = T.image_threshold(held_out, rate, groups=groups, kinds=kinds, warn=False)
+    assert found.value == max(limit.value for limit in limits)
+    assert found.supported == all(limit.supported for limit in limits)
+    p = [float(p_values(score, x, g)) for x, g in pairs]
+    assert float(p_values(score, held_out, groups, kinds)) == max(p)
+
+
+def test_pixel_thresholds_of_kinds_are_the_highest():
+    maps = np.random.default_rng(0).normal(size=(6, 20, 20)) + [[[0]], [[0]], [[1]]] * 2
+    tails, kinds = T.tails(maps), np.array([0, 0, 1] * 2)
+    found = T.pixel_threshold(tails, 0.05, kinds=kinds, warn=False)
+    assert found == T.pixel_threshold(tails[kinds == 1], 0.05, warn=False)
+    assert found.value > T.pixel_threshold(tails[kinds == 0], 0.05, warn=False).value + 0.5
+
+
+@settings(deadline=None)
 @given(scores, rates, rates)
 def test_a_lower_rate_has_a_higher_threshold(held_out, one, other):
     assume(one < other)

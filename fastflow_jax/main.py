@@ -6,6 +6,8 @@ Predict:
   python -m fastflow_jax.main --mode=predict --workdir=DIR --input=photos/new --output=out
 Export:
   python -m fastflow_jax.main --mode=export --workdir=DIR --output=detector.onnx
+Update:
+  python -m fastflow_jax.main --mode=update --workdir=DIR --input=photos/new_normals
 Serve:
   python -m fastflow_jax.main --mode=serve --workdir=DIR --port=8000
 
@@ -68,30 +70,31 @@ _THREADS = flags.DEFINE_integer(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "describe", "predict", "export", "serve", "batch"],
+    ["train", "describe", "predict", "export", "serve", "batch", "update"],
     "Train and evaluate --config; describe its model without data and weights; predict --input "
     "with the detector in --workdir, which exits with 0 if all images are normal, 1 if some are "
     "anomalous, 2 if it failed, 3 if some images cannot be read, and 4 if there is no threshold; "
-    "export that detector to the file --output; serve it, or each --model, over HTTP; or score "
-    "millions of images with it, or with --model, as a batch job with the same exit statuses.",
+    "export that detector to the file --output; serve it, or each --model, over HTTP; score "
+    "millions of images with it, or with --model, as a batch job with the same exit statuses; or "
+    "update it with the normal images in --input, without training.",
 )
 _INPUT = flags.DEFINE_string(
     "input",
     None,
-    "With --mode=predict or batch, read images from this file, directory or glob pattern; with "
-    "--mode=batch also from a text, CSV, JSON lines or Parquet file.",
+    "With --mode=predict, batch or update, read images from this file, directory or glob pattern; "
+    "with --mode=batch also from a text, CSV, JSON lines or Parquet file.",
 )
 _OUTPUT = flags.DEFINE_string(
     "output",
     None,
     "With --mode=predict or batch, write results to this directory; with --mode=export, write this "
-    "file.",
+    "file; with --mode=update, draw heat maps of images that may be defective to this directory.",
 )
 _WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
-    "With --mode=predict, export or serve, read the weights of the backbone from this file, if it "
-    "has moved.",
+    "With --mode=predict, export, serve or update, read the weights of the backbone from this "
+    "file, if it has moved.",
 )
 _RATE = flags.DEFINE_float(
     "false_alarm_rate",
@@ -107,6 +110,15 @@ _PRODUCT = flags.DEFINE_string(
 )
 _TILE = flags.DEFINE_bool(
     "tile", False, "With --mode=predict or batch, cut images larger than the input into tiles."
+)
+_UNDO = flags.DEFINE_bool(
+    "undo", False, "With --mode=update, go back to the version before the last update."
+)
+_KEEP_THRESHOLD = flags.DEFINE_bool(
+    "keep_threshold",
+    False,
+    "With --mode=update, keep the thresholds: for images that were chosen because they were "
+    "flagged.",
 )
 _HEATMAPS = flags.DEFINE_bool("heatmaps", True, "With --mode=predict, draw heat maps.")
 _RAW = flags.DEFINE_enum(
@@ -225,6 +237,8 @@ def _main_with_jax() -> int:
         return _predict()
     if _MODE.value == "export":
         return _export()
+    if _MODE.value == "update":
+        return _update()
     assert _CONFIG.value is not None  # see `_check_flags`
     config = fill(_CONFIG.value)
     if _MODE.value == "describe":
@@ -250,7 +264,7 @@ def _check_flags(argv: list[str]) -> None:
     for flag in (_WORKDIR, _INPUT, _OUTPUT, _RUNTIME):
         if flag.value == "":
             raise InputError(f"--{flag.name} is empty. Pass a path, or leave the flag out.")
-    if _MODE.value not in ("predict", "export", "serve", "batch"):
+    if _MODE.value not in ("predict", "export", "serve", "batch", "update"):
         if _WEIGHTS.value is not None:
             raise InputError("--weights is for --mode=predict. Pass --config.weights=FILE instead.")
         if _CONFIG.value is None:
@@ -331,6 +345,23 @@ def _predict() -> int:
         heatmaps=_HEATMAPS.value,
         raw=_RAW.value,
         product=_PRODUCT.value,
+    )
+
+
+def _update() -> int:
+    """Teaches images to a detector, or takes that back, see `update`; returns the exit status."""
+    from fastflow_jax.errors import InputError
+    from fastflow_jax.update import run_undo, run_update
+
+    if _UNDO.value:
+        if _INPUT.value is not None:
+            raise InputError("--undo takes no images. Leave --input out.")
+        return run_undo(*_needed(_WORKDIR), weights=_WEIGHTS.value)
+    return run_update(
+        *_needed(_WORKDIR, _INPUT),
+        output=_OUTPUT.value,
+        weights=_WEIGHTS.value,
+        keep_threshold=_KEEP_THRESHOLD.value,
     )
 
 

@@ -249,9 +249,10 @@ class Predictor:
             outputs, part = batch.popleft()
             outputs.add(part, **{name: array[i] for name, array in known.items()})
             if outputs.is_complete:
-                yield self._prediction(outputs)
+                yield self.prediction(outputs)
 
-    def _prediction(self, outputs: Outputs) -> Prediction:
+    def prediction(self, outputs: Outputs) -> Prediction:
+        """Returns the result for an image whose parts are scored."""
         score, anomaly_map = outputs.score, outputs.anomaly_map
         if not np.isfinite(score):
             raise InputError(

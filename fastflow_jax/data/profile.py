@@ -5,6 +5,7 @@ cells in PNG files, it flagged three in four of them after JPEG compression of q
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,25 @@ class Profile:
             if not self.coloured:
                 found["colour"] = "has colours, training images are grey"
         return found
+
+    def merged(self, other: "Profile") -> "Profile":
+        """Returns the profile of the images of both."""
+
+        def union(one: tuple, two: tuple) -> tuple:
+            return tuple(sorted({*one, *two}))
+
+        def reach(one: tuple[int, int], two: tuple[int, int]) -> tuple[int, int]:
+            return min(one[0], two[0]), max(one[1], two[1])
+
+        qualities = [each.quality for each in (self, other) if each.quality is not None]
+        return Profile(
+            union(self.formats, other.formats),
+            reach(self.height, other.height),
+            reach(self.width, other.width),
+            functools.reduce(reach, qualities) if qualities else None,
+            union(self.depths, other.depths),
+            self.coloured or other.coloured,
+        )
 
     def _fits(self, size: tuple[int, int]) -> bool:
         def fits(side: int, low: int, high: int) -> bool:

@@ -51,6 +51,7 @@ from fastflow_jax.scoring import (
     scoring_function,
     state_of,
 )
+from fastflow_jax.teach import update
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -299,6 +300,35 @@ class Detector(PickledByFields, Predictor):
                 threshold = Threshold(float(value))
             changes[f"{name}_threshold"] = threshold
         return dataclasses.replace(self, **changes)
+
+    def update(
+        self,
+        images: Images,
+        *,
+        groups: Sequence[Any] | None = None,
+        keep_threshold: bool = False,
+    ) -> "Detector":
+        """Returns a detector that also knows new normal images, without training.
+
+        The images extend its memory banks and held-out scores, see docs/teaching.md. Logs what
+        this means for the threshold, and which images may be defective.
+
+        Args:
+          images: normal images that were flagged, or that are of a new kind, such as under another
+            lighting; see `predict`.
+          groups: a label per image, equal for images of the same part, as in `fit`. By default
+            `config.data.groups` is applied to their names.
+          keep_threshold: keep the thresholds. For images that were chosen because they were
+            flagged, which say nothing on the scores of others. By default the thresholds rise as
+            far as the stated false-alarm rate on images like these needs it.
+
+        Raises:
+          InputError: the detector stores no normal images, an image cannot be read, there are no
+            images or more than 1,000, or the memory banks are full.
+        """
+        found = update(self, images, groups=groups, keep_threshold=keep_threshold)
+        found.log()
+        return found.detector
 
     def as_function(self, *, any_size: bool = False) -> Callable[[jax.Array], dict[str, jax.Array]]:
         """The detector as a pure function, which can be jitted and exported.

@@ -110,6 +110,38 @@ class CalibratedScorer(Scorer, Protocol):
         ...
 
 
+Rows = Mapping[str, np.ndarray]  # by the name of the memory bank that they are for
+
+
+@runtime_checkable
+class TeachableScorer(Scorer, Protocol):
+    """A scorer that compares new images with stored ones, and can store more of them.
+
+    The image score of an image never rises when more are stored.
+    """
+
+    def new_rows(self, features: Features, valid: np.ndarray | None, share: float) -> Rows:
+        """Chooses what to store of new normal images: what the memory banks lack most.
+
+        Args:
+          features: [n, h, w, C] per scale, with any n.
+          valid: bool [n, H, W], False in padded pixels, or None if there is no padding.
+          share: largest number of rows for a bank, over the size of a bank in training.
+
+        Raises:
+          InputError: this scorer has no memory banks, or its scores could rise.
+        """
+        ...
+
+    def extended(self, rows: Sequence[Rows]) -> "TeachableScorer":
+        """A copy that stores these rows as well.
+
+        Raises:
+          InputError: a memory bank would be too large.
+        """
+        ...
+
+
 def _nothing(config: ConfigDict, spec: Any) -> None:
     pass
 

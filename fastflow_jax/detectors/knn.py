@@ -8,17 +8,20 @@ al. (arXiv 2005.14140). Everything but the energies is as in FastFlow.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import FrozenConfigDict
 
-from fastflow_jax.detectors.base import Method, compiled
+from fastflow_jax.detectors.base import Method, Rows, compiled
 from fastflow_jax.detectors.calibration import LocationScorer, finish_fit, load_scorer, read_fit
 from fastflow_jax.detectors.fastflow import bank
 from fastflow_jax.detectors.fastflow.scorer import layers
 from fastflow_jax.detectors.nearest import nearest, nearest_squared_distances
-from fastflow_jax.features.extract import inside, without_padding
+from fastflow_jax.detectors.teaching import choose_rows, grown
+from fastflow_jax.features.extract import Features, in_batches, inside, without_padding
 from fastflow_jax.state import Slot, State
 from fastflow_jax.training.context import FitContext
 
@@ -88,6 +91,19 @@ class KnnScorer(LocationScorer):
     """Scores by distances to the banks; `variables` hold them and the whitening."""
 
     locate = staticmethod(_locate)
+
+    def new_rows(self, features: Features, valid: np.ndarray | None, share: float) -> Rows:
+        """See `TeachableScorer.new_rows`."""
+        run = functools.partial(self._program(_entries), self._state[0])
+        found = in_batches(run, (features, valid), self.config.batch_size)
+        vectors = {f"bank_{i}": x for i, x in enumerate(found)}
+        return choose_rows(vectors, valid, self.variables, round(share * self.config.knn.points))
+
+    def extended(self, rows: Sequence[Rows]) -> "KnnScorer":
+        """See `TeachableScorer.extended`."""
+        banks = {name: x for name, x in self.variables.items() if name.startswith("bank_")}
+        variables = self.variables | grown(banks, rows, self.config.knn.points)
+        return dataclasses.replace(self, variables=variables)
 
 
 METHOD = Method(

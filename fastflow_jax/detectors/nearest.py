@@ -9,6 +9,7 @@ import numpy as np
 from fastflow_jax import parallel
 
 _BLOCK = 4096  # rows of the bank at a time, to bound memory
+_QUERIES = 1024  # rows that are compared with a bank at a time, likewise
 _PICKS = 64  # points of a coreset that are chosen between two passes over all rows
 _CANDIDATES = 4096  # rows that they are chosen from
 
@@ -59,7 +60,9 @@ def nearest(
     return jnp.where(jnp.isinf(found), jnp.inf, exact), index
 
 
-def k_center(rows: np.ndarray, n: int, start: int) -> Iterator[np.ndarray]:
+def k_center(
+    rows: np.ndarray, n: int, start: int | None = None, distances: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
     """Greedy k-center: repeatedly chooses the row farthest from the chosen rows.
 
     Exact (up to ties), and faster than a pass over all rows for each point: distances to the chosen
@@ -70,7 +73,8 @@ def k_center(rows: np.ndarray, n: int, start: int) -> Iterator[np.ndarray]:
     Args:
       rows: [N, C], float32; they are spread over the devices.
       n: number of rows to choose, up to N.
-      start: index of the first row.
+      start: index of the first row; None to start with `distances`.
+      distances: float32 [N], squared distances to rows that were chosen before; None without any.
 
     Yields:
       Indices of the next rows, the start first.
@@ -79,15 +83,38 @@ def k_center(rows: np.ndarray, n: int, start: int) -> Iterator[np.ndarray]:
     padded = np.pad(rows - rows.mean(0), ((0, missing), (0, 0)))
     squares = parallel.split(np.sum(padded**2, axis=1))
     # Padding and chosen rows have the distance -1, so that they are never the farthest.
-    far = parallel.split(np.where(np.arange(len(padded)) < len(rows), np.inf, -1.0).astype("f"))
-    rows = parallel.split(padded)
-    far = _update(rows, squares, far, jnp.full(1, start))
-    yield np.array([start])
-    left = n - 1
+    known = np.full(len(rows), np.inf, "f") if distances is None else distances
+    far = parallel.split(np.pad(known, (0, missing), constant_values=-1))
+    rows, left = parallel.split(padded), n
+    if start is not None:
+        far = _update(rows, squares, far, jnp.full(1, start))
+        yield np.array([start])
+        left -= 1
     while left:
         far, picked, count = _pick(rows, squares, far, min(left, _PICKS))
         yield np.asarray(picked)[: int(count)]
         left -= int(count)
+
+
+def lacking(rows: np.ndarray, bank: np.ndarray, n: int) -> np.ndarray:
+    """Chooses rows that a bank lacks most: greedy k-center that starts from the bank.
+
+    Args:
+      rows: [N, C], float32.
+      bank: [M, C].
+      n: largest number of rows.
+
+    Returns:
+      Indices of the rows.
+    """
+    if len(rows) <= n:
+        return np.arange(len(rows))
+    bank = bank.astype(np.float32)
+    centre = bank.mean(0)
+    blocks = np.pad(rows - centre, ((0, -len(rows) % _QUERIES), (0, 0)))
+    blocks = blocks.reshape(-1, _QUERIES, 1, rows.shape[1])
+    found = np.asarray(_squared_distances(blocks, bank - centre)).ravel()[: len(rows)]
+    return np.concatenate(list(k_center(rows, n, distances=found)))
 
 
 @jax.jit
@@ -135,6 +162,9 @@ def nearest_squared_distances(vectors: jax.Array, bank: jax.Array) -> jax.Array:
     # One image at a time, because the distances of all need much memory.
     found = jax.lax.map(lambda image: jnp.min(_product(image, matrix), axis=-1), rows)
     return jnp.maximum(found.reshape(vectors.shape[:-1]) + jnp.sum(vectors**2, axis=-1), 0.0)
+
+
+_squared_distances = jax.jit(nearest_squared_distances)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ transformer a single level is used.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,11 +28,12 @@ from tqdm import tqdm
 
 from fastflow_jax import parallel
 from fastflow_jax.backbones import deepest_maps
-from fastflow_jax.detectors.base import CompiledScorer, Method
+from fastflow_jax.detectors.base import CompiledScorer, Method, Rows
 from fastflow_jax.detectors.maps import resize_map
 from fastflow_jax.detectors.nearest import k_center, nearest
+from fastflow_jax.detectors.teaching import choose_rows, grown
 from fastflow_jax.errors import InputError, Interrupted
-from fastflow_jax.features.extract import Features, inside, without_padding
+from fastflow_jax.features.extract import Features, in_batches, inside, without_padding
 from fastflow_jax.files import read_arrays, write_arrays
 from fastflow_jax.state import Slot, State, check
 from fastflow_jax.training.context import FitContext
@@ -192,6 +193,11 @@ def embed(
     return total, jnp.ones(total.shape[:3], bool) if valid is None else inside(valid, grid)
 
 
+def _embed(config, kernels, batch) -> jax.Array:
+    """The patch features [B, h, w, dimension] of a batch."""
+    return embed(kernels, *batch)[0]
+
+
 def weights(patches: jax.Array, rows: jax.Array, bank: jax.Array, k: int) -> jax.Array:
     """1 - exp |p - m| / sum of exp |p - m'| over the k nearest m' to m in the bank (equation 7).
 
@@ -245,6 +251,23 @@ class PatchCoreScorer(CompiledScorer):
     def state_dict(self) -> dict[str, np.ndarray]:
         """See `Scorer.state_dict`."""
         return {"bank": self.bank}
+
+    def new_rows(self, features: Features, valid: np.ndarray | None, share: float) -> Rows:
+        """See `TeachableScorer.new_rows`."""
+        if self.config.patchcore.reweight:
+            raise InputError(
+                "With patchcore.reweight, scores may rise when images are taught. Train with "
+                "config.patchcore.reweight=0."
+            )
+        run = functools.partial(self._program(_embed), self._state[0])
+        patches = in_batches(run, (features, valid), self.config.batch_size)
+        n = round(share * self.config.patchcore.max_points)
+        return choose_rows({"bank": patches}, valid, {"bank": self.bank}, n)
+
+    def extended(self, rows: Sequence[Rows]) -> "PatchCoreScorer":
+        """See `TeachableScorer.extended`."""
+        banks = grown({"bank": self.bank}, rows, self.config.patchcore.max_points)
+        return dataclasses.replace(self, bank=banks["bank"])
 
 
 METHOD = Method(

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import operator
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from ml_collections import ConfigDict
 
 from fastflow_jax import parallel
 from fastflow_jax.backbones import deepest_maps
-from fastflow_jax.detectors.base import CompiledScorer, Method
+from fastflow_jax.detectors.base import CompiledScorer, Method, Rows
 from fastflow_jax.detectors.maps import resize_map
 from fastflow_jax.detectors.nearest import nearest
 from fastflow_jax.features.extract import Features, inside, without_padding
@@ -153,6 +154,20 @@ class SpadeScorer(CompiledScorer):
         """See `Scorer.state_dict`."""
         state = {f"maps_{i}": np.asarray(m) for i, m in enumerate(self.maps)}
         return state if self.valid is None else state | {"valid": self.valid}
+
+    def new_rows(self, features: Features, valid: np.ndarray | None, share: float) -> Rows:
+        """All images, whatever the share, see `TeachableScorer.new_rows`."""
+        del share
+        return dataclasses.replace(self, maps=features, valid=valid).state_dict()
+
+    def extended(self, rows: Sequence[Rows]) -> "SpadeScorer":
+        """See `TeachableScorer.extended`; the gallery grows by each image."""
+        state = {
+            name: np.concatenate([gallery, *(each[name] for each in rows)])
+            for name, gallery in self.state_dict().items()
+        }
+        maps = tuple(state[f"maps_{i}"] for i in range(len(self.maps)))
+        return dataclasses.replace(self, maps=maps, valid=state.get("valid"))
 
     @functools.cached_property
     def _vectors(self) -> jax.Array:

@@ -17,7 +17,7 @@ _FOLDS = 5
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Scores of n held-out normal images."""
+    """Scores of n held-out normal images, or upper bounds of them: see `teaching`."""
 
     scores: np.ndarray  # float32 [n]
     tails: np.ndarray  # [n, Q], quantiles of their anomaly maps, see `thresholds.tails`
@@ -41,8 +41,9 @@ class HeldOut:
 
     def pixel_threshold(self, rate: float, *, warn: bool = True) -> Threshold:
         """Returns the threshold of anomaly maps for a false-alarm rate of pixels, likewise."""
-        known = {"groups": self.groups, "kinds": self.kinds}
-        return thresholds.pixel_threshold(self.tails, rate, warn=warn, **known)
+        return thresholds.pixel_threshold(
+            self.tails, rate, groups=self.groups, kinds=self.kinds, warn=warn
+        )
 
     def with_kind(self, other: "HeldOut") -> "HeldOut":
         """Adds images of a new kind, whose parts are others than those of this object."""

@@ -96,6 +96,31 @@ class Reference:
         """Distances of images with these `image_means` [B, C], float64 [B]; 1 is typical."""
         return cdist((means - self.center) / self.scale, self.rows).min(1) / self.median
 
+    def extended(
+        self, means: np.ndarray, groups: np.ndarray | None = None, *, as_kind: bool
+    ) -> "Reference":
+        """Returns the reference with the rows of new normal images.
+
+        Args:
+          means: `image_means` of the images, [N, C].
+          groups: int [N], equal for images of the same part; None if each shows another part.
+          as_kind: whether other images of their kind must not look shifted either. The median is
+            then that of the images to the rows of other parts, if it is larger.
+        """
+        rows = ((means - self.center) / self.scale).astype(np.float16)
+        grown = dataclasses.replace(self, rows=np.concatenate([self.rows, rows]))
+        first = _first_of_parts(len(means), groups)
+        if not as_kind or len(first) < 2:
+            return grown
+        to_others = cdist(rows[first], rows)
+        own = np.arange(len(means)) if groups is None else groups
+        to_others[own[first][:, None] == own] = np.inf
+        nearest = np.minimum(to_others.min(1), cdist(rows[first], self.rows).min(1))
+        median = float(np.sort(nearest)[len(first) // 2])
+        if median <= self.median:
+            return grown
+        return dataclasses.replace(grown, median=median, n_parts=len(first))
+
     def state_dict(self) -> dict[str, np.ndarray]:
         """The fields by name, for `from_state`."""
         return {name: np.asarray(value) for name, value in vars(self).items()}

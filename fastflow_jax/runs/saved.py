@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 _HELD_OUT = "held_out.npz"
 _REFERENCE = "shift.npz"  # in the directory of the training
 RATE, PIXEL_RATE = 0.05, 0.01  # default false-alarm rates
+VERSIONS = "versions"  # directory of the taught versions of a run, see `versions`
 
 
 def record(
@@ -84,10 +85,19 @@ def read(path: pathlib.Path) -> Saved:
     if "format" in about:
         return durable.read(path)
     training, file = (path / about["training"]).resolve(), path / _HELD_OUT
+    limits = [read_threshold(about["thresholds"][of]) for of in ("image", "pixel")]
+    if "taught" in about:
+        return dataclasses.replace(
+            _read_version(path, about),
+            config=from_plain(about["config"]),
+            image_threshold=limits[0],
+            pixel_threshold=limits[1],
+            seed=about["seed"],
+            training=training,
+        )
     if not (training / "checkpoints").exists():
         raise InputError(f"{training} lacks its checkpoints. Restore them, or train again.")
     held_out = HeldOut.load(file) if file.exists() else None
-    limits = [read_threshold(about["thresholds"][of]) for of in ("image", "pixel")]
     if held_out is None and any(t and t.kind in ("image", "pixel") for t in limits):
         raise InputError(f"{path} lacks its {_HELD_OUT}. Restore it, or train again.")
     config, images = from_plain(about["config"]), about.get("images")
@@ -103,6 +113,37 @@ def read(path: pathlib.Path) -> Saved:
         seed=about["seed"],
         training=training,
     )
+
+
+def description(run: pathlib.Path) -> dict:
+    """The content of the `detector.json` of a finished training.
+
+    Raises:
+      InputError: it is a saved detector, or see `read`.
+    """
+    if run.is_file() or "format" in (about := _about(run)):
+        raise InputError(
+            f"{run} is a saved detector, which has no versions. Pass the run directory of a "
+            "training, or use Detector.update and save the result to a new path."
+        )
+    return about
+
+
+def version_of(about: dict) -> int:
+    """Number of the version that a `description` names; 1 is the training."""
+    return about.get("taught", {"version": 1})["version"]
+
+
+def _read_version(run: pathlib.Path, about: dict) -> Saved:
+    """Reads the detector of the version that a run directory names."""
+    folder = run / VERSIONS / str(version_of(about))
+    file = folder / DETECTOR
+    if not file.is_file() or sha256(file) != about["taught"]["sha256"]:
+        raise InputError(
+            f"{file} is missing or has changed. Restore it from a copy, or go back to the version "
+            f"before: --mode=update --undo --workdir={run}."
+        )
+    return durable.read(folder)
 
 
 def write_reference(config, prepared: Prepared, training: pathlib.Path) -> Reference | None:
@@ -266,7 +307,8 @@ def _where_trainings_are(directory: pathlib.Path) -> str:
             f"{directory} is not a directory or a .zip file. Pass a saved detector, or the run "
             "directory of a training."
         )
-    found = sorted(str(file.parent) for file in directory.rglob(DETECTOR))
+    folders = (file.parent for file in directory.rglob(DETECTOR))
+    found = sorted(str(folder) for folder in folders if folder.parent.name != VERSIONS)
     if found:
         return f"{directory} has several trainings. Pass one of them:\n  " + "\n  ".join(found)
     return f"{directory} has no finished training, or one of an older version. Train there first."

@@ -140,7 +140,7 @@ class Loaded(Predictor):
             with self._decoding:
                 outputs = Outputs(of_image)
                 outputs.add(part, found["score"][i], found["anomaly_map"][i])
-                prediction = self._prediction(outputs)
+                prediction = self.prediction(outputs)
             yield prediction
 
     def close(self, *, at_once: bool = False) -> None:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from fastflow_jax import parallel
 from fastflow_jax.backbones import find_spec
-from fastflow_jax.detectors.base import Method, compiled
+from fastflow_jax.detectors.base import Method, Rows, compiled
 from fastflow_jax.detectors.calibration import (
     LocationScorer,
     calibrate,
@@ -36,10 +36,12 @@ from fastflow_jax.detectors.fastflow.model import (
     random_windows,
 )
 from fastflow_jax.detectors.nearest import nearest_squared_distances
+from fastflow_jax.detectors.teaching import choose_rows, grown
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.extract import (
     Features,
     TrainingFeatures,
+    in_batches,
     inside,
     without_padding,
 )
@@ -302,6 +304,16 @@ def _vectors(config, variables, batch) -> tuple[jax.Array, ...]:
     return tuple(vectors[kind]() for vectors in compared for kind in _BANKS)
 
 
+def _bank_vectors(config, variables, batch) -> dict[str, jax.Array]:
+    """The vectors [B, h, w, C] that are compared with each bank of trained variables."""
+    features, valid = batch
+    inputs, found = normalise(flow_model(config), variables, features), {}
+    for i, (z, _) in enumerate(_apply(config, variables, features)):
+        vectors = {f"{kind}_{i}": get for kind, get in _compared(inputs[i], z, valid).items()}
+        found |= {name: get() for name, get in vectors.items() if name in variables["bank"]}
+    return found
+
+
 def _compared(x: jax.Array, z: jax.Array, valid: jax.Array | None) -> dict[str, Callable]:
     """The vectors [B, h, w, C] to compare with a bank of each kind.
 
@@ -366,6 +378,23 @@ class FastFlowScorer(LocationScorer):
     locate = staticmethod(_locate)
     map_weights = staticmethod(_map_weights)
     with_likelihood = staticmethod(_score_with_likelihood)
+
+    def new_rows(self, features: Features, valid: np.ndarray | None, share: float) -> Rows:
+        """See `TeachableScorer.new_rows`."""
+        if not self.variables.get("bank"):
+            raise InputError(
+                "This detector has no memory banks, and cannot be taught. Train with "
+                "config.map.bank above 0."
+            )
+        run = functools.partial(self._program(_bank_vectors), self._state[0])
+        vectors = in_batches(run, (features, valid), self.config.batch_size)
+        n = round(share * self.config.map.bank)
+        return choose_rows(vectors, valid, self.variables["bank"], n)
+
+    def extended(self, rows: Sequence[Rows]) -> "FastFlowScorer":
+        """See `TeachableScorer.extended`."""
+        banks = grown(self.variables["bank"], rows, self.config.map.bank)
+        return dataclasses.replace(self, variables={**self.variables, "bank": banks})
 
     def latents(self, features: Features) -> tuple[np.ndarray, ...]:
         """Latents of features, see `InvertibleScorer.latents`."""

@@ -1,0 +1,164 @@
+"""False-alarm rates and accuracy before and after an update with images of a new kind.
+
+    python benchmarks/update.py --sets photos/screws photos/nuts --detectors knn fastflow \
+        --runs runs/update --out update.json
+
+A set is a directory in the layout of docs/data.md whose names are in the order of time. A detector
+is trained on the first 60 % of the normal training images. Two kinds of images are then taught to
+it, separately: the later training images as they are, and the same images under another lighting: a
+gamma of 1.4, and 90 %, 75 % and 60 % of red, green and blue. The first half of the later images is
+taught; the second half, and normal test images that are later than the training images, are others
+of the kind. For the lighting, all normal test images are.
+
+Rates are the shares of normal images above the threshold, for a stated rate of 5 %. The old test
+set has the normal test images that are no later than the training images, and all defective ones.
+Nothing is chosen on these images.
+"""
+
+import argparse
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+
+import numpy as np
+from outcome import describe_machine, write_result
+from sklearn.metrics import roc_auc_score
+
+from fastflow_jax import Detector
+from fastflow_jax.data.arrays import read_image
+from fastflow_jax.data.layout import list_images
+from fastflow_jax.files import parse_json
+
+TRAINED = 0.6  # part of the normal training images
+MOST = 100  # images of a list that are scored, evenly spaced
+COLUMNS = {
+    "name": "set, detector, new kind",
+    "images": "trained on / taught / others / old normal",
+    "taught": "taught images flagged",
+    "others": "others of the kind flagged",
+    "old": "old normal images flagged",
+    "old_auroc": "AUROC, old test set",
+    "kind_auroc": "AUROC, new kind",
+    "threshold": "threshold",
+    "seconds": "seconds",
+}
+
+
+def relit(image: np.ndarray) -> np.ndarray:
+    """An image uint8 [H, W, 3] under another lighting."""
+    return np.uint8(np.clip(255 * (image / 255) ** 1.4 * (0.9, 0.75, 0.6), 0, 255))
+
+
+def some(files: list[pathlib.Path]) -> list[pathlib.Path]:
+    """At most `MOST` files, evenly spaced."""
+    rows = np.linspace(0, len(files) - 1, min(MOST, len(files)))
+    return [files[i] for i in rows.round().astype(int)]
+
+
+def scores(detector: Detector, images: list) -> np.ndarray:
+    """Image scores [n]."""
+    return np.array([result.score for result in detector.stream(images)])
+
+
+def auroc(normal: np.ndarray, defective: np.ndarray) -> float:
+    """AUROC of scores."""
+    labels = np.repeat([0, 1], [len(normal), len(defective)])
+    return float(roc_auc_score(labels, np.concatenate([normal, defective])))
+
+
+def lists_of(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+    """The files of a set by their role."""
+    train = list_images(root / "train/good")
+    cut = round(TRAINED * len(train))
+    later, good = train[cut:], list_images(root / "test/good")
+    is_old = [file.name <= train[cut - 1].name for file in good]
+    return {
+        "train": train[:cut],
+        "taught": later[: len(later) // 2],
+        "others": later[len(later) // 2 :],
+        "old": some([file for file, old in zip(good, is_old, strict=True) if old]),
+        "new": [file for file, old in zip(good, is_old, strict=True) if not old],
+        "good": good,
+        "bad": some(sorted(f for f in list_images(root / "test") if f.parent.name != "good")),
+    }
+
+
+def measure(detector: Detector, files: dict, kind: str) -> dict:
+    """The row of a kind, "later" or "other light"."""
+    is_later = kind == "later"
+    load = (
+        (lambda files: files) if is_later else lambda files: [relit(read_image(f)) for f in files]
+    )
+    others = some(files["others"] + files["new" if is_later else "good"])
+    images = {
+        "taught": load(files["taught"]),
+        "others": load(others),
+        "kind_bad": load(files["bad"]),
+        "old": files["old"],
+        "bad": files["bad"],
+    }
+    start = time.perf_counter()
+    updated = detector.update(images["taught"])
+    seconds = time.perf_counter() - start
+    before, after = ({n: scores(d, x) for n, x in images.items()} for d in (detector, updated))
+    limits = detector.image_threshold.value, updated.image_threshold.value
+
+    def pair(values) -> str:
+        return " → ".join(f"{value:.3f}".replace("0.", ".", 1) for value in values)
+
+    def flagged(name: str) -> str:
+        return pair((s[name] > t).mean() for s, t in zip((before, after), limits, strict=True))
+
+    numbers = [len(files["train"]), len(files["taught"]), len(others), len(files["old"])]
+    return {
+        "images": " / ".join(map(str, numbers)),
+        **{name: flagged(name) for name in ("taught", "others", "old")},
+        "old_auroc": pair(auroc(s["old"], s["bad"]) for s in (before, after)),
+        "kind_auroc": pair(auroc(s["others"], s["kind_bad"]) for s in (before, after)),
+        "threshold": " → ".join(f"{limit:.3g}" for limit in limits),
+        "seconds": f"{seconds:.0f}",
+    }
+
+
+def main() -> None:
+    """Measures the rows that are not in the file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sets", nargs="+", type=pathlib.Path, required=True)
+    parser.add_argument("--detectors", nargs="+", default=["knn"])
+    parser.add_argument("--runs", type=pathlib.Path, required=True, help="Directory of trainings.")
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    args = parser.parse_args()
+    known = parse_json(args.out)["rows"] if args.out.exists() else []
+    rows = {row["name"]: row for row in known}
+    command = ["git", "-C", pathlib.Path(__file__).parent, "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    for root in args.sets:
+        files = lists_of(root)
+        for name in args.detectors:
+            detector = Detector.fit(
+                files["train"], config=name, workdir=args.runs / f"{root.name}_{name}"
+            )
+            for kind in ("later", "other light"):
+                title = f"{root.name}, {name}, {kind}"
+                if title not in rows:
+                    rows[title] = {"name": title, **measure(detector, files, kind)}
+                words = ["benchmarks/update.py", "--sets", *(s.name for s in args.sets)]
+                table = {
+                    "page": "docs/teaching.md",
+                    "command": shlex.join(["python", *words, "--detectors", *args.detectors]),
+                    "commit": commit or "unknown",
+                    "machine": describe_machine(),
+                    "seeds": "0",
+                    "data": f"numbers of images in the table; at most {MOST} of a list are scored",
+                    "columns": COLUMNS,
+                }
+                write_result(args.out, table | {"rows": list(rows.values())})
+                print(*rows[title].values(), sep=" | ", flush=True, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -120,6 +120,12 @@ _KEEP_THRESHOLD = flags.DEFINE_bool(
     "With --mode=update, keep the thresholds: for images that were chosen because they were "
     "flagged.",
 )
+_FINETUNE = flags.DEFINE_bool(
+    "finetune",
+    False,
+    "With --mode=update, continue the training of FastFlow with the training images and a half of "
+    "those in --input first, for larger shifts.",
+)
 _HEATMAPS = flags.DEFINE_bool("heatmaps", True, "With --mode=predict, draw heat maps.")
 _RAW = flags.DEFINE_enum(
     "raw",
@@ -362,6 +368,7 @@ def _update() -> int:
         output=_OUTPUT.value,
         weights=_WEIGHTS.value,
         keep_threshold=_KEEP_THRESHOLD.value,
+        tune=_FINETUNE.value,
     )
 
 

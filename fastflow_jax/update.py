@@ -1,12 +1,15 @@
 """`--mode=update`: teaches new normal images to the detector of a run directory."""
 
+import dataclasses
 import logging
 import os
 import pathlib
 
+from fastflow_jax.data.groups import labels_of
 from fastflow_jax.detector import Detector
 from fastflow_jax.errors import InputError
 from fastflow_jax.files import expanded, make_folder
+from fastflow_jax.finetune import finetune
 from fastflow_jax.predict import EXPORTED, Found, draw_prediction, export_once, find_images
 from fastflow_jax.report.heatmaps import save_picture
 from fastflow_jax.runs import versions
@@ -22,6 +25,7 @@ def run_update(
     output: str | os.PathLike | None = None,
     weights: str | os.PathLike | None = None,
     keep_threshold: bool = False,
+    tune: bool = False,
 ) -> int:
     """Teaches normal images to the detector of a run, as a new version.
 
@@ -33,6 +37,8 @@ def run_update(
       output: directory for heat maps of images that may be defective; None to draw none.
       weights: weight file of the backbone, see `Detector.load`.
       keep_threshold: see `Detector.update`.
+      tune: continue the training with a half of the images first, see `finetune.finetune`. The
+        other half is for the threshold.
 
     Returns:
       Exit status 0.
@@ -43,7 +49,14 @@ def run_update(
     run, found = expanded(workdir), find_images(images)
     with versions.changing(run):
         before = Detector.load(run, weights=weights)
-        taught = update(before, [*found.names], keep_threshold=keep_threshold)
+        files, first = [*found.names], None
+        if tune:
+            first, files = _halves(before, files)
+            before = finetune(run, before, first)
+        taught = update(before, files, keep_threshold=keep_threshold)
+        if first is not None:
+            known = update(taught.detector, first, keep_threshold=True)
+            taught = dataclasses.replace(taught, detector=known.detector, n=taught.n + known.n)
         number = versions.add(run, taught.detector)
         taught.log()
         if output is not None:
@@ -73,6 +86,18 @@ def run_undo(workdir: str | os.PathLike, *, weights: str | os.PathLike | None = 
         print(f"{run} has version {number}{which} again.")
         _export_again(run, weights)
     return 0
+
+
+def _halves(detector: Detector, files: list[str]) -> tuple[list[str], list[str]]:
+    """Splits files into every other one and the rest; those of one part stay together."""
+    parts = labels_of(files, detector.config.data.groups) or tuple(files)
+    number = {part: i for i, part in enumerate(dict.fromkeys(parts))}
+    halves: tuple[list[str], list[str]] = [], []
+    for file, part in zip(files, parts, strict=True):
+        halves[number[part] % 2].append(file)
+    if len(number) < 2:
+        raise InputError("Fine-tuning needs images of two parts at least. Leave --finetune out.")
+    return halves
 
 
 def _draw(taught: Update, found: Found, output: pathlib.Path) -> None:

@@ -53,9 +53,10 @@ def commands():
                         yield pytest.param(words, id=f"{page.stem}: {shlex.join(words)}")
 
 
-# test_detector_page.py runs the code of detector.md, tests below that of export.md and products.md;
-# the code of serving.md needs a server, see tests/serve/; test_batch.py runs that of batch.md.
-_OTHERS = ("detector", "export", "products", "serving", "batch")
+# test_detector_page.py runs the code of detector.md, tests below that of export.md, products.md and
+# teaching.md; the code of serving.md needs a server, see tests/serve/; test_batch.py runs that of
+# batch.md.
+_OTHERS = ("detector", "export", "products", "teaching", "serving", "batch")
 _ALONE = [page for page in DOCS if blocks(page, "python") and page.stem not in _OTHERS]
 
 
@@ -117,6 +118,7 @@ def workplace(tmp_path, monkeypatch):
         ("screws/test/good", (24, 26)),
         ("screws/test/scratch", (25, 27)),
         ("new", (28, 29)),
+        ("new_normals", (30, 32)),
     ):
         (tmp_path / "photos" / folder).mkdir(parents=True)
         for i in numbers:
@@ -190,6 +192,14 @@ def test_the_code_of_the_page_on_products_runs(workplace, monkeypatch):
     assert (names["result"].product, names["result"].is_known) == ("screw", True)
 
 
+def test_the_code_of_the_page_on_teaching_runs(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(fastflow_jax.detector, "default", small)
+    run_examples(ROOT / "docs/teaching.md")
+    before, after = map(int, capsys.readouterr().out.split())
+    assert before == 80
+    assert after <= 4
+
+
 COMMANDS = list(commands())
 
 
@@ -228,6 +238,13 @@ def test_commands_run(command, workplace, started, capsys):
         Detector.fit("photos/screws/train/good", config=small()).export("screws.onnx")
         assert started(options) == 1
         assert "of 18 images are anomalous" in capsys.readouterr().out
+    elif "--mode=update" in options:
+        started([*training_of(options), *SMALL])
+        taught = ["--mode=update", "--workdir=runs/screws", "--input=photos/new_normals"]
+        assert started(taught) == 0
+        assert started(options) == 0
+        number = 1 if "--undo" in options else 3
+        assert f"runs/screws has version {number}" in capsys.readouterr().out
     elif "--mode=predict" in options:
         started([*training_of(options), *SMALL])
         assert started(options) == 1

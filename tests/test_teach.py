@@ -125,7 +125,7 @@ def test_bad_input_is_refused(fitted, tmp_path):
         ([image, "missing.png"], "missing.png"),
         ([image, np.zeros((4, 4))], "image 1 is an array of float64"),
         ([image, image], "image 0 and image 1 are equal"),
-        (np.zeros((1001, 4, 4, 3), np.uint8) + np.arange(1001)[:, None, None, None] % 256, ""),
+        (np.random.default_rng(0).integers(0, 255, (1001, 4, 4, 3), np.uint8), "more than 1000"),
     ]:
         with pytest.raises(InputError, match=message):
             detector.update(images)
@@ -165,7 +165,7 @@ def test_few_images_state_the_rate_that_they_support(fitted, caplog):
     assert "9 images cannot support a false-alarm rate of 0.05" in caplog.text
     assert "it is 0.1 on average. Teach at least 19" in caplog.text
     assert not after.image_threshold.supported
-    assert after.image_threshold.n == 9
+    assert after.image_threshold.value >= detector.image_threshold.value
     caplog.clear()
     detector.update(photographs(1, 1, light=40))
     assert "One image says nothing on other images" in caplog.text

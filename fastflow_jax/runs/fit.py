@@ -34,6 +34,7 @@ def fit(
     sibling_runs: tuple[tuple[int, pathlib.Path], ...] = (),
     member: Membership | None = None,
     on_epoch: Callable[[int, Callable[[], Scorer]], dict] = lambda epoch, make_scorer: {},
+    start: dict | None = None,
     label: str = "train",
 ) -> Fitted:
     """Trains a detector, or continues its training, and records it in a directory.
@@ -49,6 +50,7 @@ def fit(
       sibling_runs: see `FitContext`.
       member: the place in a model of several products; None for a model of its own.
       on_epoch: see `FitContext`.
+      start: see `FitContext`.
       label: of progress bars.
 
     Raises:
@@ -61,7 +63,7 @@ def fit(
         each.mkdir(parents=True, exist_ok=True)
     for each in (training, *(sibling for _, sibling in sibling_runs)):
         check_same_data(each, prepared.contents, prepared.backbone.weights)
-    start = time.perf_counter()
+    began = time.perf_counter()
     scorer = method(config.detector).fit(
         FitContext(
             config=config,
@@ -72,12 +74,13 @@ def fit(
             holdout_valid=prepared.holdout_valid,
             sibling_runs=sibling_runs,
             on_epoch=on_epoch,
+            start=start,
             label=label,
             shared=member and member.training,
             product=0 if member is None else member.index,
         )
     )
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - began
     if training == directory:
         reference = saved.write_reference(config, prepared, training)
     else:

@@ -32,6 +32,8 @@ class FitContext:
     # Called after each epoch of each run with the number of the epoch, from 1 on, and a function
     # that returns the scorer of that epoch. Its result is added to the line in `metrics.jsonl`.
     on_epoch: Callable[[int, Callable[[], Any]], dict] = _ignore
+    # Variables that a training with gradients starts from; None for new ones.
+    start: dict | None = None
     label: str = "train"  # of progress bars
     # Directory of the training that several products share, see `Method.fit_shared`; None for a
     # training of its own.

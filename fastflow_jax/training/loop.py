@@ -280,6 +280,9 @@ def train_variables(
     def on_epoch(epoch: int, state: TrainState, seed: int) -> dict:
         return context.on_epoch(epoch, lambda: make_scorer(state.variables, seed))
 
+    start = context.start
+    if start is not None:
+        objective = objective._replace(init=lambda key, features: start)
     n = at_once(context.config, context.train)
     with contextlib.ExitStack() as stack:
         runs = [opened(context.seed, context.directory)]

@@ -5,6 +5,7 @@ import logging
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ from fastflow_jax.config import default
 from fastflow_jax.detectors.base import DETECTORS, recipe
 from fastflow_jax.errors import InputError
 
+GOLDENS = pathlib.Path(__file__).parent / "goldens" / "durable"
 TEACHABLE = ("fastflow", "knn", "patchcore", "spade")
 
 
@@ -26,10 +28,9 @@ def tiny(kind, **fields):
     c.data.holdout = 0.5
     if kind == "fastflow":
         fields = {"flow.steps": 1, "flow.hidden_ratio": 1.0, "map.bank": 400, **fields}
-        fields |= {"train.epochs": 1, "train.batch_size": 8}
-    if kind in ("cflow", "vae", "gan"):
-        own = {"cflow": "steps", "vae": "width", "gan": "width"}[kind]
-        fields = {f"{kind}.{own}": 4, "train.epochs": 1, "train.batch_size": 8, **fields}
+        fields = {"train.epochs": 1, "train.batch_size": 8, **fields}
+    if kind == "patchcore":
+        fields = {"patchcore.dimension": 8, "patchcore.projection": 4, **fields}
     c.update_from_flattened_dict(fields)
     return c
 
@@ -56,7 +57,7 @@ def fitted():
 
     def of(kind):
         if kind not in known:
-            known[kind] = Detector.fit(photographs(60), config=tiny(kind))
+            known[kind] = Detector.fit(photographs(40), config=tiny(kind))
         return known[kind]
 
     return of
@@ -65,20 +66,21 @@ def fitted():
 @pytest.mark.parametrize("kind", TEACHABLE)
 def test_taught_images_and_others_of_their_kind_are_normal(kind, fitted, tmp_path):
     before = fitted(kind)
-    brighter, others = photographs(40, 1, light=40), photographs(60, 2, light=40)
-    old = photographs(60, 3)
+    brighter, others = photographs(20, 1, light=40), photographs(40, 2, light=40)
+    old = photographs(40, 3)
     assert flagged(before, others) == flagged(before, brighter) == 1
     after = before.update(brighter)
     assert flagged(after, brighter) == 0
-    assert flagged(after, others) <= 0.15  # stated: .05, of 60 images
+    assert flagged(after, others) <= 0.15  # stated: .05, of 40 images
     assert flagged(after, old) <= flagged(before, old) <= 0.15
     assert flagged(after, [spoilt(), spoilt(8, light=40)]) == 1
     for one, other in zip(before.stream(old), after.stream(old), strict=True):
-        assert other.score <= one.score + 1e-5 * max(1, abs(one.score))
+        assert other.score <= one.score + 1e-4 * max(1, abs(one.score))
         assert other.p_value >= one.p_value
     assert after.image_threshold.rate == before.image_threshold.rate == 0.05
-    results = after.predict([*others[:4], spoilt()])
-    again = Detector.load(after.save(tmp_path / "saved.zip")).predict([*others[:4], spoilt()])
+    images = [*others[:7], spoilt()]
+    results = after.predict(images)
+    again = Detector.load(after.save(tmp_path / "saved.zip")).predict(images)
     for one, other in zip(results, again, strict=True):
         assert (one.p_value, one.is_anomalous) == (other.p_value, other.is_anomalous)
         assert one.score == pytest.approx(other.score, rel=1e-4)
@@ -98,7 +100,7 @@ def test_a_taught_image_that_was_flagged_is_normal(fitted):
 
 @pytest.mark.parametrize("kind", sorted(DETECTORS.keys() - {*TEACHABLE}))
 def test_detectors_without_stored_images_refuse(kind):
-    detector = Detector.fit(photographs(8), config=tiny(kind))
+    detector = Detector.load(GOLDENS / f"{kind}.zip")
     with pytest.raises(InputError, match=f"The detector {kind} stores no normal images.*knn"):
         detector.update(photographs(2, 1))
 
@@ -186,14 +188,14 @@ def test_a_threshold_stays_if_it_must_or_has_no_rate(fitted, caplog):
 def test_images_of_a_part_do_not_vouch_for_each_other(fitted):
     """Noise of one level each: those of a part are nearly equal, and parts differ."""
     rng = np.random.default_rng(0)
-    parts = rng.integers(60, 200, (25, 1, 20, 20, 3))
-    images = np.uint8(parts + rng.integers(-1, 2, (25, 4, 20, 20, 3))).reshape(-1, 20, 20, 3)
-    groups = np.repeat(np.arange(25), 4)
+    parts = rng.integers(60, 200, (1, 10, 20, 20, 3))
+    images = np.uint8(parts + rng.integers(-1, 2, (4, 10, 20, 20, 3))).reshape(-1, 20, 20, 3)
+    groups = np.tile(np.arange(10), 4)
     detector = fitted("knn")
     known, unknown = (
-        detector.update(images, groups=g).held_out.scores[30:] for g in (groups, None)
+        detector.update(images, groups=g).held_out.scores[20:] for g in (groups, None)
     )
-    assert np.median(known) > 2 * np.median(unknown)
+    assert np.median(known) > 1.5 * np.median(unknown)
 
 
 def test_taught_images_no_longer_look_shifted(fitted):
@@ -344,3 +346,50 @@ def test_an_exported_detector_is_exported_again(run, update):
             Detector.load(run).with_threshold(rate=0.3).image_threshold.value
         )
     assert json.loads((run / "detector.json").read_text()).get("taught") is None
+
+
+@pytest.fixture(scope="module")
+def tunable(tmp_path_factory):
+    """A run of FastFlow, in a directory with its images."""
+    folder = tmp_path_factory.mktemp("tunable")
+    (folder / "good").mkdir()
+    for i, image in enumerate(photographs(16)):
+        Image.fromarray(image).save(folder / "good" / f"{i:02}.png")
+    config = tiny("fastflow", **{"data.holdout": 0.25, "train.epochs": 5})
+    Detector.fit(folder / "good", config=config, workdir=folder / "run")
+    return folder
+
+
+def test_fine_tuning_continues_the_training_with_new_images(tunable, photos, started, capsys):
+    run, image = tunable / "run", photographs(1, 2, light=40)[0]
+    before = Detector.load(run)
+    command = ["--mode=update", f"--workdir={run}", f"--input={photos}", "--finetune"]
+    assert started(command) == 0
+    assert "20 images are taught" in capsys.readouterr().out
+    after = Detector.load(run)
+    result = after.predict(image)
+    assert not result.is_anomalous
+    assert result.log_likelihood > before.predict(image).log_likelihood
+    assert after.image_threshold.rate == before.image_threshold.rate
+    assert (after.held_out.kinds == 1).sum() == 10  # those that the flows were not trained on
+    assert after.config.to_dict() == before.config.to_dict()
+    assert flagged(after, sorted(photos.iterdir())) == 0
+    scale = [d.scorer.variables["params"]["flow_0"] for d in (before, after)]
+    one, other = (np.concatenate([x.ravel() for x in leaves(tree)]) for tree in scale)
+    # Three steps of Adam at a tenth of the rate, from there: ten of the training went further.
+    assert 0 < np.abs(one - other).max() < 0.5 * after.config.train.learning_rate
+    assert started(command) == 2
+    assert "was updated before" in capsys.readouterr().err
+    (tunable / "good" / "00.png").unlink()
+    assert started(["--mode=update", f"--workdir={run}", "--undo"]) == 0
+    assert started(command) == 2
+    assert "training images are not those" in capsys.readouterr().err
+
+
+def leaves(tree):
+    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def test_fine_tuning_needs_fastflow_and_its_images(run, update, photos, tmp_path, capsys):
+    assert update(f"--input={photos}", "--finetune") == 2
+    assert "The detector knn cannot be fine-tuned. Leave --finetune out" in capsys.readouterr().err

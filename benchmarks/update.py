@@ -32,6 +32,7 @@ from fastflow_jax.config import default
 from fastflow_jax.data.arrays import read_image
 from fastflow_jax.data.layout import list_images
 from fastflow_jax.detectors.base import recipe
+from fastflow_jax.features.extract import Features, in_batches
 from fastflow_jax.files import parse_json
 
 TRAINED, HELD_OUT = 0.6, 0.2  # parts of the normal training images, and of those
@@ -45,7 +46,7 @@ COLUMNS = {
     "old_auroc": "AUROC, old test set",
     "kind_auroc": "AUROC, new kind",
     "threshold": "threshold",
-    "seconds": "seconds",
+    "seconds": "CPU time of the update, s",
 }
 
 
@@ -60,9 +61,10 @@ def some(files: list[pathlib.Path], most: int = MOST) -> list[pathlib.Path]:
     return [files[i] for i in rows.round().astype(int)]
 
 
-def scores(detector: Detector, images: list) -> np.ndarray:
+def scores(detector: Detector, features: Features) -> np.ndarray:
     """Image scores [n]."""
-    return np.array([result.score for result in detector.stream(images)])
+    score = detector.scorer.score
+    return in_batches(lambda batch: score(batch)[0], features, detector.config.batch_size)
 
 
 def auroc(normal: np.ndarray, defective: np.ndarray) -> float:
@@ -89,23 +91,23 @@ def lists_of(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
 
 
 def measure(detector: Detector, known: dict, files: dict, kind: str) -> dict:
-    """The row of a kind, "later" or "other light"; `known` are scores of the old test set."""
+    """The row of a kind, "later" or "other light"; `known` are features of the old test set."""
     is_later = kind == "later"
     load = (
         (lambda files: files) if is_later else lambda files: [relit(read_image(f)) for f in files]
     )
     others = some(files["others"] + files["new" if is_later else "good"])
+    taught = load(files["taught"])
+    start = time.process_time()
+    updated = detector.update(taught)
+    seconds = time.process_time() - start
     images = {
-        "taught": load(files["taught"]),
-        "others": load(others),
-        **({} if is_later else {"kind_bad": load(files["bad"])}),
+        **known,
+        "taught": detector.features(taught),
+        "others": detector.features(load(others)),
+        "kind_bad": known["bad"] if is_later else detector.features(load(files["bad"])),
     }
-    start = time.perf_counter()
-    updated = detector.update(images["taught"])
-    seconds = time.perf_counter() - start
-    before = known | {name: scores(detector, x) for name, x in images.items()}
-    images |= {name: files[name] for name in known}
-    after = {name: scores(updated, x) for name, x in images.items()}
+    before, after = ({n: scores(d, x) for n, x in images.items()} for d in (detector, updated))
     limits = detector.image_threshold.value, updated.image_threshold.value
 
     def pair(values) -> str:
@@ -119,9 +121,7 @@ def measure(detector: Detector, known: dict, files: dict, kind: str) -> dict:
         "images": " / ".join(map(str, numbers)),
         **{name: flagged(name) for name in ("taught", "others", "old")},
         "old_auroc": pair(auroc(s["old"], s["bad"]) for s in (before, after)),
-        "kind_auroc": pair(
-            auroc(s["others"], s["bad" if is_later else "kind_bad"]) for s in (before, after)
-        ),
+        "kind_auroc": pair(auroc(s["others"], s["kind_bad"]) for s in (before, after)),
         "threshold": " → ".join(f"{limit:.3g}" for limit in limits),
         "seconds": f"{seconds:.0f}",
     }
@@ -149,7 +149,7 @@ def main() -> None:
             c.data.holdout = HELD_OUT
             workdir = args.runs / f"{root.name}_{name}"
             detector = Detector.fit(files["train"], config=c, workdir=workdir)
-            known = {role: scores(detector, files[role]) for role in ("old", "bad")}
+            known = {role: detector.features(files[role]) for role in ("old", "bad")}
             for kind in ("later", "other light"):
                 title = f"{root.name}, {name}, {kind}"
                 if title not in rows:

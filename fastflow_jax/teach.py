@@ -230,8 +230,8 @@ def _on_the_rate(
         return [*found, (logging.INFO, "The threshold stays.")]
     if not is_kind:
         text = (
-            f"One image says nothing on other images like it. Teach at least {needed} for a "
-            f"false-alarm rate of {rate:.3g} on these."
+            f"The threshold stays. One image or part says nothing on others like it: teach at "
+            f"least {needed} for a false-alarm rate of {rate:.3g} on these."
         )
         return [*found, (logging.WARNING, text)]
     change = "stays" if after.value == before.value else f"rises to {after.value:.4g}"

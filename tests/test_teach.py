@@ -170,7 +170,7 @@ def test_few_images_state_the_rate_that_they_support(fitted, caplog):
     assert after.image_threshold.value >= detector.image_threshold.value
     caplog.clear()
     detector.update(photographs(1, 1, light=40))
-    assert "One image says nothing on other images" in caplog.text
+    assert "One image or part says nothing on others" in caplog.text
 
 
 def test_a_threshold_stays_if_it_must_or_has_no_rate(fitted, caplog):

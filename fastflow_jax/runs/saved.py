@@ -136,9 +136,13 @@ def version_of(about: dict) -> int:
 
 def _read_version(run: pathlib.Path, about: dict) -> Saved:
     """Reads the detector of the version that a run directory names."""
-    folder = run / VERSIONS / str(version_of(about))
+    taught = about["taught"]
+    known = taught if isinstance(taught, dict) else {}
+    if known.keys() != {"version", "sha256"} or type(known["version"]) is not int:
+        raise InputError(f"{run / DETECTOR} is damaged: taught is {taught!r}. Restore it.")
+    folder = run / VERSIONS / str(known["version"])
     file = folder / DETECTOR
-    if not file.is_file() or sha256(file) != about["taught"]["sha256"]:
+    if not file.is_file() or sha256(file) != known["sha256"]:
         raise InputError(
             f"{file} is missing or has changed. Restore it from a copy, or go back to the version "
             f"before: --mode=update --undo --workdir={run}."

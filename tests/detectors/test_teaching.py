@@ -42,5 +42,5 @@ def test_banks_grow_up_to_three_times_their_size():
     rows = [{"one": np.full((n, 2), n, np.float32)} for n in (3, 5)]
     found = grown({"one": bank}, rows, 4)["one"]
     np.testing.assert_array_equal(found[:, 0], [0] * 4 + [3] * 3 + [5] * 5)
-    with pytest.raises(InputError, match="more than 3 times the 3 rows.*Train again"):
+    with pytest.raises(InputError, match=r"more than 3 times the 3 rows.*Train again"):
         grown({"one": bank}, rows, 3)

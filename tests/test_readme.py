@@ -193,7 +193,10 @@ def test_the_code_of_the_page_on_products_runs(workplace, monkeypatch):
 
 
 def test_the_code_of_the_page_on_teaching_runs(workplace, monkeypatch, capsys):
-    monkeypatch.setattr(fastflow_jax.detector, "default", small)
+    config = default()
+    fields = {"backbone": "pixels", "image_size": (16,), "data.holdout": 0.25, "batch_size": 8}
+    config.update_from_flattened_dict(fields)
+    monkeypatch.setattr(fastflow_jax.detector, "default", lambda: config)
     run_examples(ROOT / "docs/teaching.md")
     before, after = map(int, capsys.readouterr().out.split())
     assert before == 80

@@ -72,6 +72,7 @@ def _data() -> ConfigDict:
     # Groups of training images that show the same part and are held out together: "folder", a .csv
     # file or a regular expression, see `data.groups.labels_of`; None: every image is its own group
     c.groups = placeholder(str)
+    c.exclude = placeholder(str)  # file with names of normal images to leave out, a line each
     c.resize = "square"  # stretches to the input; or "crop", "pad": see `transforms.placement`
     c.mask_resize = "nearest"  # or "floor", "threshold": see `transforms.resize_mask`
     # Changes of the test images and their masks, to measure robustness
@@ -141,7 +142,7 @@ _BEFORE = {"map.border": 1, "map.coarse_weight": 1.0, "map.feature_weight": 1.0}
 
 # Fields that all variants of a run share.
 _SHARED = (
-    *("data.name", "data.category", "data.root", "data.dir"),
+    *("data.name", "data.category", "data.root", "data.dir", "data.exclude"),
     *("seed", "seeds", "report", "report_pictures"),
 )
 
@@ -310,6 +311,8 @@ def _fill(config: ConfigDict) -> ConfigDict:
         method(name).fill(c, spec)
     if c.data.root is not None:
         c.data.root = str(expanded(c.data.root).resolve())
+    if c.data.exclude is not None:
+        c.data.exclude = str(expanded(c.data.exclude).resolve())
     if c.data.dir is not None:
         expanded(c.data.dir)  # raises for a URL, before anything is written
     if c.weights is not None and expanded(c.weights).is_file():

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fastflow_jax.data.dataset import GOOD, Dataset, Example, Source, check_choice
+from fastflow_jax.data.exclude import subset, without_excluded
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -24,6 +25,8 @@ __all__ = [
     "open_dataset",
     "opener",
     "share_images",
+    "subset",
+    "without_excluded",
 ]
 
 _MODULES = {
@@ -46,12 +49,15 @@ def open_dataset(config: "ConfigDict") -> Dataset:
             category: part of the data set, or None if it has none; its module lists them;
             root: directory of the images or of the raw data, or None;
             dir: directory of prepared tfds data sets, or None for the environment variable
-                TFDS_DATA_DIR and then the default of tfds.
+                TFDS_DATA_DIR and then the default of tfds;
+            exclude: list of normal images to leave out, or None, see `exclude.without_excluded`.
 
     Raises:
         InputError: an unknown name or category, or missing or invalid data.
     """
-    return _module(config).open_dataset(config)
+    return _without_excluded(
+        config, _field(config, "category"), _module(config).open_dataset(config)
+    )
 
 
 def share_images(config: "ConfigDict") -> bool:
@@ -69,15 +75,24 @@ def opener(config: "ConfigDict") -> Callable[[str | None], Dataset]:
         InputError: an unknown name.
     """
     module = _module(config)
-    if share_images(config):
-        return module.opener(config)
+    shared = module.opener(config) if share_images(config) else None
 
     def open_category(category: str | None) -> Dataset:
+        if shared is not None:
+            return _without_excluded(config, category, shared(category))
         section = config.copy_and_resolve_references()
         section.category = category
-        return module.open_dataset(section)
+        return _without_excluded(config, category, module.open_dataset(section))
 
     return open_category
+
+
+def _without_excluded(config: "ConfigDict", category: str | None, dataset: Dataset) -> Dataset:
+    others = [f"{each}/" for each in getattr(_module(config), "CATEGORIES", ()) if each != category]
+    prefixes = () if category is None else (f"{category}/",)
+    if len(categories(config)) == 1:
+        prefixes += ("",)
+    return without_excluded(dataset, config.exclude, prefixes=prefixes, others=others)
 
 
 def categories(config: "ConfigDict") -> tuple[str | None, ...]:

@@ -607,11 +607,11 @@ def fit_dataset(
 ) -> data.Dataset:
     """The images of a fit as a data set without test images."""
     if isinstance(images, data.Dataset):
-        dataset = images
+        dataset = data.without_excluded(images, config.data.exclude)
     elif isinstance(images, ConfigDict) or config.data.name != "folder" or config.data.root:
         dataset = data.open_dataset(config.data)
     else:
-        dataset = as_dataset(images, groups)
+        dataset = data.without_excluded(as_dataset(images, groups), config.data.exclude)
     if groups is not None and dataset.train.groups is None:
         raise InputError(
             "groups are for a list or an array of images. For a directory, set config.data.groups."

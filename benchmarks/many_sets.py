@@ -198,7 +198,7 @@ class Pass:
         ]
         # Trainings that need the same features follow each other.
         left.sort(key=lambda e: (e[0], feature_fingerprint(e[3], e[2]), e[3].data.holdout))
-        total, measured = len(configs) * len(seeds), commit()
+        total, now = len(configs) * len(seeds), commit()
         prepare, last = None, None  # keeps the features of one set
         with (
             tqdm(total=total, initial=total - len(left), unit="training", smoothing=0) as bar,
@@ -209,7 +209,7 @@ class Pass:
                     prepare, last = preparer(config, pathlib.Path(features, name)), name
                 entry, counts = train(config, seed, prepare, f"{name}, {detector}")
                 key = {"set": name, "detector": detector, "seed": seed, "digest": digest}
-                self._add(key | entry | {"commit": measured}, counts)
+                self._add(key | entry | {"commit": now}, counts)
                 bar.update()
 
     def counts(self, name: str, detector: str, seed: int) -> dict[str, np.ndarray]:
@@ -247,6 +247,7 @@ def _digest(config, seed: int) -> str:
 
 
 def commit() -> str:
+    """The commit of this checkout, with "-dirty" if it was changed."""
     command = ["git", "-C", pathlib.Path(__file__).parent, "describe", "--always", "--dirty"]
     found = subprocess.run(command, capture_output=True, text=True)
     return found.stdout.strip() or "unknown"

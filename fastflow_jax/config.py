@@ -56,6 +56,7 @@ def default() -> ConfigDict:
     # Outputs of a run
     c.checkpoint_every = 1  # epochs
     c.evaluate_every = 0  # epochs between evaluations on test images, for study; 0: at the end
+    c.audit = 0.08  # share of the normal images that the report and --mode=audit list; 0: none
     c.heatmaps = 40  # largest number of heat maps
     c.report = True  # report.html, see report/html.py
     c.report_pictures = 2000  # largest number of images in the reports of a run
@@ -130,7 +131,7 @@ _PIXELS_AT_A_TIME = 2**21
 
 # Fields that may differ between a run and its continuation.
 _FREE_TO_CHANGE = (
-    *("parallel", "heatmaps", "report", "report_pictures"),
+    *("parallel", "audit", "heatmaps", "report", "report_pictures"),
     *("batch_size", "data.dir", "flow.reversible", "train.cache", "train.seeds_at_once"),
 )
 
@@ -190,6 +191,7 @@ _BOUNDS = {
     "map.sigma": (0, 100),
     "checkpoint_every": (1, 10**9),
     "evaluate_every": (0, 10**9),
+    "audit": (0, 0.5),
     "heatmaps": (0, 10**6),
     "report_pictures": (0, 10**6),
 }

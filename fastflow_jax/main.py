@@ -70,8 +70,9 @@ _THREADS = flags.DEFINE_integer(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "describe", "predict", "export", "serve", "batch", "update"],
-    "Train and evaluate --config; describe its model without data and weights; predict --input "
+    ["train", "describe", "audit", "predict", "export", "serve", "batch", "update"],
+    "Train and evaluate --config; describe its model without data and weights; audit its normal "
+    "images, which lists those that look unusual; predict --input "
     "with the detector in --workdir, which exits with 0 if all images are normal, 1 if some are "
     "anomalous, 2 if it failed, 3 if some images cannot be read, and 4 if there is no threshold; "
     "export that detector to the file --output; serve it, or each --model, over HTTP; score "
@@ -253,10 +254,25 @@ def _main_with_jax() -> int:
         name = config_flags.get_config_filename(flags.FLAGS["config"])
         workdir = _WORKDIR.value
         workdir = experiment.default_workdir(name, config) if workdir is None else expanded(workdir)
+        if _MODE.value == "audit":
+            _audit(config, workdir)
+            return 0
         with contextlib.nullcontext() if parallel.is_main() else _silence():
             results = experiment.run(config, workdir)
             print(f"\n{format_table(results)}\n\nRun directory: {workdir}")
     return 0
+
+
+def _audit(config, workdir: pathlib.Path) -> None:
+    """Lists normal images that look unusual, see `audit.run`."""
+    from fastflow_jax import parallel
+    from fastflow_jax.report.audit import format_audit
+    from fastflow_jax.runs import audit
+
+    with contextlib.nullcontext() if parallel.is_main() else _silence():
+        for found in audit.run(config, workdir):
+            print(f"\n{format_audit(found)}")
+        print(f"\nPictures: audit.html, names: audit.txt, in {workdir}")
 
 
 def _check_flags(argv: list[str]) -> None:

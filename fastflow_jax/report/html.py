@@ -18,6 +18,7 @@ import numpy as np
 from fastflow_jax.detectors.base import method
 from fastflow_jax.evaluation.thresholds import f1_optimal
 from fastflow_jax.files import files_in, parse_json, read_lines, write_text
+from fastflow_jax.report.audit import read_audit
 from fastflow_jax.report.charts import Line, histogram, line_chart, ticks
 from fastflow_jax.report.table import TITLES, table_cells
 
@@ -51,7 +52,7 @@ def write_reports(workdir: str | pathlib.Path, results: Mapping | None = None) -
         page = part_page(part, folder, config, results, back=back)
         write_text(folder / "report.html", page)
         links.append((part, (folder / "report.html").relative_to(workdir).as_posix()))
-    page = _template().render(
+    page = template().render(
         title=f"{method(config['detector']).title} on {config['data']['name']}",
         figures=_figures(results["mean"], results["std"]),
         protocol=_protocol(results, config),
@@ -90,7 +91,7 @@ def part_page(
     file = folder / "scores.json"
     scored = _read(file) if file.exists() else {"images": []}
     decision = _decision(scored["images"], part["thresholds"]["image"])
-    return _template().render(
+    return template().render(
         title=", ".join(filter(None, (f"{method(config['detector']).title} on {name}", *marks))),
         figures=_figures(part["figures"], None),
         protocol=_protocol(results, config, part, scored["images"]),
@@ -98,6 +99,7 @@ def part_page(
         decision=decision,
         charts=_charts(part, folder / part.get("training", "."), scored, decision),
         gallery=decision and _gallery(scored, folder, decision),
+        audit=read_audit(folder),
         table=None if back else table_cells(results),
         back=back,
         provenance=_provenance(results, config, part),
@@ -115,7 +117,8 @@ def _changed(config: Mapping, changes: Mapping) -> dict:
     return {**config, **changes, **nested}
 
 
-def _template() -> jinja2.Template:
+def template() -> jinja2.Template:
+    """Returns the template of pages."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,

@@ -30,7 +30,7 @@ from fastflow_jax.files import expanded, read_json, read_lines, to_plain, write_
 from fastflow_jax.report.html import write_reports
 from fastflow_jax.report.pictures import write_pictures
 from fastflow_jax.report.table import format_csv, format_markdown
-from fastflow_jax.runs import advice, products
+from fastflow_jax.runs import advice, audit, products
 from fastflow_jax.runs.directory import claim
 from fastflow_jax.runs.fit import Fitted, fit
 
@@ -182,7 +182,7 @@ def _share_training(
 _AFTER_SCORING = (
     "layers_as",  # `layers` has its effect
     *("data.tamper", "data.mask_resize"),
-    *("heatmaps", "report", "report_pictures", "parallel"),
+    *("audit", "heatmaps", "report", "report_pictures", "parallel"),
 )
 _AFTER_TRAINING = (
     *_AFTER_SCORING,
@@ -258,6 +258,10 @@ def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepare
             products.write_means(part.directory, means)
         seconds["evaluate"] = time.perf_counter() - start
         _write_pictures(part, prepared, fitted.scorer, scored, fitted.thresholds["pixel"])
+    if not part.variant and part.seed == part.config.seed:
+        start = time.perf_counter()
+        audit.audit_training(part.config, prepared, part.directory, part.category)
+        seconds["audit"] = time.perf_counter() - start
     results["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
     write_json(part.file, results)
     return results

@@ -100,7 +100,8 @@ def measure(name: str, fields: Fields, args: argparse.Namespace) -> Iterator[dic
             found = len(planted.names & listed) / len(planted.names)
             entry = {"set": name, "seed": seed, "images": len(ranked), "found": found}
             entry |= {"planted": len(planted.names), "listed": len(listed), "image_auroc": {}}
-            for detector, training in itertools.product(args.detectors, TRAININGS):
+            trained = args.detectors if seed < args.trained else ()
+            for detector, training in itertools.product(trained, TRAININGS):
                 c = configs[detector].copy_and_resolve_references()
                 with c.unlocked():
                     c.data.category = f"{training}/{seed}"
@@ -120,7 +121,7 @@ def row_of(entries: list[dict]) -> dict:
 
     row = {"name": entries[0]["set"], "found": cell([e["found"] for e in entries])}
     for detector, training in itertools.product(entries[0]["image_auroc"], TRAININGS):
-        values = [e["image_auroc"][detector][training] for e in entries]
+        values = [e["image_auroc"][detector][training] for e in entries if e["image_auroc"]]
         row[f"{detector}, {training}"] = cell(values)
     return row
 
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", required=True, metavar="SET")
     parser.add_argument("--detectors", nargs="*", default=[], help="detectors to train")
     parser.add_argument("--seeds", type=int, default=1, help="number of draws of planted images")
+    parser.add_argument("--trained", type=int, default=1, help="seeds to train detectors with")
     parser.add_argument("--one_kind", action="store_true", help="plant defects of one kind")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON file to write")
     args = parser.parse_args()
@@ -143,7 +145,8 @@ def main() -> None:
         entries.append(list(measure(name, fields, args)))
         counts = ((e[0]["set"], e[0]["images"], e[0]["planted"]) for e in entries)
         words = ["--sets", *(e[0]["set"] for e in entries), "--seeds", str(args.seeds)]
-        words += ["--detectors", *args.detectors] if args.detectors else []
+        if args.detectors:
+            words += ["--detectors", *args.detectors, "--trained", str(args.trained)]
         words += ["--one_kind"] if args.one_kind else []
         table = {
             "command": f"python benchmarks/audit.py {shlex.join(words)}",

@@ -113,16 +113,18 @@ def cross_fit(
 def _nearest(vectors: np.ndarray, parts: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the nearest vectors of other parts, and their distances, [N, K] with K up to `most`.
 
+    The nearest one is repeated if there are fewer of other parts.
+
     Args:
       vectors: [N, C].
       parts: int [N].
       most: largest K.
     """
-    k = min(most, len(parts) - np.bincount(parts).max())
     rows, distances = [], []
     for part, vector in zip(parts, vectors, strict=True):
         found = np.where(parts == part, np.inf, cdist(vector[None], vectors)[0])
-        rows.append(np.argsort(found, kind="stable")[:k])
+        order = np.argsort(found, kind="stable")[: min(most, len(parts) - 1)]
+        rows.append(np.where(np.isfinite(found[order]), order, order[0]))
         distances.append(found[rows[-1]])
     return np.stack(rows), np.stack(distances)
 

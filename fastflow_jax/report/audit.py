@@ -1,28 +1,25 @@
-"""Normal images that look unusual: a section of reports, a page of its own, and a table."""
+"""Normal images that look unusual: a section of reports, and a table of plain text."""
 
 import base64
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from fastflow_jax.files import parse_json, write_text
+from fastflow_jax.files import parse_json
 
 _MOST_BYTES = 8 * 2**20  # of pictures in a page
 
 
-def read_audit(folder: pathlib.Path, audit: Mapping | None = None) -> dict[str, Any] | None:
-    """Returns what the template shows of an audit; None without one.
+def read_audit(folder: pathlib.Path) -> dict[str, Any] | None:
+    """Returns what the template shows of an audit, or None without one.
 
     Args:
-      folder: with `audit.json` and the pictures in `audit/`, see `runs.audit`.
-      audit: content of `audit.json`, or None to read it.
+      folder: directory with `audit.json` and the pictures in `audit/`, see `runs.audit`.
     """
     file, pictures = folder / "audit.json", folder / "audit"
-    if audit is None:
-        if not file.exists():
-            return None
-        found: Any = parse_json(file)
-        audit = dict(found)
+    if not file.exists():
+        return None
+    audit: dict[str, Any] = parse_json(file)
     entries, size = [], 0
     for rank, entry in enumerate(audit["ranking"][: audit["listed"]], 1):
         picture, encoded = pictures / f"{rank}.webp", None
@@ -32,21 +29,6 @@ def read_audit(folder: pathlib.Path, audit: Mapping | None = None) -> dict[str, 
             encoded = base64.b64encode(content).decode()
         entries.append({**entry, "rank": rank, "picture": encoded})
     return {**audit, "entries": entries}
-
-
-def write_audit_page(folder: pathlib.Path, audit: Mapping) -> None:
-    """Writes `audit.html`, a page without external resources."""
-    from fastflow_jax.report.html import template
-
-    page = template().render(
-        title=f"Audit of {audit['name']}",
-        figures=[
-            ("normal images", f"{audit['images']:,}", ""),
-            ("listed", f"{audit['listed']:,}", ""),
-        ],
-        audit=read_audit(folder, audit),
-    )
-    write_text(folder / "audit.html", page)
 
 
 def format_audit(audit: Mapping) -> str:

@@ -52,7 +52,7 @@ def write_reports(workdir: str | pathlib.Path, results: Mapping | None = None) -
         page = part_page(part, folder, config, results, back=back)
         write_text(folder / "report.html", page)
         links.append((part, (folder / "report.html").relative_to(workdir).as_posix()))
-    page = template().render(
+    page = _template().render(
         title=f"{method(config['detector']).title} on {config['data']['name']}",
         figures=_figures(results["mean"], results["std"]),
         protocol=_protocol(results, config),
@@ -91,7 +91,7 @@ def part_page(
     file = folder / "scores.json"
     scored = _read(file) if file.exists() else {"images": []}
     decision = _decision(scored["images"], part["thresholds"]["image"])
-    return template().render(
+    return _template().render(
         title=", ".join(filter(None, (f"{method(config['detector']).title} on {name}", *marks))),
         figures=_figures(part["figures"], None),
         protocol=_protocol(results, config, part, scored["images"]),
@@ -106,6 +106,19 @@ def part_page(
     )
 
 
+def write_audit_page(folder: pathlib.Path) -> None:
+    """Writes `audit.html` for the audit in a directory, see `runs.audit`."""
+    audit = read_audit(folder)
+    assert audit is not None
+    counts = {"normal images": audit["images"], "listed": audit["listed"]}
+    page = _template().render(
+        title=f"Audit of {audit['name']}",
+        figures=[(name, f"{count:,}", "") for name, count in counts.items()],
+        audit=audit,
+    )
+    write_text(folder / "audit.html", page)
+
+
 def _read(file: pathlib.Path) -> dict[str, Any]:
     return cast(dict, parse_json(file))
 
@@ -117,8 +130,7 @@ def _changed(config: Mapping, changes: Mapping) -> dict:
     return {**config, **changes, **nested}
 
 
-def template() -> jinja2.Template:
-    """Returns the template of pages."""
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,

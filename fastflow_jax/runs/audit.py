@@ -21,12 +21,13 @@ from fastflow_jax.evaluation.cross_fit import SIMILAR, CrossFitted, cross_fit
 from fastflow_jax.features.extract import Features
 from fastflow_jax.features.prepare import Prepared, preparer, split
 from fastflow_jax.files import expanded, write_json, write_text
-from fastflow_jax.report.audit import write_audit_page
 from fastflow_jax.report.heatmaps import draw_strip, save_picture
+from fastflow_jax.report.html import write_audit_page
 from fastflow_jax.runs.directory import claim
 
 _log = logging.getLogger(__name__)
 
+_LIST = "audit.txt"
 _HEADER = """\
 # Normal images that look unusual among the others, most unusual first. Look at their pictures,
 # delete the lines of normal ones, and train without the others: --config.data.exclude=FILE
@@ -59,6 +60,13 @@ def run(config, workdir: str | pathlib.Path) -> list[dict]:
             "--config.backbone=tf_efficientnet_lite0 --config.image_size=256, or another backbone."
         )
     workdir, c = expanded(workdir), config.copy_and_resolve_references()
+    if c.data.exclude is not None:
+        file = pathlib.Path(c.data.exclude)
+        if file.name == _LIST and file.is_relative_to(workdir.resolve()):
+            raise InputError(
+                f"data.exclude {file} is a file that this audit would replace. Copy it to another "
+                "place, or pass another --workdir."
+            )
     with c.unlocked():
         c.augment.copies, c.augment.flips, c.augment.rotate, c.augment.colour = 0, False, 0.0, 0.0
         c.data.holdout = 0.0  # all images are in one array of features
@@ -75,7 +83,9 @@ def run(config, workdir: str | pathlib.Path) -> list[dict]:
             prepared = prepare(c, category, c.seed)
             audit = write_audit(c, prepared, folder, category, similar=SIMILAR)
             assert audit is not None  # the features are cached
-            parallel.on_main(lambda audit=audit, folder=folder: write_audit_page(folder, audit))
+            names = [entry["name"] for entry in audit["ranking"][: audit["listed"]]]
+            write_text(folder / _LIST, _HEADER + "".join(f"{name}\n" for name in names))
+            parallel.on_main(lambda folder=folder: write_audit_page(folder))
             audits.append(audit)
         parallel.on_main(lambda: shutil.rmtree(workdir / "features", ignore_errors=True))
     return audits
@@ -112,7 +122,7 @@ def write_audit(
     *,
     similar: int,
 ) -> dict | None:
-    """Ranks the normal images of a training, and writes `audit.json`, `audit.txt` and `audit/`.
+    """Ranks the normal images of a training, and writes `audit.json` and pictures in `audit/`.
 
     Args:
       config: filled; `audit` is the share of the images that is listed.
@@ -153,8 +163,6 @@ def write_audit(
         "similar": similar,
         "ranking": ranking,
     }
-    names = [entry["name"] for entry in ranking[: len(listed)]]
-    write_text(folder / "audit.txt", _HEADER + "".join(f"{name}\n" for name in names))
     _write_pictures(config, images, found, order, len(listed), folder / "audit")
     write_json(folder / "audit.json", audit)
     return audit

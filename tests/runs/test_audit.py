@@ -69,6 +69,8 @@ def test_the_odd_image_is_listed_first_and_can_be_left_out(started, photos, tmp_
     of_data = results["protocol"]["data"]["folder"]
     assert of_data["excluded_images"] == 3
     assert of_data["trained_on"] + of_data["held_out"] == 9
+    assert started(["--mode=audit", *command[:-1], f"--workdir={workdir}"]) == 2
+    assert "is a file that this audit would replace" in capsys.readouterr().err
 
 
 def test_the_report_of_a_run_lists_unusual_images(photos, tmp_path):
@@ -86,7 +88,7 @@ def test_calibration_images_are_audited_and_copies_are_not(photos, tmp_path):
     folder.mkdir(parents=True)
     (photos / "train/good/7.png").rename(folder / "7.png")
     (photos / "train/good/6.png").rename(folder / "6.png")
-    fields = {"data.root": str(photos)}
+    fields = {"data.root": str(photos), "data.resize": "pad"}
     (found,) = audit.run(tiny(**fields), tmp_path / "audit")
     assert found["ranking"][0]["name"] == "calibration/good/7.png"
     assert found["images"] == 12

@@ -80,7 +80,7 @@ def test_results_state_protocol_and_data(finished):
     assert protocol["epoch"] == "last"
     assert protocol["weights"]["source"] == "random"
     assert protocol["seeds"] == [0]
-    assert set(results["seconds"]["brick/0"]) == {"features", "train", "evaluate"}
+    assert set(results["seconds"]["brick/0"]) == {"features", "train", "evaluate", "audit"}
     assert "jax" in results["versions"]
 
 

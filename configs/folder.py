@@ -16,6 +16,7 @@ from fastflow_jax.config import default
 def get_config(root: str | None = None):
     """Returns the configuration for the directory `root`."""
     c = default()
+    c.detector = "auto"  # FastFlow, or k-NN if there are few images, see docs/few_images.md
     c.data.name = "folder"
     c.data.root = root
     return c

@@ -26,7 +26,8 @@ def default() -> ConfigDict:
     c.seeds = 1  # number of runs, with seeds from `seed` on; the table reports mean and deviation
     c.one_model = False  # True trains one model of all categories, see docs/products.md
     c.products = 0  # number of products of a model, set by a run with `one_model`
-    c.detector = "fastflow"  # see `detectors.base.DETECTORS`
+    # See `detectors.base.DETECTORS`; "auto": by the number of images, see `runs.few_images`
+    c.detector = "fastflow"
     c.parallel = "pmap"  # or "jit": how a batch is split over the devices of this machine
     c.data = _data()
     c.augment = _augment()
@@ -70,6 +71,9 @@ def _data() -> ConfigDict:
     c.root = placeholder(str)  # directory of images
     c.dir = placeholder(str)  # prepared tfds sets; None: $TFDS_DATA_DIR, or the default of tfds
     c.holdout = 0.1  # share of training images held out for calibration and thresholds
+    # Folds of the training images, each scored by a detector of the others for calibration and
+    # thresholds, see `evaluation.folds`; 0: images are held out
+    c.folds = 0
     # Groups of training images that show the same part and are held out together: "folder", a .csv
     # file or a regular expression, see `data.groups.labels_of`; None: every image is its own group
     c.groups = placeholder(str)
@@ -125,6 +129,8 @@ def name_data(config: ConfigDict, argument: str) -> None:
     config.data.category = category or config.data.category
 
 
+AUTO = "auto"  # `config.detector` that depends on the number of images, see `runs.few_images`
+
 # Pixels of a default batch: 32 images of 256x256. EfficientNet-Lite0 needs about 200 bytes per
 # pixel, and larger batches are not faster on a CPU.
 _PIXELS_AT_A_TIME = 2**21
@@ -168,6 +174,7 @@ _BOUNDS = {
     "seeds": (1, 1000),
     "products": (0, 10_000),
     "data.holdout": (0, 0.5),
+    "data.folds": (0, 1000),
     "data.tamper.rotate": (-180, 180),
     "data.tamper.zoom": (0.1, 10),
     "data.tamper.down": (-1, 1),
@@ -201,12 +208,14 @@ def fill(config: ConfigDict) -> ConfigDict:
     """Returns a copy with all fields set and checked.
 
     Each variant lists all of its differences from the run, such as the input size and the feature
-    maps of another backbone.
+    maps of another backbone. A detector of "auto" is FastFlow, see `runs.few_images.resolve`.
 
     Raises:
       InputError: a value is not possible, or no detector of the run reads a changed field.
     """
     config = config.copy_and_resolve_references()
+    if config.detector == AUTO:
+        config.detector = "fastflow"
     c = _fill(config)
     plain = _flat(c.to_dict())
     c.unlock()
@@ -309,6 +318,7 @@ def _fill(config: ConfigDict) -> ConfigDict:
     _check_values(c)
     _check_copies(c.augment)
     _check_one_model(c)
+    _check_folds(c.data)
     for name in DETECTORS:
         method(name).fill(c, spec)
     if c.data.root is not None:
@@ -354,6 +364,14 @@ def _check_one_model(config: ConfigDict) -> None:
             raise InputError(f"config.one_model needs config.{field}={usual}. Leave {field} out.")
     if len(config.variants):
         raise InputError("config.one_model has no variants. Make each variant a separate run.")
+
+
+def _check_folds(section: ConfigDict) -> None:
+    if section.folds == 1 or (section.folds and section.holdout):
+        raise InputError(
+            f"config.data.folds is {section.folds} and config.data.holdout is {section.holdout}. "
+            "Set folds to 0, or to at least 2 with a holdout of 0."
+        )
 
 
 def _check_choice(field: str, value: str, choices) -> None:

@@ -233,7 +233,7 @@ def _main_with_jax() -> int:
     from fastflow_jax.config import fill
     from fastflow_jax.files import expanded
     from fastflow_jax.report.table import format_table
-    from fastflow_jax.runs import describe, experiment
+    from fastflow_jax.runs import describe, experiment, few_images
 
     distributed = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if _DISTRIBUTED.value or any(flag is not None for flag in distributed):
@@ -247,10 +247,10 @@ def _main_with_jax() -> int:
     if _MODE.value == "update":
         return _update()
     assert _CONFIG.value is not None  # see `_check_flags`
-    config = fill(_CONFIG.value)
     if _MODE.value == "describe":
-        print(describe.describe(config))
+        print(describe.describe(fill(_CONFIG.value)))
     else:
+        config = fill(few_images.resolve(_CONFIG.value))
         name = config_flags.get_config_filename(flags.FLAGS["config"])
         workdir = _WORKDIR.value
         workdir = experiment.default_workdir(name, config) if workdir is None else expanded(workdir)

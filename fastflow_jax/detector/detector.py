@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from fastflow_jax import data, parallel
 from fastflow_jax.backbones import Backbone, create_backbone
-from fastflow_jax.config import default, fill, name_data
+from fastflow_jax.config import AUTO, default, fill, name_data
 from fastflow_jax.data.arrays import Images, as_dataset, is_one
 from fastflow_jax.data.inputs import stacked
 from fastflow_jax.data.profile import Profile
@@ -39,7 +39,7 @@ from fastflow_jax.features.prepare import extractor_of, preparer, split
 from fastflow_jax.features.shift import Reference, Shift
 from fastflow_jax.files import expanded
 from fastflow_jax.prediction import Predictor
-from fastflow_jax.runs import directory, durable, saved
+from fastflow_jax.runs import directory, durable, few_images, saved
 from fastflow_jax.runs.durable import Saved
 from fastflow_jax.runs.fit import fit
 from fastflow_jax.scoring import (
@@ -101,7 +101,8 @@ class Detector(PickledByFields, Predictor):
             - a dictionary of the images of each product by its name.
             Some images are held out for calibration and thresholds, see `config.data.holdout`.
           config: the configuration, see `config.default`; or the name of a detector for its recipe.
-            FastFlow by default.
+            FastFlow by default; k-NN if there are fewer than `few_images.ENOUGH` images, see
+            docs/few_images.md.
           workdir: the run directory, as with `main`. An interrupted fit is continued; a finished
             one is loaded with its saved thresholds. By default a temporary one, which is removed;
             call `save` to keep the detector.
@@ -132,8 +133,9 @@ class Detector(PickledByFields, Predictor):
                 )
             return Products.fit(images, config=config, workdir=workdir)
         folder = None if workdir is None else expanded(workdir)
-        config = fit_config(images, config)
-        dataset = fit_dataset(images, config, groups, calibrate)
+        chosen = fit_config(images, config)
+        dataset = fit_dataset(images, fill(chosen), groups, calibrate)
+        config = fill(few_images.resolve(chosen, dataset))
         if folder is not None:
             return cls._fit_in(folder, config, dataset)
         with tempfile.TemporaryDirectory(
@@ -566,7 +568,7 @@ class Detector(PickledByFields, Predictor):
 
 
 def fit_config(images: Any, config: ConfigDict | str | None) -> ConfigDict:
-    """The filled configuration of a fit; its `data` names `images` if they are a data set."""
+    """The configuration of a fit, not filled; its `data` names `images` if they are a data set."""
     if isinstance(images, ConfigDict):
         if config is not None:
             raise InputError(
@@ -581,6 +583,8 @@ def fit_config(images: Any, config: ConfigDict | str | None) -> ConfigDict:
         c.data.holdout = holdout  # some recipes hold no images out, but thresholds need them
     else:
         c = default() if config is None else config.copy_and_resolve_references()
+        if config is None:
+            c.detector = AUTO
     path = expanded(images) if isinstance(images, str | pathlib.Path) else None
     with c.unlocked():
         if isinstance(images, str) and path and not path.exists():
@@ -593,7 +597,6 @@ def fit_config(images: Any, config: ConfigDict | str | None) -> ConfigDict:
         elif images is not None:
             c.data.name, c.data.category = "folder", None
             c.data.root = str(path) if path and path.is_dir() else None
-    c = fill(c)
     if c.seeds > 1 or len(c.variants) or (len(data.categories(c.data)) > 1 and not c.one_model):
         raise InputError(
             "A detector has one seed, one variant and one category. Train several with python -m "

@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fastflow_jax import data, parallel
+from fastflow_jax.config import AUTO, fill
 from fastflow_jax.data.arrays import Images
 from fastflow_jax.data.inputs import Outputs
 from fastflow_jax.data.transforms import normalise
@@ -86,7 +87,10 @@ class Products(PickledByFields, Predictor):
           Interrupted: SIGTERM or SIGINT was received; the state is saved in `workdir`.
         """
         parallel.check_not_forked()
-        config = fit_config([] if isinstance(images, Mapping) else images, config)
+        chosen = fit_config([] if isinstance(images, Mapping) else images, config)
+        if chosen.detector == AUTO:
+            chosen.detector = "fastflow"
+        config = fill(chosen)
         if workdir is not None:
             return cls._fit_in(expanded(workdir), config, images)
         with tempfile.TemporaryDirectory(

@@ -231,6 +231,20 @@ def finish_fit(
     return scorer(config, variables, calibration)
 
 
+def save_recalibrated(scorer: S, directory: pathlib.Path, maps: tuple[np.ndarray, ...]) -> S:
+    """Calibrates the scorer of a fit on other images, and saves the calibration in its directory.
+
+    Args:
+      scorer: that `Method.fit` has returned.
+      directory: of the training.
+      maps: see `LocationScorer.recalibrated`.
+    """
+    scorer = scorer.recalibrated(maps)
+    banks = scorer.variables.get("bank", {})
+    save_calibration(scorer.config, directory, scorer.calibration, banks)
+    return scorer
+
+
 def read_fit(config, directory: pathlib.Path) -> dict[str, np.ndarray]:
     """Reads what `finish_fit` has saved, see `Method.read`."""
     return read_arrays(directory / _VARIABLES) | read_calibration(config, directory)

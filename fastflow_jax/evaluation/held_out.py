@@ -119,28 +119,41 @@ def score_held_out(
       valid: bool [n, H, W], False in padded pixels, or None if there is no padding.
       groups: int [n], equal for images of the same part, or None if each shows another part.
     """
-    n, size = len(holdout[0]), config.batch_size
+    size = config.batch_size
+    if isinstance(scorer, CalibratedScorer):
+        maps = in_batches(lambda part: scorer.location_maps(*part), (holdout, valid), size)
+        return score_location_maps(scorer, maps, valid, groups)
+
+    def score(part):
+        scores, maps = scorer.score(*part)
+        return scores, thresholds.tails(maps, part[1])
+
+    return HeldOut(*in_batches(score, (holdout, valid), size), groups)
+
+
+def score_location_maps(
+    scorer: CalibratedScorer,
+    maps: tuple[np.ndarray, ...],
+    valid: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+) -> HeldOut:
+    """Scores the held-out images that a scorer is calibrated on, cross-fitted.
+
+    Args:
+      scorer: the calibrated scorer.
+      maps: `CalibratedScorer.location_maps` of the images, [n, h, w] per map.
+      valid: see `score_held_out`.
+      groups: see `score_held_out`.
+    """
+    n, size = len(maps[0]), scorer.config.batch_size
     part = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
     scores, tails = np.empty(n, np.float32), np.empty((n, len(thresholds.EXCEEDANCES)))
-
-    def score_rows(rows, score):
-        for batch in (rows[i : i + size] for i in range(0, len(rows), size)):
-            scores[batch], maps = score(batch)
-            tails[batch] = thresholds.tails(maps, None if valid is None else valid[batch])
-
-    def score_features(rows):
-        padding = None if valid is None else valid[rows]
-        return scorer.score(tuple(scale[rows] for scale in holdout), padding)
-
-    if part.max() == 0 or not isinstance(scorer, CalibratedScorer):
-        score_rows(np.arange(n), score_features)
-        return HeldOut(scores, tails, groups)
-    maps = in_batches(lambda rows: scorer.location_maps(*rows), (holdout, valid), size)
     fold = part % _FOLDS
     for i in np.unique(fold):
-        fitted = scorer.recalibrated(tuple(m[fold != i] for m in maps))
-        score_rows(
-            np.flatnonzero(fold == i),
-            lambda rows, fitted=fitted: fitted.score_maps(tuple(m[rows] for m in maps)),
-        )
+        others = tuple(m[fold != i] for m in maps)
+        fitted = scorer.recalibrated(others) if len(others[0]) else scorer
+        rows = np.flatnonzero(fold == i)
+        for batch in (rows[j : j + size] for j in range(0, len(rows), size)):
+            scores[batch], anomaly_maps = fitted.score_maps(tuple(m[batch] for m in maps))
+            tails[batch] = thresholds.tails(anomaly_maps, None if valid is None else valid[batch])
     return HeldOut(scores, tails, groups)

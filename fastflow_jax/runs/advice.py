@@ -10,8 +10,8 @@ def after_training(threshold: dict | None, data: dict, image_auroc: float | None
 
     Args:
       threshold: the image threshold as in `results.json`; None if no images were held out.
-      data: of one training, as in `results.json`: `trained_on`, `held_out` and, if there are test
-        images, `test_good` and `test_defective`.
+      data: of one training, as in `results.json`: `trained_on`, `held_out`, `cross_fitted` and, if
+        there are test images, `test_good` and `test_defective`.
       image_auroc: of the test images, or None.
     """
     sentences = [_on_threshold(threshold, data)]
@@ -26,6 +26,9 @@ def after_training(threshold: dict | None, data: dict, image_auroc: float | None
 
 
 def _on_threshold(threshold: dict | None, data: dict) -> str:
+    cross_fitted = data.get("cross_fitted", 0)
+    if threshold is None and cross_fitted:
+        return f"There is no threshold: {cross_fitted} training images are too few for one."
     if threshold is None:
         return (
             "There is no threshold, because no images were held out. Set config.data.holdout, or "
@@ -33,11 +36,12 @@ def _on_threshold(threshold: dict | None, data: dict) -> str:
         )
     low, high = threshold["interval"]
     n, rate = threshold["n"], threshold["rate"]
-    what = "images" if n == data["held_out"] else f"groups ({data['held_out']} images)"
+    images, kind = cross_fitted or data["held_out"], "training" if cross_fitted else "held-out"
+    what = "images" if n == images else f"groups ({images} images)"
     needed = round(1 / _STRICTER) - 1
     unit = what.split()[0]
     advice = "" if n >= needed else f" A rate of {_STRICTER:.0%} needs {needed} held-out {unit}."
     return (
-        f"The threshold comes from {n} held-out {what}, for a false-alarm rate of {rate:.1%}. The "
+        f"The threshold comes from {n} {kind} {what}, for a false-alarm rate of {rate:.1%}. The "
         f"true rate is between {low:.1%} and {high:.1%} (95 %).{advice}"
     )

@@ -242,6 +242,9 @@ def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepare
         | {
             "trained_on": prepared.n_trained_on,
             "held_out": len(prepared.holdout[0]) if prepared.holdout else 0,
+            "cross_fitted": prepared.n_trained_on
+            if part.config.data.folds and not prepared.holdout
+            else 0,
         }
         | _test_counts(dataset.test),
         "weights": prepared.backbone.weights,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fastflow_jax.detectors.base import Scorer, method
+from fastflow_jax.evaluation.folds import cross_fit
 from fastflow_jax.features.prepare import Prepared
 from fastflow_jax.features.shift import Reference
 from fastflow_jax.runs import saved
@@ -64,28 +65,36 @@ def fit(
     for each in (training, *(sibling for _, sibling in sibling_runs)):
         check_same_data(each, prepared.contents, prepared.backbone.weights)
     began = time.perf_counter()
-    scorer = method(config.detector).fit(
-        FitContext(
-            config=config,
-            train=prepared.train,
-            directory=training,
-            seed=seed,
-            holdout=prepared.holdout,
-            holdout_valid=prepared.holdout_valid,
-            sibling_runs=sibling_runs,
-            on_epoch=on_epoch,
-            start=start,
-            label=label,
-            shared=member and member.training,
-            product=0 if member is None else member.index,
-        )
+    context = FitContext(
+        config=config,
+        train=prepared.train,
+        directory=training,
+        seed=seed,
+        holdout=prepared.holdout,
+        holdout_valid=prepared.holdout_valid,
+        sibling_runs=sibling_runs,
+        on_epoch=on_epoch,
+        start=start,
+        label=label,
+        shared=member and member.training,
+        product=0 if member is None else member.index,
     )
+    scorer, cross_fitted = method(config.detector).fit(context), None
+    if config.data.folds and prepared.holdout is None:
+        scorer, cross_fitted = cross_fit(context, scorer, prepared.n_trained_on, prepared.groups)
     seconds = time.perf_counter() - began
     if training == directory:
         reference = saved.write_reference(config, prepared, training)
     else:
         reference = saved.read_reference(training)
     thresholds = saved.record(
-        config, scorer, prepared, seed=seed, directory=directory, training=training, scored=scored
+        config,
+        scorer,
+        prepared,
+        seed=seed,
+        directory=directory,
+        training=training,
+        scored=scored,
+        cross_fitted=cross_fitted,
     )
     return Fitted(scorer, thresholds, reference, seconds)

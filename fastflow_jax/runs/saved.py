@@ -27,6 +27,8 @@ _HELD_OUT = "held_out.npz"
 _REFERENCE = "shift.npz"  # in the directory of the training
 RATE, PIXEL_RATE = 0.05, 0.01  # default false-alarm rates
 VERSIONS = "versions"  # directory of the taught versions of a run, see `versions`
+# Training images whose cross-fitted scores give a threshold: the rate of 4 is one in five.
+MIN_CROSS_FITTED = 4
 
 
 def record(
@@ -38,13 +40,19 @@ def record(
     directory: pathlib.Path,
     training: pathlib.Path,
     scored: pathlib.Path | None = None,
+    cross_fitted: HeldOut | None = None,
 ) -> dict:
     """Scores the held-out images and writes what `read` reads; returns the thresholds, plain.
 
-    For the arguments see `fit.fit`.
+    For the arguments see `fit.fit`; `cross_fitted` has the scores of `cross_fit.cross_fit`, if
+    training images take the place of held-out ones. There are no thresholds if these are too few.
     """
     image = pixel = None
-    if prepared.holdout is not None:
+    if cross_fitted is not None:
+        cross_fitted.save(directory / _HELD_OUT)
+        if cross_fitted.n_parts >= MIN_CROSS_FITTED:
+            image, pixel = _thresholds(cross_fitted)
+    elif prepared.holdout is not None:
         if scored in (None, directory):
             held_out = score_held_out(
                 config, scorer, prepared.holdout, prepared.holdout_valid, prepared.holdout_groups
@@ -58,8 +66,7 @@ def record(
                 "one image, the threshold means nothing. Use different images.",
                 len(held_out.scores),
             )
-        image = held_out.image_threshold(max(RATE, 1 / (held_out.n_parts + 1)))
-        pixel = held_out.pixel_threshold(PIXEL_RATE, warn=False)
+        image, pixel = _thresholds(held_out)
     about = {
         "config": to_plain(config),
         "seed": seed,
@@ -70,6 +77,12 @@ def record(
     }
     write_json(directory / DETECTOR, about)
     return about["thresholds"]
+
+
+def _thresholds(held_out: HeldOut) -> tuple[Threshold, Threshold]:
+    """The default thresholds of image scores and of anomaly maps."""
+    image = held_out.image_threshold(max(RATE, 1 / (held_out.n_parts + 1)))
+    return image, held_out.pixel_threshold(PIXEL_RATE, warn=False)
 
 
 def read(path: pathlib.Path) -> Saved:

@@ -1,0 +1,115 @@
+"""The detector that is chosen for few images."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastflow_jax import Detector, data
+from fastflow_jax.config import AUTO, default, fill
+from fastflow_jax.data.arrays import as_dataset
+from fastflow_jax.errors import InputError
+from fastflow_jax.runs import few_images
+
+
+def images(n, seed=0):
+    return np.random.default_rng(seed).integers(118, 138, (n, 20, 30, 3), np.uint8)
+
+
+def automatic(**fields):
+    c = default()
+    c.detector, c.backbone, c.image_size = AUTO, "pixels", (16,)
+    c.update_from_flattened_dict(fields)
+    return c
+
+
+@pytest.fixture
+def folder(tmp_path):
+    good = tmp_path / "photos/train/good"
+    good.mkdir(parents=True)
+    for i, image in enumerate(images(5)):
+        Image.fromarray(image).save(good / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def test_the_number_of_images_decides():
+    few = as_dataset(images(few_images.ENOUGH - 1))
+    chosen = few_images.resolve(automatic(), few)
+    assert (chosen.detector, chosen.data.holdout) == ("knn", 0)
+    enough = fill(few_images.resolve(automatic(), as_dataset(images(few_images.ENOUGH))))
+    expected = automatic()
+    expected.detector = "fastflow"
+    assert enough == fill(expected)
+
+
+def test_a_named_detector_is_kept():
+    config = automatic(detector="gaussian")
+    assert few_images.resolve(config, as_dataset(images(2))) is config
+
+
+def test_calibration_images_replace_cross_fitting():
+    dataset = as_dataset(images(4))
+    dataset = data.Dataset("images", dataset.train, None, {}, as_dataset(images(9, 1)).train)
+    chosen = few_images.resolve(automatic(), dataset)
+    assert (chosen.detector, chosen.data.folds) == ("knn", 0)
+
+
+def test_a_data_set_of_several_categories_has_a_flow():
+    chosen = few_images.resolve(automatic(**{"data.name": "synthetic"}))
+    assert chosen.detector == "fastflow"
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 6])
+def test_the_threshold_is_that_of_the_number_of_images(n, caplog):
+    detector = Detector.fit(images(n), config=automatic())
+    (message,) = (m for m in caplog.messages if m.startswith(f"Only {n} normal image"))
+    if n < 4:
+        assert detector.image_threshold is None
+        assert "There is no threshold: 4 images support a false-alarm rate of 20%." in message
+    else:
+        assert detector.image_threshold.rate == pytest.approx(1 / (n + 1))
+        assert f"a false-alarm rate of {1 / (n + 1):.1%}" in message
+        assert detector.image_threshold.value > detector.held_out.scores.max()
+    result = detector.predict(images(1, seed=9)[0])
+    assert (result.is_anomalous is None) == (n < 4)
+    assert (result.p_value is None) == (n < 2)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_a_directory_and_its_defects(folder, started, capsys):
+    (folder / "test/spot").mkdir(parents=True)
+    bad = images(1, seed=9)[0]
+    bad[6:16, 12:24] = (250, 20, 20)
+    Image.fromarray(bad).save(folder / "test/spot/0.png")
+    words = ["--config=configs/folder.py", f"--config.data.root={folder}"]
+    words += [
+        "--config.backbone=pixels",
+        "--config.image_size=16",
+        f"--workdir={folder.parent}/run",
+    ]
+    assert started(words) == 0
+    log = capsys.readouterr().err
+    assert "Only 5 normal images: the detector is k-NN" in log
+    assert "The threshold comes from 5 training images, for a false-alarm rate of 16.7%" in log
+    detector = Detector.load(folder.parent / "run")
+    assert detector.config.detector == "knn"
+    assert detector.predict(bad).is_anomalous
+    assert started(words) == 0  # the run is finished
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_a_field_of_the_flow_is_refused(folder, started, capsys):
+    words = ["--config=configs/folder.py", f"--config.data.root={folder}"]
+    assert started([*words, "--config.flow.steps=2", f"--workdir={folder.parent}/run"]) == 2
+    assert "config.flow.steps has no effect on knn" in capsys.readouterr().err
+
+
+def test_an_empty_directory_is_named(tmp_path):
+    with pytest.raises(InputError, match="no images"):
+        few_images.resolve(automatic(**{"data.root": str(tmp_path)}))
+
+
+def test_folds_and_held_out_images_exclude_each_other():
+    with pytest.raises(InputError, match=r"config.data.folds is 4 and config.data.holdout is 0.1"):
+        fill(automatic(**{"data.folds": 4}))
+    with pytest.raises(InputError, match=r"config.data.folds is 1"):
+        fill(automatic(**{"data.folds": 1, "data.holdout": 0.0}))

@@ -81,9 +81,8 @@ def read_features(name: str, fields: dict[str, Any], folder: pathlib.Path) -> di
 
 def features_of(arrays: dict[str, np.ndarray], split: str, rows: np.ndarray) -> Features:
     """Features [len(rows), h, w, C] of each scale."""
-    return tuple(
-        arrays[f"{split}_{i}"][rows] for i in itertools.count() if f"{split}_{i}" in arrays
-    )
+    scales = sum(f"{split}_{i}" in arrays for i in range(len(arrays)))
+    return tuple(arrays[f"{split}_{i}"][rows] for i in range(scales))
 
 
 def fit(detector: str, train: Features) -> tuple[Scorer, HeldOut | None]:

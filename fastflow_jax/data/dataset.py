@@ -134,6 +134,8 @@ class Dataset:
     provenance: dict
     # Normal images for calibration and thresholds. None: some training images are held out.
     calibration: Source | None = None
+    # Images with labelled defects to learn from, see `evaluation.labelled`.
+    defects: Source | None = None
 
 
 def check_choice(field: str, value: str | None, choices: Iterable[str]) -> str:

@@ -31,6 +31,7 @@ from fastflow_jax.detectors.base import (
     recipe,
 )
 from fastflow_jax.errors import InputError
+from fastflow_jax.evaluation import labelled
 from fastflow_jax.evaluation.held_out import HeldOut
 from fastflow_jax.export.detector import Options, Parity, export
 from fastflow_jax.features import shift
@@ -88,6 +89,7 @@ class Detector(PickledByFields, Predictor):
         workdir: str | os.PathLike | None = None,
         groups: Sequence[Any] | None = None,
         calibrate: Images | None = None,
+        defects: Images | None = None,
     ) -> "Detector | Any":
         """Trains a detector on normal images, or one model of several products.
 
@@ -111,6 +113,8 @@ class Detector(PickledByFields, Predictor):
           calibrate: normal images of other parts than `images`, for calibration and thresholds.
             All of `images` are then used for training. By default `calibration/good` of a
             directory if it exists, otherwise held-out images.
+          defects: at least five defective images, which improve the image score if they can, see
+            docs/labelled_defects.md.
 
         Returns:
           A `Detector`. A `Products` if `images` is a dictionary, or if `config.one_model` is set,
@@ -118,7 +122,8 @@ class Detector(PickledByFields, Predictor):
 
         Raises:
           InputError: the images or the configuration do not suit a training, `workdir` has another
-            run, or the groups do not fit the images.
+            run, the groups do not fit the images, a defective image is also a normal one, or the
+            detector cannot learn from defects.
           Interrupted: SIGTERM or SIGINT was received; the state is saved in `workdir`.
         """
         parallel.check_not_forked()
@@ -127,15 +132,19 @@ class Detector(PickledByFields, Predictor):
         if of_several or isinstance(images, Mapping):
             from fastflow_jax.detector.products import Products
 
-            if groups is not None or calibrate is not None:
+            if not (groups is calibrate is defects is None):
                 raise InputError(
-                    "groups and calibrate are for one product. For several, set config.data.groups."
+                    "groups, calibrate and defects are for one product. For several, set "
+                    "config.data.groups."
                 )
             return Products.fit(images, config=config, workdir=workdir)
         folder = None if workdir is None else expanded(workdir)
         chosen = fit_config(images, config)
         dataset = fit_dataset(images, fill(chosen), groups, calibrate)
         config = fill(few_images.resolve(chosen, dataset))
+        if defects is not None:
+            labelled.check(config)
+            dataset = dataclasses.replace(dataset, defects=as_dataset(defects).train)
         if folder is not None:
             return cls._fit_in(folder, config, dataset)
         with tempfile.TemporaryDirectory(

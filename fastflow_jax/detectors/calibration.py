@@ -147,9 +147,15 @@ def _score_maps(config, size, map_weights, calibration, maps):
     anomaly_map = fuse(maps, calibration, size, c.sigma, c.compress, c.border, weights)
     if config.score.form == "top_k":
         return top_mean(anomaly_map, config.score.top_k), anomaly_map
-    windows = jnp.stack([window_maxima(m).mean(-1) for m in maps], axis=-1)  # [B, maps]
-    windows = (windows - calibration.window_mean) / calibration.peak_std
+    windows = _window_scores(config, calibration, maps)
     return jnp.average(windows, axis=-1, weights=calibration.weight), anomaly_map
+
+
+def _window_scores(config, calibration, maps):
+    """Calibrated mean of `window_maxima` of each map, [B, maps]."""
+    del config
+    windows = jnp.stack([window_maxima(m).mean(-1) for m in maps], axis=-1)
+    return (windows - calibration.window_mean) / calibration.peak_std
 
 
 def score_locations(
@@ -205,6 +211,20 @@ class LocationScorer(CompiledScorer):
             calibration = calibration.replace(peak_std=self.calibration.peak_std)
         return dataclasses.replace(self, calibration=calibration)
 
+    def window_scores(self, maps: tuple[np.ndarray, ...]) -> np.ndarray:
+        """Scores of each of the location maps, [B, maps].
+
+        The image score is their mean with the weights of the calibration, if `config.score.form` is
+        "windows".
+        """
+        run = functools.partial(self._program(_window_scores), self.calibration)
+        return in_batches(run, maps, self.config.batch_size)
+
+    def reweighted(self, weight: np.ndarray) -> Self:
+        """A copy with other weights of the maps in the image score, float32 [maps]."""
+        calibration = self.calibration.replace(weight=weight)
+        return dataclasses.replace(self, calibration=calibration)
+
 
 S = TypeVar("S", bound=LocationScorer)
 _VARIABLES = "checkpoints/variables.npz"
@@ -231,18 +251,10 @@ def finish_fit(
     return scorer(config, variables, calibration)
 
 
-def save_recalibrated(scorer: S, directory: pathlib.Path, maps: tuple[np.ndarray, ...]) -> S:
-    """Calibrates the scorer of a fit on other images, and saves the calibration in its directory.
-
-    Args:
-      scorer: that `Method.fit` has returned.
-      directory: of the training.
-      maps: see `LocationScorer.recalibrated`.
-    """
-    scorer = scorer.recalibrated(maps)
+def save_again(scorer: LocationScorer, directory: pathlib.Path) -> None:
+    """Saves the calibration of a scorer in the directory of its training, in place of another."""
     banks = scorer.variables.get("bank", {})
     save_calibration(scorer.config, directory, scorer.calibration, banks)
-    return scorer
 
 
 def read_fit(config, directory: pathlib.Path) -> dict[str, np.ndarray]:

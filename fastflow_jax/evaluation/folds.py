@@ -15,16 +15,21 @@ import numpy as np
 
 from fastflow_jax import parallel
 from fastflow_jax.detectors.base import Scorer, method
-from fastflow_jax.detectors.calibration import LocationScorer, save_recalibrated
+from fastflow_jax.detectors.calibration import LocationScorer, save_again
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation import thresholds
 from fastflow_jax.evaluation.held_out import HeldOut, score_location_maps
+from fastflow_jax.evaluation.labelled import Defects, choose
 from fastflow_jax.features.extract import Features, Part, cached_features, in_batches
 from fastflow_jax.training.context import FitContext
 
 
 def cross_fit(
-    context: FitContext, scorer: Scorer, n: int, groups: np.ndarray | None = None
+    context: FitContext,
+    scorer: Scorer,
+    n: int,
+    groups: np.ndarray | None = None,
+    defects: Defects | None = None,
 ) -> tuple[Scorer, HeldOut | None]:
     """Scores training images by detectors of the other folds, and calibrates a scorer with them.
 
@@ -35,6 +40,7 @@ def cross_fit(
       n: number of training images, without their copies.
       groups: int [N], equal for images of the same part, which are in the same fold; N may count
         copies. None if each image shows another part.
+      defects: to learn weights of the maps from, see `labelled`.
 
     Returns:
       The scorer, calibrated; and the scores of the n images, or None if they show a single part.
@@ -62,9 +68,12 @@ def cross_fit(
     if not isinstance(scorer, LocationScorer):
         return scorer, HeldOut(parts[0], parts[1], known)
     maps, valid = tuple(parts), context.train.valid
-    scorer = save_recalibrated(scorer, context.directory, maps)
+    scorer, reweigh = scorer.recalibrated(maps), None
+    if defects is not None and choose(scorer, maps, defects):
+        scorer, reweigh = defects.reweighted(scorer, maps), defects.reweighted
+    save_again(scorer, context.directory)
     seen = None if valid is None else valid[_scored_rows(context, np.ones(n, bool))]
-    return scorer, score_location_maps(scorer, maps, seen, known)
+    return scorer, score_location_maps(scorer, maps, seen, known, reweigh)
 
 
 def _score_fold(context: FitContext, left_out: np.ndarray, i: int) -> tuple[np.ndarray, ...]:

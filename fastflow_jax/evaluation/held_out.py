@@ -2,6 +2,8 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from fastflow_jax.files import read_arrays, write_arrays
 from fastflow_jax.state import Slot, State, check
 
 _FOLDS = 5
+Reweigh = Callable[[Any, tuple[np.ndarray, ...]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +106,7 @@ def score_held_out(
     holdout: Features,
     valid: np.ndarray | None = None,
     groups: np.ndarray | None = None,
+    reweigh: Reweigh | None = None,
 ) -> HeldOut:
     """Scores held-out images as new images would be scored.
 
@@ -118,11 +122,12 @@ def score_held_out(
       holdout: features of the images, [n, h, w, C] per scale.
       valid: bool [n, H, W], False in padded pixels, or None if there is no padding.
       groups: int [n], equal for images of the same part, or None if each shows another part.
+      reweigh: see `score_location_maps`.
     """
     size = config.batch_size
     if isinstance(scorer, CalibratedScorer):
         maps = in_batches(lambda part: scorer.location_maps(*part), (holdout, valid), size)
-        return score_location_maps(scorer, maps, valid, groups)
+        return score_location_maps(scorer, maps, valid, groups, reweigh)
 
     def score(part):
         scores, maps = scorer.score(*part)
@@ -136,6 +141,7 @@ def score_location_maps(
     maps: tuple[np.ndarray, ...],
     valid: np.ndarray | None = None,
     groups: np.ndarray | None = None,
+    reweigh: Reweigh | None = None,
 ) -> HeldOut:
     """Scores the held-out images that a scorer is calibrated on, cross-fitted.
 
@@ -144,6 +150,8 @@ def score_location_maps(
       maps: `CalibratedScorer.location_maps` of the images, [n, h, w] per map.
       valid: see `score_held_out`.
       groups: see `score_held_out`.
+      reweigh: function from a scorer and location maps of normal images to a scorer, which learns
+        weights from them, see `labelled.Defects`; None if weights are not learned.
     """
     n, size = len(maps[0]), scorer.config.batch_size
     part = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
@@ -152,6 +160,8 @@ def score_location_maps(
     for i in np.unique(fold):
         others = tuple(m[fold != i] for m in maps)
         fitted = scorer.recalibrated(others) if len(others[0]) else scorer
+        if reweigh is not None and len(others[0]):
+            fitted = reweigh(fitted, others)
         rows = np.flatnonzero(fold == i)
         for batch in (rows[j : j + size] for j in range(0, len(rows), size)):
             scores[batch], anomaly_maps = fitted.score_maps(tuple(m[batch] for m in maps))

@@ -54,6 +54,8 @@ class _Training:
     groups: np.ndarray | None  # int [N], see `Split.groups`
     profile: Profile | None  # of the training images
     n_trained_on: int  # training images, without their copies
+    defects: Features | None  # of images with labelled defects
+    defects_valid: np.ndarray | None  # bool [D, H, W], see `Batch.valid`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,16 +124,19 @@ class Split:
     # int [N], equal for training images of the same part; None if parts are unknown, or if images
     # were given for calibration.
     groups: np.ndarray | None
+    defects: data.Source | None = None  # images with labelled defects
 
     @property
     def contents(self) -> list[str]:
-        """`data.Source.contents` of the images to train on and of those given for calibration.
+        """`data.Source.contents` of the images to train on, for calibration, and with defects.
 
         Held-out training images are not included.
         """
         contents = [self.source.contents[i] for i in self.train]
         if self.held_out_source is not self.source:
             contents += [f"calibration: {content}" for content in self.held_out_source.contents]
+        if self.defects is not None:
+            contents += [f"defect: {content}" for content in self.defects.contents]
         return contents
 
     def with_copies(self, augment: ConfigDict) -> "Split":
@@ -175,7 +180,9 @@ def split(config, dataset: data.Dataset) -> Split:
         return np.unique(np.asarray(groups)[rows], return_inverse=True)[1]
 
     of_train = labels(train) if held_out_source is source else None
-    return Split(source, train, held_out_source, held_out, labels(held_out), of_train)
+    return Split(
+        source, train, held_out_source, held_out, labels(held_out), of_train, dataset.defects
+    )
 
 
 def is_augmented(config) -> bool:
@@ -296,6 +303,7 @@ _KINDS = {
     "holdout": "held-out features",
     "unchanged": "features of unchanged held-out images",
     "test": "test features",
+    "defects": "features of labelled defects",
 }
 
 
@@ -437,6 +445,11 @@ def _prepare_training(cached: _FeatureCache, dataset: data.Dataset, seed: int) -
     config, images = cached.config, split(cached.config, dataset)
     profile = profile_of(images.source, images.train)
     _warn(cached.title, checks.dark_images(images.source))
+    defects = defects_valid = None
+    if images.defects is not None:
+        rows = np.arange(len(images.defects))
+        defects = cached.compute(images.defects, rows, "defects")
+        defects_valid = cached.padding(images.defects, rows)
     parts = images
     if config.augment.copies:
         parts = images.with_copies(config.augment)
@@ -455,6 +468,13 @@ def _prepare_training(cached: _FeatureCache, dataset: data.Dataset, seed: int) -
             _warn_of_siblings(cached, images, train, holdout)
     else:
         train = _recomputed_training(cached, parts, seed)
+    if defects is not None:
+        if train.cached is not None:
+            unchanged = tuple(m[: len(images.train)] for m in train.cached)
+            _check_defects(images.defects, defects, images.source, images.train, unchanged)
+        if holdout is not None:
+            normal = images.held_out_source, images.held_out, holdout
+            _check_defects(images.defects, defects, *normal)
     return _Training(
         contents=images.contents,
         train=train,
@@ -464,7 +484,32 @@ def _prepare_training(cached: _FeatureCache, dataset: data.Dataset, seed: int) -
         groups=parts.groups,
         profile=profile,
         n_trained_on=len(images.train),
+        defects=defects,
+        defects_valid=defects_valid,
     )
+
+
+def _check_defects(
+    defects: data.Source, maps: Features, normal: data.Source, rows: np.ndarray, others: Features
+) -> None:
+    """Raises InputError if an image is among the defects and among the normal images.
+
+    Each defect is compared with the normal image of the most similar features.
+
+    Args:
+      defects: images with labelled defects.
+      maps: their features.
+      normal: source of normal images.
+      rows: int [N], the normal images in it.
+      others: features of these, [N, h, w, C] per scale.
+    """
+    for i, nearest in enumerate(siblings.nearest_rows(maps, others)):
+        other = rows[nearest]
+        if np.array_equal(defects[i].image, normal[other].image):
+            raise InputError(
+                f"{defects.names[i]} is a defect, but equals the normal image "
+                f"{normal.names[other]}. Remove it from one of them."
+            )
 
 
 def _cached_training(cached: _FeatureCache, parts: Split) -> TrainingFeatures:

@@ -32,6 +32,16 @@ class Siblings:
     trained_on: int  # row of the training image
 
 
+def nearest_rows(images: Features, others: Features) -> np.ndarray:
+    """Row of the nearest one of the other images by the means of channels, int [B].
+
+    Args:
+      images: features [B, h, w, C] per scale.
+      others: features of the other images, [N, h, w, C] per scale.
+    """
+    return cdist(image_means(images), image_means(others)).argmin(1)
+
+
 def find(trained_on: Features, held_out: Features, *, same_source: bool) -> Siblings | None:
     """Finds siblings by comparing the distances of nearest neighbours with those of other images.
 

@@ -5,8 +5,15 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from fastflow_jax.detectors.base import Scorer, method
+from fastflow_jax.detectors.calibration import LocationScorer, save_again
+from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.folds import cross_fit
+from fastflow_jax.evaluation.held_out import Reweigh
+from fastflow_jax.evaluation.labelled import Defects, choose
+from fastflow_jax.features.extract import Features, in_batches
 from fastflow_jax.features.prepare import Prepared
 from fastflow_jax.features.shift import Reference
 from fastflow_jax.runs import saved
@@ -79,9 +86,13 @@ def fit(
         shared=member and member.training,
         product=0 if member is None else member.index,
     )
-    scorer, cross_fitted = method(config.detector).fit(context), None
+    scorer, cross_fitted, reweigh = method(config.detector).fit(context), None, None
+    defects = _defects(scorer, prepared)
     if config.data.folds and prepared.holdout is None:
-        scorer, cross_fitted = cross_fit(context, scorer, prepared.n_trained_on, prepared.groups)
+        parts = prepared.n_trained_on, prepared.groups
+        scorer, cross_fitted = cross_fit(context, scorer, *parts, defects)
+    elif defects is not None:
+        scorer, reweigh = _learn(context, scorer, defects)
     seconds = time.perf_counter() - began
     if training == directory:
         reference = saved.write_reference(config, prepared, training)
@@ -96,5 +107,43 @@ def fit(
         training=training,
         scored=scored,
         cross_fitted=cross_fitted,
+        reweigh=reweigh,
     )
     return Fitted(scorer, thresholds, reference, seconds)
+
+
+def _defects(scorer: Scorer, prepared: Prepared) -> Defects | None:
+    """Location maps of the labelled defects, if there are any; see `labelled.check`."""
+    if prepared.defects is None:
+        return None
+    assert isinstance(scorer, LocationScorer)
+    return Defects(_location_maps(scorer, prepared.defects, prepared.defects_valid))
+
+
+def _learn(context: FitContext, scorer: Scorer, defects: Defects) -> tuple[Scorer, Reweigh | None]:
+    """Learns the weights of a scorer from defects and the held-out images, and saves them.
+
+    Returns:
+      The scorer, and the function that learns its weights; None if the default ones are used.
+
+    Raises:
+      InputError: there are no held-out images, or too few of them or of the defects.
+    """
+    if context.holdout is None:
+        raise InputError(
+            "Learning from defects needs held-out normal images. Set config.data.holdout above 0."
+        )
+    assert isinstance(scorer, LocationScorer)
+    normal = _location_maps(scorer, context.holdout, context.holdout_valid)
+    if not choose(scorer, normal, defects):
+        return scorer, None
+    scorer = defects.reweighted(scorer, normal)
+    save_again(scorer, context.directory)
+    return scorer, defects.reweighted
+
+
+def _location_maps(
+    scorer: LocationScorer, features: Features, valid: np.ndarray | None
+) -> tuple[np.ndarray, ...]:
+    size = scorer.config.batch_size
+    return in_batches(lambda part: scorer.location_maps(*part), (features, valid), size)

@@ -13,7 +13,7 @@ from fastflow_jax.data.profile import Profile
 from fastflow_jax.decision import Threshold
 from fastflow_jax.detectors.base import Scorer, method
 from fastflow_jax.errors import InputError
-from fastflow_jax.evaluation.held_out import HeldOut, score_held_out
+from fastflow_jax.evaluation.held_out import HeldOut, Reweigh, score_held_out
 from fastflow_jax.features.extract import image_means
 from fastflow_jax.features.prepare import Prepared, is_augmented
 from fastflow_jax.features.shift import Reference, chosen
@@ -41,11 +41,13 @@ def record(
     training: pathlib.Path,
     scored: pathlib.Path | None = None,
     cross_fitted: HeldOut | None = None,
+    reweigh: Reweigh | None = None,
 ) -> dict:
     """Scores the held-out images and writes what `read` reads; returns the thresholds, plain.
 
     For the arguments see `fit.fit`; `cross_fitted` has the scores of `cross_fit.cross_fit`, if
     training images take the place of held-out ones. There are no thresholds if these are too few.
+    `reweigh` is that of `score_held_out`.
     """
     image = pixel = None
     if cross_fitted is not None:
@@ -55,7 +57,12 @@ def record(
     elif prepared.holdout is not None:
         if scored in (None, directory):
             held_out = score_held_out(
-                config, scorer, prepared.holdout, prepared.holdout_valid, prepared.holdout_groups
+                config,
+                scorer,
+                prepared.holdout,
+                prepared.holdout_valid,
+                prepared.holdout_groups,
+                reweigh,
             )
         else:
             held_out = HeldOut.load(scored / _HELD_OUT)

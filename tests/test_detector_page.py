@@ -12,6 +12,7 @@ from PIL import Image
 
 import fastflow_jax.detector.detector
 from fastflow_jax.config import default
+from fastflow_jax.runs.few_images import ENOUGH
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "detector.md"
 
@@ -32,7 +33,7 @@ def small():
 def test_the_examples_run(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for folder, names in (
-        ("photos/screws/train/good", [f"{i:03}.jpg" for i in range(24)]),
+        ("photos/screws/train/good", [f"{i:03}.jpg" for i in range(ENOUGH)]),
         ("photos/new", ["016.jpg", "017.jpg"]),
     ):
         (tmp_path / folder).mkdir(parents=True)

@@ -196,7 +196,7 @@ def test_the_code_of_the_page_on_teaching_runs(workplace, monkeypatch, capsys):
     config = default()
     fields = {"backbone": "pixels", "image_size": (16,), "data.holdout": 0.25, "batch_size": 8}
     config.update_from_flattened_dict(fields)
-    monkeypatch.setattr(fastflow_jax.detector, "default", lambda: config)
+    monkeypatch.setattr(fastflow_jax.detector.detector, "default", lambda: config)
     run_examples(ROOT / "docs/teaching.md")
     before, after = map(int, capsys.readouterr().out.split())
     assert before == 80

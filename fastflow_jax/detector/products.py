@@ -311,9 +311,9 @@ class Products(PickledByFields, Predictor):
         results = {"score": score, "anomaly_map": anomaly_map, "distance": distance}
         return results | {"product": found.product, "is_known": found.is_known}
 
-    def _prediction(self, outputs: Outputs) -> Prediction:
+    def prediction(self, outputs: Outputs) -> Prediction:
         name = [*self.detectors][outputs.product]
-        prediction = self.detectors[name]._prediction(outputs)
+        prediction = self.detectors[name].prediction(outputs)
         return dataclasses.replace(prediction, product=name, is_known=outputs.is_known)
 
     @functools.cached_property

@@ -2,6 +2,8 @@
 
 Train:
   python -m fastflow_jax.main --config=configs/demo.py [--config.seed=1 ...] [--workdir=DIR]
+Audit the normal images:
+  python -m fastflow_jax.main --mode=audit --config=configs/folder.py --config.data.root=DIR
 Predict:
   python -m fastflow_jax.main --mode=predict --workdir=DIR --input=photos/new --output=out
 Export:

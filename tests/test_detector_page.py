@@ -12,7 +12,7 @@ from PIL import Image
 
 import fastflow_jax.detector.detector
 from fastflow_jax.config import default
-from fastflow_jax.runs.few_images import ENOUGH
+from fastflow_jax.runs import few_images
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "detector.md"
 
@@ -33,7 +33,7 @@ def small():
 def test_the_examples_run(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for folder, names in (
-        ("photos/screws/train/good", [f"{i:03}.jpg" for i in range(ENOUGH)]),
+        ("photos/screws/train/good", [f"{i:03}.jpg" for i in range(24)]),
         ("photos/new", ["016.jpg", "017.jpg"]),
     ):
         (tmp_path / folder).mkdir(parents=True)
@@ -42,6 +42,7 @@ def test_the_examples_run(tmp_path, monkeypatch):
             Image.fromarray(pixels).save(tmp_path / folder / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fastflow_jax.detector.detector, "default", small)
+    monkeypatch.setattr(few_images, "ENOUGH", 24)
     bad = np.full((24, 32, 3), 250, np.uint8)
     labels = [0, 1]
     names = {"labelled": ["photos/new/016.jpg", bad], "labels": labels}

@@ -21,6 +21,7 @@ import fastflow_jax.detector.detector
 from fastflow_jax import Detector, data
 from fastflow_jax.config import default
 from fastflow_jax.data import Source
+from fastflow_jax.runs import few_images as choice
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -55,8 +56,11 @@ def commands():
 
 # test_detector_page.py runs the code of detector.md, tests below that of export.md, products.md and
 # teaching.md; the code of serving.md needs a server, see tests/serve/; test_batch.py runs that of
-# batch.md.
-_OTHERS = ("detector", "export", "products", "teaching", "serving", "batch")
+# batch.md, and runs/test_few_images.py that of the last two.
+_OTHERS = (
+    *("detector", "export", "products", "teaching", "serving", "batch"),
+    *("few_images", "labelled_defects"),
+)
 _ALONE = [page for page in DOCS if blocks(page, "python") and page.stem not in _OTHERS]
 
 
@@ -128,6 +132,7 @@ def workplace(tmp_path, monkeypatch):
         for i in range(n):  # two products, the second one darker
             image = pixels(first + 2 * i, (20, 24))[0] // (1 if i < n // 2 else 3)
             Image.fromarray(image).save(tmp_path / f"photos/mixed/{folder}/{i:02}.png")
+    monkeypatch.setattr(choice, "ENOUGH", 2)
     opener = data.opener
     monkeypatch.setattr(data, "opener", lambda c: (opener if c.name == "folder" else few_images)(c))
     monkeypatch.chdir(tmp_path)

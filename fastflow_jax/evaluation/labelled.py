@@ -46,6 +46,7 @@ class Defects:
     """Location maps of images with labelled defects."""
 
     maps: tuple[np.ndarray, ...]  # `LocationScorer.location_maps`, [D, h, w] per map
+    default: np.ndarray  # weights that learned ones are regularised towards, [maps]
 
     def reweighted(self, scorer: S, normal: tuple[np.ndarray, ...]) -> S:
         """A copy of a scorer with weights learned from the defects and from normal images.
@@ -55,7 +56,7 @@ class Defects:
           normal: location maps of normal images, [N, h, w] per map.
         """
         scores = scorer.window_scores(normal), scorer.window_scores(self.maps)
-        return scorer.reweighted(learn(*scores, np.asarray(scorer.calibration.weight)))
+        return scorer.reweighted(learn(*scores, self.default))
 
 
 def check(config) -> None:
@@ -142,7 +143,7 @@ def _wins(normal: np.ndarray, defective: np.ndarray, weights: np.ndarray) -> np.
 
 
 def choose(scorer: LocationScorer, normal: tuple[np.ndarray, ...], defects: Defects) -> bool:
-    """Whether learned weights are better than those of a scorer; logs the reason.
+    """Whether learned weights are better than the default ones; logs the reason.
 
     Args:
       scorer: calibrated on the normal images.
@@ -159,7 +160,7 @@ def choose(scorer: LocationScorer, normal: tuple[np.ndarray, ...], defects: Defe
             f"{MIN_DEFECTS} of each; config.data.holdout is the share of normal images held out."
         )
     scores = scorer.window_scores(normal), scorer.window_scores(defects.maps)
-    found = gain(*scores, np.asarray(scorer.calibration.weight))
+    found = gain(*scores, defects.default)
     low, high = found.interval
     verdict = "They are used." if found.is_positive else "They are not used."
     _log.info(

@@ -1,5 +1,6 @@
 """One fit: trains a detector on prepared features and records what `Detector.load` reads."""
 
+import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -86,30 +87,33 @@ def fit(
         shared=member and member.training,
         product=0 if member is None else member.index,
     )
-    scorer, cross_fitted, reweigh = method(config.detector).fit(context), None, None
-    defects = _defects(scorer, prepared)
-    if config.data.folds and prepared.holdout is None:
-        parts = prepared.n_trained_on, prepared.groups
-        scorer, cross_fitted = cross_fit(context, scorer, *parts, defects)
-    elif defects is not None:
-        scorer, reweigh = _learn(context, scorer, defects)
+    scorer, record = _calibrated(context, method(config.detector).fit(context), prepared)
     seconds = time.perf_counter() - began
     if training == directory:
         reference = saved.write_reference(config, prepared, training)
     else:
         reference = saved.read_reference(training)
-    thresholds = saved.record(
-        config,
-        scorer,
-        prepared,
-        seed=seed,
-        directory=directory,
-        training=training,
-        scored=scored,
-        cross_fitted=cross_fitted,
-        reweigh=reweigh,
-    )
+    thresholds = record(seed=seed, directory=directory, training=training, scored=scored)
     return Fitted(scorer, thresholds, reference, seconds)
+
+
+def _calibrated(
+    context: FitContext, scorer: Scorer, prepared: Prepared
+) -> tuple[Scorer, Callable[..., dict]]:
+    """Calibrates a scorer by cross-fitting and learns from labelled defects, where configured.
+
+    Returns:
+      The scorer, and `saved.record` for it.
+    """
+    cross_fitted = reweigh = None
+    defects = _defects(scorer, prepared)
+    if context.config.data.folds and prepared.holdout is None:
+        parts = prepared.n_trained_on, prepared.groups
+        scorer, cross_fitted = cross_fit(context, scorer, *parts, defects)
+    elif defects is not None:
+        scorer, reweigh = _learn(context, scorer, defects)
+    how = {"cross_fitted": cross_fitted, "reweigh": reweigh}
+    return scorer, functools.partial(saved.record, context.config, scorer, prepared, **how)
 
 
 def _defects(scorer: Scorer, prepared: Prepared) -> Defects | None:
@@ -117,7 +121,8 @@ def _defects(scorer: Scorer, prepared: Prepared) -> Defects | None:
     if prepared.defects is None:
         return None
     assert isinstance(scorer, LocationScorer)
-    return Defects(_location_maps(scorer, prepared.defects, prepared.defects_valid))
+    maps = _location_maps(scorer, prepared.defects, prepared.defects_valid)
+    return Defects(maps, np.asarray(scorer.calibration.weight))
 
 
 def _learn(context: FitContext, scorer: Scorer, defects: Defects) -> tuple[Scorer, Reweigh | None]:

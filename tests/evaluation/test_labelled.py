@@ -106,6 +106,7 @@ def test_learned_weights_are_saved_and_held_out_images_are_scored_without_them(
     learned_from = []
 
     def learn(normal, defective, weights):
+        assert weights == pytest.approx([1.0])
         learned_from.append(len(normal))
         return 2 * weights
 

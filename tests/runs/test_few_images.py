@@ -1,8 +1,13 @@
 """The detector that is chosen for few images."""
 
+import pathlib
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
+
+import fastflow_jax.detector
 
 from fastflow_jax import Detector, data
 from fastflow_jax.config import AUTO, default, fill
@@ -113,3 +118,24 @@ def test_folds_and_held_out_images_exclude_each_other():
         fill(automatic(**{"data.folds": 4}))
     with pytest.raises(InputError, match=r"config.data.folds is 1"):
         fill(automatic(**{"data.folds": 1, "data.holdout": 0.0}))
+
+
+@pytest.mark.parametrize("page", ["few_images", "labelled_defects"])
+def test_the_code_of_the_pages_runs(page, tmp_path, monkeypatch):
+    for name, n, seed in (("first_eight", 8, 0), ("train/good", 24, 1), ("found_defects", 5, 2)):
+        folder = tmp_path / "photos/screws" / name
+        folder.mkdir(parents=True)
+        for i, image in enumerate(images(n, seed)):
+            Image.fromarray(image).save(folder / f"{i}.png")
+    (tmp_path / "photos/new").mkdir()
+    Image.fromarray(images(1, 3)[0]).save(tmp_path / "photos/new/017.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fastflow_jax.detector, "default", automatic)
+    text = (pathlib.Path(__file__).parents[2] / f"docs/{page}.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    names = {}
+    exec(code, names)
+    detector = names["detector"]
+    assert detector.config.detector == "knn"
+    if page == "few_images":
+        assert detector.image_threshold.rate == pytest.approx(1 / 9)

@@ -85,9 +85,9 @@ def row_of(entries: list[dict], name: str, kind: str, n: int) -> dict:
         "defects": str(n),
         "default": round(float(np.mean([e["before"] for e in entries])), 4),
         "always": round(float(change.mean()), 4),
-        "gated": round(float((used * change).mean()), 4),
+        "gated": round(float((used * change).mean()), 4) + 0.0,
         "used": f"{used.mean():.0%}",
-        "lowest": round(float((used * change).min()), 4),
+        "lowest": round(float((used * change).min()), 4) + 0.0,
         "worse": f"{sum(e['used'] and e['worse'] for e in entries)} of {len(entries)}",
     }
 

@@ -63,10 +63,15 @@ def fit(
       label: of progress bars.
 
     Raises:
-      InputError: the images or the weights are not those that the training began with, or see
-        `Method.fit`.
+      InputError: the images or the weights are not those that the training began with, there are
+        calibration images and `config.data.folds`, or see `Method.fit`.
       Interrupted: SIGTERM or SIGINT was received; the same call continues the training.
     """
+    if config.data.folds and prepared.holdout is not None:
+        raise InputError(
+            f"config.data.folds is {config.data.folds}, but there are calibration images. Set it "
+            "to 0, or remove them."
+        )
     training = training or directory
     for each in (directory, training, *(sibling for _, sibling in sibling_runs)):
         each.mkdir(parents=True, exist_ok=True)

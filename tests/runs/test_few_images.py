@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 import fastflow_jax.detector
-
 from fastflow_jax import Detector, data
 from fastflow_jax.config import AUTO, default, fill
 from fastflow_jax.data.arrays import as_dataset
@@ -56,6 +55,12 @@ def test_calibration_images_replace_cross_fitting():
     dataset = data.Dataset("images", dataset.train, None, {}, as_dataset(images(9, 1)).train)
     chosen = few_images.resolve(automatic(), dataset)
     assert (chosen.detector, chosen.data.folds) == ("knn", 0)
+
+
+def test_folds_are_refused_with_calibration_images():
+    config = automatic(detector="knn", **{"data.folds": 4, "data.holdout": 0.0})
+    with pytest.raises(InputError, match=r"config.data.folds is 4, but there are calibration"):
+        Detector.fit(images(4), config=config, calibrate=images(5, 1))
 
 
 def test_a_data_set_of_several_categories_has_a_flow():

@@ -217,6 +217,75 @@ def training_of(options):
     return next(c.values[0] for c in COMMANDS if workdir in c.values[0])[3:]
 
 
+def runs_describe(options, started, capsys):
+    assert started(options) == 0
+    assert "trainable" in capsys.readouterr().out
+
+
+def runs_export(options, started, capsys):
+    for package in ("onnx", "onnxruntime"):
+        pytest.importorskip(package, reason="ONNX export needs the extra onnx")
+    started([*training_of(options), *SMALL])
+    assert started(options) == 0
+    assert "0 decisions differ" in capsys.readouterr().out
+    assert pathlib.Path("screws.onnx").is_file()
+
+
+def runs_batch(options, started, capsys):
+    with_ray = any(option.startswith("--ray") for option in options)
+    for package in ("onnx", "pyarrow", *["ray"] * with_ray):
+        pytest.importorskip(package, reason="batch scoring needs the extras onnx, batch, ray")
+    Detector.fit("photos/screws/train/good", config=small()).export("screws.onnx")
+    assert started(options) == 1
+    assert "of 18 images are anomalous" in capsys.readouterr().out
+
+
+def runs_update(options, started, capsys):
+    started([*training_of(options), *SMALL])
+    if is_undo := "--undo" in options:
+        started(["--mode=update", "--workdir=runs/screws", "--input=photos/new_normals"])
+    assert started(options) == 0
+    assert f"runs/screws has version {1 if is_undo else 2}" in capsys.readouterr().out
+
+
+def runs_predict(options, started, capsys):
+    started([*training_of(options), *SMALL])
+    assert started(options) == 1
+    lines = pathlib.Path("out/predictions.jsonl").read_text().splitlines()
+    normal, defective = map(json.loads, lines)
+    # With one held-out image, half of all normal images may be flagged.
+    assert defective["is_anomalous"]
+    assert normal["p_value"] >= defective["p_value"] == 0.5
+    assert normal["score"] < defective["score"]
+
+
+def runs_audit(options, started, capsys):
+    backbone = "--config.backbone=tf_efficientnet_lite0", "--config.image_size=32"
+    assert started([*options, *SMALL, *backbone]) == 0
+    assert "normal images look most unusual" in capsys.readouterr().out
+
+
+def runs_training(options, started, capsys):
+    for file in (word.partition("=")[2] for word in options if "data.exclude" in word):
+        pathlib.Path(file).parent.mkdir(parents=True)
+        pathlib.Path(file).write_text("good/0.png\n")
+    assert started([*options, *SMALL]) == 0
+    out = capsys.readouterr().out
+    assert "image AUROC" in out
+    (folder,) = re.findall(r"Run directory: (.*)", out)
+    assert pathlib.Path(folder, "report.html").is_file()
+
+
+MODES = {
+    "describe": runs_describe,
+    "export": runs_export,
+    "batch": runs_batch,
+    "update": runs_update,
+    "predict": runs_predict,
+    "audit": runs_audit,
+}
+
+
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_run(command, workplace, started, capsys):
@@ -230,47 +299,6 @@ def test_commands_run(command, workplace, started, capsys):
         assert "tf_efficientnet_lite0" in capsys.readouterr().out
     elif command[:3] != ["python", "-m", "fastflow_jax.main"]:
         pytest.fail(f"{line} is neither run nor in NOT_RUN")
-    elif "--mode=describe" in options:
-        assert started(options) == 0
-        assert "trainable" in capsys.readouterr().out
-    elif "--mode=export" in options:
-        for package in ("onnx", "onnxruntime"):
-            pytest.importorskip(package, reason="ONNX export needs the extra onnx")
-        started([*training_of(options), *SMALL])
-        assert started(options) == 0
-        assert "0 decisions differ" in capsys.readouterr().out
-        assert (workplace / "screws.onnx").is_file()
-    elif "--mode=batch" in options:
-        for package in ("onnx", "pyarrow", *["ray"] * ("--ray" in line)):
-            pytest.importorskip(package, reason="batch scoring needs the extras onnx, batch, ray")
-        Detector.fit("photos/screws/train/good", config=small()).export("screws.onnx")
-        assert started(options) == 1
-        assert "of 18 images are anomalous" in capsys.readouterr().out
-    elif "--mode=update" in options:
-        started([*training_of(options), *SMALL])
-        if is_undo := "--undo" in options:
-            started(["--mode=update", "--workdir=runs/screws", "--input=photos/new_normals"])
-        assert started(options) == 0
-        assert f"runs/screws has version {1 if is_undo else 2}" in capsys.readouterr().out
-    elif "--mode=predict" in options:
-        started([*training_of(options), *SMALL])
-        assert started(options) == 1
-        lines = (workplace / "out/predictions.jsonl").read_text().splitlines()
-        normal, defective = map(json.loads, lines)
-        # With one held-out image, half of all normal images may be flagged.
-        assert defective["is_anomalous"]
-        assert normal["p_value"] >= defective["p_value"] == 0.5
-        assert normal["score"] < defective["score"]
-    elif "--mode=audit" in options:
-        backbone = "--config.backbone=tf_efficientnet_lite0", "--config.image_size=32"
-        assert started([*options, *SMALL, *backbone]) == 0
-        assert "normal images look most unusual" in capsys.readouterr().out
     else:
-        for file in (word.partition("=")[2] for word in options if "data.exclude" in word):
-            pathlib.Path(file).parent.mkdir(parents=True)
-            pathlib.Path(file).write_text("good/0.png\n")
-        assert started([*options, *SMALL]) == 0
-        out = capsys.readouterr().out
-        assert "image AUROC" in out
-        (folder,) = re.findall(r"Run directory: (.*)", out)
-        assert (workplace / folder / "report.html").is_file()
+        mode = next((mode for mode in MODES if f"--mode={mode}" in options), None)
+        MODES.get(mode, runs_training)(options, started, capsys)

@@ -133,7 +133,8 @@ def score_held_out(
         scores, maps = scorer.score(*part)
         return scores, thresholds.tails(maps, part[1])
 
-    return HeldOut(*in_batches(score, (holdout, valid), size), groups)
+    scores, tails = in_batches(score, (holdout, valid), size)
+    return HeldOut(scores, tails, groups)
 
 
 def score_location_maps(

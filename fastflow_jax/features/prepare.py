@@ -468,7 +468,7 @@ def _prepare_training(cached: _FeatureCache, dataset: data.Dataset, seed: int) -
             _warn_of_siblings(cached, images, train, holdout)
     else:
         train = _recomputed_training(cached, parts, seed)
-    if defects is not None:
+    if images.defects is not None and defects is not None:
         if train.cached is not None:
             unchanged = tuple(m[: len(images.train)] for m in train.cached)
             _check_defects(images.defects, defects, images.source, images.train, unchanged)
@@ -504,7 +504,7 @@ def _check_defects(
       others: features of these, [N, h, w, C] per scale.
     """
     for i, nearest in enumerate(siblings.nearest_rows(maps, others)):
-        other = rows[nearest]
+        other = int(rows[nearest])
         if np.array_equal(defects[i].image, normal[other].image):
             raise InputError(
                 f"{defects.names[i]} is a defect, but equals the normal image "

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import fastflow_jax.detector
+import fastflow_jax.detector.detector
 from fastflow_jax import Detector, data
 from fastflow_jax.config import AUTO, default, fill
 from fastflow_jax.data.arrays import as_dataset
@@ -135,7 +135,7 @@ def test_the_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     (tmp_path / "photos/new").mkdir()
     Image.fromarray(images(1, 3)[0]).save(tmp_path / "photos/new/017.jpg")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fastflow_jax.detector, "default", automatic)
+    monkeypatch.setattr(fastflow_jax.detector.detector, "default", automatic)
     text = (pathlib.Path(__file__).parents[2] / f"docs/{page}.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
     names = {}

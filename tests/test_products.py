@@ -106,6 +106,18 @@ def test_products_share_the_parameters_of_the_flow_but_not_its_results(model):
     np.testing.assert_allclose(back, features[0], atol=0.01)
 
 
+def test_latents_count_for_products_with_many_images_only():
+    images = {"red": photographs("red", 80), "green": photographs("green", 12)}
+    model = Detector.fit(images, config=tiny())
+    weights = {n: d.scorer.calibration.weight.tolist() for n, d in model.detectors.items()}
+    assert weights == {"red": [0, 1, 1], "green": [0, 1, 0]}
+
+
+def test_steps_of_the_shared_training_grow_with_the_root_of_the_products(run):
+    about = json.loads((run / "product_0/detector.json").read_text())
+    assert about["config"]["train"]["steps"] == round(2**0.5 * default().train.steps)
+
+
 def test_a_saved_model_predicts_the_same_and_stores_shared_arrays_once(model, tmp_path):
     images = [spoilt("green"), *photographs("red", 2, seed=5)]
     loaded = Products.load(model.save(tmp_path / "saved"))

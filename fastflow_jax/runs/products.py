@@ -39,6 +39,8 @@ class Membership:
 def of_several(config: ConfigDict, n: int) -> ConfigDict:
     """The configuration of one of n products of a model.
 
+    The steps of a shared training grow with the square root of the number of products.
+
     Raises:
       InputError: there are fewer than two products.
     """
@@ -49,6 +51,8 @@ def of_several(config: ConfigDict, n: int) -> ConfigDict:
     c = config.copy_and_resolve_references()
     with c.unlocked():
         c.products = n
+        if method(c.detector).fit_shared is not None:
+            c.train.steps = round(c.train.steps * n**0.5)
     return c
 
 

@@ -58,6 +58,9 @@ from fastflow_jax.training.step import Objective, variable_slots
 _COARSE = 16  # stride, above which maps have `map.coarse_weight`
 _BANKS = ("features", "latents")  # kinds of memory banks of each scale
 _SHARED = "checkpoints/shared.json"  # of a product, see `fit_shared`
+# Training images of a product. With fewer, latents of a flow that other products have mostly trained
+# do not contribute to the image score.
+_FEW = 50
 _EARLIER_BANK = "bank"  # the only kind in saved detectors of earlier versions
 
 
@@ -127,7 +130,9 @@ def fit(context: FitContext) -> "FastFlowScorer":
 
     def scorer(variables: dict, seed: int) -> FastFlowScorer:
         variables = with_banks(config, variables, context.train, seed, label=context.label)
-        return calibrated(config, variables, context.holdout, context.holdout_valid)
+        latents = context.shared is None or context.train.n >= _FEW
+        held_out = context.holdout, context.holdout_valid
+        return calibrated(config, variables, *held_out, latents=latents)
 
     if context.shared is not None:
         _link(context)
@@ -184,14 +189,19 @@ def load(config, shapes, state: State) -> "FastFlowScorer":
 
 
 def calibrated(
-    config, variables: dict, holdout: Features | None, valid: np.ndarray | None = None
+    config,
+    variables: dict,
+    holdout: Features | None,
+    valid: np.ndarray | None = None,
+    *,
+    latents: bool = True,
 ) -> "FastFlowScorer":
     """The scorer of trained variables, calibrated on features of held-out normal images.
 
-    The image score depends on the distances to the banks, or on the flows' energies if there are no
-    banks; the anomaly map depends on all of them.
+    The image score depends on the distances to the banks (without those of latents if `latents` is
+    False), or on the flows' energies if there are no banks; the anomaly map depends on all of them.
     """
-    of_scale = [0, *[1] * len(_BANKS)] if variables.get("bank") else [1]
+    of_scale = [0, 1, int(latents)] if variables.get("bank") else [1]
     weight = np.tile(np.array(of_scale, np.float32), len(config.layers))
     calibration = calibrate(_locate, config, variables, holdout, valid, weight=weight)
     return FastFlowScorer(config, variables, calibration)

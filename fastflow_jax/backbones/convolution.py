@@ -149,6 +149,7 @@ def fold_batch_norm(module: Architecture, variables: dict) -> tuple[Architecture
     with nn.intercept_methods(note):
         jax.eval_shape(module.apply, variables, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
 
+    pairs = [pair for pair in pairs if len(pair) == 3]  # other convolutions have a bias
     params: dict[tuple, Any] = dict(flatten_dict(variables["params"]))
     statistics: dict[tuple, Any] = dict(flatten_dict(variables["batch_stats"]))
     for conv, norm, epsilon in pairs:

@@ -1,8 +1,8 @@
 """Conversion of timm's tensors to the variables of a module.
 
 The modules have timm's names, so one rule converts all backbones: `layer1.0.conv1` becomes
-`layer1_0/conv1`, `weight` a kernel or a scale, running statistics `batch_stats`; kernels are
-transposed from OIHW to HWIO, or from [out, in] to [in, out].
+`layer1_0/conv1`, `stages.1.blocks.0` `stages_1_blocks_0`, `weight` a kernel or a scale, and running
+statistics `batch_stats`; kernels are transposed from OIHW to HWIO, or from [out, in] to [in, out].
 """
 
 import difflib
@@ -57,7 +57,7 @@ def _slots(module: Any, image_size: tuple[int, int]) -> Mapping[str, Slot]:
     for keys, leaf in jax.tree.leaves_with_path(shapes):
         path = tuple(str(key.key) for key in keys)
         _, *modules, name = path
-        parts = [re.sub(r"_(\d+)", r".\1", part) for part in modules]
+        parts = [re.sub(r"_(\d+)_?", r".\1.", part).rstrip(".") for part in modules]
         found[".".join([*parts, _TIMM_LEAVES.get(name, name)])] = Slot(path, leaf.shape)
     return dict(sorted(found.items()))
 

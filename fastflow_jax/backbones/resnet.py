@@ -1,14 +1,14 @@
 """ResNet, https://arxiv.org/abs/1512.03385, and Wide ResNet, https://arxiv.org/abs/1605.07146."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from fastflow_jax.backbones.convolution import conv_norm
-from fastflow_jax.backbones.spec import Architecture, Maps, Spec
+from fastflow_jax.backbones.spec import Architecture, Maps, Spec, collect
 
 
 class BasicBlock(nn.Module):
@@ -51,6 +51,8 @@ def _shortcut(block: BasicBlock | Bottleneck, x: jax.Array) -> jax.Array:
 class ResNet(Architecture):
     """ResNet with the layers "layer1" to "layer4"; h = ceil(H / stride).
 
+    Their blocks are "layer1.0" and so on; "act1" is the stem.
+
     Attributes:
       depths: number of blocks of each layer.
       width: channels between the 1x1 convolutions of "layer1"; None for `BasicBlock`.
@@ -66,26 +68,38 @@ class ResNet(Architecture):
         first = 64 if self.width is None else 256
         return {f"layer{i + 1}": (first * 2**i, 4 * 2**i) for i in range(4)}
 
+    @property
+    def blocks(self) -> Maps:
+        found = {"act1": (64, 2)}
+        for (layer, shape), depth in zip(self.maps.items(), self.depths, strict=True):
+            found |= {f"{layer}.{j}": shape for j in range(depth)} | {layer: shape}
+        return found
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        return ("act1", *self.maps)
+
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, ...]:
         conv = functools.partial(conv_norm, epsilon=1e-5, folded=self.folded, dtype=self.dtype)
-        x = nn.relu(conv(images, 64, 7, 2, names=("conv1", "bn1")))
-        # Padding with zeros equals padding with -inf, since x >= 0.
-        x = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
-        x = nn.max_pool(x, (3, 3), strides=(2, 2))
 
-        maps = {}
-        for i, (layer, (channels, _)) in enumerate(self.maps.items()):
-            block = functools.partial(BasicBlock, channels)
-            if self.width is not None:
-                block = functools.partial(Bottleneck, channels, self.width * 2**i)
-            for j in range(self.depths[i]):
-                stride = 2 if i > 0 and j == 0 else 1
-                x = block(stride, conv, name=f"{layer}_{j}")(x)
-            maps[layer] = x.astype(jnp.float32)
-            if maps.keys() >= set(self.layers):
-                break
-        return tuple(maps[layer] for layer in self.layers)
+        def outputs() -> Iterator[tuple[str, jax.Array]]:
+            x = nn.relu(conv(images, 64, 7, 2, names=("conv1", "bn1")))
+            yield "act1", x
+            # Padding with zeros equals padding with -inf, since x >= 0.
+            x = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+            x = nn.max_pool(x, (3, 3), strides=(2, 2))
+            for i, (layer, (channels, _)) in enumerate(self.maps.items()):
+                block = functools.partial(BasicBlock, channels)
+                if self.width is not None:
+                    block = functools.partial(Bottleneck, channels, self.width * 2**i)
+                for j in range(self.depths[i]):
+                    stride = 2 if i > 0 and j == 0 else 1
+                    x = block(stride, conv, name=f"{layer}_{j}")(x)
+                    yield f"{layer}.{j}", x
+                yield layer, x
+
+        return collect(outputs(), self.layers)
 
 
 def _spec(

@@ -1,7 +1,7 @@
 """Specification of a backbone, in one form for all families."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -30,9 +30,38 @@ class Architecture(nn.Module):
         """Channels and stride of each layer, in order of depth."""
         raise NotImplementedError
 
+    @property
+    def blocks(self) -> Maps:
+        """Channels and stride of all maps that `layers` may name: of `maps` and of their blocks."""
+        return self.maps
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The layer of each index of timm's `features_only`."""
+        return tuple(self.maps)
+
     def __call__(self, images: jax.Array) -> tuple[jax.Array, ...]:
         """Returns one float32 feature map for each of `layers`."""
         raise NotImplementedError
+
+
+def collect(
+    outputs: Iterable[tuple[str, jax.Array]], layers: tuple[str, ...]
+) -> tuple[jax.Array, ...]:
+    """Returns the float32 maps of `layers`; takes no outputs after the last of them.
+
+    Args:
+      outputs: pairs of a name and a map [B, h, w, C], computed when they are taken.
+      layers: names of the maps to return, in this order.
+    """
+    maps, missing = {}, set(layers)
+    for name, x in outputs:
+        if name in missing:
+            maps[name] = x.astype(jnp.float32)
+            missing.remove(name)
+        if not missing:
+            break
+    return tuple(maps[layer] for layer in layers)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,6 +99,11 @@ class Spec:
     def maps(self) -> Maps:
         """Channels and stride of each layer, in order of depth."""
         return self.architecture.maps
+
+    @property
+    def blocks(self) -> Maps:
+        """Channels and stride of all maps that `layers` may name: of `maps` and of their blocks."""
+        return self.architecture.blocks
 
     def module(self, layers: tuple[str, ...], dtype: jnp.dtype = jnp.float32) -> Architecture:
         """The network with `layers` as its outputs."""

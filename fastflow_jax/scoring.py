@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from fastflow_jax import parallel
-from fastflow_jax.backbones import Backbone, find_spec
+from fastflow_jax.backbones import Backbone, spec_of
 from fastflow_jax.data.transforms import normalise
 from fastflow_jax.detectors.base import CompiledScorer, PickledByFields, Scorer
 from fastflow_jax.features.extract import channel_means, extractor, image_means, maps_of
@@ -40,7 +40,7 @@ def pure_function(config: Any, module: nn.Module, function: Callable) -> Callabl
       that of `state_of`; `images` are uint8 [B, H, W, 3] of the input size, and `valid` is bool
       [B, H, W], False in padding, or None.
     """
-    spec, size = find_spec(config.backbone), tuple(config.image_size)
+    spec, size = spec_of(config), tuple(config.image_size)
     extract = maps_of(module, config.length_power, config.feature_dtype)
 
     def run(state, batch):
@@ -157,7 +157,7 @@ def _compiled(config: FrozenConfigDict, module: nn.Module, function: Callable, s
 
 def _in_steps(config: Any, backbone: Backbone, scorer: Scorer, size: int) -> Callable[..., dict]:
     """The function of images and padding masks for scorers without a pure function."""
-    spec, config = find_spec(config.backbone), config.copy_and_resolve_references()
+    spec, config = spec_of(config), config.copy_and_resolve_references()
     with config.unlocked():
         config.batch_size = size
     extract = extractor(backbone, config.length_power, config.parallel, size, config.feature_dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from fastflow_jax.backbones import find_spec
+from fastflow_jax.backbones import find_spec, spec_of
 from fastflow_jax.config import default, differences, fill, from_plain, misspelt, variants, without
 from fastflow_jax.detectors.base import recipe
 from fastflow_jax.detectors.fastflow.scorer import flow_model
@@ -260,6 +260,25 @@ def test_describe_prints_scales_numbers_operations_and_memory():
     assert "layer1 64x64x64 4 " in text
     assert "operations per image, backbone " in text
     assert "training step, batch of 1 " in text
+
+
+def test_describe_states_the_licence_of_the_weights():
+    c = default()
+    c.backbone, c.weights, c.flow.steps = "convnext_tiny", "dinov3_lvd1689m", 1
+    c.image_size = (64,)
+    assert "licence of the weights DINOv3 License of Meta" in " ".join(describe(fill(c)).split())
+
+
+def test_images_are_normalised_as_the_weights_expect():
+    c = default()
+    c.backbone = "vit_small_patch16_224"
+    assert spec_of(fill(c)).mean == (0.5, 0.5, 0.5)
+    c.weights = "dino"  # the only ones of this backbone that are for ImageNet's mean
+    filled = fill(c)
+    assert filled.mean == spec_of(filled).mean == (0.485, 0.456, 0.406)
+    assert spec_of(from_plain(to_plain(filled))).std == (0.229, 0.224, 0.225)
+    c.mean, c.std = (0.1,) * 3, (0.2,) * 3
+    assert spec_of(fill(c)).mean == (0.1, 0.1, 0.1)
 
 
 def test_describe_counts_the_banks():

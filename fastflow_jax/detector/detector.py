@@ -16,8 +16,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fastflow_jax import data, parallel
-from fastflow_jax.backbones import Backbone, create_backbone
-from fastflow_jax.config import AUTO, default, fill, name_data
+from fastflow_jax.backbones import Backbone, open_backbone, spec_of
+from fastflow_jax.config import AUTO, default, fill, name_data, with_function
 from fastflow_jax.data.arrays import Images, as_dataset, is_one
 from fastflow_jax.data.inputs import stacked
 from fastflow_jax.data.profile import Profile
@@ -89,6 +89,7 @@ class Detector(PickledByFields, Predictor):
         workdir: str | os.PathLike | None = None,
         groups: Sequence[Any] | None = None,
         calibrate: Images | None = None,
+        backbone: Backbone | None = None,
         defects: Images | None = None,
     ) -> "Detector | Any":
         """Trains a detector on normal images, or one model of several products.
@@ -115,6 +116,7 @@ class Detector(PickledByFields, Predictor):
             directory if it exists, otherwise held-out images.
           defects: at least five defective images, which improve the image score if they can, see
             docs/labelled_defects.md.
+          backbone: your own, from `Backbone.from_function`, instead of `config.backbone`.
 
         Returns:
           A `Detector`. A `Products` if `images` is a dictionary, or if `config.one_model` is set,
@@ -137,41 +139,51 @@ class Detector(PickledByFields, Predictor):
                     "groups, calibrate and defects are for one product. For several, set "
                     "config.data.groups."
                 )
-            return Products.fit(images, config=config, workdir=workdir)
+            return Products.fit(images, config=config, workdir=workdir, backbone=backbone)
         folder = None if workdir is None else expanded(workdir)
-        chosen = fit_config(images, config)
+        chosen = fit_config(images, config, backbone)
         dataset = fit_dataset(images, fill(chosen), groups, calibrate)
         config = fill(few_images.resolve(chosen, dataset))
         if defects is not None:
             labelled.check(config)
             dataset = dataclasses.replace(dataset, defects=as_dataset(defects).train)
         if folder is not None:
-            return cls._fit_in(folder, config, dataset)
+            return cls._fit_in(folder, config, dataset, backbone)
         with tempfile.TemporaryDirectory(
             prefix="fastflow_jax_", ignore_cleanup_errors=True
         ) as temporary:
-            detector = cls._fit_in(pathlib.Path(temporary), config, dataset)
+            detector = cls._fit_in(pathlib.Path(temporary), config, dataset, backbone)
         return dataclasses.replace(detector, folder=None)
 
     @classmethod
-    def _fit_in(cls, folder: pathlib.Path, config: ConfigDict, dataset: data.Dataset) -> "Detector":
+    def _fit_in(
+        cls,
+        folder: pathlib.Path,
+        config: ConfigDict,
+        dataset: data.Dataset,
+        backbone: Backbone | None,
+    ) -> "Detector":
         """Trains in a run directory, or continues its training, or loads a finished one."""
         with directory.claim(folder, config):
             if parallel.on_main(lambda: saved.is_finished(folder)):
-                detector = cls.load(folder)
+                detector = cls.load(folder, backbone=backbone)
                 contents = split(config, dataset).contents
                 directory.check_same_data(folder, contents, detector.backbone.weights)
                 return detector
-            prepare = preparer(config, folder / "features", lambda category: dataset)
+            prepare = preparer(config, folder / "features", lambda category: dataset, backbone)
             prepared = prepare(config, config.data.category, config.seed)
             label = f"{dataset.name}: train"
             fit(config, prepared, seed=config.seed, directory=folder, label=label)
             parallel.on_main(lambda: shutil.rmtree(folder / "features", ignore_errors=True))
-        return cls.load(folder)
+        return cls.load(folder, backbone=backbone)
 
     @classmethod
     def load(
-        cls, folder: str | os.PathLike, *, weights: str | os.PathLike | None = None
+        cls,
+        folder: str | os.PathLike,
+        *,
+        weights: str | os.PathLike | None = None,
+        backbone: Backbone | None = None,
     ) -> "Detector":
         """Loads a detector that `save`, `fit` or `main` has written.
 
@@ -181,6 +193,7 @@ class Detector(PickledByFields, Predictor):
           weights: weight file of the backbone, if the detector does not contain the weights and
             the file was moved after the training. By default the recorded file, or a file of its
             name in or next to the run directory. Its sha256 must be the recorded one.
+          backbone: the backbone that was passed to `fit`, which is not saved.
 
         Raises:
           InputError: there is no detector, or there are several trainings, which are listed; a file
@@ -190,7 +203,7 @@ class Detector(PickledByFields, Predictor):
         parallel.check_not_forked()
         folder = expanded(folder)
         record = saved.read(folder)
-        return cls.of_record(record, saved.load_backbone(record, folder, weights), folder)
+        return cls.of_record(record, saved.load_backbone(record, folder, weights, backbone), folder)
 
     @classmethod
     def of_record(cls, record: Saved, backbone: Backbone, folder: pathlib.Path) -> "Detector":
@@ -218,9 +231,7 @@ class Detector(PickledByFields, Predictor):
           seed: the seed of the training, which determines the weights of random backbones.
         """
         parallel.check_not_forked()
-        backbone = create_backbone(
-            config.backbone, weights=config.weights, layers=config.layers, seed=seed
-        )
+        backbone = open_backbone(config, seed)
         of_kind = method(config.detector)
         state = of_kind.read(config, folder)
         return cls(config, backbone, of_kind.load(config, _shapes(config, backbone), state))
@@ -483,7 +494,7 @@ class Detector(PickledByFields, Predictor):
 
     def features(self, images: Images) -> Features:
         """Returns features of images, [B, h, w, C] per scale, as `scorer` takes them."""
-        spec, found = self.backbone.spec, []
+        spec, found = spec_of(self.config), []
         for _, image in self.inputs(images):
             if isinstance(image, InputError):
                 raise image
@@ -576,7 +587,9 @@ class Detector(PickledByFields, Predictor):
             )
 
 
-def fit_config(images: Any, config: ConfigDict | str | None) -> ConfigDict:
+def fit_config(
+    images: Any, config: ConfigDict | str | None, backbone: Backbone | None = None
+) -> ConfigDict:
     """The configuration of a fit, not filled; its `data` names `images` if they are a data set."""
     if isinstance(images, ConfigDict):
         if config is not None:
@@ -606,6 +619,7 @@ def fit_config(images: Any, config: ConfigDict | str | None) -> ConfigDict:
         elif images is not None:
             c.data.name, c.data.category = "folder", None
             c.data.root = str(path) if path and path.is_dir() else None
+    c = c if backbone is None else with_function(c, backbone)
     if c.seeds > 1 or len(c.variants) or (len(data.categories(c.data)) > 1 and not c.one_model):
         raise InputError(
             "A detector has one seed, one variant and one category. Train several with python -m "

@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fastflow_jax import data, parallel
+from fastflow_jax.backbones import Backbone, spec_of
 from fastflow_jax.config import AUTO, fill
 from fastflow_jax.data.arrays import Images
 from fastflow_jax.data.inputs import Outputs
@@ -71,6 +72,7 @@ class Products(PickledByFields, Predictor):
         *,
         config: ConfigDict | str | None = None,
         workdir: str | os.PathLike | None = None,
+        backbone: Backbone | None = None,
     ) -> "Products":
         """Trains one model of several products, see `Detector.fit`.
 
@@ -80,6 +82,7 @@ class Products(PickledByFields, Predictor):
             and named by their numbers, see `gate.find_products`.
           config: see `Detector.fit`.
           workdir: see `Detector.fit`.
+          backbone: see `Detector.fit`.
 
         Raises:
           InputError: see `Detector.fit`; there are fewer than two products, or too few images of
@@ -87,27 +90,30 @@ class Products(PickledByFields, Predictor):
           Interrupted: SIGTERM or SIGINT was received; the state is saved in `workdir`.
         """
         parallel.check_not_forked()
-        chosen = fit_config([] if isinstance(images, Mapping) else images, config)
+        chosen = fit_config([] if isinstance(images, Mapping) else images, config, backbone)
         if chosen.detector == AUTO:
             chosen.detector = "fastflow"
         config = fill(chosen)
         if workdir is not None:
-            return cls._fit_in(expanded(workdir), config, images)
+            return cls._fit_in(expanded(workdir), config, images, backbone)
         with tempfile.TemporaryDirectory(
             prefix="fastflow_jax_", ignore_cleanup_errors=True
         ) as temporary:
-            model = cls._fit_in(pathlib.Path(temporary), config, images)
+            model = cls._fit_in(pathlib.Path(temporary), config, images, backbone)
         each = {k: dataclasses.replace(d, folder=None) for k, d in model.detectors.items()}
         return cls(each)
 
     @classmethod
-    def _fit_in(cls, folder: pathlib.Path, config: ConfigDict, images: Any) -> "Products":
+    def _fit_in(
+        cls, folder: pathlib.Path, config: ConfigDict, images: Any, backbone: Backbone | None
+    ) -> "Products":
         with directory.claim(folder, config):
-            datasets = _datasets(images, config, folder / "features")
+            features = folder / "features"
+            datasets = _datasets(images, config, features, backbone)
             config = of_several(config, len(datasets))
             if read_products(folder) is not None:
-                return cls._finished(folder, config, datasets)
-            prepare = preparer(config, folder / "features", lambda name: datasets[str(name)])
+                return cls._finished(folder, config, datasets, backbone)
+            prepare = preparer(config, features, lambda name: datasets[str(name)], backbone)
             prepared = {name: prepare(config, name, config.seed) for name in datasets}
             shared = fit_shared(config, prepared, folder / SHARED, config.seed)
             places = {name: f"product_{i}" for i, name in enumerate(datasets)}
@@ -121,13 +127,19 @@ class Products(PickledByFields, Predictor):
                     label=f"{name}: train",
                 )
             write_products(folder, places)
-            parallel.on_main(lambda: shutil.rmtree(folder / "features", ignore_errors=True))
-            return cls.load(folder)
+            parallel.on_main(lambda: shutil.rmtree(features, ignore_errors=True))
+            return cls.load(folder, backbone=backbone)
 
     @classmethod
-    def _finished(cls, folder: pathlib.Path, config: ConfigDict, datasets: Mapping) -> "Products":
+    def _finished(
+        cls,
+        folder: pathlib.Path,
+        config: ConfigDict,
+        datasets: Mapping[str, data.Dataset],
+        backbone: Backbone | None,
+    ) -> "Products":
         """Loads a finished model after a check that it was trained on the same images."""
-        model = cls.load(folder)
+        model = cls.load(folder, backbone=backbone)
         if model.detectors.keys() != datasets.keys():
             raise InputError(f"{folder} has a model of other products. Pass another workdir.")
         for name, detector in model.detectors.items():
@@ -138,13 +150,18 @@ class Products(PickledByFields, Predictor):
 
     @classmethod
     def load(
-        cls, folder: str | os.PathLike, *, weights: str | os.PathLike | None = None
+        cls,
+        folder: str | os.PathLike,
+        *,
+        weights: str | os.PathLike | None = None,
+        backbone: Backbone | None = None,
     ) -> "Products":
         """Loads a model of `fit`, `save`, or of a run with `config.one_model`.
 
         Args:
           folder: its directory.
           weights: see `Detector.load`.
+          backbone: see `Detector.load`.
 
         Raises:
           InputError: there is no such model, or see `Detector.load`.
@@ -159,7 +176,7 @@ class Products(PickledByFields, Predictor):
             )
         records = {name: saved.read(place) for name, place in places.items()}
         first = next(iter(records))
-        backbone = saved.load_backbone(records[first], places[first], weights)
+        backbone = saved.load_backbone(records[first], places[first], weights, backbone)
         common = records[first].state
         detectors = {}
         for name, record in records.items():
@@ -293,7 +310,7 @@ class Products(PickledByFields, Predictor):
     def run(self, images: np.ndarray, valid: np.ndarray | None) -> dict[str, np.ndarray | None]:
         """Scores model inputs, see `Predictor.run`; also returns "product" and "is_known" [B]."""
         first, n = self._first, len(images)
-        spec = first.backbone.spec
+        spec = spec_of(first.config)
         pixels = normalise(images, spec.mean, spec.std, valid)
         features = in_batches(lambda size, part: first.sized(size)[0](part), pixels)
         means = image_means(features, valid)
@@ -329,13 +346,15 @@ class Products(PickledByFields, Predictor):
         return self._each[0]
 
 
-def _datasets(images: Any, config: ConfigDict, folder: pathlib.Path) -> dict[str, data.Dataset]:
+def _datasets(
+    images: Any, config: ConfigDict, folder: pathlib.Path, backbone: Backbone | None
+) -> dict[str, data.Dataset]:
     """The images of each product by its name; `folder` is for features."""
     if isinstance(images, Mapping):
         return {name: _dataset(name, each, config) for name, each in images.items()}
     names = data.categories(config.data)
     if len(names) == 1:
-        return discovered(config, fit_dataset(images, config), folder)
+        return discovered(config, fit_dataset(images, config), folder, backbone)
     open_category = data.opener(config.data)
     return {str(name): dataclasses.replace(open_category(name), test=None) for name in names}
 

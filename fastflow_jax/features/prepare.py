@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fastflow_jax import data, parallel
-from fastflow_jax.backbones import Backbone, create_backbone
+from fastflow_jax.backbones import Backbone, open_backbone, spec_of
 from fastflow_jax.data import checks
 from fastflow_jax.data.changes import augmented, bounds_of, tampered, with_copies
 from fastflow_jax.data.groups import labels_of
@@ -196,7 +196,10 @@ def feature_fingerprint(config, seed: int) -> str:
     The seed counts only for random weights, which differ between seeds.
     """
     plain = to_plain(config)
-    fields = ("backbone", "layers", "weights", "image_size", "length_power", "feature_dtype")
+    fields = (
+        *("backbone", "layers", "weights", "function", "mean", "std"),
+        *("image_size", "length_power", "feature_dtype"),
+    )
     values = [plain[f] for f in fields]
     return json.dumps([*values, config.data.resize, seed if config.weights == "random" else None])
 
@@ -205,6 +208,7 @@ def preparer(
     config,
     folder: pathlib.Path,
     open_category: Callable[[str | None], data.Dataset] | None = None,
+    backbone: Backbone | None = None,
 ) -> Callable[[Any, str | None, int], Prepared]:
     """Returns the function `(configuration, category, seed) -> Prepared` for runs on the same data.
 
@@ -217,8 +221,9 @@ def preparer(
       folder: directory for features that do not fit in memory; those of an interrupted run are
         reused, see `cache.load_or_compute`. The caller removes it.
       open_category: function from a category to its data set; None to open `config.data`.
+      backbone: of all configurations; None to create those that they name.
     """
-    return _Preparer(folder, open_category or data.opener(config.data))
+    return _Preparer(folder, open_category or data.opener(config.data), backbone)
 
 
 class KeepLast(Generic[T]):
@@ -238,8 +243,14 @@ class KeepLast(Generic[T]):
 class _Preparer:
     """See `preparer`."""
 
-    def __init__(self, folder: pathlib.Path, open_category: Callable[[str | None], data.Dataset]):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        open_category: Callable[[str | None], data.Dataset],
+        backbone: Backbone | None,
+    ):
         self._folder, self._open_category = parallel.own_folder(folder), open_category
+        self._backbone = backbone
         self._checked: set[str | None] = set()  # categories
         self._datasets: KeepLast[data.Dataset] = KeepLast()
         self._backbones: KeepLast[Backbone] = KeepLast()
@@ -253,7 +264,9 @@ class _Preparer:
         # The data come before the backbone, as they are missing more often.
         dataset = self._dataset(config, category)
         settings, tamper = feature_fingerprint(config, seed), _key(config.data.tamper)
-        backbone = self._backbones.get(settings, lambda: _open_backbone(config, seed))
+        backbone = self._backbone or self._backbones.get(
+            settings, lambda: open_backbone(config, seed)
+        )
         of_data = [config.data[field] for field in ("name", "root", "dir")]
         fingerprint = {"settings": settings, "weights": backbone.weights, "data": of_data}
         cached = _FeatureCache(
@@ -291,10 +304,6 @@ class _Preparer:
             found = parallel.on_main(lambda: checks.tested_on_training_images(train, test))
             _warn(dataset.name, found)
         return dataclasses.replace(dataset, test=tampered(test, config.data.tamper))
-
-
-def _open_backbone(config, seed: int) -> Backbone:
-    return create_backbone(config.backbone, weights=config.weights, layers=config.layers, seed=seed)
 
 
 # Titles of features in messages.
@@ -369,7 +378,7 @@ class _FeatureCache:
         """Masks and padding masks of the images at `rows`, bool [N, H, W], or None without any."""
 
         def read(rows, size):
-            for batch in image_batches(self.config, self.backbone, source, rows, size):
+            for batch in image_batches(self.config, source, rows, size):
                 yield batch.mask, batch.valid
 
         size = self.config.batch_size
@@ -392,14 +401,15 @@ class _FeatureCache:
 
 
 def image_batches(
-    config, backbone: Backbone, source: data.Source, indices=None, batch_size: int | None = None
+    config, source: data.Source, indices=None, batch_size: int | None = None
 ) -> Iterator[Batch]:
-    """Batches of input images of a backbone: all of `source`, or those at `indices`."""
+    """Batches of input images: all of `source`, or those at `indices`."""
+    spec = spec_of(config)
     return batches(
         source,
         image_size=config.image_size,
-        mean=backbone.spec.mean,
-        std=backbone.spec.std,
+        mean=spec.mean,
+        std=spec.std,
         batch_size=batch_size or config.batch_size,
         indices=indices,
         resize_by=config.data.resize,
@@ -423,7 +433,7 @@ def feature_batches(
     extract = extractor_of(config, backbone)
 
     def read(rows, size):
-        for batch in image_batches(config, backbone, source, rows, size):
+        for batch in image_batches(config, source, rows, size):
             yield FeatureBatch(extract(batch.image), *batch[1:])
 
     rows = np.arange(len(source)) if indices is None else np.asarray(indices)
@@ -528,7 +538,7 @@ def _recomputed_training(cached: _FeatureCache, parts: Split, seed: int) -> Trai
 
     def batches_of(epoch, rows, size):
         images = augmented(source, config.augment, seed, epoch) if is_augmented(config) else source
-        return image_batches(config, backbone, images, parts.train[rows], size)
+        return image_batches(config, images, parts.train[rows], size)
 
     size = config.train.batch_size
     extract = extractor_of(config, backbone, size)

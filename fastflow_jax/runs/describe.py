@@ -5,7 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fastflow_jax.backbones import find_spec
+from fastflow_jax.backbones import spec_of
+from fastflow_jax.backbones.weights import licence, origin
 from fastflow_jax.detectors.fastflow.scorer import flow_model, objective
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.cache import n_bytes
@@ -28,7 +29,7 @@ def describe(config) -> str:
             f"Only fastflow can be described, not {config.detector}. Pass a configuration with "
             "config.detector = 'fastflow'."
         )
-    spec = find_spec(config.backbone)
+    spec = spec_of(config)
     backbone = spec.module(tuple(config.layers))
     model = flow_model(config)
     images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
@@ -49,13 +50,14 @@ def describe(config) -> str:
         numbers = sum(
             _numbers(variables["params"].get(name, {})) for name in (f"flow_{i}", f"norm_{i}")
         )
-        lines.append(f"{layer:<12}{shape:>16}{spec.maps[layer][1]:>8}{numbers:>14,}")
+        lines.append(f"{layer:<12}{shape:>16}{spec.blocks[layer][1]:>8}{numbers:>14,}")
     # Each location of a map is compared with all rows of two banks.
     compared = 2 * config.map.bank * sum(math.prod(m.shape) for m in maps)
     banked = 2 * config.map.bank * sum(m.shape[-1] for m in maps)
     rows = {
         "trainable parameters": f"{_numbers(variables['params']):,}",
         "frozen parameters (backbone)": f"{_numbers(backbone_variables):,}",
+        "licence of the weights": licence(origin(spec, config.weights)),
         "operations per image, backbone": _operations(backbone.apply, backbone_variables, images),
         "operations per image, flow": _operations(model.apply, variables, maps),
         "operations per image, banks": f"{2 * compared / 1e9:.2f} G",

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import fastflow_jax
 from fastflow_jax import data, parallel
+from fastflow_jax.backbones.weights import licence
 from fastflow_jax.config import variants, without
 from fastflow_jax.data.transforms import placement
 from fastflow_jax.detectors.base import DETECTORS, Scorer, method
@@ -424,6 +425,7 @@ def _summarise(config, parts: list[dict]) -> dict:
             "std": "over seeds, of the mean over categories (n - 1)",
             "backbone": config.backbone,
             "weights": parts[0]["weights"],  # of the first seed, if they are random
+            "licence": licence(parts[0]["weights"]),
             "image_size": list(config.image_size),
             "holdout": config.data.holdout,
             "tamper": to_plain(config.data.tamper),

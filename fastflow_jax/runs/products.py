@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fastflow_jax import data
+from fastflow_jax.backbones import Backbone
 from fastflow_jax.detectors.base import method
 from fastflow_jax.errors import InputError
 from fastflow_jax.features import cache
@@ -57,7 +58,10 @@ def of_several(config: ConfigDict, n: int) -> ConfigDict:
 
 
 def discovered(
-    config: ConfigDict, dataset: data.Dataset, folder: pathlib.Path
+    config: ConfigDict,
+    dataset: data.Dataset,
+    folder: pathlib.Path,
+    backbone: Backbone | None = None,
 ) -> dict[str, data.Dataset]:
     """Divides a data set of unnamed products into one per product.
 
@@ -67,6 +71,7 @@ def discovered(
       config: filled.
       dataset: of all products.
       folder: directory for features, see `prepare.preparer`.
+      backbone: see `prepare.preparer`.
 
     Returns:
       Data sets by name, "product_1" and so on; only one if no two products are distinct.
@@ -74,7 +79,8 @@ def discovered(
     every = config.copy_and_resolve_references()
     with every.unlocked():
         every.data.holdout = 0.0
-    prepared = preparer(every, folder, lambda category: dataset)(every, None, config.seed)
+    prepare = preparer(every, folder, lambda category: dataset, backbone)
+    prepared = prepare(every, None, config.seed)
     means = np.concatenate([image_means(*part) for part in prepared.train.in_batches(32)])
     groups, test = find_products(means), dataset.test
     n = int(groups.max()) + 1

@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from fastflow_jax.backbones import Backbone, create_backbone, rebuild_backbone
+from fastflow_jax.backbones import Backbone, open_backbone, rebuild_backbone
 from fastflow_jax.config import from_plain
 from fastflow_jax.data.profile import Profile
 from fastflow_jax.decision import Threshold
@@ -203,7 +203,10 @@ def read_reference(training: pathlib.Path) -> Reference | None:
 
 
 def load_backbone(
-    record: Saved, directory: pathlib.Path, weights: str | os.PathLike | None = None
+    record: Saved,
+    directory: pathlib.Path,
+    weights: str | os.PathLike | None = None,
+    backbone: Backbone | None = None,
 ) -> Backbone:
     """The backbone of a saved detector or a finished training.
 
@@ -213,23 +216,53 @@ def load_backbone(
       record: of the detector.
       directory: directory or file that `record` was read from.
       weights: a file with the weights of the backbone; None for the recorded one.
+      backbone: that of the training, if it is a function, see `Backbone.from_function`.
 
     Raises:
-      InputError: the weights were not found, or are not those of the training.
+      InputError: the weights were not found, or are not those of the training; or the backbone is
+        a function and was not given, or is not one and was.
     """
     config, known = record.config, record.weights
+    if backbone is not None:
+        _check_function(record, directory, backbone)
+        return backbone
     if record.backbone is not None and weights is None:
         return rebuild_backbone(config.backbone, config.layers, record.backbone, known)
     config.weights = _find_weights(record, directory, weights)
-    backbone = create_backbone(
-        config.backbone, weights=config.weights, layers=config.layers, seed=record.seed
-    )
+    backbone = open_backbone(config, record.seed)
     if backbone.weights.get("sha256") != known.get("sha256"):
         raise InputError(
             f"{directory} was trained with other weights of {config.backbone}: {known}, not "
             f"{backbone.weights}. Restore them, or train again."
         )
     return backbone
+
+
+def _check_function(record: Saved, directory: pathlib.Path, backbone: Backbone) -> None:
+    """Raises InputError if a given backbone is not the function of the training."""
+    function = record.config.function
+    if function.layers is None:
+        raise InputError(
+            f"{directory} was trained with {record.config.backbone}, which is found without it. "
+            "Leave backbone out."
+        )
+    for what, known, given in (
+        ("layers", function.layers, backbone.layers),
+        ("channels", function.channels, backbone.channels),
+        ("strides", function.strides, backbone.strides),
+        ("the sha256 of its variables", function.sha256, backbone.weights.get("sha256")),
+    ):
+        if known != given:
+            raise InputError(
+                f"{directory} was trained with another backbone than {backbone.name}: {what} are "
+                f"{known}, not {given}. Pass that of the training."
+            )
+    given = backbone.probe(record.config.image_size)
+    if given is None or not np.allclose(given, function.probe, rtol=1e-2):
+        raise InputError(
+            f"The function of {backbone.name} gives other features than in the training of "
+            f"{directory}. Restore its code."
+        )
 
 
 def _find_weights(

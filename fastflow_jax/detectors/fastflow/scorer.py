@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from fastflow_jax import parallel
-from fastflow_jax.backbones import find_spec
+from fastflow_jax.backbones import spec_of
 from fastflow_jax.detectors.base import Method, Rows, compiled
 from fastflow_jax.detectors.calibration import (
     LocationScorer,
@@ -99,7 +99,7 @@ def fill(config: ConfigDict, spec: Any) -> None:
         )
     if config.detector != "fastflow":
         return
-    channels = min(spec.maps[layer][0] for layer in config.layers)
+    channels = min(spec.blocks[layer][0] for layer in config.layers)
     passive, _ = half_channels(channels, swap=is_double(config.flow.coupling))
     if passive * config.flow.hidden_ratio < 1:
         raise InputError(
@@ -116,7 +116,7 @@ def _recipe(spec: Any, layers: tuple[str, ...]) -> dict[str, Any]:
     channels than EfficientNet-Lite0's 192, the ratio of hidden channels falls with the square, down
     to the paper's 0.16.
     """
-    widest = max(spec.maps[layer][0] for layer in layers)
+    widest = max(spec.blocks[layer][0] for layer in layers)
     ratio = 2.0 * min(1.0, 192 / widest) ** 2
     return {"norm": "whiten", "steps": 4, "kernels": (3,), "hidden_ratio": max(ratio, 0.16)}
 
@@ -367,7 +367,7 @@ def _map_weights(config, n: int) -> list[float]:
     maps of a large stride are blurred.
     """
     kinds = (1.0, config.map.feature_weight, 1.0)[: n // len(config.layers)]
-    strides = [find_spec(config.backbone).maps[layer][1] for layer in config.layers]
+    strides = [spec_of(config).blocks[layer][1] for layer in config.layers]
     scales = [config.map.coarse_weight if stride > _COARSE else 1.0 for stride in strides]
     return [scale * kind for scale in scales for kind in kinds]
 

@@ -9,7 +9,6 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +16,7 @@ from ml_collections import FrozenConfigDict
 
 from fastflow_jax import parallel
 from fastflow_jax.backbones import Backbone, spec_of
+from fastflow_jax.backbones.spec import Network
 from fastflow_jax.data.transforms import normalise
 from fastflow_jax.detectors.base import CompiledScorer, PickledByFields, Scorer
 from fastflow_jax.features.extract import channel_means, extractor, image_means, maps_of
@@ -26,7 +26,7 @@ from fastflow_jax.features.extract import channel_means, extractor, image_means,
 BATCH_SIZES = (32, 8, 1)
 
 
-def pure_function(config: Any, module: nn.Module, function: Callable) -> Callable[..., dict]:
+def pure_function(config: Any, module: Network, function: Callable) -> Callable[..., dict]:
     """The function of a detector from pixels to scores.
 
     Args:
@@ -151,7 +151,7 @@ def in_batches(function: Callable[[int, Any], Any], arrays: Any) -> Any:
 
 
 @parallel.cached_program
-def _compiled(config: FrozenConfigDict, module: nn.Module, function: Callable, size: int):
+def _compiled(config: FrozenConfigDict, module: Network, function: Callable, size: int):
     return parallel.per_example(pure_function(config, module, function), config.parallel, size)
 
 

@@ -14,7 +14,6 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +26,7 @@ from fastflow_jax.backbones.efficientnet import EFFICIENTNETS
 from fastflow_jax.backbones.function import Function, check_maps, digest, function_spec, probe
 from fastflow_jax.backbones.pixels import PIXELS
 from fastflow_jax.backbones.resnet import RESNETS
-from fastflow_jax.backbones.spec import Architecture, Spec
+from fastflow_jax.backbones.spec import Architecture, Network, Spec
 from fastflow_jax.backbones.vit import CAITS, VITS
 from fastflow_jax.backbones.weights import find_weights, normalisation, read_state
 from fastflow_jax.errors import InputError
@@ -57,7 +56,7 @@ class Backbone:
 
     name: str
     spec: Spec
-    module: nn.Module | Function
+    module: Network
     variables: Any
     layers: tuple[str, ...]
     channels: tuple[int, ...]
@@ -133,7 +132,7 @@ class Backbone:
         """
         if isinstance(self.module, Function):
             return {}
-        wanted = porting.slots(self.module, self.spec.image_size)
+        wanted = porting.slots(cast(Architecture, self.module), self.spec.image_size)
         return porting.state_dict(wanted, self.variables)
 
 
@@ -143,9 +142,7 @@ def _triple(numbers: Sequence[float]) -> tuple[float, float, float]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(
-    module: Architecture | Function, variables: dict, images: jax.Array
-) -> tuple[jax.Array, ...]:
+def _apply(module: Network, variables: Any, images: jax.Array) -> tuple[jax.Array, ...]:
     maps: Any = module.apply(variables, images)
     return maps
 
@@ -232,7 +229,7 @@ def rebuild_backbone(
 
 
 def _backbone(
-    spec: Spec, layers: tuple[str, ...], module: nn.Module, variables: dict, weights: dict
+    spec: Spec, layers: tuple[str, ...], module: Network, variables: dict, weights: dict
 ) -> Backbone:
     mean, std = normalisation(spec, weights)
     return Backbone(
@@ -274,18 +271,29 @@ def spec_of(config: Any) -> Spec:
     return dataclasses.replace(spec, mean=mean, std=std)
 
 
-def open_backbone(config: Any, seed: int) -> Backbone:
-    """Creates the backbone of a filled configuration.
+def open_backbone(config: Any, seed: int, function: Backbone | None = None) -> Backbone:
+    """Returns the backbone of a filled configuration, with the configured normalisation.
+
+    Args:
+      config: filled.
+      seed: of random weights.
+      function: that of `Backbone.from_function`, if the configuration names one.
 
     Raises:
-      InputError: it is a function, or as `create_backbone`.
+      InputError: a function is named and was not given, or as `create_backbone`.
     """
-    if config.function.layers is not None:
+    if config.function.layers is None:
+        backbone = create_backbone(
+            config.backbone, weights=config.weights, layers=config.layers, seed=seed
+        )
+    elif function is not None:
+        backbone = function
+    else:
         raise InputError(
             f"The backbone {config.backbone} is a function of Python, which is not stored. Pass "
             "Backbone.from_function(...) as backbone= to Detector.fit and Detector.load."
         )
-    return create_backbone(config.backbone, weights=config.weights, layers=config.layers, seed=seed)
+    return dataclasses.replace(backbone, spec=spec_of(config))
 
 
 def check_layers(spec: Spec, layers: Sequence[str | int]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ class Function:
     """Network of a backbone that calls a function, with the interface of `Architecture`.
 
     Attributes:
-      maps: name, channels and stride of each map.
+      outputs: name, channels and stride of each map.
       function: `(variables, images [B, H, W, 3]) -> maps`; None in a specification, which needs
         only the maps.
     """
@@ -70,7 +70,7 @@ def function_spec(
         name=name,
         tag=None,
         parameters=0,
-        architecture=Function(tuple(zip(layers, channels, strides, strict=True))),
+        architecture=cast(Any, Function(tuple(zip(layers, channels, strides, strict=True)))),
         layers=tuple(layers),
         image_size=(image_size[0], image_size[-1]),
         flow=_FLOW,

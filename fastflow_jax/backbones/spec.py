@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,14 @@ Maps = dict[str, tuple[int, int]]  # (channels, stride) of each layer, in order 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)  # as mean and std: inputs from -1 to 1
+
+
+class Network(Protocol):
+    """A hashable object with a pure function of variables and images, such as a linen module."""
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the feature maps [B, h, w, C] of `(variables, images [B, H, W, 3])`."""
+        ...
 
 
 class Architecture(nn.Module):

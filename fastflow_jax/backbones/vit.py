@@ -273,6 +273,8 @@ class ViT(Architecture):
 
 
 _AUGREG = "augreg_in21k_ft_in1k"
+# Mean and standard deviation of default tags that are not those of ImageNet.
+_NORMALISATIONS = {_AUGREG: (HALF, HALF), "webli": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}
 
 
 def _spec(
@@ -282,9 +284,10 @@ def _spec(
 
     `layer` is the number of the published block, by default at two thirds of the depth.
     """
-    architecture = ViT(**{"native": size} | fields)
+    fields = {"native": size} | fields
+    architecture = ViT(**fields)
     of_cait = ("cls_token", "blocks_token_only.", "head.")
-    half = tag == _AUGREG
+    mean, std = _NORMALISATIONS.get(tag, (IMAGENET_MEAN, IMAGENET_STD))
     return Spec(
         name=name,
         tag=tag,
@@ -294,8 +297,8 @@ def _spec(
         image_size=(size, size),
         # The feature maps are normalised already, by the final norm of the model.
         flow={"norm": "none", "steps": 20, "kernels": (3, 1), "hidden_ratio": 0.16},
-        mean=(0.0,) * 3 if tag == "webli" else HALF if half else IMAGENET_MEAN,
-        std=(1.0,) * 3 if tag == "webli" else HALF if half else IMAGENET_STD,
+        mean=mean,
+        std=std,
         unused=of_cait if architecture.talking else ("head.", "head_dist.", "mask_token"),
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fastflow_jax import data, parallel
-from fastflow_jax.backbones import Backbone, open_backbone, spec_of
+from fastflow_jax.backbones import Backbone, open_backbone
 from fastflow_jax.config import AUTO, default, fill, name_data, with_function
 from fastflow_jax.data.arrays import Images, as_dataset, is_one
 from fastflow_jax.data.inputs import stacked
@@ -494,7 +494,7 @@ class Detector(PickledByFields, Predictor):
 
     def features(self, images: Images) -> Features:
         """Returns features of images, [B, h, w, C] per scale, as `scorer` takes them."""
-        spec, found = spec_of(self.config), []
+        spec, found = self.backbone.spec, []
         for _, image in self.inputs(images):
             if isinstance(image, InputError):
                 raise image

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fastflow_jax import data, parallel
-from fastflow_jax.backbones import Backbone, spec_of
+from fastflow_jax.backbones import Backbone
 from fastflow_jax.config import AUTO, fill
 from fastflow_jax.data.arrays import Images
 from fastflow_jax.data.inputs import Outputs
@@ -310,7 +310,7 @@ class Products(PickledByFields, Predictor):
     def run(self, images: np.ndarray, valid: np.ndarray | None) -> dict[str, np.ndarray | None]:
         """Scores model inputs, see `Predictor.run`; also returns "product" and "is_known" [B]."""
         first, n = self._first, len(images)
-        spec = spec_of(first.config)
+        spec = first.backbone.spec
         pixels = normalise(images, spec.mean, spec.std, valid)
         features = in_batches(lambda size, part: first.sized(size)[0](part), pixels)
         means = image_means(features, valid)

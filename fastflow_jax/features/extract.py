@@ -5,13 +5,13 @@ import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fastflow_jax import parallel
 from fastflow_jax.backbones import Backbone
+from fastflow_jax.backbones.spec import Network
 from fastflow_jax.data.pipeline import Batch
 from fastflow_jax.errors import InputError
 
@@ -34,7 +34,7 @@ def compress(maps: Any, power: float) -> jax.Array:
 
 
 @parallel.cached_program
-def maps_of(module: nn.Module, length_power: float, dtype: str) -> Callable:
+def maps_of(module: Network, length_power: float, dtype: str) -> Callable:
     """Returns the pure function `(variables, images [B, H, W, 3]) -> features [B, h, w, C]`."""
 
     def run(variables, images):
@@ -74,7 +74,7 @@ def extractor(
 
 @parallel.cached_program
 def _compiled(
-    module: nn.Module, length_power: float, dtype: str, kind: str, batch_size: int
+    module: Network, length_power: float, dtype: str, kind: str, batch_size: int
 ) -> Callable:
     return parallel.per_own_example(maps_of(module, length_power, dtype), kind, batch_size)
 

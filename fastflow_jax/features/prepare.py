@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fastflow_jax import data, parallel
-from fastflow_jax.backbones import Backbone, open_backbone, spec_of
+from fastflow_jax.backbones import Backbone, open_backbone
 from fastflow_jax.data import checks
 from fastflow_jax.data.changes import augmented, bounds_of, tampered, with_copies
 from fastflow_jax.data.groups import labels_of
@@ -264,8 +264,8 @@ class _Preparer:
         # The data come before the backbone, as they are missing more often.
         dataset = self._dataset(config, category)
         settings, tamper = feature_fingerprint(config, seed), _key(config.data.tamper)
-        backbone = self._backbone or self._backbones.get(
-            settings, lambda: open_backbone(config, seed)
+        backbone = self._backbones.get(
+            settings, lambda: open_backbone(config, seed, self._backbone)
         )
         of_data = [config.data[field] for field in ("name", "root", "dir")]
         fingerprint = {"settings": settings, "weights": backbone.weights, "data": of_data}
@@ -378,7 +378,7 @@ class _FeatureCache:
         """Masks and padding masks of the images at `rows`, bool [N, H, W], or None without any."""
 
         def read(rows, size):
-            for batch in image_batches(self.config, source, rows, size):
+            for batch in image_batches(self.config, self.backbone, source, rows, size):
                 yield batch.mask, batch.valid
 
         size = self.config.batch_size
@@ -401,15 +401,14 @@ class _FeatureCache:
 
 
 def image_batches(
-    config, source: data.Source, indices=None, batch_size: int | None = None
+    config, backbone: Backbone, source: data.Source, indices=None, batch_size: int | None = None
 ) -> Iterator[Batch]:
-    """Batches of input images: all of `source`, or those at `indices`."""
-    spec = spec_of(config)
+    """Batches of input images of a backbone: all of `source`, or those at `indices`."""
     return batches(
         source,
         image_size=config.image_size,
-        mean=spec.mean,
-        std=spec.std,
+        mean=backbone.spec.mean,
+        std=backbone.spec.std,
         batch_size=batch_size or config.batch_size,
         indices=indices,
         resize_by=config.data.resize,
@@ -433,7 +432,7 @@ def feature_batches(
     extract = extractor_of(config, backbone)
 
     def read(rows, size):
-        for batch in image_batches(config, source, rows, size):
+        for batch in image_batches(config, backbone, source, rows, size):
             yield FeatureBatch(extract(batch.image), *batch[1:])
 
     rows = np.arange(len(source)) if indices is None else np.asarray(indices)
@@ -538,7 +537,7 @@ def _recomputed_training(cached: _FeatureCache, parts: Split, seed: int) -> Trai
 
     def batches_of(epoch, rows, size):
         images = augmented(source, config.augment, seed, epoch) if is_augmented(config) else source
-        return image_batches(config, images, parts.train[rows], size)
+        return image_batches(config, backbone, images, parts.train[rows], size)
 
     size = config.train.batch_size
     extract = extractor_of(config, backbone, size)

@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from fastflow_jax.backbones import Backbone, open_backbone, rebuild_backbone
+from fastflow_jax.backbones import Backbone, open_backbone, rebuild_backbone, spec_of
 from fastflow_jax.config import from_plain
 from fastflow_jax.data.profile import Profile
 from fastflow_jax.decision import Threshold
@@ -225,9 +225,10 @@ def load_backbone(
     config, known = record.config, record.weights
     if backbone is not None:
         _check_function(record, directory, backbone)
-        return backbone
+        return open_backbone(config, record.seed, backbone)
     if record.backbone is not None and weights is None:
-        return rebuild_backbone(config.backbone, config.layers, record.backbone, known)
+        rebuilt = rebuild_backbone(config.backbone, config.layers, record.backbone, known)
+        return dataclasses.replace(rebuilt, spec=spec_of(config))
     config.weights = _find_weights(record, directory, weights)
     backbone = open_backbone(config, record.seed)
     if backbone.weights.get("sha256") != known.get("sha256"):

@@ -46,7 +46,6 @@ USUAL = {
     "deit_tiny_distilled_patch16_224": ("160x256",),
     "vit_small_patch14_dinov2": ("140x224",),
     "vit_small_patch14_reg4_dinov2": ("140x224",),
-    "vit_giant_patch14_reg1_tipsv2": ("140x224",),
     "vit_small_patch16_dinov3": ("256x256",),
     "vit_small_plus_patch16_dinov3": ("160x256",),
     "cait_xxs24_224": ("160x256",),
@@ -271,6 +270,27 @@ def test_bfloat16_is_close_to_float32(name):
     )
     assert rough.dtype == jnp.float32
     assert 1e-4 < relative_error(rough, np.asarray(exact)) < 0.03
+
+
+@pytest.mark.parametrize("form", ["packed", "split"])
+def test_gated_mlps_equal_their_formula(form):
+    """Of the giant and the plus models, which are too large for every test run."""
+    rng = np.random.default_rng(0)
+    gate, value, out = (rng.normal(size=s) for s in ((4, 6), (4, 6), (6, 4)))
+    x, bias = rng.normal(size=(2, 5, 4)), rng.normal(size=(3, 6))
+
+    def dense(kernel, bias):
+        return {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
+
+    params = {"fc2": dense(out, bias[2, :4])}
+    if form == "packed":  # the gate is the first half
+        params["fc1"] = dense(np.concatenate([gate, value], 1), np.concatenate(bias[:2]))
+    else:
+        params |= {"fc1_g": dense(gate, bias[0]), "fc1_x": dense(value, bias[1])}
+    found = vit.Mlp(6, form, jnp.float32).apply({"params": params}, jnp.asarray(x, jnp.float32))
+    g = x @ gate + bias[0]
+    expected = (g / (1 + np.exp(-g)) * (x @ value + bias[1])) @ out + bias[2, :4]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_images_that_are_not_multiples_of_the_patch_are_refused():

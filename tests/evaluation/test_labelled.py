@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
+from scipy import optimize
 
 from fastflow_jax import Detector
 from fastflow_jax.config import default
@@ -23,19 +23,18 @@ def scores(n, shift, maps=4):
     return found
 
 
-def test_weights_are_those_of_a_logistic_regression_on_pairs():
-    normal, defective = scores(30, 0), scores(20, 2.0) + 0.5
-    w = labelled.learn(normal, defective, np.ones(4))
-    start = np.full(4, 0.25)
-    pairs = (defective[:, None] - normal).reshape(-1, 4) / (normal @ start).std()
-    x, y = np.concatenate([pairs, -pairs]), np.repeat([1, 0], len(pairs))
-    free = LogisticRegression(C=1e6, fit_intercept=False).fit(x, y).coef_[0]
-    assert w.sum() == pytest.approx(4)
-    assert w.argmax() == free.argmax() == 0
-    assert w[0] > 1.5
-    # All free weights are positive here, so regularisation alone keeps the learned ones equal.
-    assert np.all(free > 0)
-    assert np.std(w[1:]) < np.std(4 * free[1:] / free.sum())
+def test_weights_minimise_the_loss_of_all_pairs():
+    normal, defective = scores(12, 0, 3), scores(8, 1.0, 3) + 1.0
+    pairs = [(d - n) / np.std(normal.mean(1)) for d in defective for n in normal]
+
+    def loss(w):
+        of_pairs = [np.log1p(np.exp(-pair @ w)) for pair in pairs]
+        return np.mean(of_pairs) + 0.003 * np.sum((3 * w - 1) ** 2)
+
+    found = optimize.minimize(loss, np.ones(3) / 3, method="Nelder-Mead").x
+    assert found.min() > 0  # so that the bounds have no effect
+    weights = labelled.learn(normal, defective, np.ones(3))
+    np.testing.assert_allclose(weights, 3 * found / found.sum(), rtol=1e-2)
 
 
 def test_weights_are_not_negative_and_unused_maps_stay_unused():
@@ -58,9 +57,9 @@ def test_noise_is_rarely_taken_for_a_gain():
     """The lower end of a 95 % interval is above 0 in one of 40 draws; learned weights overfit."""
     found = [
         labelled.gain(scores(30, 0), scores(10, 0) + 1.0, np.ones(4), i).is_positive
-        for i in range(20)
+        for i in range(10)
     ]
-    assert sum(found) <= 2
+    assert sum(found) <= 1
 
 
 def images(n, seed=0):

@@ -24,7 +24,7 @@ def scores(n, shift, maps=4):
 
 
 def test_weights_minimise_the_loss_of_all_pairs():
-    normal, defective = scores(12, 0, 3), scores(8, 1.0, 3) + 1.0
+    normal, defective = scores(12, 0, 3), scores(8, 2.0, 3) + 2.0
     pairs = [(d - n) / np.std(normal.mean(1)) for d in defective for n in normal]
 
     def loss(w):

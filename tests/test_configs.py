@@ -86,6 +86,7 @@ def tiny(config, **fields):
     """The configuration with a small backbone, small images and a short training."""
     config.weights, config.image_size, config.layers = "random", (32,), ("blocks.2",)
     config.backbone, config.batch_size, config.heatmaps = "tf_efficientnet_lite0", 4, 1
+    config.detector = config.detector.replace("auto", "fastflow")  # there are few images
     detectors = {each.detector for each in variants(config).values()}
     if "fastflow" in detectors:
         config.flow.steps, config.flow.kernels, config.flow.hidden_ratio = 1, (3,), 0.5

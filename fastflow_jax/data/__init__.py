@@ -30,12 +30,22 @@ __all__ = [
 ]
 
 _MODULES = {
+    "aebad": "tfds.aebad",
     "btad": "tfds.btad",
     "cifar10": "tfds.cifar10",
+    "dagm": "tfds.dagm",
     "elpv": "tfds.elpv",
     "folder": "folder",
+    "kolektor_sdd": "tfds.kolektor_sdd",
+    "kolektor_sdd2": "tfds.kolektor_sdd",
+    "mpdd": "tfds.mpdd",
     "mvtec_ad": "tfds.mvtec_ad",
+    "mvtec_ad_2": "tfds.mvtec_ad_2",
+    "mvtec_loco": "tfds.mvtec_loco",
+    "real_iad": "tfds.real_iad",
+    "real_iad_sv": "tfds.real_iad",
     "synthetic": "synthetic",
+    "visa": "tfds.visa",
 }
 DATASETS = tuple(_MODULES)
 

@@ -15,6 +15,8 @@ from fastflow_jax.errors import InputError
 
 GOOD = "good"  # the defect of an image without one
 
+Counts = tuple[int | None, int]  # published numbers of training and test images, None if unknown
+
 
 class DataConfig(Protocol):
     """Fields of `config.data` that select a data set, see `data.open_dataset`."""
@@ -36,14 +38,22 @@ class Example(NamedTuple):
     name: str  # unique in its source, such as "crack/003.png"
 
 
+class Regions(NamedTuple):
+    """Defective regions of an image, for metrics of regions such as sPRO; they may overlap."""
+
+    masks: np.ndarray  # bool [R, H, W]; their union is the mask of the image
+    # float32 [R], in (0, 1]: share of the pixels of a region that counts as all of it
+    saturation: np.ndarray
+
+
 class Record(NamedTuple):
     """Files of one example."""
 
     image: Path
-    mask: Path | None
+    masks: tuple[Path, ...]  # their union is the mask, see `masks.read`
     defect: str
     name: str  # unique in its source
-    page: int = 0  # of image and mask, in files with several images
+    page: int = 0  # of image and masks, in files with several images
     header: Header | None = None  # of the image
 
 
@@ -68,6 +78,8 @@ class Source:
     header: Callable[[int], Header] | None = None
     # Images with equal labels show the same part. None: `data.groups.labels_of` uses the names.
     groups: tuple[str, ...] | None = None
+    # index -> regions of the defects; [0, H, W] in good images. None if the set defines none.
+    regions: Callable[[int], Regions] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -147,11 +159,15 @@ def check_choice(field: str, value: str | None, choices: Iterable[str]) -> str:
     return value
 
 
-def check_counts(title: str, counts: tuple[int, int], official: tuple[int, int]) -> None:
+def check_counts(title: str, counts: tuple[int, int], official: Counts) -> None:
     """Warns unless (training images, test images) are the published counts."""
-    if counts != official:
+    pairs = zip(("training", "test"), counts, official, strict=True)
+    known = [(kind, number, stated) for kind, number, stated in pairs if stated is not None]
+    if any(number != stated for _, number, stated in known):
+        found = " and ".join(f"{number} {kind}" for kind, number, _ in known)
         warnings.warn(
-            f"{title} has {counts[0]} training and {counts[1]} test images, but officially "
-            f"{official[0]} and {official[1]}. Do not compare its results with published ones.",
+            f"{title} has {found} images, but officially "
+            f"{' and '.join(str(stated) for *_, stated in known)}. Do not compare its results with "
+            "published ones.",
             stacklevel=3,
         )

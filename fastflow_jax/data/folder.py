@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from fastflow_jax.data import masks
 from fastflow_jax.data.dataset import GOOD, DataConfig, Dataset, Record, Source
 from fastflow_jax.data.formats import Header, read_header
 from fastflow_jax.data.groups import BY_DIRECTORY
-from fastflow_jax.data.layout import check_sizes, list_folder, list_images, pages, read_layout
-from fastflow_jax.data.transforms import decode_image, decode_mask, read_file
+from fastflow_jax.data.layout import list_folder, list_images, pages, read_layout
+from fastflow_jax.data.transforms import decode_image, read_file
 from fastflow_jax.errors import InputError
 from fastflow_jax.files import expanded
 
@@ -65,7 +66,7 @@ def _bare(root: Path) -> list[Record]:
 
 def source(records: list[Record]) -> Source:
     """Returns the source of `records`, which must have headers if headers are used."""
-    has_masks = any(record.mask for record in records)
+    has_masks = any(record.masks for record in records)
     cut: set[str] = set()
 
     def header(index: int) -> Header:
@@ -78,12 +79,9 @@ def source(records: list[Record]) -> Source:
         image = decode_image(read_file(record.image), str(record.image), record.page)
         if not has_masks:
             return image, None
-        if record.mask is None:
-            return image, np.zeros(image.shape[:2], bool)
-        mask = decode_mask(read_file(record.mask), str(record.mask), record.page, cut.add)
-        check_sizes(record.image, image.shape[:2], record.mask, mask.shape)
+        mask = masks.read(record, image.shape[:2], cut.add)
         if record.defect == GOOD and mask.any():
-            raise InputError(f"{record.mask} marks a defect in a good image. Remove it.")
+            raise InputError(f"{record.masks[0]} marks a defect in a good image. Remove it.")
         return image, mask
 
     return Source(

@@ -6,16 +6,19 @@
     root/ground_truth/<defect>/<name>_mask.*   masks of the defective images
 
 Images may be in sub-directories of these; their masks are then in sub-directories of the same
-names. Images and masks may have any format that Pillow reads; a file of several pages is several
-images. Hidden files, service directories of file servers and archives (`@eaDir`, `#recycle`,
-`__MACOSX`), results of earlier predictions and run directories are always skipped.
+names. An image may have several masks, `<name>_mask/*`, and masks may be polygons, see `polygons`.
+Images and masks may have any format that Pillow reads; a file of several pages is several images.
+Hidden files, service directories of file servers and archives (`@eaDir`, `#recycle`, `__MACOSX`),
+results of earlier predictions and run directories are always skipped.
 """
 
+import dataclasses
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from fastflow_jax.data import masks
 from fastflow_jax.data.dataset import GOOD, Record
 from fastflow_jax.data.formats import Header, is_image, missing_target, read_header
 from fastflow_jax.errors import InputError
@@ -39,91 +42,137 @@ _RUN_FILES = ((".lock", "config.json"), ("detector.json",))  # all files of a tu
 Splits = dict[str, list[Record]]  # "train", "test", "calibration"; each sorted by path
 
 
-def read_layout(
-    root: Path,
-    *,
-    good: str = GOOD,
-    mask_suffix: str = "_mask",
-    complete: bool = False,
-) -> Splits:
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Names of the directories and masks of a data set; by default those at the top."""
+
+    good: str = GOOD  # directories of normal images
+    mask_suffix: str = "_mask"  # of the name of a mask, after the name of its image
+    calibration: str | None = "calibration"  # None: not allowed
+    test: str = "test"
+    ground_truth: str = "ground_truth"  # may be in `test`
+    ignored: tuple[str, ...] = ()  # other directories that are allowed
+    is_complete: bool = False  # all of these directories are required
+
+
+class Item(NamedTuple):
+    """Image file of a data set with its labels."""
+
+    image: Path
+    name: str  # unique in its source
+    defect: str = GOOD
+    masks: tuple[Path, ...] = ()
+
+
+def read_layout(root: Path, layout: Layout | None = None) -> Splits:
     """Reads all headers below `root` and checks that masks have the sizes of their images.
 
     Args:
         root: directory with `train` and, optionally, `test` and `ground_truth`.
-        good: name of the directories of normal images.
-        mask_suffix: suffix of the name of a mask, after the name of its image.
-        complete: test images and masks are required, and `calibration` is not allowed.
+        layout: names of the directories; None for the default.
 
     Returns:
-        "train", "test" and, unless `complete`, "calibration". Missing splits are empty.
+        "train", "test" and, unless `layout.calibration` is None, "calibration". Missing splits are
+        empty.
 
     Raises:
         InputError: a directory or file is missing, or is not part of the layout.
     """
-    folders = _split_folders(root, good, complete)
-    images = {name: list_subfolders(folders[name]) for name in folders if name != "ground_truth"}
+    layout = layout or Layout()
+    folders = _split_folders(root, layout)
+    inner = folders.get("ground_truth")
+    images = {
+        name: list_subfolders(folder, skip=inner)
+        for name, folder in folders.items()
+        if name != "ground_truth"
+    }
     for split in ("train", "calibration"):
-        if split in images and list(images[split]) != [good]:
+        if split in images and list(images[split]) != [layout.good]:
             raise InputError(
-                f"{folders[split]} must contain only normal images, in the directory {good}, but "
-                f"it has {', '.join(images[split])}. Move the others to test."
+                f"{folders[split]} must contain only normal images, in the directory "
+                f"{layout.good}, but it has {', '.join(images[split])}. Move the others to test."
             )
-    headers = {path: read_header(path) for split in images.values() for path in _paths(split)}
-    masks = {}
-    if "ground_truth" in folders:
-        ground_truth = list_subfolders(folders["ground_truth"], may_be_empty=good)
-        masks = _match_masks(folders, images.get("test", {}), ground_truth, good, mask_suffix)
-        for image, mask in masks.items():
-            header, mask_header = headers[image], read_header(mask)
-            check_sizes(image, header.size, mask, mask_header.size)
-            if mask_header.pages != header.pages:
-                raise InputError(
-                    f"{mask} has {mask_header.pages} pages, but its image {image} has "
-                    f"{header.pages}. Both must have the same number."
-                )
+    test = images.get("test", {})
+    found = {}
+    if inner is not None:
+        defective = [path for name, paths in test.items() if name != layout.good for path in paths]
+        found = masks.match(
+            _paths(test),
+            defective,
+            list_masks(inner, layout.good),
+            layout.mask_suffix,
+            folders.get("test", root / layout.test),
+            inner,
+        )
 
-    def records(split: str) -> list[Record]:
+    def items(split: str) -> list[Item]:
         return [
-            record
+            Item(
+                path,
+                path.relative_to(folders[split]).as_posix(),
+                GOOD if name == layout.good else name,
+                found.get(path, ()),
+            )
             for name, paths in images.get(split, {}).items()
             for path in paths
-            for record in pages(
-                path,
-                headers[path],
-                path.relative_to(folders[split]).as_posix(),
-                mask=masks.get(path),
-                defect=GOOD if name == good else name,
-            )
         ]
 
-    splits = ("train", "test") if complete else ("train", "test", "calibration")
-    return {split: records(split) for split in splits}
+    splits = ("train", "test") + (("calibration",) if layout.calibration else ())
+    return {split: to_records(items(split)) for split in splits}
 
 
-def _split_folders(root: Path, good: str, complete: bool) -> dict[str, Path]:
-    """Directories in `root`, checked against the layout; see `read_layout`."""
-    known = ("train", "test", "ground_truth", *(() if complete else ("calibration",)))
+def to_records(items: Iterable[Item]) -> list[Record]:
+    """Reads the headers of images and masks; one record for each page of an image.
+
+    Raises:
+        InputError: an unreadable file, a mask of another size or number of pages than its image, or
+            a name that occurs twice.
+    """
+    records: list[Record] = []
+    seen: dict[str, Path] = {}
+    for item in items:
+        if item.name in seen:
+            raise InputError(
+                f"{item.image} and {seen[item.name]} have the same name, {item.name}. Rename or "
+                "remove one; list each image once."
+            )
+        seen[item.name] = item.image
+        header = read_header(item.image)
+        for mask in item.masks:
+            masks.check_header(mask, item.image, header)
+        records += pages(item.image, header, item.name, masks=item.masks, defect=item.defect)
+    return records
+
+
+def _split_folders(root: Path, layout: Layout) -> dict[str, Path]:
+    """Directories of the splits in `root` that exist, checked against the layout."""
+    names = {"train": "train", "test": layout.test, "ground_truth": layout.ground_truth}
+    if layout.calibration is not None:
+        names["calibration"] = layout.calibration
+    known = list(dict.fromkeys(name.partition("/")[0] for name in names.values()))
     folders, files = list_folder(root)
     for name, folder in folders.items():
-        if name not in known:
+        if name not in (*known, *layout.ignored):
             raise InputError(
                 f"{folder} is unexpected: only {', '.join(known)} are read. Move it elsewhere."
             )
     for file in files.values():
         if is_image(file):
-            raise InputError(f"{file} is next to train. Move it to train/{good} or elsewhere.")
-    for name in known if complete else ("train",):
-        if name not in folders:
+            raise InputError(
+                f"{file} is next to train. Move it to train/{layout.good} or elsewhere."
+            )
+    for name in names.values() if layout.is_complete else ("train",):
+        if not (root / name).is_dir():
             raise InputError(f"{root} has no directory {name}. Add it.")
-    return folders
+    return {split: root / name for split, name in names.items() if (root / name).is_dir()}
 
 
 def pages(
-    path: Path, header: Header, name: str, *, mask: Path | None = None, defect: str = GOOD
+    path: Path, header: Header, name: str, *, masks: tuple[Path, ...] = (), defect: str = GOOD
 ) -> list[Record]:
     """Returns the examples of an image file, one per page."""
     return [
-        Record(path, mask, defect, page_name, page, header)
+        Record(path, masks, defect, page_name, page, header)
         for page, page_name in enumerate(page_names(name, header))
     ]
 
@@ -143,17 +192,18 @@ def page_of(name: str) -> tuple[Path, int]:
     return Path(name), 0
 
 
-def list_subfolders(folder: Path, may_be_empty: str | None = None) -> dict[str, list[Path]]:
+def list_subfolders(folder: Path, *, skip: Path | None = None) -> dict[str, list[Path]]:
     """Returns the images in each directory of `folder`, by the name of the directory.
 
     Args:
         folder: contains only directories.
-        may_be_empty: name of a directory that may have no images.
+        skip: one of these directories that is left out.
 
     Raises:
         InputError: there are no directories, or there are files next to them.
     """
     folders, files = list_folder(folder)
+    folders = {name: inner for name, inner in folders.items() if inner != skip}
     for file in files.values():
         if not folders and is_image(file):
             raise InputError(
@@ -165,23 +215,55 @@ def list_subfolders(folder: Path, may_be_empty: str | None = None) -> dict[str, 
         )
     if not folders:
         raise InputError(f"{folder} is empty. Add images or remove it.")
-    return {
-        name: [] if name == may_be_empty and not any(list_folder(inner)) else list_images(inner)
+    return {name: list_images(inner) for name, inner in folders.items()}
+
+
+def list_masks(folder: Path, good: str) -> list[Path]:
+    """Returns the mask files in the directories of `folder`; JSON files next to them are COCO.
+
+    Args:
+        folder: contains a directory for each kind of defect, or a file of COCO annotations.
+        good: name of a directory that may have no masks.
+
+    Raises:
+        InputError: as in `list_subfolders`.
+    """
+    folders, files = list_folder(folder)
+    annotations = [file for file in files.values() if file.suffix.lower() == masks.POLYGONS]
+    if not annotations or len(annotations) < len(files):
+        if other := [file for file in files.values() if file not in annotations]:
+            raise InputError(
+                f"{other[0]} is next to the directories of {folder}. Move it into one of them or "
+                "elsewhere."
+            )
+        if not folders:
+            raise InputError(f"{folder} is empty. Add images or remove it.")
+    return annotations + [
+        path
         for name, inner in folders.items()
-    }
+        if name != good or any(list_folder(inner))
+        for path in list_images(inner, also=(masks.POLYGONS,))
+    ]
 
 
-def list_images(folder: Path) -> list[Path]:
+def list_images(folder: Path, *, also: tuple[str, ...] = (), skip: str | None = None) -> list[Path]:
     """Returns the images in `folder` and its sub-directories, sorted by path; opens none.
+
+    Args:
+        folder: the directory.
+        also: extensions of files that are not images but are returned too.
+        skip: name of a file or directory in `folder` that is left out.
 
     Raises:
         InputError: there are no images, or there are files that are not images.
     """
     found, by_stem = [], {}
     for path in _files_below(folder):
+        if path.relative_to(folder).parts[0] == skip:
+            continue
         if path.is_symlink() and not path.exists():
             raise missing_target(path)
-        if not is_image(path):
+        if not is_image(path) and path.suffix.lower() not in also:
             raise InputError(f"{path} is not an image. Move it elsewhere.")
         twin = by_stem.setdefault(path.with_suffix(""), path)
         if twin is not path:
@@ -192,6 +274,44 @@ def list_images(folder: Path) -> list[Path]:
     if not found:
         raise no_images(folder)
     return found
+
+
+def pair(files: Iterable[Path], suffix: str) -> dict[Path, Path | None]:
+    """Returns the mask of each image, or None, among files of images and masks.
+
+    Args:
+        files: of different names without extension.
+        suffix: of the name of a mask, after the name of its image.
+
+    Raises:
+        InputError: a mask without an image.
+    """
+    by_stem = {path.stem: path for path in files}
+    pairs: dict[Path, Path | None] = {
+        path: None for stem, path in by_stem.items() if not stem.endswith(suffix)
+    }
+    for stem, path in by_stem.items():
+        if stem.endswith(suffix):
+            image = by_stem.get(stem.removesuffix(suffix))
+            if image is None:
+                raise InputError(f"{path} is a mask without an image. Remove it.")
+            pairs[image] = path
+    return pairs
+
+
+def check_listed(found: Iterable[Path], listed: Iterable[Path], where: Path) -> None:
+    """Raises an InputError unless the files of a directory are those of a list.
+
+    Args:
+        found: files of the directory.
+        listed: files of the list.
+        where: path of the list.
+    """
+    found, listed = set(found), set(listed)
+    if missing := sorted(listed - found):
+        raise InputError(f"{missing[0]} is in {where}, but does not exist. Restore it.")
+    if extra := sorted(found - listed):
+        raise InputError(f"{extra[0]} is not in {where}. Move it elsewhere.")
 
 
 class Found(NamedTuple):
@@ -277,46 +397,3 @@ def list_folder(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
 
 def _paths(images: dict[str, list[Path]]) -> list[Path]:
     return [path for paths in images.values() for path in paths]
-
-
-def _match_masks(
-    folders: dict[str, Path],
-    images: dict[str, list[Path]],
-    masks: dict[str, list[Path]],
-    good: str,
-    suffix: str,
-) -> dict[Path, Path]:
-    """The mask of each image; optional for good images."""
-    by_mask = {
-        path.relative_to(folders["test"]).with_name(path.stem + suffix): path
-        for path in _paths(images)
-    }
-    matched = {}
-    for mask in _paths(masks):
-        image = by_mask.get(mask.relative_to(folders["ground_truth"]).with_suffix(""))
-        if image is None:
-            raise InputError(
-                f"{mask} is a mask without an image. Name it after an image in "
-                f"test/{mask.parent.relative_to(folders['ground_truth'])}: "
-                f"<name>{suffix}{mask.suffix}."
-            )
-        matched[image] = mask
-    defective = [path for name, paths in images.items() if name != good for path in paths]
-    missing = [path for path in defective if path not in matched]
-    if missing:
-        first = missing[0].relative_to(folders["test"])
-        raise InputError(
-            f"{missing[0]} has no mask (missing: {len(missing)} of {len(defective)}). Add it as "
-            f"ground_truth/{first.with_name(first.stem + suffix)}.png, or remove ground_truth to "
-            "use no masks."
-        )
-    return matched
-
-
-def check_sizes(image: Path, size: tuple[int, int], mask: Path, mask_size: tuple[int, int]) -> None:
-    """Raises an InputError unless a mask has the (height, width) of its image."""
-    if mask_size != size:
-        raise InputError(
-            f"{mask} has {mask_size[1]} x {mask_size[0]} pixels, but its image {image} has "
-            f"{size[1]} x {size[0]}. Both must have the same size, as viewers show them."
-        )

@@ -5,12 +5,15 @@ ISIE 2021. 2,540 images, .bmp and .png. Normal images are in directories named o
 in ko; a mask has the name of its image.
 """
 
-import functools
-
-from fastflow_jax.data.dataset import DataConfig, Dataset
+from fastflow_jax.data.dataset import Counts, DataConfig, Dataset
+from fastflow_jax.data.layout import Layout
 from fastflow_jax.data.tfds import manual, prepared
 
-COUNTS = {"01": (400, 70), "02": (399, 230), "03": (1000, 441)}  # training images, test images
+COUNTS: dict[str, Counts] = {
+    "01": (400, 70),
+    "02": (399, 230),
+    "03": (1000, 441),
+}  # training images, test images
 CATEGORIES = tuple(COUNTS)
 
 _ARCHIVE = "btad.zip"
@@ -23,7 +26,8 @@ class Btad(prepared.Builder):
     DESCRIPTION = __doc__ or ""
     HOMEPAGE = "https://avires.dimi.uniud.it/papers/btad/"
     CITATION = "doi:10.1109/ISIE45552.2021.9576231"
-    GOOD_NAME, MASK_SUFFIX = "ok", ""
+    LAYOUT = Layout(good="ok", mask_suffix="", calibration=None, is_complete=True)
+    ARCHIVES = (_ARCHIVE,)
     LICENCE = "none named by its authors; anomalib lists it as CC BY-NC-SA 4.0"
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         f"Download {_ARCHIVE} (1.2 GB; licence: {LICENCE}) from the University of Udine, "
@@ -41,5 +45,4 @@ def open_dataset(config: DataConfig) -> Dataset:
     Raises:
         InputError: an unknown product, or missing or invalid data.
     """
-    find_raw = functools.partial(manual.find_raw, config, Btad, _ARCHIVE)
-    return prepared.open_category(Btad, config, find_raw, COUNTS)
+    return manual.open_category(Btad, config, COUNTS)

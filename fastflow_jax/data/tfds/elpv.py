@@ -37,10 +37,14 @@ class Elpv(prepared.Builder):
     HOMEPAGE = "https://github.com/zae-bayern/elpv-dataset"
     CITATION = "doi:10.1016/j.solener.2019.02.067"
     LICENCE = "CC BY-NC-SA 4.0"
-    HAS_MASKS = False
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         f"pip install {_PACKAGE}; manual_dir is the directory data of the package."
     )
+
+    @property
+    def has_masks(self) -> bool:
+        """Always False."""
+        return False
 
     def splits(self, folder: Path) -> Splits:
         """Returns the files of a cell type."""
@@ -72,7 +76,7 @@ def split(path: Path, cell_type: str) -> Splits:
         raise InputError(f"{path} lists too few {cell_type} cells. {_REINSTALL}.")
 
     def records(defect: str, images: list[Path]) -> list[Record]:
-        return [Record(image, None, defect, f"{defect}/{image.name}") for image in images]
+        return [Record(image, (), defect, f"{defect}/{image.name}") for image in images]
 
     train = [image for i, image in enumerate(good) if i % 5 != 4]
     return {

@@ -1,6 +1,7 @@
 """Data sets that users download by hand, packed or unpacked."""
 
 import contextlib
+import functools
 import gzip
 import logging
 import lzma
@@ -9,13 +10,14 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, cast
 
 from tqdm import tqdm
 
-from fastflow_jax.data.dataset import DataConfig
+from fastflow_jax.data.dataset import Counts, DataConfig, Dataset
+from fastflow_jax.data.tfds import prepared
 from fastflow_jax.data.tfds.prepared import Builder, Raw, data_dir
 from fastflow_jax.errors import InputError
 from fastflow_jax.files import expanded, lock
@@ -37,35 +39,59 @@ def manual_dir(config: DataConfig) -> Path:
     return (data_dir(config) / "downloads/manual" / config.name).resolve()
 
 
-def find_raw(config: DataConfig, builder_class: type[Builder], *archives: str) -> Raw:
+def open_category(
+    builder_class: type[Builder],
+    config: DataConfig,
+    counts: Mapping[str, Counts] | None = None,
+) -> Dataset:
+    """Opens the category `config.category` of a set that was downloaded by hand.
+
+    The raw files, packed or not, possibly one level deeper, are in `config.root` or in
+    `downloads/manual/<name>` of the data directory. See `prepared.open_category`.
+
+    Raises:
+        InputError: an unknown category, or missing or invalid data.
+    """
+    find = functools.partial(find_raw, config, builder_class)
+    return prepared.open_category(builder_class, config, find, counts)
+
+
+def find_raw(config: DataConfig, builder_class: type[Builder]) -> Raw:
     """Finds the directory of `config.category`, in `manual_dir` or one level deeper.
 
     Args:
         config: `config.data`.
-        builder_class: its `MANUAL_DOWNLOAD_INSTRUCTIONS` are part of the error message.
-        archives: names of archives that may contain the category. If its directory is missing, the
-            first archive present is unpacked.
+        builder_class: its `PLACES` and `CONTAINS` describe the directory. If it is missing, the
+            first of its `ARCHIVES` that is present is unpacked. Its `MANUAL_DOWNLOAD_INSTRUCTIONS`
+            are part of the error message.
 
     Raises:
         InputError: the category is missing, an archive is damaged, or the disk is full.
     """
     folder, category = manual_dir(config), config.category or ""
-    found = _find_category(folder, category)
-    present = [folder / archive for archive in archives if (folder / archive).is_file()]
+    found = _find_category(folder, category, builder_class)
+    archives = [folder / name.format(category=category) for name in builder_class.ARCHIVES]
+    present = [archive for archive in archives if archive.is_file()]
     if found is None and present:
         if (target := _target(present[0])).exists():
-            raise InputError(f"{target} has no {category}. Remove it to unpack {present[0]} again.")
+            missing = category or builder_class.CONTAINS
+            raise InputError(f"{target} has no {missing}. Remove it to unpack {present[0]} again.")
         unpack(present[0])
-        found = _find_category(folder, category)
+        found = _find_category(folder, category, builder_class)
     if found is None:
         instructions = builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS
-        raise InputError(f"{config.name} ({category}) is not in {folder}. {instructions}")
+        title = f"{config.name} ({category})" if category else config.name
+        raise InputError(f"{title} is not in {folder}. {instructions}")
     return Raw(found, str(folder))
 
 
-def _find_category(folder: Path, category: str) -> Path | None:
-    candidates = (path / category for path in (folder, *sorted(folder.glob("*"))))
-    return next((path for path in candidates if (path / "train").is_dir()), None)
+def _find_category(folder: Path, category: str, builder_class: type[Builder]) -> Path | None:
+    candidates = (
+        path / place.format(category=category)
+        for path in (folder, *sorted(folder.glob("*")))
+        for place in builder_class.PLACES
+    )
+    return next((path for path in candidates if (path / builder_class.CONTAINS).exists()), None)
 
 
 def unpack(archive: Path) -> None:

@@ -5,12 +5,10 @@ Unsupervised Anomaly Detection", IJCV 129 (2021). 5,354 images of 700 to 1,024 p
 screw and zipper are grey. The licence (CC BY-NC-SA 4.0) requires a manual download.
 """
 
-import functools
-
-from fastflow_jax.data.dataset import DataConfig, Dataset
+from fastflow_jax.data.dataset import Counts, DataConfig, Dataset
 from fastflow_jax.data.tfds import manual, prepared
 
-COUNTS = {  # training images, test images
+COUNTS: dict[str, Counts] = {  # training images, test images
     "bottle": (209, 83),
     "cable": (224, 150),
     "capsule": (219, 132),
@@ -40,6 +38,7 @@ class MvtecAd(prepared.Builder):
     HOMEPAGE = "https://www.mvtec.com/company/research/datasets/mvtec-ad"
     CITATION = "doi:10.1007/s11263-020-01400-4"
     LICENCE = "CC BY-NC-SA 4.0"
+    ARCHIVES = (_ARCHIVE, "{category}.tar.xz")
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         f"Download {_ARCHIVE} (5.3 GB, {LICENCE}: not for commercial use) from MVTec, {HOMEPAGE}, "
         "and put it there, packed or unpacked; or set data.root to its directory."
@@ -56,6 +55,4 @@ def open_dataset(config: DataConfig) -> Dataset:
     Raises:
         InputError: an unknown category, or missing or invalid data.
     """
-    archives = (_ARCHIVE, f"{config.category}.tar.xz")
-    find_raw = functools.partial(manual.find_raw, config, MvtecAd, *archives)
-    return prepared.open_category(MvtecAd, config, find_raw, COUNTS)
+    return manual.open_category(MvtecAd, config, COUNTS)

@@ -18,17 +18,20 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
+from fastflow_jax.data import masks
 from fastflow_jax.data.dataset import (
     GOOD,
+    Counts,
     DataConfig,
     Dataset,
     Record,
+    Regions,
     Source,
     check_choice,
     check_counts,
 )
 from fastflow_jax.data.formats import Header, header_of, open_image, read_header
-from fastflow_jax.data.layout import Splits, read_layout
+from fastflow_jax.data.layout import Layout, Splits, read_layout
 from fastflow_jax.data.transforms import check_image, decode_image, decode_mask, read_file
 from fastflow_jax.errors import InputError
 from fastflow_jax.files import expanded, is_utf8
@@ -47,7 +50,7 @@ def builder_configs(categories: Iterable[str]) -> list[tfds.core.BuilderConfig]:
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Base class of sets with categories, each with training and test images.
+    """Base class of sets with training and test images, usually in categories.
 
     Image files are stored byte for byte, in the order of `splits`. By default `<manual_dir>` is the
     directory of the category, in the layout of MVTec AD.
@@ -58,19 +61,31 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     HOMEPAGE = ""
     CITATION = ""
     LICENCE = ""
-    HAS_MASKS = True
-    GOOD_NAME = GOOD  # directories of normal images
-    MASK_SUFFIX = "_mask"
+    LAYOUT = Layout(calibration=None, is_complete=True)
+    # Where the raw files are, see `manual.find_raw`: names of archives; directories of a category,
+    # below that of the set; and the name of a file or directory in each of them.
+    ARCHIVES: tuple[str, ...] = ()
+    PLACES: tuple[str, ...] = ("{category}",)
+    CONTAINS = "train"
+    HAS_REGIONS = False  # whether each mask file of an image is a region, see `Source.regions`
 
     def splits(self, folder: Path) -> Splits:
         """Returns the files of `category` in the directory of raw files."""
-        return read_layout(folder, good=self.GOOD_NAME, mask_suffix=self.MASK_SUFFIX, complete=True)
+        return read_layout(folder, self.LAYOUT)
 
     @property
     def category(self) -> str:
-        """Name of the category."""
-        assert self.builder_config is not None
-        return self.builder_config.name
+        """Name of the category, or "" if the set has none."""
+        return "" if self.builder_config is None else self.builder_config.name
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the test images of `category` have masks."""
+        return True
+
+    def saturations(self, record: Record) -> list[float]:
+        """Returns the saturation of each region of an image, see `Regions`."""
+        raise NotImplementedError
 
     def _info(self) -> tfds.core.DatasetInfo:
         features: dict[str, Any] = {
@@ -79,8 +94,11 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             "defect": tfds.features.Text(),
             "name": tfds.features.Text(),
         }
-        if self.HAS_MASKS:
+        if self.has_masks:
             features["mask"] = tfds.features.Image(shape=(None, None, 1))
+        if self.HAS_REGIONS:
+            features["regions"] = tfds.features.Sequence(tfds.features.Text())
+            features["saturations"] = tfds.features.Sequence(tfds.features.Scalar(np.float32))
         return dataset_info(self, features, self.DESCRIPTION, self.HOMEPAGE, self.CITATION)
 
     def _split_generators(self, dl_manager):
@@ -88,7 +106,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {name: self._generate_examples(records) for name, records in splits.items()}
 
     def _generate_examples(self, records: Sequence[Record]) -> Iterator[tuple[int, dict]]:
-        title = f"preparing {self.name}/{self.category}"
+        title = f"preparing {self.name} {self.category}".rstrip()
         for key, record in enumerate(tqdm(records, desc=title, unit="image", delay=1)):
             example = {
                 "image": _read_checked(record.image),
@@ -97,10 +115,11 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 "defect": record.defect.encode(errors="backslashreplace"),
                 "name": record.name.encode(errors="backslashreplace"),
             }
-            if self.HAS_MASKS and record.mask:
-                example["mask"] = _read_checked(record.mask)
-            elif self.HAS_MASKS:
-                example["mask"] = _blank_mask(*read_header(record.image).size)
+            if self.has_masks:
+                example["mask"] = _mask(record)
+            if self.HAS_REGIONS:
+                example["regions"] = [_read_checked(path) for path in record.masks]
+                example["saturations"] = self.saturations(record)
             yield key, example
 
 
@@ -130,10 +149,22 @@ def _read_checked(path: Path) -> bytes:
     return data
 
 
+def _mask(record: Record) -> bytes:
+    """Content of a mask file: the only one, or the union of several."""
+    if len(record.masks) == 1:
+        return _read_checked(record.masks[0])
+    size = read_header(record.image).size
+    return _png(masks.read(record, size)) if record.masks else _blank_mask(*size)
+
+
 @functools.lru_cache(maxsize=16)
 def _blank_mask(height: int, width: int) -> bytes:
+    return _png(np.zeros((height, width), bool))
+
+
+def _png(mask: np.ndarray) -> bytes:
     file = io.BytesIO()
-    Image.new("L", (width, height)).save(file, "PNG")
+    Image.fromarray(mask * np.uint8(255)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -141,7 +172,7 @@ def open_category(
     builder_class: type[Builder],
     config: DataConfig,
     find_raw: Callable[[], Raw],
-    counts: Mapping[str, tuple[int, int]] | None = None,
+    counts: Mapping[str, Counts] | None = None,
 ) -> Dataset:
     """Opens the category `config.category`, after preparing it if needed.
 
@@ -149,19 +180,28 @@ def open_category(
         builder_class: builder of the data set.
         config: `config.data`.
         find_raw: see `prepare`.
-        counts: official numbers of training and test images by category; others are a warning.
+        counts: official numbers of training and test images by category, by "" for a set without
+            categories; others are a warning.
 
     Raises:
         InputError: an unknown category, or the errors of `prepare`.
     """
     names = [each.name for each in builder_class.BUILDER_CONFIGS]
-    category = check_choice("data.category", config.category, names)
+    category = config.category
+    if names:
+        category = check_choice("data.category", category, names)
+    elif category is not None:
+        raise InputError(
+            f"data.category is {category!r}, but {builder_class.name} has no categories. Unset it."
+        )
     builder = prepare(builder_class, category, config, find_raw)
-    train, test = source(builder, "train"), source(builder, "test")
+    sources = {name: source(builder, name) for name in builder.info.splits}
+    train, test = sources["train"], sources["test"]
     if counts is not None:
-        check_counts(builder.info.full_name, (len(train), len(test)), counts[category])
+        check_counts(builder.info.full_name, (len(train), len(test)), counts[category or ""])
     labels = {"category": category, "licence": builder_class.LICENCE}
-    return Dataset(builder_class.name, train, test, provenance(builder) | labels)
+    about = provenance(builder) | labels
+    return Dataset(builder_class.name, train, test, about, sources.get("calibration"))
 
 
 def data_dir(config: DataConfig) -> Path:
@@ -271,19 +311,20 @@ def read(builder: tfds.core.DatasetBuilder, split: str) -> tuple[Sequence[dict],
         InputError: the prepared files are damaged.
     """
     as_data_source: Any = builder.as_data_source  # its decorator hides the signature
-    images = ("image", "mask") if _has_masks(builder) else ("image",)
+    images = ("image", "mask") if _has(builder, "mask") else ("image",)
     decoders = {name: tfds.decode.SkipDecoding() for name in images}
+    large = (*images, "regions")
     try:
         data = as_data_source(split, decoders=decoders)
-        rest = [{k: v for k, v in example.items() if k not in images} for example in data]
+        rest = [{k: v for k, v in example.items() if k not in large} for example in data]
     except Exception as error:  # array_record, protobuf and tfds raise their own types
         raise _damaged(builder.data_dir, error) from error
     return data, rest
 
 
-def _has_masks(builder: tfds.core.DatasetBuilder) -> bool:
+def _has(builder: tfds.core.DatasetBuilder, name: str) -> bool:
     features: Any = builder.info.features
-    return "mask" in features
+    return name in features
 
 
 def source(builder: tfds.core.DatasetBuilder, split: str) -> Source:
@@ -291,7 +332,7 @@ def source(builder: tfds.core.DatasetBuilder, split: str) -> Source:
     data, rest = read(builder, split)
     names = tuple(example["name"].decode() for example in rest)
     defects = tuple(example["defect"].decode() for example in rest)
-    has_masks = split == "test" and _has_masks(builder)
+    has_masks = split == "test" and _has(builder, "mask")
     cut: set[str] = set()
 
     titles = [f"{builder.info.full_name}: {name}" for name in names]
@@ -310,7 +351,16 @@ def source(builder: tfds.core.DatasetBuilder, split: str) -> Source:
         with open_image(io.BytesIO(data[index]["image"]), titles[index]) as image:
             return header_of(image, titles[index])
 
-    return Source(names, defects, load, header=header, cut_masks=cut)
+    def regions(index: int) -> Regions:
+        example, title = data[index], f"a mask of {titles[index]}"
+        shape = (0, *header(index).size)
+        found = [decode_mask(bytes(mask), title)[None] for mask in example["regions"]]
+        saturations = np.asarray(example["saturations"], np.float32)
+        return Regions(np.concatenate([np.zeros(shape, bool), *found]), saturations)
+
+    has_regions = split == "test" and _has(builder, "regions")
+    regions_of = regions if has_regions else None
+    return Source(names, defects, load, header=header, cut_masks=cut, regions=regions_of)
 
 
 def provenance(builder: tfds.core.DatasetBuilder) -> dict:

@@ -82,7 +82,7 @@ def _function() -> ConfigDict:
 
 def _data() -> ConfigDict:
     c = ConfigDict()
-    c.name = "folder"  # or btad, cifar10, elpv, mvtec_ad, synthetic
+    c.name = "folder"  # or another of `data.DATASETS`
     c.category = placeholder(str)  # of that data set
     c.root = placeholder(str)  # directory of images
     c.dir = placeholder(str)  # prepared tfds sets; None: $TFDS_DATA_DIR, or the default of tfds

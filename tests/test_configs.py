@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 from test_config import CONFIGS, load
 
+from fastflow_jax import data
 from fastflow_jax.backbones import find_spec
 from fastflow_jax.config import fill, variants, without
-from fastflow_jax.data.tfds import btad, cifar10, mvtec_ad
+from fastflow_jax.data.tfds import btad, cifar10, mvtec_ad, mvtec_loco
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.evaluate import METRICS
 from fastflow_jax.report.table import format_table
@@ -36,7 +37,15 @@ def photograph(path, size=(36, 30)):
     Image.fromarray(RNG.integers(0, 256, (*size, 3), np.uint8)).save(path)
 
 
-def make_category(root, good="good", bad="crack", suffix="_mask", extension=".png", masks=".png"):
+def make_category(
+    root,
+    good="good",
+    bad="crack",
+    suffix="_mask",
+    extension=".png",
+    masks=".png",
+    levels=(255,) * BAD,
+):
     for i in range(TRAIN):
         photograph(root / f"train/{good}/{i:03}{extension}")
     for i in range(GOOD):
@@ -44,7 +53,7 @@ def make_category(root, good="good", bad="crack", suffix="_mask", extension=".pn
     for i in range(BAD):
         photograph(root / f"test/{bad}/{i:03}{extension}")
         mask = np.zeros((36, 30), np.uint8)
-        mask[5:20, 4 + i : 22] = 255
+        mask[5:20, 4 + i : 22] = levels[i]
         path = root / f"ground_truth/{bad}/{i:03}{suffix}{masks}"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(mask).save(path)
@@ -158,6 +167,54 @@ def test_a_benchmark_in_miniature(name, make, argument, raw, run_config):
     assert [m for m in METRICS if results["mean"][m] is not None] == [
         m for m in METRICS if has_masks or m.startswith("image")
     ]
+
+
+# Configurations of data sets that tests/data/tfds/test_manual_sets.py reads in miniature: the
+# argument and the expected data set and category.
+SETS = {
+    "aebad": ("view", "aebad", "view"),
+    "dagm": ("Class1", "dagm", "Class1"),
+    "kolektor_sdd": ("kolektor_sdd", "kolektor_sdd", None),
+    "mpdd": ("tubes", "mpdd", "tubes"),
+    "mvtec_ad_2": ("can", "mvtec_ad_2", "can"),
+    "mvtec_loco": ("pushpins,screw_bag", "mvtec_loco", "pushpins,screw_bag"),
+    "real_iad": ("usb", "real_iad", "usb"),
+    "visa": ("candle", "visa", "candle"),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_that_is_downloaded_manually(name):
+    argument, *expected = SETS[name]
+    chosen = fill(load(name, argument)).data
+    assert [chosen.name, chosen.category] == expected
+    assert data.categories(chosen) == (
+        tuple(chosen.category.split(",")) if expected[1] else (None,)
+    )
+    everything = fill(load(name)).data
+    assert everything.category is None
+    assert len(data.categories(everything)) > 1 or name == "kolektor_sdd"
+
+
+def test_regions_of_loco_reach_the_run(raw, run_config, monkeypatch):
+    """Calibration images, two kinds of defects and several masks of an image in one run."""
+    monkeypatch.setattr(mvtec_loco, "COUNTS", {"pushpins": (TRAIN, 2 * BAD + GOOD)})
+    folder = raw / "mvtec_loco/pushpins"
+    for kind in ("logical_anomalies", "structural_anomalies"):
+        make_category(folder, bad=kind, suffix="", levels=(1, 2))
+        for mask in sorted((folder / "ground_truth" / kind).glob("*.png")):
+            mask.with_suffix("").mkdir()
+            mask.rename(mask.with_suffix("") / "000.png")
+    for i in range(4):
+        photograph(folder / f"validation/good/{i:03}.png")
+    kinds = [
+        {"pixel_value": level, "saturation_threshold": 20, "relative_saturation": False}
+        for level in (1, 2)
+    ]
+    (folder / "defects_config.json").write_text(json.dumps(kinds))
+    results, _, _ = run_config("mvtec_loco", "pushpins")
+    assert results["protocol"]["data"]["pushpins"]["calibration_images"] == 4
+    assert None not in results["mean"].values()
 
 
 def test_a_table_is_reproduced_bit_for_bit(raw, run_config):
@@ -380,5 +437,5 @@ def test_compared_detectors_see_the_same_maps_and_their_own():
 def test_no_configuration_is_left_out():
     tested = {"ablations", "btad", "cifar10", "demo", "folder", "mvtec", "reference", "synthetic"}
     tested |= {"patchcore", "spade", "cflow", "vae", "gan", "knn", "gaussian", "subspace"}
-    tested |= {"compare"}
+    tested |= {"compare"} | SETS.keys()
     assert tested == {path.stem for path in CONFIGS}

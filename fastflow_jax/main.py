@@ -72,32 +72,34 @@ _THREADS = flags.DEFINE_integer(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "describe", "audit", "predict", "export", "serve", "batch", "update"],
+    ["train", "describe", "audit", "predict", "export", "serve", "batch", "update", "submit"],
     "Train and evaluate --config; describe its model without data and weights; audit its normal "
     "images, which lists those that look unusual; predict --input "
     "with the detector in --workdir, which exits with 0 if all images are normal, 1 if some are "
     "anomalous, 2 if it failed, 3 if some images cannot be read, and 4 if there is no threshold; "
     "export that detector to the file --output; serve it, or each --model, over HTTP; score "
-    "millions of images with it, or with --model, as a batch job with the same exit statuses; or "
-    "update it with the normal images in --input, without training.",
+    "millions of images with it, or with --model, as a batch job with the same exit statuses; "
+    "update it with the normal images in --input, without training; or write results of the "
+    "private test images of MVTec AD 2, see docs/data.md.",
 )
 _INPUT = flags.DEFINE_string(
     "input",
     None,
     "With --mode=predict, batch or update, read images from this file, directory or glob pattern; "
-    "with --mode=batch also from a text, CSV, JSON lines or Parquet file.",
+    "with --mode=batch also from a text, CSV, JSON lines or Parquet file; with --mode=submit, the "
+    "directory of MVTec AD 2.",
 )
 _OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "With --mode=predict or batch, write results to this directory; with --mode=export, write this "
+    "With --mode=predict, batch or submit, write results to this directory; with --mode=export, write this "
     "file; with --mode=update, draw heat maps of images that may be defective to this directory.",
 )
 _WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
-    "With --mode=predict, export, serve or update, read the weights of the backbone from this "
-    "file, if it has moved.",
+    "With --mode=predict, export, serve, update or submit, read the weights of the backbone from "
+    "this file, if it has moved.",
 )
 _RATE = flags.DEFINE_float(
     "false_alarm_rate",
@@ -248,6 +250,8 @@ def _main_with_jax() -> int:
         return _export()
     if _MODE.value == "update":
         return _update()
+    if _MODE.value == "submit":
+        return _submit()
     assert _CONFIG.value is not None  # see `_check_flags`
     if _MODE.value == "describe":
         print(describe.describe(fill(_CONFIG.value)))
@@ -288,7 +292,7 @@ def _check_flags(argv: list[str]) -> None:
     for flag in (_WORKDIR, _INPUT, _OUTPUT, _RUNTIME):
         if flag.value == "":
             raise InputError(f"--{flag.name} is empty. Pass a path, or leave the flag out.")
-    if _MODE.value not in ("predict", "export", "serve", "batch", "update"):
+    if _MODE.value not in ("predict", "export", "serve", "batch", "update", "submit"):
         if _WEIGHTS.value is not None:
             raise InputError("--weights is for --mode=predict. Pass --config.weights=FILE instead.")
         if _CONFIG.value is None:
@@ -388,6 +392,16 @@ def _update() -> int:
         keep_threshold=_KEEP_THRESHOLD.value,
         tune=_FINETUNE.value,
     )
+
+
+def _submit() -> int:
+    """Writes results for the server of MVTec AD 2; returns the exit status."""
+    from fastflow_jax.submission import submit
+
+    workdir, images, output = _needed(_WORKDIR, _INPUT, _OUTPUT)
+    n = submit(workdir, images, output, weights=_WEIGHTS.value)
+    print(f"Results of {n} images: {output}")
+    return 0
 
 
 def _export() -> int:
@@ -496,7 +510,7 @@ def _run(argv: list[str]) -> int:
         _fail(message, _status(stop), at_once=True)  # without waiting for threads of JAX
     except Exception as error:
         if remedy(error):
-            flag = _OUTPUT if _MODE.value in ("predict", "export", "batch") else _WORKDIR
+            flag = _OUTPUT if _MODE.value in ("predict", "export", "batch", "submit") else _WORKDIR
             _fail(f"{error}. {remedy(error)}, or pass another --{flag.name}.", 2)
         if _MODE.value in (
             "predict",

@@ -85,6 +85,7 @@ def _data() -> ConfigDict:
     c.name = "folder"  # or another of `data.DATASETS`
     c.category = placeholder(str)  # of that data set
     c.root = placeholder(str)  # directory of images
+    c.manifest = placeholder(str)  # list of images of "folder", see data/manifest.py
     c.dir = placeholder(str)  # prepared tfds sets; None: $TFDS_DATA_DIR, or the default of tfds
     c.holdout = 0.1  # share of training images held out for calibration and thresholds
     # Folds of the training images, each scored by a detector of the others for calibration and
@@ -193,7 +194,7 @@ _BEFORE = {"map.border": 1, "map.coarse_weight": 1.0, "map.feature_weight": 1.0}
 
 # Fields that all variants of a run share.
 _SHARED = (
-    *("data.name", "data.category", "data.root", "data.dir", "data.exclude"),
+    *("data.name", "data.category", "data.root", "data.manifest", "data.dir", "data.exclude"),
     *("seed", "seeds", "report", "report_pictures"),
 )
 
@@ -369,10 +370,13 @@ def _fill(config: ConfigDict) -> ConfigDict:
     _check_folds(c.data)
     for name in DETECTORS:
         method(name).fill(c, spec)
-    if c.data.root is not None:
-        c.data.root = str(expanded(c.data.root).resolve())
-    if c.data.exclude is not None:
-        c.data.exclude = str(expanded(c.data.exclude).resolve())
+    for field in ("root", "manifest", "exclude"):
+        if c.data[field] is not None:
+            c.data[field] = str(expanded(c.data[field]).resolve())
+    if c.data.manifest is not None and c.data.name != "folder":
+        raise InputError(
+            f"config.data.manifest has no effect on {c.data.name}. Set config.data.name to folder."
+        )
     if c.data.dir is not None:
         expanded(c.data.dir)  # raises for a URL, before anything is written
     if c.weights is not None and expanded(c.weights).is_file():

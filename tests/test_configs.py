@@ -240,6 +240,21 @@ def test_demo_and_folder(tmp_path, run_config):
         assert results["protocol"]["resize"] == resize
 
 
+def test_a_list_of_images(tmp_path, run_config):
+    make_category(tmp_path / "screws")
+    rows = ["path,split,label,mask"]
+    for path in sorted((tmp_path / "screws").glob("t*/*/*.png")):
+        split, label = path.parts[-3:-1]
+        mask = f"ground_truth/crack/{path.stem}_mask.png" if label == "crack" else ""
+        rows.append(f"{split}/{label}/{path.name},{split},{label},{mask}")
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    fields = {"data.manifest": str(tmp_path / "list.csv"), "data.root": str(tmp_path / "screws")}
+    results, _, _ = run_config("folder", **fields)
+    assert None not in results["mean"].values()
+    same, _, _ = run_config("folder", workdir="same", **{"data.root": fields["data.root"]})
+    assert same["mean"] == pytest.approx(results["mean"])
+
+
 def test_synthetic(run_config):
     pytest.importorskip("skimage", reason="the textures come with scikit-image")
     results, _, _ = run_config("synthetic", "gravel", **{"data.mask_resize": "floor"})

@@ -58,6 +58,7 @@ def open_dataset(config: "ConfigDict") -> Dataset:
             name: one of DATASETS;
             category: part of the data set, or None if it has none; its module lists them;
             root: directory of the images or of the raw data, or None;
+            manifest: list of the images of the data set "folder", see `manifest`, or None;
             dir: directory of prepared tfds data sets, or None for the environment variable
                 TFDS_DATA_DIR and then the default of tfds;
             exclude: list of normal images to leave out, or None, see `exclude.without_excluded`.

@@ -24,6 +24,7 @@ class DataConfig(Protocol):
     name: str
     category: str | None
     root: str | None
+    manifest: str | None
     dir: str | None
     groups: str | None
 

@@ -280,7 +280,8 @@ def compare(detector: Any, run: Callable[[np.ndarray], dict[str, np.ndarray]]) -
 def _held_out_inputs(detector: Any) -> np.ndarray:
     """Model inputs of some held-out images; none if the images are not available any more."""
     none = np.zeros((0, *detector.image_size, 3), np.uint8)
-    if detector.config.data.name == "folder" and detector.config.data.root is None:
+    c = detector.config.data
+    if c.name == "folder" and c.root is None and c.manifest is None:
         return none  # it was fitted on arrays or paths
     try:
         parts = split(detector.config, data.open_dataset(detector.config.data))

@@ -19,7 +19,8 @@ IMPORTED = """
 import sys
 from ml_collections import ConfigDict
 from fastflow_jax.data import open_dataset
-config = ConfigDict({"name": NAME, "category": "brick", "root": None, "dir": None})
+fields = {"name": NAME, "category": "brick", "root": None, "manifest": None, "dir": None}
+config = ConfigDict(fields)
 try:
     open_dataset(config)
 except ValueError:

@@ -4,7 +4,7 @@
     python -m fastflow_jax.main --config=configs/mpdd.py:tubes            # one
     python -m fastflow_jax.main --config=configs/mpdd.py:tubes,connector  # several
 
-Needs: MPDD, downloaded manually (docs/data.md); WideResNet50-2 weights,
+Needs: MPDD (CC BY-NC-SA 4.0), downloaded manually (docs/data.md); WideResNet50-2 weights,
 `pip install -e '.[hub]'`.
 Time and figures: not run, because the official images were not available.
 """

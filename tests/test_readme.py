@@ -82,6 +82,8 @@ NOT_RUN = {
     "python -m pytest": "it would run this test again",
     "python -m fastflow_jax.main --mode=serve": "it would not end; tests/serve/ starts servers",
     "npm": "it would download a package",
+    "python -m fastflow_jax.main --mode=submit": "it needs all categories of MVTec AD 2; "
+    "tests/test_submission.py runs it",
     "python -m fastflow_jax.main --mode=export --workdir=runs/screws --format=html": "it needs the "
     "npm package; tests/export/test_page.py exports web pages",
     "curl": "it needs a server; tests/serve/ sends such requests",

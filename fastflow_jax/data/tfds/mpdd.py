@@ -29,11 +29,11 @@ class Mpdd(prepared.Builder):
     DESCRIPTION = __doc__ or ""
     HOMEPAGE = "https://github.com/stepanje/MPDD"
     CITATION = "doi:10.1109/ICUMT54235.2021.9631567"
-    LICENCE = "see the data set's repository"
+    LICENCE = "CC BY-NC-SA 4.0"
     ARCHIVES = (_ARCHIVE,)
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        f"Download the data set from the link in {HOMEPAGE} (licence: {LICENCE}), and put its "
-        f"directory or {_ARCHIVE} there; or set data.root to its directory."
+        f"Download the data set ({LICENCE}: not for commercial use) from the link in {HOMEPAGE}, "
+        f"and put its directory or {_ARCHIVE} there; or set data.root to its directory."
     )
 
 

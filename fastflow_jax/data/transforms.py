@@ -93,7 +93,8 @@ def decode_mask(
 
     The level of a pixel is its grey value or the maximum of its channels. Pixels of levels above 0
     are defective, so a mask may have levels 0 and 1, 0 and 255, class or instance indices, or one
-    colour or palette entry per class.
+    colour or palette entry per class. Transparent pixels are normal; if all pixels are black and
+    some are transparent, the others are defective.
 
     Lossy compression, antialiasing and resizing leave a halo of low levels around defects. A mask
     has a halo, and is cut, if it has more than three levels, the highest is above half of the range
@@ -117,6 +118,9 @@ def decode_mask(
     """
     mask = _load(data, name, page)
     levels = np.asarray(mask) if mask.mode[0] in "IF" else _rgb(mask, name).max(axis=-1)
+    if not levels.any() and mask.has_transparency_data:
+        alpha = np.asarray(mask.convert("RGBA"))[..., 3]
+        levels = alpha if alpha.min() == 0 else levels
     lowest = _lowest_defective(levels)
     if lowest is None:
         return levels > 0

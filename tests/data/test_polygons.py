@@ -150,7 +150,8 @@ def without(annotation):
             },
             r"has compressed run-length encodings\. Export polygons",
         ),
-        ({"annotations": [{}]}, r"annotations\.json is not a COCO file"),
+        ({"annotations": [{}]}, r"annotations\.json is damaged \(KeyError\('image_id'\)\)"),
+        (labelme(("polygon", SQUARE)), r"annotations\.json is not a COCO file\. Move it"),
         ({"points": []}, r"is neither a LabelMe file \(shapes\) nor a COCO file"),
     ],
 )

@@ -250,6 +250,9 @@ MASKS = {
     "white on transparent": encode(
         Image.fromarray(np.dstack([np.full((5, 7, 3), 255, np.uint8), DEFECTIVE * np.uint8(255)]))
     ),
+    "black on transparent": encode(
+        Image.fromarray(np.dstack([np.zeros((5, 7, 3), np.uint8), DEFECTIVE * np.uint8(255)]))
+    ),
     "16 bits, low byte only": encode(Image.fromarray(DEFECTIVE * np.uint16(3))),
     "32 bits": encode(Image.fromarray(DEFECTIVE * np.int32(7)), "TIFF"),
     "floats": encode(Image.fromarray(DEFECTIVE * np.float32(0.5)), "TIFF"),
@@ -261,6 +264,12 @@ def test_decode_mask_marks_pixels_that_are_not_black(kind):
     mask = decode_mask(MASKS[kind])
     assert mask.dtype == bool
     np.testing.assert_array_equal(mask, DEFECTIVE)
+
+
+@pytest.mark.parametrize("alpha", [0, 255])
+def test_a_black_mask_of_one_transparency_has_no_defect(alpha):
+    data = encode(Image.new("RGBA", (7, 5), (0, 0, 0, alpha)))
+    assert not decode_mask(data).any()
 
 
 def test_decode_mask_ignores_jpeg_noise():

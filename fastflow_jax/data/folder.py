@@ -90,7 +90,9 @@ def source(records: list[Record]) -> Source:
             return image, None
         mask = masks.read(record, image.shape[:2], cut.add)
         if record.defect == GOOD and mask.any():
-            raise InputError(f"{record.masks[0]} marks a defect in a good image. Remove it.")
+            raise InputError(
+                f"{record.masks[0]} marks a defect in a good image, {record.image}. Remove it."
+            )
         return image, mask
 
     return Source(

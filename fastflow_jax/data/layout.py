@@ -210,12 +210,20 @@ def list_subfolders(folder: Path, *, skip: Path | None = None) -> dict[str, list
                 f"{folder} has images, but no directories of images. Move normal images to "
                 f"{folder}/good."
             )
-        raise InputError(
-            f"{file} is next to the directories of {folder}. Move it into one of them or elsewhere."
-        )
+        raise _next_to_directories(file, folder)
     if not folders:
-        raise InputError(f"{folder} is empty. Add images or remove it.")
+        raise _empty(folder)
     return {name: list_images(inner) for name, inner in folders.items()}
+
+
+def _next_to_directories(file: Path, folder: Path) -> InputError:
+    return InputError(
+        f"{file} is next to the directories of {folder}. Move it into one of them or elsewhere."
+    )
+
+
+def _empty(folder: Path) -> InputError:
+    return InputError(f"{folder} is empty. Add images or remove it.")
 
 
 def list_masks(folder: Path, good: str) -> list[Path]:
@@ -230,14 +238,11 @@ def list_masks(folder: Path, good: str) -> list[Path]:
     """
     folders, files = list_folder(folder)
     annotations = [file for file in files.values() if file.suffix.lower() == masks.POLYGONS]
-    if not annotations or len(annotations) < len(files):
-        if other := [file for file in files.values() if file not in annotations]:
-            raise InputError(
-                f"{other[0]} is next to the directories of {folder}. Move it into one of them or "
-                "elsewhere."
-            )
-        if not folders:
-            raise InputError(f"{folder} is empty. Add images or remove it.")
+    for file in files.values():
+        if file not in annotations:
+            raise _next_to_directories(file, folder)
+    if not folders and not annotations:
+        raise _empty(folder)
     return annotations + [
         path
         for name, inner in folders.items()

@@ -80,7 +80,7 @@ _MODE = flags.DEFINE_enum(
     "export that detector to the file --output; serve it, or each --model, over HTTP; score "
     "millions of images with it, or with --model, as a batch job with the same exit statuses; "
     "update it with the normal images in --input, without training; or write results of the "
-    "private test images of MVTec AD 2, see docs/data.md.",
+    "private test images of MVTec AD 2.",
 )
 _INPUT = flags.DEFINE_string(
     "input",

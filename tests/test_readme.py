@@ -120,7 +120,7 @@ def workplace(tmp_path, monkeypatch):
     """Directory with the files that the pages name; other data sets are a few images."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for folder, numbers in (
-        ("screws/train/good", range(100, 100 + 2 * ENOUGH, 2)),
+        ("screws/train/good", range(0, 24, 2)),
         ("screws/test/good", (24, 26)),
         ("screws/test/scratch", (25, 27)),
         ("new", (28, 29)),

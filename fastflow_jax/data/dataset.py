@@ -96,7 +96,7 @@ class Source:
         def of(values):
             return None if values is None else tuple(values[i] for i in rows)
 
-        header = self.header
+        header, regions = self.header, self.regions
         return Source(
             names=tuple(self.names[i] for i in rows),
             defects=tuple(self.defects[i] for i in rows),
@@ -106,6 +106,7 @@ class Source:
             files=of(self.files),
             header=None if header is None else lambda index: header(rows[index]),
             groups=of(self.groups),
+            regions=None if regions is None else lambda index: regions(rows[index]),
         )
 
     def __getitem__(self, index: int) -> Example:

@@ -1,22 +1,10 @@
-"""Image and pixel metrics, exact, from raw scores.
-
-Let TP(s) and FP(s) be the numbers of defective and normal samples with a score of at least s, and
-P and N the numbers of all defective and normal samples. Each metric is a sum or a maximum over the
-defective samples. A defective sample with score s contributes
-
-    AUROC   the share of normal samples with a score below s; equal scores count half
-    AP      the precision at s, TP(s) / (TP(s) + FP(s))
-    F1      2 TP(s) / (TP(s) + FP(s) + P)
-    AUPRO   the area to the right of its step in the curve of region overlap over FP / N
-
-Sorting each class once and a binary search per defective sample give all counts. Thresholds are
-not binned, and ties are exact. Beside sorted copies, memory is needed for one block of samples.
+"""Image and pixel metrics, exact, from raw scores; `ranking` has their definitions.
 
 Higher scores are more anomalous; infinities are allowed. All functions raise InputError for NaN,
 labels or masks other than 0 and 1, and shapes that differ.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -24,8 +12,9 @@ from numpy.typing import ArrayLike
 from scipy import ndimage
 
 from fastflow_jax.errors import InputError
+from fastflow_jax.evaluation.ranking import check, figures
 
-_BLOCK = 1 << 20  # defective samples per block
+_MOST = 1 << 20  # pixels that choose the thresholds of curves
 _POINTS = 200  # of pixel curves, for each class of pixels
 
 
@@ -39,7 +28,8 @@ def image_auroc(scores: ArrayLike, labels: ArrayLike) -> float | None:
       scores: [B].
       labels: [B], 1 or True for defective images. Labels of one class give None.
     """
-    return _auroc(*_split(scores, labels))
+    found = figures(scores, labels)
+    return found and found.auroc
 
 
 def pixel_auroc(maps: ArrayLike, masks: ArrayLike | None) -> float | None:
@@ -49,7 +39,7 @@ def pixel_auroc(maps: ArrayLike, masks: ArrayLike | None) -> float | None:
       maps: anomaly maps [B, H, W].
       masks: [B, H, W], True in defects. None, or masks of one class, give None.
     """
-    return None if masks is None else _auroc(*_split(maps, masks))
+    return None if masks is None else image_auroc(maps, masks)
 
 
 def average_precision(scores: ArrayLike, labels: ArrayLike | None) -> float | None:
@@ -61,13 +51,8 @@ def average_precision(scores: ArrayLike, labels: ArrayLike | None) -> float | No
       scores: image scores [B] or anomaly maps [B, H, W].
       labels: same shape, 1 or True for defective. None, or labels of one class, give None.
     """
-    if labels is None:
-        return None
-    positives, negatives = _split(scores, labels)
-    if not len(positives) or not len(negatives):
-        return None
-    counts = _counts(positives, negatives)
-    return float(sum((tp / (tp + fp)).sum() for _, tp, fp, _ in counts) / len(positives))
+    found = None if labels is None else figures(scores, labels)
+    return found and found.average_precision
 
 
 def auroc_standard_error(auroc: float, n_good: int, n_defective: int) -> float:
@@ -102,18 +87,13 @@ def f1_max(scores: ArrayLike, labels: ArrayLike) -> tuple[float | None, float | 
       threshold is the lowest score of defective samples or the highest score of normal samples.
       Without samples, (None, None).
     """
-    positives, negatives = _split(scores, labels)
-    if not len(positives):
-        return None, float(negatives[-1]) if len(negatives) else None
-    if not len(negatives):
-        return None, float(positives[0])
-    best, threshold = -1.0, None
-    for block, true, false, _ in _counts(positives, negatives):
-        f1 = 2 * true / (true + false + len(positives))
-        i = int(np.argmax(f1))  # the first, and so the lowest, because blocks ascend
-        if f1[i] > best:
-            best, threshold = float(f1[i]), float(positives[block][i])
-    return best, threshold
+    found = figures(scores, labels)
+    if found is not None:
+        return found.f1, found.threshold
+    scores, labels = check(scores, labels)
+    if not scores.size:
+        return None, None
+    return None, float(scores.min() if labels.any() else scores.max())
 
 
 def aupro(
@@ -164,33 +144,14 @@ def aupros(
     Returns:
       An area for each limit; None without masks or with only one class of pixels.
     """
-    for limit in fpr_limits:
-        if not 0 < limit <= 1:
-            raise InputError(f"fpr_limit is {limit}. It must be above 0 and at most 1.")
     if masks is None:
         return None
-    maps, masks = _check(maps, masks)
+    maps, masks = check(maps, masks)
     if maps.ndim != 3:
         raise InputError(f"Anomaly maps have shape {maps.shape}. They must be [B, H, W].")
-    weights = region_weights(masks)
-    positives = maps[masks]
-    negatives = maps[~masks if valid is None else valid & ~masks]
-    if not len(positives) or not len(negatives):
-        return None
-    order = np.argsort(positives)
-    positives, weights = positives[order], weights[order]
-    negatives.sort()
-    areas = [0.0 for _ in fpr_limits]
-    for block, _, false, above in _counts(positives, negatives):
-        # The overlap rises from the rate of normal pixels above the sample to the rate that
-        # includes those equal to it: a ramp with ties, a jump without.
-        start, end = above / len(negatives), false / len(negatives)
-        for i, limit in enumerate(fpr_limits):
-            ramp = np.minimum(end, limit) - start
-            height = np.divide(ramp, end - start, out=np.ones_like(ramp), where=end > start)
-            steps = height * ramp / 2 + np.maximum(limit - end, 0)
-            areas[i] += np.dot(weights[block], np.where(start < limit, steps, 0))
-    return [float(area / limit) for area, limit in zip(areas, fpr_limits, strict=True)]
+    overlap = {"overlap": lambda i: overlap_weights(masks[i])}
+    found = figures(maps, masks, valid=valid, weights=overlap, fpr_limits=fpr_limits)
+    return found and found.areas["overlap"]
 
 
 class PixelCurves(NamedTuple):
@@ -224,9 +185,9 @@ def pixel_curves(
     """
     if masks is None:
         return None
-    maps, masks = _check(maps, masks)
+    maps, masks = check(maps, masks)
     counted = np.broadcast_to(True, maps.shape) if valid is None else valid
-    every = max(1, maps.size // _BLOCK)  # a sample of pixels is enough to choose thresholds
+    every = max(1, maps.size // _MOST)  # a sample of pixels is enough to choose thresholds
     some = maps.reshape(-1)[::every][counted.reshape(-1)[::every]]
     ranks = 1 - np.linspace(0, 1, _POINTS) ** 3
     defective = maps[masks]
@@ -264,70 +225,23 @@ def region_weights(masks: np.ndarray) -> np.ndarray:
     Returns:
       float64 [P], in the order of `maps[masks]`.
     """
-    weights, regions = [], 0
-    for mask in masks:
-        if mask.any():
-            found = ndimage.label(mask, structure=np.ones((3, 3)))
-            labelled, count = cast(tuple[np.ndarray, int], found)
-            labelled = labelled[mask]
-            weights.append(1 / np.bincount(labelled)[labelled])
-            regions += count
-    return np.concatenate(weights) / regions if weights else np.empty(0)
+    weights = np.concatenate([np.empty(0), *map(overlap_weights, masks)])
+    return weights / max(1, round(weights.sum()))
 
 
-def _check(scores: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Returns scores as float32 or float64 and labels as bool, of one shape."""
-    scores, labels = np.asarray(scores), np.asarray(labels)
-    if scores.dtype not in (np.float32, np.float64):
-        exact = np.float64 if scores.dtype.kind in "iub" else np.float32
-        scores = scores.astype(exact)
-    if scores.shape != labels.shape:
-        raise InputError(
-            f"Scores have shape {scores.shape} and labels {labels.shape}. The shapes must be equal."
-        )
-    if scores.size and np.isnan(scores.min()):
-        where = np.argwhere(np.isnan(scores))
-        first = ", ".join(str(i) for i in where[0])
-        raise InputError(
-            f"scores[{first}] is NaN ({len(where)} of {scores.size} scores are). The training has "
-            "diverged: train again with a lower learning rate."
-        )
-    if labels.dtype != bool:
-        if not np.isin(labels, (0, 1)).all():
-            raise InputError("Labels and masks must be 0 (normal) or 1 (defective).")
-        labels = labels.astype(bool)
-    return scores, labels
+def overlap_weights(mask: np.ndarray) -> np.ndarray:
+    """Returns 1 / (pixels of its region) for each defective pixel of a mask, float64 [p].
 
-
-def _split(scores: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the scores of defective and of normal samples, each ascending."""
-    scores, labels = _check(scores, labels)
-    positives, negatives = scores[labels], scores[~labels]
-    positives.sort()
-    negatives.sort()
-    return positives, negatives
-
-
-def _counts(
-    positives: np.ndarray, negatives: np.ndarray
-) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields blocks of the sorted defective scores s: slice, TP(s), FP(s), normal samples above s.
-
-    A sample is above s if its score is higher; those equal to s are counted in FP(s) alone.
+    Args:
+      mask: bool [H, W]. Its regions are 8-connected components.
     """
-    for start in range(0, len(positives), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        scores = positives[block]
-        true = len(positives) - np.searchsorted(positives, scores, "left")
-        false = len(negatives) - np.searchsorted(negatives, scores, "left")
-        above = len(negatives) - np.searchsorted(negatives, scores, "right")
-        yield block, true, false, above
+    regions = regions_of(mask)[mask]
+    return 1 / np.bincount(regions)[regions] if len(regions) else np.empty(0)
 
 
-def _auroc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
-    if not len(positives) or not len(negatives):
-        return None
-    counts = _counts(positives, negatives)
-    not_below = sum(int((false + above).sum()) for _, _, false, above in counts)
-    pairs = 2 * len(positives) * len(negatives)
-    return (pairs - not_below) / pairs
+def regions_of(mask: np.ndarray) -> np.ndarray:
+    """Returns the number of each pixel's region, int32 [H, W], from 1 on; 0 in normal pixels."""
+    if not mask.any():
+        return np.zeros(mask.shape, np.int32)
+    found = ndimage.label(mask, structure=np.ones((3, 3)))
+    return cast(tuple[np.ndarray, int], found)[0]

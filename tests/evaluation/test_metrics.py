@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from sklearn import metrics as sklearn_metrics
 
 from fastflow_jax.errors import InputError
-from fastflow_jax.evaluation import metrics
+from fastflow_jax.evaluation import metrics, ranking
 
 # Few distinct values, so that ties within and between the classes are frequent.
 SCORES = st.one_of(
@@ -206,23 +206,26 @@ def test_infinities_rank_at_the_ends():
     assert metrics.f1_max(scores, [0, 0, 1]) == (1.0, np.inf)
 
 
-def test_metrics_do_not_depend_on_the_block_size(monkeypatch):
+def test_metrics_do_not_depend_on_the_number_of_samples_at_a_time(monkeypatch):
     rng = np.random.default_rng(1)
     masks = rng.random((3, 12, 12)) < 0.2
     maps = rng.integers(0, 30, masks.shape).astype(np.float32) + 20 * masks
+    maps[0, 0, :2] = -np.inf, np.inf
+    valid = masks | (rng.random(masks.shape) < 0.8)
 
-    def figures():
+    def all_figures():
         return (
             metrics.pixel_auroc(maps, masks),
             metrics.average_precision(maps, masks),
             *metrics.f1_max(maps, masks),
-            metrics.aupro(maps, masks),
+            metrics.aupro(maps, masks, valid=valid),
         )
 
-    whole = figures()
-    monkeypatch.setattr(metrics, "_BLOCK", 7)
-    assert figures() == pytest.approx(whole, abs=1e-12)
-    monkeypatch.setattr(metrics, "_BLOCK", 1)  # equal F1 in two blocks: the lower threshold
+    whole = all_figures()
+    for name, size in (("_BLOCK", 7), ("_PART", 1), ("_RANGE", 9), ("_SAMPLE", 8)):
+        monkeypatch.setattr(ranking, name, size)
+        assert all_figures() == pytest.approx(whole, abs=1e-12)
+    monkeypatch.setattr(ranking, "_BLOCK", 1)  # equal F1 in two blocks: the lower threshold
     assert metrics.f1_max([1.0, 2.0, 2.0, 3.0], [1, 0, 0, 1]) == (pytest.approx(2 / 3), 1.0)
 
 

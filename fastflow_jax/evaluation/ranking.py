@@ -86,6 +86,7 @@ def figures(
     valid: np.ndarray | None = None,
     weights: Mapping[str, Weigh] | None = None,
     fpr_limits: Sequence[float] = (),
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> Figures | None:
     """Computes all metrics of samples from one ranking; see the module.
 
@@ -97,6 +98,7 @@ def figures(
       weights: of the defective pixels in region overlap, by name.
       fpr_limits: areas under the overlap are computed up to these false-positive rates and divided
         by them, each above 0 and at most 1.
+      rows: indices of the images that count; None: all.
 
     Returns:
       The metrics; None with samples of one class.
@@ -108,15 +110,15 @@ def figures(
         if not 0 < limit <= 1:
             raise InputError(f"fpr_limit is {limit}. It must be above 0 and at most 1.")
     scores, labels = check(scores, labels)
-    n_defective = int(labels.sum())
-    n_normal = int((labels.size if valid is None else valid.sum()) - n_defective)
+    images = _Images(scores, labels, valid, rows)
+    n_defective, n_normal = images.n_defective, images.n_normal
     if not n_defective or not n_normal:
         return None
     weights, precision, not_below = weights or {}, 0.0, 0
     best, threshold = -1.0, np.nan
     areas = {name: np.zeros(len(fpr_limits)) for name in weights}
     totals = dict.fromkeys(weights, 0.0)
-    for ranked in _blocks(_rank(scores, labels, valid, weights)):
+    for ranked in _blocks(_rank(images, weights)):
         found = ranked.true + ranked.false
         not_below += int((ranked.false + ranked.above).sum())
         precision += float((ranked.true / found).sum())
@@ -161,39 +163,36 @@ def _blocks(ranges: Iterable[Ranked]) -> Iterator[Ranked]:
 class _Images:
     """Scores of defective and of normal samples, image by image."""
 
-    def __init__(self, scores: np.ndarray, labels: np.ndarray, valid: np.ndarray | None):
+    def __init__(self, scores: np.ndarray, labels: np.ndarray, valid: np.ndarray | None, rows=None):
         flat = (1, -1) if scores.ndim == 1 else scores.shape
         self.scores, self.labels = scores.reshape(flat), labels.reshape(flat)
         self.valid = None if valid is None else valid.reshape(flat)
-
-    def __len__(self) -> int:
-        return len(self.scores)
+        self.rows = np.arange(len(self.scores)) if rows is None else np.asarray(rows)
+        self.n_defective = sum(int(self.labels[i].sum()) for i in self.rows)
+        self.n_normal = sum(int(self._normal(i).sum()) for i in self.rows)
 
     def defective(self, i: int) -> np.ndarray:
         return self._read(i, self.labels[i])
 
     def normal(self, i: int) -> np.ndarray:
+        return self._read(i, self._normal(i))
+
+    def _normal(self, i: int) -> np.ndarray:
         normal = ~self.labels[i]
-        return self._read(i, normal if self.valid is None else normal & self.valid[i])
+        return normal if self.valid is None else normal & self.valid[i]
 
     def _read(self, i: int, where: np.ndarray) -> np.ndarray:
         values = self.scores[i][where]
         return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
-def _rank(
-    scores: np.ndarray,
-    labels: np.ndarray,
-    valid: np.ndarray | None,
-    weights: Mapping[str, Weigh],
-) -> Iterator[Ranked]:
+def _rank(images: _Images, weights: Mapping[str, Weigh]) -> Iterator[Ranked]:
     """Yields the defective samples in ranges of ascending scores, see `figures`."""
-    images = _Images(scores, labels, valid)
     edges = _edges(images)
     # Samples above each range, counted while the range below is read; the lowest range is first.
     for low, high in zip([-np.inf, *edges], [*edges, None], strict=True):
         values, higher, parts = [], 0, {name: [] for name in weights}
-        for i in range(len(images)):
+        for i in images.rows:
             scored = images.defective(i)
             inside, above = _within(scored, low, high)
             higher += above
@@ -216,11 +215,11 @@ def _rank(
 
 def _edges(images: _Images) -> np.ndarray:
     """Scores that divide the defective samples into ranges of about `_RANGE`, ascending."""
-    total = int(images.labels.sum())
+    total = images.n_defective
     if total <= _RANGE:
         return np.empty(0)
     every = max(1, total // _SAMPLE)
-    some = np.concatenate([images.defective(i)[::every] for i in range(len(images))])
+    some = np.concatenate([images.defective(i)[::every] for i in images.rows])
     n = -(-total // _RANGE)
     return np.unique(np.quantile(some, np.arange(1, n) / n, method="nearest"))
 
@@ -239,12 +238,12 @@ def _normal_parts(
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Yields sorted normal scores of a range, and the number of scores above the range."""
     parts, size, above = [], 0, 0
-    for i in range(len(images)):
+    for i in images.rows:
         values = images.normal(i)
         inside, higher = _within(values, low, high)
         parts.append(values[inside])
         size, above = size + len(parts[-1]), above + higher
-        if size >= _PART or i == len(images) - 1:
+        if size >= _PART or i == images.rows[-1]:
             part = np.concatenate(parts)
             part.sort()
             yield part, above

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score
 
-from fastflow_jax.evaluation import metrics
+from fastflow_jax.evaluation import evaluate, metrics, overlap
 from fastflow_jax.evaluation.evaluate import measure, score_split
 from fastflow_jax.features.extract import FeatureBatch
 
@@ -51,27 +52,77 @@ def test_without_masks_no_maps_are_kept():
         assert value == (whole[metric] if metric.startswith("image") else None)
 
 
-def test_region_overlap_is_measured_up_to_two_rates():
+def test_region_overlap_is_measured_up_to_three_rates():
     figures = measure(score_split(score(MAPS), split(MASKS), N, progress="test"))
     assert figures["aupro"] == metrics.aupro(MAPS, MASKS, 0.3)
+    assert figures["aupro_10"] == metrics.aupro(MAPS, MASKS, 0.1)
     assert figures["aupro_05"] == metrics.aupro(MAPS, MASKS, 0.05)
-    assert figures["aupro_05"] < figures["aupro"]
+    assert figures["aupro_05"] < figures["aupro_10"] < figures["aupro"]
+
+
+def test_pixel_f1_is_the_best_one_and_segmentation_f1_that_of_a_threshold():
+    figures = measure(score_split(score(MAPS), split(MASKS), N, progress="test"), sigma=0.4)
+    assert figures["pixel_f1"] == pytest.approx(metrics.f1_max(MAPS, MASKS)[0])
+    assert figures["seg_f1"] == pytest.approx(f1_score(MASKS.ravel(), MAPS.ravel() > 0.4))
+    assert figures["seg_f1"] < figures["pixel_f1"]
+
+
+def test_large_arrays_are_memory_maps_with_the_same_metrics(monkeypatch):
+    in_memory = score_split(score(MAPS), split(MASKS), N, progress="test")
+    monkeypatch.setattr(evaluate, "_IN_MEMORY", 100)
+    on_disk = score_split(score(MAPS), split(MASKS), N, progress="test")
+    assert isinstance(on_disk.maps.base, np.memmap)
+    assert measure(on_disk) == measure(in_memory)
+
+
+def test_evaluation_has_the_metrics_of_each_kind_and_image():
+    masks = MASKS & (LABELS == 1)[:, None, None]
+    scored = score_split(score(MAPS), split(masks), N, progress="test")
+    regions = np.stack([metrics.regions_of(mask) for mask in masks])
+    scored = scored._replace(regions=regions, saturation=[[0.5] * int(r.max()) for r in regions])
+    defects = ["good", "dent", "crack", "good", "dent"]
+    limits = evaluate.Limits(image=1.0, pixel=1.5, sigma=0.4)
+    figures, details = evaluate.evaluate(scored, defects, limits)
+    assert figures == measure(scored, sigma=0.4)
+    assert all(value is not None for value in figures.values())
+    areas = overlap.aupimo(MAPS, masks, LABELS)
+    assert [area is None for area in details.aupimo] == [label == 0 for label in LABELS]
+    assert [details.aupimo[i] for i in (1, 2, 4)] == pytest.approx(areas[[1, 2, 4]].tolist())
+    rows = {row["kind"]: row for row in details.kinds}
+    assert rows["dent"]["aupimo"] == pytest.approx(areas[[1, 4]].mean())
+    assert rows[None]["aupimo"] == figures["aupimo"] == pytest.approx(np.nanmean(areas))
+    assert rows[None]["spro_05"] == pytest.approx(figures["spro_05"])
+    good_and_dent = [0, 1, 3, 4]
+    spro = overlap.au_spro(MAPS, regions, scored.saturation, rows=good_and_dent)
+    assert rows["dent"]["spro_05"] == pytest.approx(spro[0])
+    assert rows["dent"]["found"] == sum(MAPS[i].max() > 1.0 for i in (1, 4))
+    assert sum(size["regions"] for size in details.sizes) == sum(int(r.max()) for r in regions)
+
+
+def test_evaluation_without_masks_or_thresholds():
+    scored = score_split(score(MAPS), split(), N, progress="test")
+    _, details = evaluate.evaluate(scored, ["good", "a", "a", "good", "a"], evaluate.Limits())
+    assert details.sizes == []
+    assert details.aupimo is None
+    assert [row["aupimo"] for row in details.kinds] == [None]
 
 
 @pytest.mark.parametrize("label", [0, 1])
 def test_images_of_one_class_have_no_image_metrics(label):
     batches = [b._replace(label=np.full_like(b.label, label)) for b in split(MASKS)]
     figures = measure(score_split(score(MAPS), batches, N, progress="test"))
-    for metric, value in figures.items():
-        assert (value is None) == metric.startswith("image")
+    missing = {"image_auroc", "image_f1", "image_ap", "aupimo", "seg_f1", "spro_05"}
+    assert {metric for metric, value in figures.items() if value is None} == missing
 
 
 @pytest.mark.parametrize("defective", [False, True])
 def test_masks_of_one_class_have_no_pixel_metrics(defective):
     masks = np.full_like(MASKS, defective)
     figures = measure(score_split(score(MAPS), split(masks), N, progress="test"))
-    for metric, value in figures.items():
-        assert (value is None) == (not metric.startswith("image"))
+    # AUPIMO needs normal images; these count as normal even if all of their pixels are defective.
+    exempt = {"aupimo"} if defective else set()
+    for metric in figures.keys() - exempt:
+        assert (figures[metric] is None) == (not metric.startswith("image"))
 
 
 def test_pixel_metrics_ignore_padding():

@@ -63,6 +63,7 @@ def default() -> ConfigDict:
     c.checkpoint_every = 1  # epochs
     c.evaluate_every = 0  # epochs between evaluations on test images, for study; 0: at the end
     c.audit = 0.08  # share of the normal images that the report and --mode=audit list; 0: none
+    c.metrics = ()  # in tables and reports; (): the first five in `table.TITLES` that have values
     c.heatmaps = 40  # largest number of heat maps
     c.report = True  # report.html, see report/html.py
     c.report_pictures = 2000  # largest number of images in the reports of a run
@@ -181,7 +182,7 @@ _PIXELS_AT_A_TIME = 2**21
 
 # Fields that may differ between a run and its continuation.
 _FREE_TO_CHANGE = (
-    *("parallel", "audit", "heatmaps", "report", "report_pictures"),
+    *("parallel", "audit", "metrics", "heatmaps", "report", "report_pictures"),
     *("batch_size", "data.dir", "flow.reversible", "train.cache", "train.seeds_at_once"),
     "function.probe",  # compared with a tolerance, see `saved.load_backbone`
 )
@@ -195,7 +196,7 @@ _BEFORE = {"map.border": 1, "map.coarse_weight": 1.0, "map.feature_weight": 1.0}
 # Fields that all variants of a run share.
 _SHARED = (
     *("data.name", "data.category", "data.root", "data.manifest", "data.dir", "data.exclude"),
-    *("seed", "seeds", "report", "report_pictures"),
+    *("seed", "seeds", "metrics", "report", "report_pictures"),
 )
 
 # Fields that all detectors read, in sections that only some detectors read; with a final dot.
@@ -361,6 +362,7 @@ def _fill(config: ConfigDict) -> ConfigDict:
     c.image_size = _size(c.image_size or spec.image_size)
     if c.batch_size is None:
         c.batch_size = max(1, min(32, _PIXELS_AT_A_TIME // math.prod(c.image_size)))
+    c.metrics = tuple(name for each in c.metrics for name in each.split(",") if name)
     _check_choice("detector", c.detector, DETECTORS)
     _check_choice("layers_as", c.layers_as or c.detector, DETECTORS)
     c.layers = check_layers(spec, c.layers or method(c.layers_as or c.detector).layers(c, spec))

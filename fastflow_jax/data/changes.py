@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance
 
-from fastflow_jax.data.dataset import Source
+from fastflow_jax.data.dataset import Regions, Source
 
 
 def tampered(source: Source, tamper: ConfigDict) -> Source:
@@ -25,8 +25,16 @@ def tampered(source: Source, tamper: ConfigDict) -> Source:
         image, mask = source.load(index)
         return warp(image, **move), None if mask is None else warp(mask, **move)
 
+    def regions(index: int) -> Regions:
+        assert source.regions is not None
+        masks, saturation = source.regions(index)
+        warped = [warp(mask, **move) for mask in masks]
+        return Regions(np.array(warped, bool).reshape(masks.shape), saturation)
+
     part_of = source.part_of and (tampered(source.part_of[0], tamper), source.part_of[1])
-    return dataclasses.replace(source, load=load, part_of=part_of)
+    return dataclasses.replace(
+        source, load=load, part_of=part_of, regions=source.regions and regions
+    )
 
 
 def augmented(source: Source, augment: ConfigDict, seed: int, epoch: int) -> Source:

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from fastflow_jax.data.dataset import Source
+from fastflow_jax.data.dataset import Regions, Source
 from fastflow_jax.data.transforms import Placement, normalise, placement, resize, resize_mask
 
 T = TypeVar("T")
@@ -139,6 +139,21 @@ def as_input(
     if resize_by != "pad":
         return whole, None, placed
     return whole, _put(np.ones(placed.resized, bool), placed, image_size), placed
+
+
+def regions_as_input(
+    regions: Regions, image_size: tuple[int, int], resize_by: str, mask_resize: str
+) -> Regions:
+    """Resizes regions of defects as `batches` resizes masks; for the arguments see there.
+
+    Regions without pixels after resizing are dropped.
+    """
+    placed = placement(regions.masks.shape[1:], image_size, resize_by)
+    resized = (resize_mask(mask, placed.resized, mask_resize) for mask in regions.masks)
+    masks = np.array([_put(mask, placed, image_size) for mask in resized], bool)
+    masks = masks.reshape(-1, *image_size)
+    remain = masks.any((1, 2))
+    return Regions(masks[remain], regions.saturation[remain])
 
 
 def _put(array: np.ndarray, placed: Placement, image_size: tuple[int, int]) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from tqdm import tqdm
 
+from fastflow_jax.data.dataset import Regions
 from fastflow_jax.evaluation import kinds, overlap, ranking
 from fastflow_jax.evaluation.metrics import overlap_weights
 from fastflow_jax.features.extract import FeatureBatch
@@ -40,9 +41,8 @@ class Scored(NamedTuple):
     maps: np.ndarray | None  # float32 [N, H, W]; None without masks
     masks: np.ndarray | None  # bool [N, H, W], True in defects; None without masks
     valid: np.ndarray | None  # bool [N, H, W], False in padded pixels; None without padding
-    # Of data sets with saturation thresholds, see `overlap.au_spro`; None for others.
-    regions: np.ndarray | None = None  # int [N, H, W], 0 in normal pixels
-    saturation: Sequence[Sequence[float]] | None = None  # for each image, share of each region
+    # index -> regions of the image at the size of its map; None if the data set defines none
+    regions: Callable[[int], Regions] | None = None
 
 
 class Limits(NamedTuple):
@@ -177,11 +177,9 @@ def _mean(aupimo: np.ndarray | None, rows: np.ndarray) -> float | None:
 
 
 def _au_spro(scored: Scored, rows: np.ndarray | None = None) -> float | None:
-    if scored.maps is None or scored.regions is None or scored.saturation is None:
+    maps, masks, regions = scored.maps, scored.masks, scored.regions
+    if maps is None or masks is None or regions is None:
         return None
-    areas = overlap.au_spro(
-        *(scored.maps, scored.regions, scored.saturation, (_SPRO_LIMIT,)),
-        valid=scored.valid,
-        rows=rows,
-    )
+    limits = (_SPRO_LIMIT,)
+    areas = overlap.au_spro(maps, masks, regions, limits, valid=scored.valid, rows=rows)
     return areas and areas[0]

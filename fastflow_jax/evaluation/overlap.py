@@ -5,11 +5,12 @@ anomalous.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import special
 
+from fastflow_jax.data.dataset import Regions
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.metrics import regions_of
 from fastflow_jax.evaluation.ranking import check, figures
@@ -91,33 +92,33 @@ def _highest(
     return values, shares
 
 
-def saturated_weights(
-    values: np.ndarray, regions: np.ndarray, saturation: Sequence[float] | np.ndarray
-) -> np.ndarray:
+def saturated_weights(anomaly_map: np.ndarray, mask: np.ndarray, regions: Regions) -> np.ndarray:
     """Contribution of each defective pixel of an image to the saturated overlap, float64 [p].
 
     In a region of n pixels, of which a share s suffices, those with the s n highest values
-    contribute 1 / (s n) each and the others nothing.
+    contribute 1 / (s n) each and the others nothing. A pixel of several regions contributes to
+    each of them.
 
     Args:
-      values: of the anomaly map in the defective pixels, [p].
-      regions: number of the region of each of these pixels, int [p], from 1 on.
-      saturation: share of region 1, 2, ... that suffices, above 0 and at most 1.
+      anomaly_map: [H, W].
+      mask: bool [H, W]; parts of regions outside are ignored.
+      regions: of the image.
     """
-    order = np.lexsort((-values, regions))
-    sizes = np.bincount(regions)
-    first = np.concatenate([[0], np.cumsum(sizes)])[regions[order]]
-    rank = np.arange(len(values)) - first  # in the region, 0 for its highest value
-    enough = (np.append(0.0, saturation)[: len(sizes)] * sizes)[regions[order]]
-    weights = np.empty(len(values))
-    weights[order] = np.clip(enough - rank, 0, 1) / enough
-    return weights
+    weights = np.zeros(anomaly_map.shape)
+    for region, share in zip(*regions, strict=True):
+        region = region & mask
+        values = anomaly_map[region]
+        rank = np.empty(len(values))  # 0 for the highest value
+        rank[np.argsort(-values)] = np.arange(len(values))
+        enough = share * len(values)
+        weights[region] += np.clip(enough - rank, 0, 1) / enough
+    return weights[mask]
 
 
 def au_spro(
     maps: np.ndarray,
-    regions: np.ndarray,
-    saturation: Sequence[Sequence[float] | np.ndarray],
+    masks: np.ndarray,
+    regions: Callable[[int], Regions],
     fpr_limits: Sequence[float] = (0.05,),
     *,
     valid: np.ndarray | None = None,
@@ -134,10 +135,9 @@ def au_spro(
 
     Args:
       maps: anomaly maps [N, H, W].
-      regions: int [N, H, W], 0 in normal pixels and i in region i of an image. A region need not be
-        connected.
-      saturation: for each image, the share of region 1, 2, ... that suffices, above 0 and at most
-        1: the saturation threshold divided by the pixels of the region.
+      masks: bool [N, H, W], True in defects. Parts of regions outside are ignored.
+      regions: returns the regions of an image, given its index. They may overlap and need not be
+        connected. An image is read several times, so that regions need not fit in memory.
       fpr_limits: each above 0 and at most 1.
       valid: bool [N, H, W], False in padded pixels, or None if there is no padding.
       rows: indices of the images that count; None: all.
@@ -146,24 +146,20 @@ def au_spro(
       An area for each limit; None without regions or normal pixels.
 
     Raises:
-      InputError: a region has no share, or one that is not possible.
+      InputError: a region has a share that is not above 0 and at most 1.
     """
-    for i, (image, shares) in enumerate(zip(regions, saturation, strict=True)):
-        shares, n = np.asarray(shares, float), int(image.max(initial=0))
-        if len(shares) < n or not ((shares > 0) & (shares <= 1)).all():
-            raise InputError(
-                f"Image {i} has {n} regions and the saturation {shares.tolist()}. Each region must "
-                "have a share above 0 and at most 1."
-            )
 
     def weigh(i: int) -> np.ndarray:
-        defective = regions[i] > 0
-        return saturated_weights(maps[i][defective], regions[i][defective], saturation[i])
+        found = regions(i)
+        if not ((found.saturation > 0) & (found.saturation <= 1)).all():
+            raise InputError(
+                f"Image {i} has regions with the saturation {found.saturation.tolist()}. Shares "
+                "must be above 0 and at most 1."
+            )
+        return saturated_weights(maps[i], masks[i], found)
 
     weights = {"spro": weigh}
-    found = figures(
-        maps, regions > 0, valid=valid, weights=weights, fpr_limits=fpr_limits, rows=rows
-    )
+    found = figures(maps, masks, valid=valid, weights=weights, fpr_limits=fpr_limits, rows=rows)
     return found and found.areas["spro"]
 
 
@@ -209,7 +205,7 @@ def recall_by_size(
     masks: np.ndarray,
     threshold: float,
     *,
-    regions: np.ndarray | None = None,
+    regions: Callable[[int], Regions] | None = None,
     valid: np.ndarray | None = None,
 ) -> list[SizeRecall]:
     """Computes the share of regions that a threshold finds, for regions of similar size.
@@ -221,23 +217,34 @@ def recall_by_size(
       maps: anomaly maps [N, H, W].
       masks: bool [N, H, W], True in defects.
       threshold: see `segmentation_f1`.
-      regions: int [N, H, W], see `au_spro`; None for the 8-connected components of the masks.
+      regions: see `au_spro`; None for the 8-connected components of the masks.
       valid: bool [N, H, W], False in padded pixels, which do not belong to the image.
     """
-    sizes, overlaps = [np.empty(0)], [np.empty(0)]
+    sizes, overlaps = [], []
     for i in np.flatnonzero([mask.any() for mask in masks]):
-        inside = (regions_of(masks[i]) if regions is None else regions[i])[masks[i]]
-        pixels = np.bincount(inside)
-        hit = np.bincount(inside, maps[i][masks[i]] > threshold)
-        sizes.append(pixels[pixels > 0] / (masks[i].size if valid is None else valid[i].sum()))
-        overlaps.append(hit[pixels > 0] / pixels[pixels > 0])
-    sizes, overlaps = np.concatenate(sizes), np.concatenate(overlaps)
+        image = masks[i].size if valid is None else int(valid[i].sum())
+        for values in _values_of_regions(maps[i], masks[i], regions and regions(i)):
+            sizes.append(len(values) / image)
+            overlaps.append((values > threshold).mean())
+    sizes, overlaps = np.array(sizes), np.array(overlaps)
     decade = np.searchsorted(_SIZES, sizes, "right")
     edges = (0.0, *_SIZES, 1.0)
     return [
         _size_recall(edges[i], edges[i + 1], overlaps[decade == i])
         for i in np.unique(decade).tolist()
     ]
+
+
+def _values_of_regions(
+    anomaly_map: np.ndarray, mask: np.ndarray, regions: Regions | None
+) -> list[np.ndarray]:
+    """Values of the anomaly map in each region; without regions, in each component of the mask."""
+    if regions is not None:
+        return [anomaly_map[region] for region in regions.masks]
+    numbers = regions_of(mask)[mask]
+    order = np.argsort(numbers, kind="stable")
+    ends = np.cumsum(np.bincount(numbers)[1:])
+    return np.split(anomaly_map[mask][order], ends[:-1])
 
 
 def _size_recall(low: float, high: float, overlaps: np.ndarray) -> SizeRecall:

@@ -20,7 +20,8 @@ from fastflow_jax.evaluation.thresholds import f1_optimal
 from fastflow_jax.files import files_in, parse_json, read_lines, write_text
 from fastflow_jax.report.audit import read_audit
 from fastflow_jax.report.charts import Line, histogram, line_chart, ticks
-from fastflow_jax.report.table import TITLES, table_cells
+from fastflow_jax.report.details import kind_cells, size_cells
+from fastflow_jax.report.table import TITLES, shown_metrics, table_cells
 
 _HERE = pathlib.Path(__file__).parent
 _MOST_BYTES = 48 * 2**20  # of strips; base64 makes them a third larger in the report
@@ -54,7 +55,7 @@ def write_reports(workdir: str | pathlib.Path, results: Mapping | None = None) -
         links.append((part, (folder / "report.html").relative_to(workdir).as_posix()))
     page = _template().render(
         title=f"{method(config['detector']).title} on {config['data']['name']}",
-        figures=_figures(results["mean"], results["std"]),
+        figures=_figures(results["protocol"], results["mean"], results["std"]),
         protocol=_protocol(results, config),
         table=table_cells(results),
         links=links,
@@ -93,11 +94,13 @@ def part_page(
     decision = _decision(scored["images"], part["thresholds"]["image"])
     return _template().render(
         title=", ".join(filter(None, (f"{method(config['detector']).title} on {name}", *marks))),
-        figures=_figures(part["figures"], None),
+        figures=_figures(results["protocol"], part["figures"], None),
         protocol=_protocol(results, config, part, scored["images"]),
         shift=(part.get("shift") or {}).get("message"),
         decision=decision,
         charts=_charts(part, folder / part.get("training", "."), scored, decision),
+        kinds=kind_cells(part.get("kinds") or []),
+        sizes=size_cells(part.get("sizes") or []),
         gallery=decision and _gallery(scored, folder, decision),
         audit=read_audit(folder),
         table=None if back else table_cells(results),
@@ -142,12 +145,11 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html.jinja", globals=files)
 
 
-def _figures(mean: Mapping, std: Mapping | None) -> list[tuple[str, str, str]]:
-    """Returns title, value and standard deviation of each metric that has a value."""
+def _figures(protocol: Mapping, mean: Mapping, std: Mapping | None) -> list[tuple[str, str, str]]:
+    """Returns title, value and standard deviation of each metric of the table."""
     return [
-        (title, f"{mean[m]:.3f}", f"± {std[m]:.3f}" if std else "")
-        for m, title in TITLES.items()
-        if mean.get(m) is not None
+        (TITLES[m], f"{mean[m]:.3f}", f"± {std[m]:.3f}" if std and std.get(m) is not None else "")
+        for m in shown_metrics(protocol, [mean])
     ]
 
 
@@ -292,11 +294,13 @@ def _gallery(scored: Mapping, folder: pathlib.Path, decision: Mapping) -> dict:
             "labels": decision["labels"].astype(int).tolist(),
             "names": [image["name"] for image in images],
             "defects": defects,
+            "aupimo": [image.get("aupimo") for image in images],
             "sizes": [image.get("size") for image in images],
             "strips": strips,
             "panels": scored.get("panels", []),
         },
         "defects": {d: defects.count(d) for d in sorted(set(defects))},
+        "has_aupimo": any(image.get("aupimo") is not None for image in images),
         "shown": sum(strip is not None for strip in strips),
         "mib": sum(len(strip or "") for strip in strips) / 2**20,
         "mask_threshold": scored.get("mask_threshold"),
@@ -308,7 +312,11 @@ def _provenance(results: Mapping, config: Mapping, part: Mapping | None = None) 
     protocol = dict(results["protocol"])
     source = {key: protocol.pop(key) for key in ("weights", "data")}
     source = part or source | {"seconds": results["seconds"]}
+    figures = part["figures"] if part else results["mean"]
     return {
+        "Metrics": {
+            t: f"{figures[m]:.4f}" for m, t in TITLES.items() if figures.get(m) is not None
+        },
         "Protocol": protocol,
         "Weights": source["weights"],
         "Data": source["data"],

@@ -33,6 +33,7 @@ def write_pictures(
     strips: int,
     placed: Callable[[tuple[int, int]], Placement],
     threshold: Mapping | None,
+    aupimo: Sequence[float | None] | None = None,
 ) -> None:
     """Writes `scores.json`, `heatmaps/` and `strips/`, with one colour range for all images.
 
@@ -50,12 +51,15 @@ def write_pictures(
       placed: returns the placement of an image of (height, width) in its map.
       threshold: `thresholds.Threshold` of maps as a dict. If None, the F1-optimal one for the test
         masks or, without masks, the 0.999 quantile of the maps of good images (or of all images).
+      aupimo: of each image, see `overlap.aupimo`, or None without masks.
     """
     in_heatmaps, in_strips = _chosen(scored, heatmaps, strips)
     curves = None
     if scored.maps is not None:
         curves = pixel_curves(scored.maps, scored.masks, valid=scored.valid)
     content = _content(source, scored, curves)
+    for image, area in zip(content["images"], aupimo or (), strict=aupimo is not None):
+        image["aupimo"] = area
     if in_heatmaps or in_strips:
         good = np.flatnonzero(scored.labels == 0)
         low, high = _colour_range(good if len(good) else np.arange(len(source)), maps_of)

@@ -72,6 +72,7 @@
     const key = {
       high: (i) => -scores[i],
       low: (i) => scores[i],
+      overlap: (i) => data.aupimo[i] ?? 2,
       near: (i) => Math.abs(scores[i] - threshold),
     }[order];
     const now = pictured
@@ -174,6 +175,7 @@
     opened = i;
     $("detail-title").textContent = data.names[i];
     $("detail-text").textContent = `${data.defects[i]}, score ${text(scores[i])}: ${VERDICTS[verdict(i)]}`;
+    if (data.aupimo[i] !== null) $("detail-text").textContent += `, AUPIMO ${data.aupimo[i].toFixed(3)}`;
     const figures = panels(i).map((panel, k) => make("figure", {}, panel, make("figcaption", { textContent: data.panels[k] })));
     $("detail-panels").replaceChildren(...figures);
     const place = shown.indexOf(i);

@@ -1,21 +1,32 @@
 """Results as a table: plain text, Markdown and CSV."""
 
 import csv
+import difflib
 import io
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from fastflow_jax.errors import InputError
+
+# Metrics by their importance: tables show the first `_COLUMNS` with values. docs/metrics.md
+# defines them.
 TITLES = {
     "image_auroc": "image AUROC",
     "pixel_auroc": "pixel AUROC",
     "aupro": "AUPRO",
-    "aupro_05": "AUPRO .05",
-    "image_f1": "image F1",
-    "image_ap": "image AP",
     "pixel_ap": "pixel AP",
+    "aupimo": "AUPIMO",
+    "image_ap": "image AP",
+    "image_f1": "image F1",
+    "aupro_10": "AUPRO .1",
+    "aupro_05": "AUPRO .05",
+    "pixel_f1": "pixel F1",
+    "seg_f1": "SegF1",
+    "spro_05": "sPRO .05",
 }
+_COLUMNS = 5
 _NEXT_TO_PUBLISHED = ("image_auroc", "pixel_auroc", "aupro")  # metrics in a table with others
 
 
@@ -37,12 +48,34 @@ def published(dataset: str, backbone: str) -> tuple[Published, ...]:
     return tuple(Published(**each) for each in columns.get(backbone, columns.get("any", [])))
 
 
+def check_metrics(names: Sequence[str]) -> None:
+    """Raises InputError if `config.metrics` has a name that is no metric."""
+    for name in names:
+        if name not in TITLES:
+            near = difflib.get_close_matches(name, TITLES, n=1, cutoff=0)[0]
+            raise InputError(
+                f"config.metrics has {name!r}. Did you mean {near}? There are {', '.join(TITLES)}."
+            )
+
+
+def shown_metrics(protocol: Mapping, rows: Iterable[Mapping]) -> list[str]:
+    """Returns the metrics of a table in their order, given all of its rows.
+
+    These are the metrics of `config.metrics` or, without them, the first five of `TITLES`. Metrics
+    that all rows lack are left out.
+    """
+    rows = list(rows)
+    chosen = protocol.get("metrics") or []
+    known = [m for m in chosen or TITLES if any(row.get(m) is not None for row in rows)]
+    return known if chosen else known[:_COLUMNS]
+
+
 def format_table(results: Mapping) -> str:
     """Formats the content of `results.json` as plain text.
 
     The table has a row per category and their mean, with its standard deviation over several seeds,
-    or a row per variant. Published results for the same data and backbone have columns of their
-    own. Metrics that all rows lack are omitted, as `aupro_05` in runs of earlier versions.
+    or a row per variant. `shown_metrics` are its columns; published results for the same data and
+    backbone have columns of their own.
     """
     heads, rows, notes = _table(results)
     cells = [*zip(*heads, strict=True), *rows]
@@ -94,12 +127,14 @@ def _table(results: Mapping) -> tuple[list[tuple[str, str]], list[list[str]], li
         rows["mean"] = (results["mean"], results["std"])
         others = published(protocol["dataset"], protocol["backbone"])
     heads, columns, notes = [("", "")], [list(rows)], []
-    for metric in _NEXT_TO_PUBLISHED if others else TITLES:
-        if any(figures.get(metric) is not None for figures, _ in rows.values()):
-            heads.append(("", TITLES[metric]))
-            columns.append(
-                [_figure(row.get(metric), std and std.get(metric)) for row, std in rows.values()]
-            )
+    shown = shown_metrics(protocol, (figures for figures, _ in rows.values()))
+    if others and not protocol.get("metrics"):
+        shown = [metric for metric in shown if metric in _NEXT_TO_PUBLISHED]
+    for metric in shown:
+        heads.append(("", TITLES[metric]))
+        columns.append(
+            [_figure(row.get(metric), std and std.get(metric)) for row, std in rows.values()]
+        )
     if len(heads) == 1:
         notes.append("No metrics: there are no test images, or only of one class.")
     for other in others:

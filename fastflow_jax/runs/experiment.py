@@ -21,17 +21,25 @@ import fastflow_jax
 from fastflow_jax import data, parallel
 from fastflow_jax.backbones.weights import licence
 from fastflow_jax.config import variants, without
+from fastflow_jax.data.pipeline import regions_as_input
 from fastflow_jax.data.transforms import placement
 from fastflow_jax.detectors.base import DETECTORS, Scorer, method
-from fastflow_jax.evaluation.evaluate import METRICS, Scored, measure, score_split
+from fastflow_jax.evaluation.evaluate import (
+    METRICS,
+    Limits,
+    Scored,
+    evaluate,
+    measure,
+    score_split,
+)
 from fastflow_jax.features import shift
 from fastflow_jax.features.extract import FeatureBatch, image_means
 from fastflow_jax.features.prepare import Prepared, feature_fingerprint, preparer
 from fastflow_jax.files import expanded, read_json, read_lines, to_plain, write_json, write_text
 from fastflow_jax.report.html import write_reports
 from fastflow_jax.report.pictures import write_pictures
-from fastflow_jax.report.table import format_csv, format_markdown
-from fastflow_jax.runs import advice, audit, products
+from fastflow_jax.report.table import check_metrics, format_csv, format_markdown
+from fastflow_jax.runs import advice, audit, products, saved
 from fastflow_jax.runs.directory import claim
 from fastflow_jax.runs.fit import Fitted, fit
 
@@ -67,9 +75,11 @@ def run(config, workdir: str | pathlib.Path) -> dict:
       Interrupted: SIGTERM or SIGINT was received during training; the state is saved.
     """
     workdir = expanded(workdir)
+    check_metrics(config.metrics)
     with claim(workdir, config):
         results = read_json(workdir / "results.json")
         if results is not None:
+            results["protocol"]["metrics"] = list(config.metrics)
             if config.report:
                 report = workdir / "report.html"
                 parallel.on_main(lambda: report.exists() or write_reports(workdir, results))
@@ -183,7 +193,7 @@ def _share_training(
 _AFTER_SCORING = (
     "layers_as",  # `layers` has its effect
     *("data.tamper", "data.mask_resize"),
-    *("audit", "heatmaps", "report", "report_pictures", "parallel"),
+    *("audit", "metrics", "heatmaps", "report", "report_pictures", "parallel"),
 )
 _AFTER_TRAINING = (
     *_AFTER_SCORING,
@@ -256,12 +266,14 @@ def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepare
     if dataset.test:
         start = time.perf_counter()
         scored, means = _score_test(part, prepared, fitted.scorer, "test")
-        results["figures"] = measure(scored)
+        limits = _limits(part, fitted.thresholds)
+        results["figures"], details = evaluate(scored, dataset.test.defects, limits)
+        results |= {"kinds": details.kinds, "sizes": details.sizes}
         results["shift"] = _shift(part, fitted.reference, dataset.test.names, means)
         if part.member is not None:
             products.write_means(part.directory, means)
         seconds["evaluate"] = time.perf_counter() - start
-        _write_pictures(part, prepared, fitted.scorer, scored, fitted.thresholds["pixel"])
+        _write_pictures(part, prepared, fitted, scored, details.aupimo)
     if not part.variant and part.seed == part.config.seed:
         start = time.perf_counter()
         audit.audit_training(part.config, prepared, part.directory, part.category)
@@ -269,6 +281,13 @@ def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepare
     results["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
     write_json(part.file, results)
     return results
+
+
+def _limits(part: _Part, thresholds: dict) -> Limits:
+    """The thresholds of a part that metrics depend on."""
+    held_out = parallel.on_main(partial(saved.read_held_out, part.directory))
+    image, pixel = (thresholds[of] and thresholds[of]["value"] for of in ("image", "pixel"))
+    return Limits(image, pixel, held_out and held_out.sigma_threshold())
 
 
 def _shift(
@@ -353,17 +372,22 @@ def _score_test(
     """Scores of the test images, and their `image_means` [N, C]."""
     test = prepared.dataset.test
     assert test is not None
-    means: dict[int, np.ndarray] = {}
+    by_index: dict[int, np.ndarray] = {}
 
     def batches() -> Iterator[FeatureBatch]:
         for batch in prepared.test():
             found = image_means(batch.features, batch.valid)
-            means.update(zip(batch.index.tolist(), found, strict=True))
+            by_index.update(zip(batch.index.tolist(), found, strict=True))
             yield batch
 
     title = f"{part.title}: {progress}"
     scored = score_split(scorer.score, batches(), len(test), progress=title)
-    return scored, np.stack([means[i] for i in range(len(test))])
+    means = np.stack([by_index[i] for i in range(len(test))])
+    if test.regions is None:
+        return scored, means
+    resize = tuple(part.config.image_size), part.config.data.resize, part.config.data.mask_resize
+    regions_of = test.regions
+    return scored._replace(regions=lambda i: regions_as_input(regions_of(i), *resize)), means
 
 
 def _best_on_test(epochs: list[dict]) -> dict | None:
@@ -377,9 +401,13 @@ def _best_on_test(epochs: list[dict]) -> dict | None:
 
 
 def _write_pictures(
-    part: _Part, prepared: Prepared, scorer, scored: Scored, threshold: dict | None
+    part: _Part,
+    prepared: Prepared,
+    fitted: Fitted,
+    scored: Scored,
+    aupimo: list[float | None] | None,
 ) -> None:
-    """Writes heat maps and the images of the report, given the pixel threshold."""
+    """Writes heat maps and the images of the report."""
     config, test = part.config, prepared.dataset.test
     assert test is not None
 
@@ -387,7 +415,7 @@ def _write_pictures(
         if scored.maps is not None:
             return (scored.maps[i] for i in indices)
         batches = prepared.test(indices)
-        return (m for b in batches for m in scorer.score(b.features, b.valid)[1])
+        return (m for b in batches for m in fitted.scorer.score(b.features, b.valid)[1])
 
     write_pictures(
         part.directory,
@@ -397,7 +425,8 @@ def _write_pictures(
         heatmaps=config.heatmaps,
         strips=part.pictures,
         placed=partial(placement, target=tuple(config.image_size), how=config.data.resize),
-        threshold=threshold,
+        threshold=fitted.thresholds["pixel"],
+        aupimo=aupimo,
     )
 
 
@@ -421,6 +450,7 @@ def _summarise(config, parts: list[dict]) -> dict:
             "resize": config.data.resize,
             "masks": f"resized to the input size, {config.data.mask_resize}",
             "aupro_fpr_limit": 0.3,
+            "metrics": list(config.metrics),  # in tables
             "dataset": config.data.name,
             "std": "over seeds, of the mean over categories (n - 1)",
             "backbone": config.backbone,
@@ -438,6 +468,9 @@ def _summarise(config, parts: list[dict]) -> dict:
         # The time to compute shared features is part of the first part that uses them.
         "seconds": {_key(part): part["seconds"] for part in parts},
         "shift": {_key(part): part.get("shift") for part in parts},  # see `shift.find`
+        # Of kinds of defects and of regions by size, see `evaluate.Details`
+        "kinds": {_key(part): part.get("kinds") for part in parts},
+        "sizes": {_key(part): part.get("sizes") for part in parts},
         "versions": {
             "python": platform.python_version(),
             "fastflow-jax": fastflow_jax.__version__,

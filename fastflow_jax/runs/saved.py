@@ -104,7 +104,7 @@ def read(path: pathlib.Path) -> Saved:
     about = _about(path)
     if "format" in about:
         return durable.read(path)
-    training, file = (path / about["training"]).resolve(), path / _HELD_OUT
+    training = (path / about["training"]).resolve()
     limits = [read_threshold(about["thresholds"][of]) for of in ("image", "pixel")]
     if "taught" in about:
         return dataclasses.replace(
@@ -117,7 +117,7 @@ def read(path: pathlib.Path) -> Saved:
         )
     if not (training / "checkpoints").exists():
         raise InputError(f"{training} lacks its checkpoints. Restore them, or train again.")
-    held_out = HeldOut.load(file) if file.exists() else None
+    held_out = read_held_out(path)
     if held_out is None and any(t and t.kind in ("image", "pixel") for t in limits):
         raise InputError(f"{path} lacks its {_HELD_OUT}. Restore it, or train again.")
     config, images = from_plain(about["config"]), about.get("images")
@@ -168,6 +168,12 @@ def _read_version(run: pathlib.Path, about: dict) -> Saved:
             f"before: --mode=update --undo --workdir={run}."
         )
     return durable.read(folder)
+
+
+def read_held_out(directory: pathlib.Path) -> HeldOut | None:
+    """Reads the scores of held-out images that `record` has written, if there are any."""
+    file = directory / _HELD_OUT
+    return HeldOut.load(file) if file.exists() else None
 
 
 def write_reference(config, prepared: Prepared, training: pathlib.Path) -> Reference | None:

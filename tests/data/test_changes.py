@@ -1,5 +1,6 @@
 """Tampering and augmentation: masks move with images; the reading order has no influence."""
 
+import dataclasses
 import importlib.util
 
 import hypothesis.strategies as st
@@ -13,6 +14,7 @@ from torchvision_oracle import import_torchvision
 from fastflow_jax.config import default
 from fastflow_jax.data import Source
 from fastflow_jax.data.changes import augment_image, augmented, tampered, warp, with_copies
+from fastflow_jax.data.dataset import Regions
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (20, 20, 3), np.uint8)
@@ -110,6 +112,21 @@ def test_tampering_changes_only_images_and_masks():
     np.testing.assert_array_equal(turned[2].image, plain[2].image[::-1, ::-1])
     np.testing.assert_array_equal(turned[2].mask, plain[2].mask[::-1, ::-1])
     assert tampered(source(masks=False), tamper)[0].mask is None
+
+
+def test_regions_of_defects_move_with_their_masks():
+    plain = source()
+    mask = plain[0].mask
+    parts = np.stack([mask & (np.arange(16) < 4), mask])
+
+    def regions(index):  # image 0 has two of them, and the others none
+        return Regions(parts[: 2 * (index == 0)], np.ones(2 * (index == 0)))
+
+    tamper = default().data.tamper
+    tamper.rotate = 180.0
+    turned = tampered(dataclasses.replace(plain, regions=regions), tamper)
+    np.testing.assert_array_equal(turned.regions(0).masks, parts[:, ::-1, ::-1])
+    assert turned.regions(1).masks.shape == (0, *mask.shape)
 
 
 def test_a_subset_of_a_tampered_source_is_tampered():

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from fastflow_jax.data import Source
-from fastflow_jax.data.pipeline import batches
+from fastflow_jax.data.dataset import Regions
+from fastflow_jax.data.pipeline import batches, regions_as_input
 from fastflow_jax.data.transforms import MASK_RESIZES, resize_mask
 from fastflow_jax.errors import InputError
 
@@ -145,3 +146,18 @@ def test_threads_end_with_the_iteration():
     while set(threading.enumerate()) - before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize("resize_by", ["square", "crop", "pad"])
+def test_regions_are_resized_as_masks_are(resize_by):
+    mask = np.zeros((12, 20), bool)
+    mask[2:9, 3:18] = True
+    regions = Regions(np.stack([mask & (np.arange(20) < 9), ~mask & mask, mask]), np.ones(3))
+    source = Source(("a.png",), ("hole",), lambda i: (np.zeros((12, 20, 3), np.uint8), mask))
+    (batch,) = read(source, resize_by=resize_by)
+    found = regions_as_input(regions, (6, 4), resize_by, "nearest")
+    np.testing.assert_array_equal(found.masks[-1], batch.mask[0])
+    assert len(found.masks) == len(found.saturation) == 2  # the empty region is dropped
+    assert (found.masks[0] <= found.masks[1]).all()
+    none = Regions(np.zeros((0, 12, 20), bool), np.ones(0))
+    assert regions_as_input(none, (6, 4), resize_by, "nearest").masks.shape == (0, 6, 4)

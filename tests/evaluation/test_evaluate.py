@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
+from fastflow_jax.data.dataset import Regions
 from fastflow_jax.evaluation import evaluate, metrics, overlap
 from fastflow_jax.evaluation.evaluate import measure, score_split
 from fastflow_jax.features.extract import FeatureBatch
@@ -78,8 +79,11 @@ def test_large_arrays_are_memory_maps_with_the_same_metrics(monkeypatch):
 def test_evaluation_has_the_metrics_of_each_kind_and_image():
     masks = MASKS & (LABELS == 1)[:, None, None]
     scored = score_split(score(MAPS), split(masks), N, progress="test")
-    regions = np.stack([metrics.regions_of(mask) for mask in masks])
-    scored = scored._replace(regions=regions, saturation=[[0.5] * int(r.max()) for r in regions])
+
+    def regions(i):
+        return Regions(masks[i][None][: LABELS[i]], np.full(LABELS[i], 0.5))
+
+    scored = scored._replace(regions=regions)
     defects = ["good", "dent", "crack", "good", "dent"]
     limits = evaluate.Limits(image=1.0, pixel=1.5, sigma=0.4)
     figures, details = evaluate.evaluate(scored, defects, limits)
@@ -93,10 +97,10 @@ def test_evaluation_has_the_metrics_of_each_kind_and_image():
     assert rows[None]["aupimo"] == figures["aupimo"] == pytest.approx(np.nanmean(areas))
     assert rows[None]["spro_05"] == pytest.approx(figures["spro_05"])
     good_and_dent = [0, 1, 3, 4]
-    spro = overlap.au_spro(MAPS, regions, scored.saturation, rows=good_and_dent)
+    spro = overlap.au_spro(MAPS, masks, regions, rows=good_and_dent)
     assert rows["dent"]["spro_05"] == pytest.approx(spro[0])
     assert rows["dent"]["found"] == sum(MAPS[i].max() > 1.0 for i in (1, 4))
-    assert sum(size["regions"] for size in details.sizes) == sum(int(r.max()) for r in regions)
+    assert sum(size["regions"] for size in details.sizes) == 3
 
 
 def test_evaluation_without_masks_or_thresholds():

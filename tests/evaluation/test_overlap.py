@@ -5,21 +5,23 @@ import pytest
 from scipy import stats
 from sklearn.metrics import f1_score
 
+from fastflow_jax.data.dataset import Regions
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation import metrics, overlap
 
 
 def maps_and_regions(seed, n=6, side=12, integers=False):
-    """Anomaly maps, and up to three numbered rectangles in every second image."""
-    rng = np.random.default_rng(seed)
-    regions = np.zeros((n, side, side), np.int32)
-    for image in regions[::2]:
-        for number in range(1, 1 + rng.integers(1, 4)):
+    """Anomaly maps, masks, and up to three rectangles, which may overlap, in every second image."""
+    rng, found = np.random.default_rng(seed), []
+    for i in range(n):
+        masks = np.zeros((0 if i % 2 else rng.integers(1, 4), side, side), bool)
+        for mask in masks:
             y, x = rng.integers(0, side - 3, 2)
-            image[y : y + rng.integers(2, 4), x : x + rng.integers(2, 4)] = number
-        image[:] = np.unique(image, return_inverse=True)[1].reshape(image.shape)  # covered ones
-    maps = rng.normal(0, 1, regions.shape) + (regions > 0)
-    return (maps.round() if integers else maps).astype(np.float32), regions
+            mask[y : y + rng.integers(2, 4), x : x + rng.integers(2, 4)] = True
+        found.append(Regions(masks, rng.uniform(0.1, 1, len(masks)).astype(np.float32)))
+    masks = np.stack([regions.masks.any(0) for regions in found])
+    maps = rng.normal(0, 1, masks.shape) + masks
+    return (maps.round() if integers else maps).astype(np.float32), masks, found
 
 
 def aupimo_by_definition(maps, masks, labels, valid, bounds):
@@ -42,8 +44,8 @@ def aupimo_by_definition(maps, masks, labels, valid, bounds):
 @pytest.mark.parametrize("integers", [False, True])
 def test_aupimo_equals_its_definition(monkeypatch, bounds, integers):
     monkeypatch.setattr(overlap, "_PENDING", 50)
-    maps, regions = maps_and_regions(0, integers=integers)
-    masks, labels = regions > 0, np.arange(6) % 2 == 0
+    maps, masks, _ = maps_and_regions(0, integers=integers)
+    labels = np.arange(6) % 2 == 0
     valid = np.ones(maps.shape, bool)
     valid[1, :5] = valid[3, :, 8:] = False
     found = overlap.aupimo(maps, masks, labels, valid=valid, fpr_bounds=bounds)
@@ -74,17 +76,16 @@ def test_aupimo_without_normal_images_or_defective_pixels():
         overlap.aupimo(maps, masks, [0, 1], fpr_bounds=(1e-4, 1e-5))
 
 
-def spro_by_definition(maps, regions, saturation, limit):
+def spro_by_definition(maps, masks, regions, limit):
     """Equation 1 of the paper at each threshold, and the trapezoids up to the limit."""
     rates, overlaps = [0.0], [0.0]
     for threshold in np.unique(maps)[::-1]:
         hit = maps >= threshold
-        rates.append(hit[regions == 0].mean())
+        rates.append(hit[~masks].mean())
         each = []
-        for i, shares in enumerate(saturation):
-            for k, share in enumerate(shares, 1):
-                region = regions[i] == k
-                each.append(min((hit[i] & region).sum() / (share * region.sum()), 1))
+        for called, found in zip(hit, regions, strict=True):
+            for region, share in zip(*found, strict=True):
+                each.append(min((called & region).sum() / (share * region.sum()), 1))
         overlaps.append(np.mean(each))
     rates, overlaps = np.array(rates), np.array(overlaps)
     inside = rates <= limit
@@ -98,44 +99,59 @@ def spro_by_definition(maps, regions, saturation, limit):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("integers", [False, True])
 def test_spro_equals_its_definition(seed, integers):
-    maps, regions = maps_and_regions(seed, integers=integers)
-    rng = np.random.default_rng(seed)
-    saturation = [rng.uniform(0.1, 1, image.max()).tolist() for image in regions]
-    expected = [spro_by_definition(maps, regions, saturation, limit) for limit in (0.05, 0.3, 1)]
-    found = overlap.au_spro(maps, regions, saturation, (0.05, 0.3, 1))
-    assert found == pytest.approx(expected, abs=1e-12)
+    maps, masks, regions = maps_and_regions(seed, integers=integers)
+    expected = [spro_by_definition(maps, masks, regions, limit) for limit in (0.05, 0.3, 1)]
+    found = overlap.au_spro(maps, masks, regions.__getitem__, (0.05, 0.3, 1))
+    assert found == pytest.approx(expected, abs=1e-6)  # shares are float32
     rows = [0, 1, 3]
-    part = spro_by_definition(maps[rows], regions[rows], [saturation[i] for i in rows], 0.3)
-    assert overlap.au_spro(maps, regions, saturation, (0.3,), rows=rows) == pytest.approx([part])
+    part = spro_by_definition(maps[rows], masks[rows], [regions[i] for i in rows], 0.3)
+    found = overlap.au_spro(maps, masks, regions.__getitem__, (0.3,), rows=rows)
+    assert found == pytest.approx([part], abs=1e-6)
 
 
-def test_spro_without_saturation_is_the_region_overlap():
-    maps, regions = maps_and_regions(4)
-    regions = np.stack([metrics.regions_of(image > 0) for image in regions])
-    whole = [np.ones(image.max()) for image in regions]
-    found = overlap.au_spro(maps, regions, whole, (0.05, 0.3))
-    assert found == pytest.approx(metrics.aupros(maps, regions > 0, (0.05, 0.3)))
+def test_spro_of_whole_components_is_the_region_overlap():
+    maps, masks, _ = maps_and_regions(4)
+
+    def components(i):
+        numbers = metrics.regions_of(masks[i])
+        each = np.arange(1, numbers.max() + 1)[:, None, None]
+        return Regions(numbers == each, np.ones(len(each)))
+
+    found = overlap.au_spro(maps, masks, components, (0.05, 0.3))
+    assert found == pytest.approx(metrics.aupros(maps, masks, (0.05, 0.3)))
 
 
 def test_a_found_part_of_a_region_is_enough():
-    maps, regions = np.zeros((1, 10, 10), np.float32), np.zeros((1, 10, 10), int)
-    regions[0, 0, [0, 1, 8, 9]] = 1  # two places where an object may be missing: one suffices
+    maps, masks = np.zeros((1, 10, 10), np.float32), np.zeros((1, 10, 10), bool)
+    masks[0, 0, [0, 1, 8, 9]] = True  # two places where an object may be missing: one suffices
     maps[0, 0, :2] = 1
-    assert overlap.au_spro(maps, regions, [[0.5]]) == [1.0]
+    assert overlap.au_spro(maps, masks, lambda i: Regions(masks, np.array([0.5]))) == [1.0]
     # Half of the region is above all normal pixels; the other half rises along with all of them.
-    assert overlap.au_spro(maps, regions, [[1.0]]) == pytest.approx([0.5 + 0.5 * 0.05 / 2])
+    (area,) = overlap.au_spro(maps, masks, lambda i: Regions(masks, np.array([1.0])))
+    assert area == pytest.approx(0.5 + 0.5 * 0.05 / 2)
+    assert overlap.au_spro(maps, ~masks & masks, lambda i: None) is None
 
 
-@pytest.mark.parametrize("saturation", [[[]], [[0.0]], [[1.5]], [[np.nan]]])
-def test_impossible_saturation_raises(saturation):
-    maps, regions = np.zeros((1, 4, 4), np.float32), np.eye(4, dtype=int)[None]
-    with pytest.raises(InputError, match="Image 0 has 1 regions"):
-        overlap.au_spro(maps, regions, saturation)
+@pytest.mark.parametrize("share", [0.0, 1.5, np.nan])
+def test_an_impossible_saturation_raises(share):
+    maps, masks = np.zeros((1, 4, 4), np.float32), np.eye(4, dtype=bool)[None]
+    with pytest.raises(InputError, match="Image 0 has regions with the saturation"):
+        overlap.au_spro(maps, masks, lambda i: Regions(masks, np.array([share])))
+
+
+def test_parts_of_regions_outside_the_mask_are_ignored():
+    maps, masks, regions = maps_and_regions(2)
+    wider = [
+        Regions(np.pad(r.masks[:, :, :-1], ((0, 0), (0, 0), (1, 0))), r.saturation) for r in regions
+    ]
+    inside = [Regions(w.masks & m, w.saturation) for w, m in zip(wider, masks, strict=True)]
+    found = overlap.au_spro(maps, masks, wider.__getitem__)
+    assert found == overlap.au_spro(maps, masks, inside.__getitem__)
 
 
 def test_segmentation_f1_equals_scikit_learn():
-    maps, regions = maps_and_regions(5)
-    masks, valid = regions > 0, np.ones(maps.shape, bool)
+    maps, masks, _ = maps_and_regions(5)
+    valid = np.ones(maps.shape, bool)
     valid[:, -2:] = masks[:, -2:]
     expected = f1_score(masks[valid], maps[valid] > 0.7)
     assert overlap.segmentation_f1(maps, masks, 0.7, valid=valid) == pytest.approx(expected)
@@ -157,11 +173,12 @@ def test_recall_counts_regions_of_similar_size():
     assert large.overlap == pytest.approx(0.1)
     assert large.interval == pytest.approx((0.025, 1.0))
     assert overlap.recall_by_size(maps, np.zeros_like(masks), 0.5) == []
-    # The two largest parts of image 0 are one region, and only half of the image is not padding.
-    regions = (masks * 1).astype(np.int32)
-    regions[0, 0, 0] = 2
+    # All of image 0 is one region, and a part of it another; half of the image is padding.
+    regions = [np.stack([masks[0], masks[0] & (np.arange(100) == 0)]), masks[1:]]
     valid = np.zeros(masks.shape, bool)
     valid[:, :50] = True
-    one, other = overlap.recall_by_size(maps, masks, 0.5, regions=regions, valid=valid)
-    assert (one.regions, one.found, one.overlap) == (2, 1, pytest.approx(1 / 6))
+    one, other = overlap.recall_by_size(
+        maps, masks, 0.5, regions=lambda i: Regions(regions[i], np.ones(1)), valid=valid
+    )
+    assert (one.regions, one.found, one.overlap) == (2, 1, pytest.approx(1 / 8))
     assert (other.low, other.regions) == (0.01, 1)

@@ -2,6 +2,7 @@
 
     python benchmarks/metrics.py --quick
     python benchmarks/metrics.py --out metrics.json
+    python benchmarks/metrics.py --large 2000
 
 Pixel AUROC and average precision against scikit-learn's `roc_auc_score` and
 `average_precision_score`; AUPRO up to a false-positive rate of 0.3 against anomalib's, in the
@@ -9,6 +10,9 @@ environment of `peer.py`. All get the same float32 maps of 256x256 pixels, smoot
 slightly higher in the round defects of every other image, and their results are checked to agree.
 Each metric is computed in a process of its own, on a few maps for warm-up and then timed once; the
 two sides take turns. Memory is the growth of the process at its peak, without maps and masks.
+
+`--large N` only evaluates N maps of 1024x1024, in memory maps, with all of our metrics, and prints
+seconds and the memory of the process without the memory maps.
 
 Each line `ratio <name> <number>` is the peer's median seconds over ours, or its peak memory over
 ours if the name begins with `memory_`: above 1, ours is better.
@@ -21,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 
@@ -33,6 +38,67 @@ SIDE = 256
 LIMIT = 0.3  # false-positive rate up to which AUPRO integrates
 PEERS = {"pixel_auroc": "scikit-learn", "pixel_ap": "scikit-learn", "aupro": "anomalib"}
 TOLERANCE = {"scikit-learn": 1e-9, "anomalib": 1e-4}  # anomalib sums in float32
+
+
+LARGE = 1024  # side of the maps of `--large`
+
+
+def evaluate_large(images: int, folder: pathlib.Path) -> dict[str, float | None]:
+    """Evaluates large maps in memory maps; prints and returns the metrics.
+
+    Every third image has a defect. Maps are smooth noise, enlarged, with small noise against ties.
+    """
+    from fastflow_jax.evaluation.evaluate import Limits, Scored, evaluate
+
+    rng = np.random.default_rng(0)
+    shape = (images, LARGE, LARGE)
+    maps = np.lib.format.open_memmap(folder / "maps.npy", "w+", np.float32, shape)
+    masks = np.lib.format.open_memmap(folder / "masks.npy", "w+", bool, shape)
+    for i in range(images):
+        coarse = rng.standard_normal((LARGE // 16,) * 2, np.float32)
+        maps[i] = np.kron(coarse, np.ones((16, 16), np.float32))
+        maps[i] += 0.1 * rng.standard_normal((LARGE, LARGE), np.float32)
+        if i % 3 == 0:
+            y, x = rng.integers(0, LARGE - 300, 2)
+            height, width = rng.integers(20, 300, 2)
+            masks[i, y : y + height, x : x + width] = True
+            maps[i] += 3 * masks[i]
+    labels = (np.arange(images) % 3 == 0).astype(np.int32)
+    scored = Scored(maps[:, ::16, ::16].max((1, 2)), labels, maps, masks, None)
+    kinds = ["crack" if label else "good" for label in labels]
+    before, start = _anonymous_memory(), time.perf_counter()
+    with _Peak() as peak:
+        figures, details = evaluate(scored, kinds, Limits(3.0, 3.0, 3.0))
+    print(f"{masks.sum():,} of {masks.size:,} pixels are defective")
+    print(f"{time.perf_counter() - start:.0f} s, {(peak.bytes - before) / 2**20:.0f} MiB")
+    print(figures, details.sizes, sep="\n")
+    return figures
+
+
+def _anonymous_memory() -> int:
+    """Bytes of the memory of this process without memory maps of files; Linux only."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+
+
+class _Peak(threading.Thread):
+    """Samples the memory of this process every 20 ms while its context is open."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.bytes, self._over = 0, threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(0.02):
+            self.bytes = max(self.bytes, _anonymous_memory())
+
+    def __enter__(self) -> "_Peak":
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._over.set()
+        self.join()
 
 
 def make_data(images: int, folder: pathlib.Path) -> None:
@@ -130,11 +196,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="100 maps, under five minutes")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
+    parser.add_argument("--large", type=int, metavar="N", help="evaluate N maps of 1024x1024")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # run by `compare`
     args = parser.parse_args()
     if args.measure:
         side, figure, folder = args.measure
         print(json.dumps(measure(side, figure, pathlib.Path(folder))))
+        return
+
+    if args.large:
+        with tempfile.TemporaryDirectory() as folder:
+            evaluate_large(args.large, pathlib.Path(folder))
         return
 
     rows = []

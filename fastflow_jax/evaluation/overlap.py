@@ -196,7 +196,7 @@ class SizeRecall:
     high: float  # and below
     regions: int
     found: int  # regions with at least one pixel above the threshold
-    interval: tuple[float, float]  # of the share found, 95 % (Clopper & Pearson, 1934)
+    interval: list[float]  # of the share found, 95 % (Clopper & Pearson, 1934)
     overlap: float  # mean share of a region's pixels above the threshold
 
 
@@ -251,4 +251,4 @@ def _size_recall(low: float, high: float, overlaps: np.ndarray) -> SizeRecall:
     n, found = len(overlaps), int((overlaps > 0).sum())
     start = float(special.betaincinv(found, n - found + 1, 0.025)) if found else 0.0
     end = float(special.betaincinv(found + 1, n - found, 0.975)) if found < n else 1.0
-    return SizeRecall(low, high, n, found, (start, end), float(overlaps.mean()))
+    return SizeRecall(low, high, n, found, [start, end], float(overlaps.mean()))

@@ -168,10 +168,10 @@ def test_recall_counts_regions_of_similar_size():
     assert (small.low, small.high, small.regions, small.found) == (0.0001, 0.001, 3, 1)
     assert small.overlap == pytest.approx(1 / 6)
     exact = stats.binomtest(1, 3).proportion_ci(0.95, "exact")
-    assert small.interval == pytest.approx((exact.low, exact.high))
+    assert small.interval == pytest.approx([exact.low, exact.high])
     assert (large.low, large.high, large.regions, large.found) == (0.01, 0.1, 1, 1)
     assert large.overlap == pytest.approx(0.1)
-    assert large.interval == pytest.approx((0.025, 1.0))
+    assert large.interval == pytest.approx([0.025, 1.0])
     assert overlap.recall_by_size(maps, np.zeros_like(masks), 0.5) == []
     # All of image 0 is one region, and a part of it another; half of the image is padding.
     regions = [np.stack([masks[0], masks[0] & (np.arange(100) == 0)]), masks[1:]]

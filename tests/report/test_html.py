@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastflow_jax.data.dataset import GOOD, Source
 from fastflow_jax.data.transforms import placement
-from fastflow_jax.evaluation.evaluate import METRICS, Scored, measure
+from fastflow_jax.evaluation.evaluate import METRICS, Limits, Scored, evaluate, measure
 from fastflow_jax.files import files_in
 from fastflow_jax.report import html as reports
 from fastflow_jax.report.html import part_page, write_reports
@@ -42,7 +42,10 @@ def scored_images(n=40, seed=0, masks=True):
     return source, Scored(scores, labels, *((maps, truth) if masks else (None, None)), None), maps
 
 
-def draw(folder, source, scored, maps, *, heatmaps, strips):
+LIMITS = Limits(image=1.0, pixel=2.0, sigma=3.0)
+
+
+def draw(folder, source, scored, maps, *, heatmaps, strips, aupimo=None):
     """Writes the pictures of images that have the size of their maps."""
     write_pictures(
         folder,
@@ -53,6 +56,7 @@ def draw(folder, source, scored, maps, *, heatmaps, strips):
         strips=strips,
         placed=lambda size: placement(size, (32, 48), "square"),
         threshold=None,
+        aupimo=aupimo,
     )
 
 
@@ -60,14 +64,17 @@ def write_part(folder, name="screw", seed=0, variant=None, strips=1000, **fields
     """Writes one training of a run, as `runs.experiment.run` does."""
     source, scored, maps = scored_images(seed=seed, **fields)
     folder.mkdir(parents=True, exist_ok=True)
-    draw(folder, source, scored, maps, heatmaps=0, strips=strips)
+    figures, details = evaluate(scored, source.defects, LIMITS)
+    draw(folder, source, scored, maps, heatmaps=0, strips=strips, aupimo=details.aupimo)
     epochs = [{"epoch": i, "step": 2 * i, "loss": 1 / i, "holdout_loss": 2 / i} for i in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in epochs))
     part = {
         "name": name,
         "variant": variant,
         "seed": seed,
-        "figures": measure(scored),
+        "figures": figures,
+        "kinds": details.kinds,
+        "sizes": details.sizes,
         "data": {"source": "<b>here</b>", "trained_on": 50, "held_out": 6},
         "weights": {"source": "a file", "sha256": "5793442"},
         "training": ".",
@@ -199,11 +206,13 @@ def test_file_and_defect_names_are_escaped(run_directory):
 
 def test_a_run_of_an_earlier_version_has_a_report_without_newer_metrics(tmp_path):
     part = write_part(tmp_path)
-    del part["figures"]["aupro_05"]
+    del part["figures"]["aupro_05"], part["figures"]["aupimo"], part["kinds"], part["sizes"]
     (tmp_path / "part.json").write_text(json.dumps(part))
     page = write_run(tmp_path, [part])
-    assert "AUPRO" in page
-    assert "AUPRO .05" not in page
+    titles = Checked(page).texts
+    assert "AUPRO" in titles["dt"]
+    assert not {"AUPRO .05", "AUPIMO"} & {*titles["dt"], *titles["th"]}
+    assert "Kinds of defects" not in titles["h2"]
 
 
 def test_a_report_has_scores_metrics_and_provenance(run_directory):
@@ -215,13 +224,31 @@ def test_a_report_has_scores_metrics_and_provenance(run_directory):
     assert data["names"] == list(source.names)
     assert all(data["strips"])
     text = " ".join(" ".join(t) for t in Checked(page).texts.values())
-    figures = measure(scored)
-    for metric in METRICS:
+    figures, details = evaluate(scored, source.defects, LIMITS)
+    for metric, figure in figures.items():
+        assert figure is None or f"{figure:.4f}" in text
+        assert metric == "spro_05" or figure is not None
+    for metric in ("image_auroc", "pixel_auroc", "aupro", "pixel_ap", "aupimo"):
         assert f"{figures[metric]:.3f}" in text
-        assert f"{figures[metric]:.4f}" in text  # in the table
+    assert data["aupimo"] == details.aupimo
     assert "40 test images: 13 good, 27 anomalous" in text
     for detail in ("5793442", "resnet18", "nothing chosen on test data", "12.5", "F1-optimal"):
         assert detail in text
+
+
+def test_a_report_has_tables_of_kinds_and_sizes_of_defects(run_directory):
+    source, scored, _ = scored_images()
+    _, details = evaluate(scored, source.defects, LIMITS)
+    cells = Checked((run_directory / "report.html").read_text()).texts
+    assert {"crack", "all kinds", "10 to 100 %"} <= {*cells["th"]}
+    for row in details.kinds:
+        low, high = row["image_auroc"]["interval"]
+        assert f"{row['image_auroc']['value']:.3f} ({low:.3f} to {high:.3f})" in cells["td"]
+        assert f"{row['aupimo']:.3f}" in cells["td"]
+    (size,) = details.sizes
+    assert (size["regions"], size["low"]) == (27, 0.1)  # 220 of 1,536 pixels
+    assert f"{size['found']} ({100 * size['found'] / 27:.0f} %)" in cells["td"]
+    assert f"{100 * size['overlap']:.0f} %" in cells["td"]
 
 
 def test_the_slider_starts_at_the_given_threshold_or_else_at_the_best_f1(run_directory):
@@ -279,7 +306,7 @@ def test_variants_have_their_own_title_and_configuration(tmp_path):
 def test_without_test_images_the_report_shows_the_training(tmp_path):
     part = write_part(tmp_path)
     (tmp_path / "scores.json").unlink()
-    part["figures"] = dict.fromkeys(METRICS)
+    part |= {"figures": dict.fromkeys(METRICS), "kinds": [], "sizes": []}
     (tmp_path / "part.json").write_text(json.dumps(part))
     checked = Checked(write_run(tmp_path, [part]))
     assert checked.texts["h3"] == ["Training"]
@@ -329,7 +356,7 @@ def test_images_of_one_class_have_no_f1_and_other_thresholds(tmp_path, label, st
     scored = scored._replace(labels=np.full(9, label, np.int32))
     part = write_part(tmp_path, n=9)
     draw(tmp_path, source, scored, maps, heatmaps=0, strips=9)
-    part["figures"] = measure(scored)
+    part |= {"figures": measure(scored), "kinds": [], "sizes": []}
     (tmp_path / "part.json").write_text(json.dumps(part))
     page = write_run(tmp_path, [part])
     texts = Checked(page).texts

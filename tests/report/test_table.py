@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 
 from fastflow_jax.data.tfds import btad, cifar10, mvtec_ad
+from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.evaluate import METRICS
-from fastflow_jax.report.table import format_csv, format_markdown, format_table, published
+from fastflow_jax.report.table import (
+    check_metrics,
+    format_csv,
+    format_markdown,
+    format_table,
+    published,
+    table_cells,
+)
 
 
 def results(categories, dataset="folder", backbone="resnet18", std=None, note=None, missing=()):
@@ -35,15 +43,19 @@ def results(categories, dataset="folder", backbone="resnet18", std=None, note=No
 
 def test_there_is_a_row_per_category_and_for_the_mean():
     text = format_table(results(["one", "three"])).splitlines()
-    assert text[0].split("  ")[-1] == "pixel AP"
-    assert text[2].split() == ["one", *(f"0.9{j}00" for j in range(7))]
+    heads = [head.strip() for head in text[0].split("  ") if head]
+    assert heads == ["image AUROC", "pixel AUROC", "AUPRO", "pixel AP", "AUPIMO"]
+    places = [
+        METRICS.index(m) for m in ("image_auroc", "pixel_auroc", "aupro", "pixel_ap", "aupimo")
+    ]
+    assert text[2].split() == ["one", *(f"{0.9 + j / 100:.4f}" for j in places)]
     assert text[-1].split()[:2] == ["mean", "0.9005"]
     assert len({len(line) for line in text}) == 1
     assert set(text[1]) == set(text[-2]) == {"-"}
 
 
 def test_metrics_without_values_are_omitted():
-    text = format_table(results(["one"], missing=("pixel_auroc", "aupro", "aupro_05", "pixel_ap")))
+    text = format_table(results(["one"], missing=[m for m in METRICS if not m.startswith("image")]))
     assert "image AP" in text
     assert "pixel" not in text
     assert "AUPRO" not in text
@@ -52,10 +64,27 @@ def test_metrics_without_values_are_omitted():
 def test_runs_of_earlier_versions_have_no_column_for_newer_metrics():
     old = results(["one", "two"], std=dict.fromkeys(METRICS, 0.01))
     for row in (*old["categories"].values(), old["mean"], old["std"]):
-        del row["aupro_05"]
+        for metric in METRICS:
+            if metric not in ("image_auroc", "pixel_auroc", "aupro"):
+                del row[metric]
     lines = format_table(old).splitlines()
-    assert "AUPRO .05" not in lines[0]
-    assert lines[-1].split()[1::3] == [f"{0.9005 + j / 100:.4f}" for j in (0, 1, 2, 4, 5, 6)]
+    assert "AUPIMO" not in lines[0]
+    assert lines[-1].split()[1::3] == [f"{0.9005 + j / 100:.4f}" for j in range(3)]
+
+
+def test_chosen_metrics_are_the_columns():
+    whole = results(["one"], missing=["spro_05"])
+    whole["protocol"]["metrics"] = ["seg_f1", "spro_05", "image_auroc"]
+    assert table_cells(whole)[0] == ["", "SegF1", "image AUROC"]
+    whole = results(mvtec_ad.CATEGORIES, "mvtec_ad", "wide_resnet50_2")
+    whole["protocol"]["metrics"] = ["aupimo"]
+    assert table_cells(whole)[0][1:3] == ["AUPIMO", "paper pixel"]
+
+
+def test_all_metrics_have_a_title_and_others_are_refused():
+    check_metrics(METRICS)
+    with pytest.raises(InputError, match=r"config.metrics has 'aupr0'. Did you mean aupro?"):
+        check_metrics(["image_auroc", "aupr0"])
 
 
 def test_the_deviation_over_seeds_follows_the_mean():
@@ -124,8 +153,8 @@ def variants_of(names, std=None):
 
 def test_variants_have_a_row_each_and_no_mean():
     lines = format_table(variants_of(["untouched", "rotate_5"])).splitlines()
-    assert lines[2].split() == ["untouched", *["0.5000"] * 7]
-    assert lines[3].split() == ["rotate_5", *["0.6000"] * 7]
+    assert lines[2].split() == ["untouched", *["0.5000"] * 5]
+    assert lines[3].split() == ["rotate_5", *["0.6000"] * 5]
     assert len(lines) == 4
     deviations = dict.fromkeys(METRICS, 0.02)
     assert "0.6000 ± 0.0200" in format_table(variants_of(["a", "b"], deviations)).splitlines()[3]

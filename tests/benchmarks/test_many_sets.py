@@ -93,7 +93,8 @@ def test_figures_equal_those_of_a_run(finished, sets, tmp_path):
     c.image_size, c.layers, c.seed, c.map.sigma = (32,), ("blocks.1",), 1, 1.0
     c.data.root, c.report = sets[0], False
     entry = entries["nuts", "fine", 1]
-    assert entry["figures"] == experiment.run(fill(c), tmp_path)["mean"]
+    whole = experiment.run(fill(c), tmp_path)["mean"]
+    assert entry["figures"] == whole | {"seg_f1": None}  # without the threshold of held-out images
     assert entry["images"] == {"training": 12, "normal": 5, "defective": 6}
     assert entry["fit_seconds"] > 0
     assert entry["score_ms"] > 0

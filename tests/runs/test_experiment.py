@@ -364,9 +364,9 @@ def test_seeds_trained_at_once_give_the_files_and_results_of_single_runs(tmp_pat
 
 
 def leaves(tree, path=""):
-    """{"a": {"b": 1}} -> {".a.b": 1}."""
+    """{"a": {"b": 1, "c": None}} -> {".a.b": 1}."""
     if not isinstance(tree, dict):
-        return {path: tree}
+        return {} if tree is None else {path: tree}
     return {k: v for name in tree for k, v in leaves(tree[name], f"{path}.{name}").items()}
 
 

@@ -93,7 +93,8 @@ _OUTPUT = flags.DEFINE_string(
     "output",
     None,
     "With --mode=predict, batch or submit, write results to this directory; with --mode=export, "
-    "write this file; with --mode=update, draw heat maps of images that may be defective to this directory.",
+    "write this file; with --mode=update, draw heat maps of images that may be defective to this "
+    "directory.",
 )
 _WEIGHTS = flags.DEFINE_string(
     "weights",

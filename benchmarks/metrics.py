@@ -68,7 +68,7 @@ def evaluate_large(images: int, folder: pathlib.Path) -> dict[str, float | None]
     kinds = ["crack" if label else "good" for label in labels]
     before, start = _anonymous_memory(), time.perf_counter()
     with _Peak() as peak:
-        figures, details = evaluate(scored, kinds, Limits(3.0, 3.0, 3.0))
+        figures, details = evaluate(scored, kinds, Limits(3.0, 3.0))
     print(f"{masks.sum():,} of {masks.size:,} pixels are defective")
     print(f"{time.perf_counter() - start:.0f} s, {(peak.bytes - before) / 2**20:.0f} MiB")
     print(figures, details.sizes, sep="\n")

@@ -50,7 +50,6 @@ class Limits(NamedTuple):
 
     image: float | None = None  # of image scores
     pixel: float | None = None  # of anomaly maps
-    sigma: float | None = None  # of anomaly maps, `thresholds.sigma_threshold`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +99,14 @@ def _empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
         return np.asarray(np.memmap(file, dtype, "w+", shape=shape))
 
 
-def measure(scored: Scored, sigma: float | None = None) -> dict[str, float | None]:
+def measure(scored: Scored, threshold: float | None = None) -> dict[str, float | None]:
     """Computes `METRICS`; None for a metric that needs masks or a class that the data lack.
 
     Args:
       scored: scores of all test images.
-      sigma: see `Limits`.
+      threshold: of anomaly maps, for `seg_f1`; None: it is None.
     """
-    return _measure(scored, sigma, _aupimo(scored))
+    return _measure(scored, threshold, _aupimo(scored))
 
 
 def evaluate(
@@ -133,11 +132,11 @@ def evaluate(
         )
     per_image = None if areas is None else [None if np.isnan(a) else float(a) for a in areas]
     details = Details(rows, [dataclasses.asdict(size) for size in sizes], per_image)
-    return _measure(scored, limits.sigma, areas), details
+    return _measure(scored, limits.pixel, areas), details
 
 
 def _measure(
-    scored: Scored, sigma: float | None, aupimo: np.ndarray | None
+    scored: Scored, threshold: float | None, aupimo: np.ndarray | None
 ) -> dict[str, float | None]:
     """`measure`, given the AUPIMO of each image."""
     found: dict[str, float | None] = dict.fromkeys(METRICS)
@@ -156,8 +155,8 @@ def _measure(
         found |= zip(_AREAS, pixels.areas["overlap"], strict=True)
         found |= {"pixel_auroc": pixels.auroc, "pixel_ap": pixels.average_precision}
         found["pixel_f1"] = pixels.f1
-    if sigma is not None:
-        found["seg_f1"] = overlap.segmentation_f1(maps, masks, sigma, valid=valid)
+    if threshold is not None:
+        found["seg_f1"] = overlap.segmentation_f1(maps, masks, threshold, valid=valid)
     found["aupimo"] = _mean(aupimo, scored.labels == 1)
     found["spro_05"] = _au_spro(scored)
     return found
@@ -182,4 +181,4 @@ def _au_spro(scored: Scored, rows: np.ndarray | None = None) -> float | None:
         return None
     limits = (_SPRO_LIMIT,)
     areas = overlap.au_spro(maps, masks, regions, limits, valid=scored.valid, rows=rows)
-    return areas and areas[0]
+    return None if areas is None else areas[0]

@@ -65,10 +65,6 @@ class HeldOut:
             np.concatenate([kinds, np.full(len(other.scores), kinds.max() + 1)]),
         )
 
-    def sigma_threshold(self) -> float:
-        """Returns the mean of held-out pixels plus three standard deviations."""
-        return thresholds.sigma_threshold(self.tails)
-
     def typical_levels(self, *shares: float) -> list[float]:
         """Values that these shares of a map's pixels reach, averaged over the images."""
         typical = self.tails.mean(0)  # falls with the share of pixels

@@ -43,11 +43,11 @@ def image_figures(
 
 def resamples(strata: Sequence[str], n: int, seed: int) -> np.ndarray:
     """Multiplicities of images in resamples with replacement, within each stratum, int [n, N]."""
-    rng, strata = np.random.default_rng(seed), np.asarray(strata)
+    rng, of_image = np.random.default_rng(seed), np.asarray(strata)
     weights = np.empty((n, len(strata)), np.int64)
-    for stratum in np.unique(strata):
-        size = int((strata == stratum).sum())
-        weights[:, strata == stratum] = rng.multinomial(size, np.full(size, 1 / size), n)
+    for stratum in np.unique(of_image):
+        size = int((of_image == stratum).sum())
+        weights[:, of_image == stratum] = rng.multinomial(size, np.full(size, 1 / size), n)
     return weights
 
 
@@ -108,13 +108,13 @@ def by_kind(
       `with_intervals`, "kind" (None for all), "images" (their number) and "found" (or None). Empty
       with images of one class.
     """
-    labels, kinds = np.asarray(labels).astype(bool), np.asarray(kinds)
-    names: list[str | None] = np.unique(kinds[labels]).tolist()
+    labels, of_image = np.asarray(labels).astype(bool), np.asarray(kinds)
+    names: list[str | None] = np.unique(of_image[labels]).tolist()
     rows = []
     for name in [*names, *([None] if len(names) > 1 else [])]:
-        of_kind = labels if name is None else labels & (kinds == name)
+        of_kind = labels if name is None else labels & (of_image == name)
         used = of_kind | ~labels
-        found = with_intervals(scores[used], labels[used], kinds[used].tolist())
+        found = with_intervals(scores[used], labels[used], of_image[used].tolist())
         if found is not None:
             hits = None if threshold is None else int((scores[of_kind] > threshold).sum())
             rows.append({"kind": name, "images": int(of_kind.sum()), "found": hits, **found})

@@ -75,7 +75,8 @@ def _highest(
 
     Together they are just above the given share, or all pixels.
     """
-    values, shares = np.empty(0, maps.dtype), np.empty(0)
+    values: np.ndarray = np.empty(0, maps.dtype)
+    shares: np.ndarray = np.empty(0)
     waiting: list[tuple[np.ndarray, np.ndarray]] = []
     for i in rows:
         image = maps[i].reshape(-1) if valid is None else maps[i][valid[i]]
@@ -83,7 +84,8 @@ def _highest(
         high = image[image >= low]
         waiting.append((high, np.full(len(high), 1 / (max(1, len(image)) * len(rows)))))
         if sum(len(v) for v, _ in waiting) >= _PENDING or i == rows[-1]:
-            values, shares = map(np.concatenate, zip((values, shares), *waiting, strict=True))
+            values = np.concatenate([values, *(v for v, _ in waiting)])
+            shares = np.concatenate([shares, *(s for _, s in waiting)])
             order = np.argsort(values)
             values, shares = values[order], shares[order]
             above = np.cumsum(shares[::-1])[::-1]
@@ -176,7 +178,7 @@ def segmentation_f1(
       maps: anomaly maps [N, H, W].
       masks: bool [N, H, W], True in defects.
       threshold: pixels with a higher value count as defective. In the protocol of MVTec AD 2 it
-        comes from normal images, see `thresholds.sigma_threshold`.
+        comes from normal images, as that of `thresholds.pixel_threshold` does.
       valid: bool [N, H, W], False in padded pixels, or None if there is no padding.
     """
     hit = called = 0
@@ -220,17 +222,18 @@ def recall_by_size(
       regions: see `au_spro`; None for the 8-connected components of the masks.
       valid: bool [N, H, W], False in padded pixels, which do not belong to the image.
     """
-    sizes, overlaps = [], []
+    sizes: list[float] = []
+    overlaps: list[float] = []
     for i in np.flatnonzero([mask.any() for mask in masks]):
         image = masks[i].size if valid is None else int(valid[i].sum())
         for values in _values_of_regions(maps[i], masks[i], regions and regions(i)):
             sizes.append(len(values) / image)
-            overlaps.append((values > threshold).mean())
-    sizes, overlaps = np.array(sizes), np.array(overlaps)
+            overlaps.append(float((values > threshold).mean()))
     decade = np.searchsorted(_SIZES, sizes, "right")
+    of_regions = np.array(overlaps)
     edges = (0.0, *_SIZES, 1.0)
     return [
-        _size_recall(edges[i], edges[i + 1], overlaps[decade == i])
+        _size_recall(edges[i], edges[i + 1], of_regions[decade == i])
         for i in np.unique(decade).tolist()
     ]
 

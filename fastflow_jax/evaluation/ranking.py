@@ -155,9 +155,10 @@ def _blocks(ranges: Iterable[Ranked]) -> Iterator[Ranked]:
     for ranked in ranges:
         for start in range(0, len(ranked.scores), _BLOCK):
             block = slice(start, start + _BLOCK)
-            *counts, weights = ranked
-            parts = {name: each[block] for name, each in weights.items()}
-            yield Ranked(*(each[block] for each in counts), parts)
+            counts = (ranked.scores, ranked.true, ranked.false, ranked.above)
+            scores, true, false, above = (each[block] for each in counts)
+            parts = {name: each[block] for name, each in ranked.weights.items()}
+            yield Ranked(scores, true, false, above, parts)
 
 
 class _Images:
@@ -167,7 +168,8 @@ class _Images:
         flat = (1, -1) if scores.ndim == 1 else scores.shape
         self.scores, self.labels = scores.reshape(flat), labels.reshape(flat)
         self.valid = None if valid is None else valid.reshape(flat)
-        self.rows = np.arange(len(self.scores)) if rows is None else np.asarray(rows)
+        every = range(len(self.scores))
+        self.rows: list[int] = [*every] if rows is None else np.asarray(rows).tolist()
         self.n_defective = sum(int(self.labels[i].sum()) for i in self.rows)
         self.n_normal = sum(int(self._normal(i).sum()) for i in self.rows)
 

@@ -7,7 +7,6 @@ camera, light or material breaks this. Images of the same part are not independe
   a Random World, 2005).
 - `image_threshold`, `pixel_threshold`: thresholds for a false-alarm rate, with a confidence
   interval of the true rate.
-- `sigma_threshold`: mean and standard deviations of pixels, for comparisons with published results.
 - `f1_optimal`: the best threshold for labelled images, without a statement on new images.
 """
 
@@ -187,27 +186,6 @@ def _highest(
     ]
     highest = max(limits, key=lambda limit: limit.value)
     return dataclasses.replace(highest, supported=all(limit.supported for limit in limits))
-
-
-def sigma_threshold(held_out_tails: np.ndarray, sigmas: float = 3.0) -> float:
-    """Returns the mean of held-out pixels plus a multiple of their standard deviation.
-
-    With 3 deviations it is the threshold of MVTec AD 2's segmentation F1, where the normal images
-    are those of its validation set. Moments follow from `tails`, between which values are
-    interpolated; the error of the threshold is about 1 %. It comes without a false-alarm rate, see
-    `pixel_threshold`.
-
-    Source: Heckler-Kram et al., The MVTec AD 2 Dataset, 2025 (arXiv 2503.21622).
-
-    Args:
-      held_out_tails: `tails` of held-out images [n, Q].
-      sigmas: number of standard deviations.
-    """
-    values = np.asarray(held_out_tails, np.float64)
-    low, high, width = values[:, :-1], values[:, 1:], -np.diff(EXCEEDANCES)
-    mean = ((low + high) / 2 @ width).mean()
-    square = ((low**2 + low * high + high**2) / 3 @ width).mean()
-    return float(mean + sigmas * np.sqrt(max(square - mean**2, 0)))
 
 
 def _by_group(values: ArrayLike, groups: ArrayLike | None) -> np.ndarray:

@@ -39,7 +39,7 @@ from fastflow_jax.files import expanded, read_json, read_lines, to_plain, write_
 from fastflow_jax.report.html import write_reports
 from fastflow_jax.report.pictures import write_pictures
 from fastflow_jax.report.table import check_metrics, format_csv, format_markdown
-from fastflow_jax.runs import advice, audit, products, saved
+from fastflow_jax.runs import advice, audit, products
 from fastflow_jax.runs.directory import claim
 from fastflow_jax.runs.fit import Fitted, fit
 
@@ -266,7 +266,8 @@ def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepare
     if dataset.test:
         start = time.perf_counter()
         scored, means = _score_test(part, prepared, fitted.scorer, "test")
-        limits = _limits(part, fitted.thresholds)
+        given = fitted.thresholds
+        limits = Limits(**{of: given[of] and given[of]["value"] for of in ("image", "pixel")})
         results["figures"], details = evaluate(scored, dataset.test.defects, limits)
         results |= {"kinds": details.kinds, "sizes": details.sizes}
         results["shift"] = _shift(part, fitted.reference, dataset.test.names, means)
@@ -281,13 +282,6 @@ def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepare
     results["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
     write_json(part.file, results)
     return results
-
-
-def _limits(part: _Part, thresholds: dict) -> Limits:
-    """The thresholds of a part that metrics depend on."""
-    held_out = parallel.on_main(partial(saved.read_held_out, part.directory))
-    image, pixel = (thresholds[of] and thresholds[of]["value"] for of in ("image", "pixel"))
-    return Limits(image, pixel, held_out and held_out.sigma_threshold())
 
 
 def _shift(

@@ -117,7 +117,8 @@ def read(path: pathlib.Path) -> Saved:
         )
     if not (training / "checkpoints").exists():
         raise InputError(f"{training} lacks its checkpoints. Restore them, or train again.")
-    held_out = read_held_out(path)
+    file = path / _HELD_OUT
+    held_out = HeldOut.load(file) if file.exists() else None
     if held_out is None and any(t and t.kind in ("image", "pixel") for t in limits):
         raise InputError(f"{path} lacks its {_HELD_OUT}. Restore it, or train again.")
     config, images = from_plain(about["config"]), about.get("images")
@@ -168,12 +169,6 @@ def _read_version(run: pathlib.Path, about: dict) -> Saved:
             f"before: --mode=update --undo --workdir={run}."
         )
     return durable.read(folder)
-
-
-def read_held_out(directory: pathlib.Path) -> HeldOut | None:
-    """Reads the scores of held-out images that `record` has written, if there are any."""
-    file = directory / _HELD_OUT
-    return HeldOut.load(file) if file.exists() else None
 
 
 def write_reference(config, prepared: Prepared, training: pathlib.Path) -> Reference | None:

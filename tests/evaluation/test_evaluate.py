@@ -62,7 +62,7 @@ def test_region_overlap_is_measured_up_to_three_rates():
 
 
 def test_pixel_f1_is_the_best_one_and_segmentation_f1_that_of_a_threshold():
-    figures = measure(score_split(score(MAPS), split(MASKS), N, progress="test"), sigma=0.4)
+    figures = measure(score_split(score(MAPS), split(MASKS), N, progress="test"), threshold=0.4)
     assert figures["pixel_f1"] == pytest.approx(metrics.f1_max(MAPS, MASKS)[0])
     assert figures["seg_f1"] == pytest.approx(f1_score(MASKS.ravel(), MAPS.ravel() > 0.4))
     assert figures["seg_f1"] < figures["pixel_f1"]
@@ -85,9 +85,9 @@ def test_evaluation_has_the_metrics_of_each_kind_and_image():
 
     scored = scored._replace(regions=regions)
     defects = ["good", "dent", "crack", "good", "dent"]
-    limits = evaluate.Limits(image=1.0, pixel=1.5, sigma=0.4)
+    limits = evaluate.Limits(image=1.0, pixel=1.5)
     figures, details = evaluate.evaluate(scored, defects, limits)
-    assert figures == measure(scored, sigma=0.4)
+    assert figures == measure(scored, 1.5)
     assert all(value is not None for value in figures.values())
     areas = overlap.aupimo(MAPS, masks, LABELS)
     assert [area is None for area in details.aupimo] == [label == 0 for label in LABELS]

@@ -42,7 +42,7 @@ def scored_images(n=40, seed=0, masks=True):
     return source, Scored(scores, labels, *((maps, truth) if masks else (None, None)), None), maps
 
 
-LIMITS = Limits(image=1.0, pixel=2.0, sigma=3.0)
+LIMITS = Limits(image=1.0, pixel=2.0)
 
 
 def draw(folder, source, scored, maps, *, heatmaps, strips, aupimo=None):

@@ -224,7 +224,7 @@ def recall_by_size(
     """
     sizes: list[float] = []
     overlaps: list[float] = []
-    for i in np.flatnonzero([mask.any() for mask in masks]):
+    for i in np.flatnonzero([mask.any() for mask in masks]).tolist():
         image = masks[i].size if valid is None else int(valid[i].sum())
         for values in _values_of_regions(maps[i], masks[i], regions and regions(i)):
             sizes.append(len(values) / image)

@@ -5,7 +5,8 @@
 
 Defective test images, drawn at random, are planted among the normal training images, so that 5 % of
 the images are defective; with --one_kind they are of one kind of defect, another one for each seed.
-The audit ranks the images. The table has the share of planted images among the first 8 %, and the
+The audit ranks the images, by latents of FastFlow trained on them as well as by features, or with
+--features_only by features. The table has the share of planted images among the first 8 %, and the
 image AUROC of each detector trained on the normal images, with the planted ones, without those of
 them that are listed, as after a look at the list, and without all listed images. Planted images are
 in none of the test sets.
@@ -27,7 +28,7 @@ from fastflow_jax import data
 from fastflow_jax.data.dataset import GOOD
 from fastflow_jax.evaluation.cross_fit import SIMILAR
 from fastflow_jax.features.prepare import preparer
-from fastflow_jax.runs.audit import write_audit
+from fastflow_jax.runs.audit import train_flow, write_audit
 
 PLANTED, LISTED = 0.05, 0.08  # shares of the training images
 TRAININGS = ("clean", "planted", "confirmed left out", "listed left out")
@@ -82,8 +83,9 @@ def join(train: data.Source, test: data.Source) -> data.Source:
 def measure(name: str, fields: Fields, args: argparse.Namespace) -> Iterator[dict]:
     """Yields the entry of each seed of a data set: shares of planted images, and image AUROC."""
     configs = {each: configuration(each, fields) for each in args.detectors}
-    knn = configuration("knn", fields | {"audit": LISTED, "data.holdout": 0.0})
-    dataset = data.open_dataset(knn.data)
+    auditor = "knn" if args.features_only else "fastflow"
+    c = configuration(auditor, fields | {"audit": LISTED, "data.holdout": 0.0})
+    dataset = data.open_dataset(c.data)
     joined = join(dataset.train, dataset.test)
     sets = [Planted(dataset, seed, args.one_kind) for seed in range(args.seeds)]
 
@@ -92,10 +94,12 @@ def measure(name: str, fields: Fields, args: argparse.Namespace) -> Iterator[dic
         return sets[int(seed)].open(training, joined)
 
     with tempfile.TemporaryDirectory() as folder:
-        prepare = preparer(knn, pathlib.Path(folder, "features"), open_category)
+        folder = pathlib.Path(folder)
+        prepare = preparer(c, folder / "features", open_category)
         for seed, planted in enumerate(sets):
-            prepared = prepare(knn, f"{TRAININGS[1]}/{seed}", 0)
-            audit = write_audit(knn, prepared, pathlib.Path(folder), None, similar=SIMILAR)
+            prepared = prepare(c, f"{TRAININGS[1]}/{seed}", 0)
+            scorer = train_flow(c, prepared, folder / "flow", label=f"{name}: flow")
+            audit = write_audit(c, prepared, folder, None, scorer, similar=SIMILAR)
             ranked = [entry["name"] for entry in audit["ranking"]]
             planted.listed = listed = set(ranked[: audit["listed"]])
             found = len(planted.names & listed) / len(planted.names)
@@ -103,10 +107,10 @@ def measure(name: str, fields: Fields, args: argparse.Namespace) -> Iterator[dic
             entry |= {"planted": len(planted.names), "listed": len(listed), "image_auroc": {}}
             trained = args.detectors if seed < args.trained else ()
             for detector, training in itertools.product(trained, TRAININGS):
-                c = configs[detector].copy_and_resolve_references()
-                with c.unlocked():
-                    c.data.category = f"{training}/{seed}"
-                result, _ = train(c, 0, prepare, f"{name}, {detector}, {training}")
+                own = configs[detector].copy_and_resolve_references()
+                with own.unlocked():
+                    own.data.category = f"{training}/{seed}"
+                result, _ = train(own, 0, prepare, f"{name}, {detector}, {training}")
                 auroc = result["figures"]["image_auroc"]
                 entry["image_auroc"].setdefault(detector, {})[training] = auroc
             print(entry, flush=True)
@@ -137,6 +141,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="number of draws of planted images")
     parser.add_argument("--trained", type=int, default=1, help="seeds to train detectors with")
     parser.add_argument("--one_kind", action="store_true", help="plant defects of one kind")
+    parser.add_argument("--features_only", action="store_true", help="audit without a flow")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON file to write")
     args = parser.parse_args()
 
@@ -148,7 +153,7 @@ def main() -> None:
         words = ["--sets", *(e[0]["set"] for e in entries), "--seeds", str(args.seeds)]
         if args.detectors:
             words += ["--detectors", *args.detectors, "--trained", str(args.trained)]
-        words += ["--one_kind"] if args.one_kind else []
+        words += [f"--{name}" for name in ("one_kind", "features_only") if getattr(args, name)]
         table = {
             "command": f"python benchmarks/audit.py {shlex.join(words)}",
             "commit": commit(),

@@ -5,6 +5,9 @@ other images, without those of the same part. Of these, the ones that are most s
 are taken, with all their locations, as in SPADE (arXiv 2005.02357). The nearest location decides,
 because a rare but normal region is in few images; so defects that look alike hide each other.
 
+The latents of a flow are compared in the same way, if there are any, with the same weight. The flow
+may be trained on all of the images: only the comparison leaves an image out.
+
 An image that differs as a whole, such as by its lighting, has no location that stands out. So the
 score also has the distance of its `image_means`, whitened, to those of the nearest image.
 
@@ -12,6 +15,8 @@ Whitening and calibration use all images, since a single one hardly changes them
 """
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +43,7 @@ SIMILAR = 32  # images that an image is compared with
 _SIDE = 16  # locations on the shorter side of a map that are scored; finer maps are thinned out
 _FEWEST = 5  # parts
 _WHOLE = 0.5  # weight of the image as a whole, relative to its locations
-_FAR = 1e3  # value of whitened features of padding, which is then nearest to nothing
+_FAR = 1e3  # value of the vectors of padding, which is then nearest to nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +51,7 @@ class CrossFitted:
     """Scores of N images among each other."""
 
     scores: np.ndarray  # float32 [N], in standard deviations above the median, both robust
-    maps: tuple[np.ndarray, ...]  # energies [N, h, w] of each scale
+    maps: tuple[np.ndarray, ...]  # energies [N, h, w] of each scale, then of its latents
     scorer: KnnScorer  # calibrated on these maps; it has no memory bank
 
     def anomaly_maps(self, rows: np.ndarray) -> np.ndarray:
@@ -60,6 +65,7 @@ def cross_fit(
     valid: np.ndarray | None = None,
     groups: np.ndarray | None = None,
     *,
+    latents: Features | None = None,
     similar: int = SIMILAR,
     label: str = "cross-fit",
 ) -> CrossFitted:
@@ -71,6 +77,7 @@ def cross_fit(
       features: of N normal images, [N, h, w, C] per scale.
       valid: bool [N, H, W], False in padded pixels, or None if there is no padding.
       groups: int [N], equal for images of the same part, or None if each shows another part.
+      latents: of the same images, [N, h, w, C] per scale; None to compare features only.
       similar: number of images that an image is compared with, if there are as many.
       label: of the progress bar.
 
@@ -89,20 +96,14 @@ def cross_fit(
     scale = means.std(0)
     others, _ = _nearest((means - means.mean(0)) / np.where(scale > 0, scale, 1.0), parts, similar)
     _, whole = _nearest(means @ whitening(np.cov(means.T)), parts, 1)
-    statistics = cached_features(features, valid).statistics("whiten").values()
     maps = []
-    with tqdm(
-        total=n * len(features), desc=label, unit="map", leave=False, dynamic_ncols=True
-    ) as bar:
-        for scale, of_scale in zip(features, statistics, strict=True):
-            seen = None if valid is None else np.asarray(inside(valid, scale.shape[1:3]))
-            whitened = in_batches(
-                lambda rows, of_scale=of_scale: _whiten(*rows, **of_scale), (scale, seen), 32
-            )
+    total = n * (len(features) + len(latents or ()))
+    with tqdm(total=total, desc=label, unit="map", leave=False, dynamic_ncols=True) as bar:
+        for vectors, seen in _vectors(features, latents, valid):
             energies = []
             for i in range(n):
-                bank = whitened[others[i]].reshape(-1, whitened.shape[-1])
-                energies.append(np.asarray(_energies(_thinned(whitened[i : i + 1]), bank))[0])
+                bank = vectors[others[i]].reshape(-1, vectors.shape[-1])
+                energies.append(np.asarray(_energies(_thinned(vectors[i : i + 1]), bank))[0])
                 bar.update()
             maps.append(_without_padding(np.stack(energies), seen))
     scorer = _calibrated(config, tuple(maps))
@@ -129,10 +130,30 @@ def _nearest(vectors: np.ndarray, parts: np.ndarray, most: int) -> tuple[np.ndar
     return np.stack(rows), np.stack(distances)
 
 
+def _vectors(
+    features: Features, latents: Features | None, valid: np.ndarray | None
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Yields the vectors to compare, float16 [N, h, w, C], and where they are not padding.
+
+    They are the whitened features of each scale, then its latents.
+    """
+    statistics = cached_features(features, valid).statistics("whiten").values()
+    functions = [functools.partial(_whiten, **of_scale) for of_scale in statistics]
+    functions += [_far_in_padding] * len(latents or ())
+    for function, maps in zip(functions, (*features, *(latents or ())), strict=True):
+        seen = None if valid is None else np.asarray(inside(valid, maps.shape[1:3]))
+        yield in_batches(lambda rows, f=function: f(*rows), (maps, seen), 32), seen
+
+
 @jax.jit
 def _whiten(maps, seen, mean, whitening):  # names of `channel_statistics`
-    """Whitened features [B, h, w, C], `_FAR` from normal ones where not `seen` [B, h, w]."""
-    y = ((maps.astype(jnp.float32) - mean) @ whitening).astype(jnp.float16)
+    return _far_in_padding((maps.astype(jnp.float32) - mean) @ whitening, seen)
+
+
+@jax.jit
+def _far_in_padding(vectors, seen):
+    """Vectors [B, h, w, C], `_FAR` from those of normal images where not `seen` [B, h, w]."""
+    y = vectors.astype(jnp.float16)
     return y if seen is None else jnp.where(seen[..., None], y, jnp.float16(_FAR))
 
 

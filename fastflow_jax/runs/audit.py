@@ -16,14 +16,16 @@ import numpy as np
 from fastflow_jax import data, parallel
 from fastflow_jax.data.exclude import CALIBRATION
 from fastflow_jax.data.transforms import placement, seen_part
+from fastflow_jax.detectors.base import InvertibleScorer, Scorer, method
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.cross_fit import SIMILAR, CrossFitted, cross_fit
-from fastflow_jax.features.extract import Features
+from fastflow_jax.features.extract import Features, in_batches
 from fastflow_jax.features.prepare import Prepared, preparer, split
 from fastflow_jax.files import expanded, write_json, write_text
 from fastflow_jax.report.heatmaps import draw_strip, save_picture
 from fastflow_jax.report.html import write_audit_page
 from fastflow_jax.runs.directory import claim
+from fastflow_jax.training.context import FitContext
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +41,9 @@ _COLOUR_IMAGES = 100  # that set the colour range
 
 
 def run(config, workdir: str | pathlib.Path) -> list[dict]:
-    """Audits each category of a data set; the detector of the configuration is not used.
+    """Audits each category of a data set.
+
+    FastFlow is trained on all normal images for its latents; other detectors are not trained.
 
     Args:
       config: filled, see `config.fill`. Augmentation, variants and seeds have no effect.
@@ -81,7 +85,8 @@ def run(config, workdir: str | pathlib.Path) -> list[dict]:
             folder = workdir / category if category and len(categories) > 1 else workdir
             folder.mkdir(parents=True, exist_ok=True)
             prepared = prepare(c, category, c.seed)
-            audit = write_audit(c, prepared, folder, category, similar=SIMILAR)
+            scorer = train_flow(c, prepared, folder / "flow", label=f"{category or 'audit'}: flow")
+            audit = write_audit(c, prepared, folder, category, scorer, similar=SIMILAR)
             assert audit is not None  # the features are cached
             names = [entry["name"] for entry in audit["ranking"][: audit["listed"]]]
             write_text(folder / _LIST, _HEADER + "".join(f"{name}\n" for name in names))
@@ -91,11 +96,33 @@ def run(config, workdir: str | pathlib.Path) -> list[dict]:
     return audits
 
 
-def audit_training(config, prepared: Prepared, folder: pathlib.Path, category: str | None) -> None:
+def train_flow(
+    config, prepared: Prepared, folder: pathlib.Path, *, label: str
+) -> InvertibleScorer | None:
+    """Trains FastFlow without memory banks, in a directory that is removed again.
+
+    Returns:
+      A scorer for latents only; None if the detector of the configuration is another one.
+    """
+    if config.detector != "fastflow":
+        return None
+    c = config.copy_and_resolve_references()
+    c.map.bank = 0
+    parallel.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+    scorer = method("fastflow").fit(FitContext(c, prepared.train, folder, c.seed, label=label))
+    parallel.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+    assert isinstance(scorer, InvertibleScorer)
+    return scorer
+
+
+def audit_training(
+    config, prepared: Prepared, folder: pathlib.Path, category: str | None, scorer: Scorer
+) -> None:
     """Audits the normal images of a training, if that is quick: compares each with fewer others.
 
-    Nothing is written, and the log says why, if there are too few or too many images, or if the
-    features of unchanged images are not cached.
+    Latents of the trained scorer are compared, if it has any. Nothing is written, and the log says
+    why, if there are too few or too many images, or if the features of unchanged images are not
+    cached.
     """
     n, reason = len(prepared.dataset.train), None
     if not config.audit or config.backbone == _PIXELS:
@@ -107,7 +134,7 @@ def audit_training(config, prepared: Prepared, folder: pathlib.Path, category: s
     else:
         try:
             similar = min(SIMILAR, max(_FEWEST_SIMILAR, _PAIRS // n))
-            write_audit(config, prepared, folder, category, similar=similar)
+            write_audit(config, prepared, folder, category, scorer, similar=similar)
         except InputError as error:
             reason = str(error)
     if reason is not None:
@@ -119,6 +146,7 @@ def write_audit(
     prepared: Prepared,
     folder: pathlib.Path,
     category: str | None,
+    scorer: Scorer | None,
     *,
     similar: int,
 ) -> dict | None:
@@ -129,6 +157,7 @@ def write_audit(
       prepared: data and features.
       folder: directory to write to.
       category: of the data set, or None.
+      scorer: trained on these images or on most of them; its latents are compared, if it has any.
       similar: see `cross_fit`.
 
     Returns:
@@ -146,6 +175,7 @@ def write_audit(
         images.features,
         images.valid,
         images.groups,
+        latents=_latents(scorer, images.features),
         similar=similar,
         label=f"{title}: audit",
     )
@@ -204,6 +234,17 @@ def _images_of(config, prepared: Prepared) -> _Images | None:
         groups = np.arange(n) if groups is None else groups
         groups = np.concatenate([groups, n + images.held_out_groups])
     return _Images(places, features, valid, groups)
+
+
+def _latents(scorer: Scorer | None, features: Features) -> Features | None:
+    """Latents of a scorer in float16, or None if it has none."""
+    if not isinstance(scorer, InvertibleScorer):
+        return None
+
+    def of_batch(batch: Features) -> Features:
+        return tuple(z.astype(np.float16) for z in scorer.latents(batch))
+
+    return in_batches(of_batch, features, scorer.config.batch_size)
 
 
 def _write_pictures(

@@ -277,7 +277,7 @@ def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepare
         _write_pictures(part, prepared, fitted, scored, details.aupimo)
     if not part.variant and part.seed == part.config.seed:
         start = time.perf_counter()
-        audit.audit_training(part.config, prepared, part.directory, part.category)
+        audit.audit_training(part.config, prepared, part.directory, part.category, fitted.scorer)
         seconds["audit"] = time.perf_counter() - start
     results["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
     write_json(part.file, results)

@@ -24,12 +24,15 @@ def features_of(n, shapes=SHAPES):
     return tuple(RNG.normal(size=(n, *shape)).astype(np.float16) for shape in shapes)
 
 
-def expected(features, parts, valid=None):
+def expected(features, parts, valid=None, latents=()):
     """Energies by comparing all pairs of locations of images of different parts."""
     statistics = cached_features(features, valid).statistics("whiten").values()
+    vectors = [
+        (m.astype(np.float64) - each["mean"]) @ each["whitening"]
+        for m, each in zip(features, statistics, strict=True)
+    ]
     found = []
-    for m, each in zip(features, statistics, strict=True):
-        y = (m.astype(np.float64) - each["mean"]) @ each["whitening"]
+    for y in (*vectors, *latents):
         n, h, w, c = y.shape
         of_pairs = cdist(y.reshape(-1, c), y.reshape(-1, c), "sqeuclidean") / c
         of_pairs = of_pairs.reshape(n, h * w, n, h * w)
@@ -48,6 +51,25 @@ def test_energies_are_distances_to_the_nearest_location_of_other_parts(config, g
     found = cross_fit(config, features, groups=groups)
     for energies, reference in zip(found.maps, expected(features, parts), strict=True):
         np.testing.assert_allclose(energies, reference, atol=5e-3)
+
+
+def test_latents_are_compared_as_they_are(config):
+    features, latents = features_of(7), features_of(7, ((4, 4, 3), (2, 2, 5)))
+    valid = np.ones((7, 32, 32), bool)
+    valid[::2, 16:] = False
+    found = cross_fit(config, features, valid, latents=latents)
+    reference = expected(features, np.arange(7), valid, latents)
+    assert len(found.maps) == len(reference) == 4
+    for energies, each in zip(found.maps, reference, strict=True):
+        seen = np.asarray(inside(valid, each.shape[1:]))
+        np.testing.assert_allclose(energies[seen], each[seen], atol=5e-3)
+
+
+def test_latents_reveal_an_image_whose_features_are_usual(config):
+    features, latents = features_of(12), features_of(12)
+    latents[0][4, 1:3, 1:3] += 8
+    assert cross_fit(config, features, latents=latents).scores.argmax() == 4
+    assert cross_fit(config, features, latents=features).scores.argmax() != 4
 
 
 def test_an_odd_image_has_the_highest_score_and_map(config):

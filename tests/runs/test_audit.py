@@ -83,6 +83,19 @@ def test_the_report_of_a_run_lists_unusual_images(photos, tmp_path):
     assert "look unusual" not in (tmp_path / "off/report.html").read_text()
 
 
+def test_latents_of_fastflow_are_compared(photos, tmp_path):
+    fields = {"data.root": str(photos), "detector": "fastflow", "train.steps": 4, "map.bank": 50}
+    (found,) = audit.run(tiny(**fields), tmp_path / "audit")
+    (without,) = audit.run(tiny(**fields | {"detector": "gaussian"}), tmp_path / "gaussian")
+    assert found["ranking"][0]["name"] == "good/7.png"
+    assert found["ranking"] != without["ranking"]
+    assert not (tmp_path / "audit/flow").exists()
+    experiment.run(tiny(**fields), tmp_path / "run")
+    of_run = json.loads((tmp_path / "run/audit.json").read_text())
+    assert of_run["ranking"][0]["name"] == "good/7.png"
+    assert sorted(of_run["ranking"], key=str) != sorted(without["ranking"], key=str)
+
+
 def test_calibration_images_are_audited_and_copies_are_not(photos, tmp_path):
     folder = photos / "calibration/good"
     folder.mkdir(parents=True)

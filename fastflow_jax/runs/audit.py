@@ -34,7 +34,7 @@ _HEADER = """\
 # Normal images that look unusual among the others, most unusual first. Look at their pictures,
 # delete the lines of normal ones, and train without the others: --config.data.exclude=FILE
 """
-# Bounds of the time that an audit adds to a training, of a few seconds.
+# Bounds of the time that an audit adds to a training: a few seconds, and as long for latents.
 _MOST_IMAGES, _PAIRS, _FEWEST_SIMILAR = 1000, 4000, 4
 _PIXELS = "pixels"  # a backbone without features
 _COLOUR_IMAGES = 100  # that set the colour range

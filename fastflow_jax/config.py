@@ -1,5 +1,6 @@
 """Configuration: default fields, fields that depend on the backbone, and checks of values."""
 
+import contextlib
 import difflib
 import math
 from collections.abc import Iterable, Sequence
@@ -356,9 +357,10 @@ def _fill(config: ConfigDict) -> ConfigDict:
     c.unlock()
     spec = spec_of(c)
     if c.mean is None and c.std is None and c.function.layers is None:
-        mean, std = normalisation(spec, origin(spec, c.weights))
-        if (mean, std) != (spec.mean, spec.std):
-            c.mean, c.std = mean, std
+        with contextlib.suppress(InputError):  # raised again when the weights are read
+            mean, std = normalisation(spec, origin(spec, c.weights))
+            if (mean, std) != (spec.mean, spec.std):
+                c.mean, c.std = mean, std
     c.image_size = _size(c.image_size or spec.image_size)
     if c.batch_size is None:
         c.batch_size = max(1, min(32, _PIXELS_AT_A_TIME // math.prod(c.image_size)))

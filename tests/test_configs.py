@@ -255,7 +255,7 @@ def test_a_list_of_images(tmp_path, run_config):
     (tmp_path / "list.csv").write_text("\n".join(rows))
     fields = {"data.manifest": str(tmp_path / "list.csv"), "data.root": str(tmp_path / "screws")}
     results, _, _ = run_config("folder", **fields)
-    assert None not in results["mean"].values()
+    assert missing(results) == ["spro_05"]
     same, _, _ = run_config("folder", workdir="same", **{"data.root": fields["data.root"]})
     assert same["mean"] == pytest.approx(results["mean"])
 

@@ -39,7 +39,7 @@ def data_config() -> Callable[..., ConfigDict]:
     """`config.data` with the given fields, the others None."""
 
     def make(name: str, **fields) -> ConfigDict:
-        unset = dict.fromkeys(("category", "root", "manifest", "dir", "groups"))
+        unset = dict.fromkeys(("category", "root", "manifest", "dir", "groups", "exclude"))
         return ConfigDict({"name": name} | unset | fields)
 
     return make

@@ -19,8 +19,8 @@ IMPORTED = """
 import sys
 from ml_collections import ConfigDict
 from fastflow_jax.data import open_dataset
-fields = {"name": NAME, "category": "brick", "root": None, "manifest": None, "dir": None}
-config = ConfigDict(fields)
+unset = dict.fromkeys(("root", "manifest", "dir", "exclude"))
+config = ConfigDict({"name": NAME, "category": "brick", **unset})
 try:
     open_dataset(config)
 except ValueError:

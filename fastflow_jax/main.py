@@ -254,13 +254,14 @@ def _main_with_jax() -> int:
     if _MODE.value == "submit":
         return _submit()
     assert _CONFIG.value is not None  # see `_check_flags`
+    config = fill(_CONFIG.value)
     if _MODE.value == "describe":
-        print(describe.describe(fill(_CONFIG.value)))
+        print(describe.describe(config))
     else:
-        config = fill(few_images.resolve(_CONFIG.value))
         name = config_flags.get_config_filename(flags.FLAGS["config"])
         workdir = _WORKDIR.value
         workdir = experiment.default_workdir(name, config) if workdir is None else expanded(workdir)
+        config = fill(few_images.resolve(_CONFIG.value))
         if _MODE.value == "audit":
             _audit(config, workdir)
             return 0

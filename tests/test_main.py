@@ -251,7 +251,8 @@ def test_the_run_directory_may_be_in_the_home_directory(started, tmp_path, monke
     folders = []
     monkeypatch.setattr(experiment, "run", lambda _, folder: folders.append(folder))
     monkeypatch.setattr(table, "format_table", lambda results: "")
-    assert started(["--config=configs/folder.py", "--workdir=~/run"]) == 0
+    words = ["--config=configs/folder.py", "--config.detector=fastflow", "--workdir=~/run"]
+    assert started(words) == 0
     assert folders == [tmp_path / "run"]
 
 
@@ -280,7 +281,8 @@ def test_names_that_are_not_utf8_are_printed_and_written(environment, tmp_path):
     mask.parent.mkdir(parents=True)
     mask.write_bytes(png_of(np.zeros((32, 32), np.uint8)))  # its name is reported
     arguments = ["--config=configs/folder.py", f"--config.data.root={root}/images"]
-    arguments += ["--config.backbone=pixels", "--config.train.epochs=1", "--config.heatmaps=2"]
+    arguments += ["--config.detector=fastflow", "--config.heatmaps=2"]
+    arguments += ["--config.backbone=pixels", "--config.train.epochs=1"]
     arguments += ["--config.image_size=16", "--config.flow.steps=1", "--config.map.bank=20"]
     strict = environment | {"PYTHONIOENCODING": "utf-8:strict"}
     code, out, err = finish(start([*arguments, f"--workdir={root}/run"], strict))

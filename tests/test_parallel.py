@@ -24,6 +24,7 @@ REPOSITORY = pathlib.Path(__file__).parent.parent
 EPOCHS = 4
 TINY = [
     "--config=configs/folder.py",
+    "--config.detector=fastflow",
     "--config.weights=random",
     "--config.image_size=32",
     "--config.layers=('blocks.2',)",

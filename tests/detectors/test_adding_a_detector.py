@@ -72,8 +72,8 @@ def test_main_runs_and_reports_the_example(example, tmp_path):
 
 def test_its_fields_belong_to_the_configuration(example):
     c = config()
-    c.mean.power = 2.0
-    assert fill(c).mean.power == 2.0
+    c.average.power = 2.0
+    assert fill(c).average.power == 2.0
     c.detector = "fastflow"
-    with pytest.raises(InputError, match=r"config\.mean\.power has no effect on fastflow"):
+    with pytest.raises(InputError, match=r"config\.average\.power has no effect on fastflow"):
         fill(c)

@@ -1,4 +1,4 @@
-"""What a few labelled defects add to the image AUROC of other images.
+"""Gain in image AUROC from a few labelled defects.
 
     python benchmarks/labelled_defects.py --sets elpv/mono photos/screws --features CACHE \
         --detector knn --draws 20 --out labelled_defects.json

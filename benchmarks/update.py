@@ -5,10 +5,10 @@
 
 A set is a directory in the layout of docs/data.md whose names are in the order of time. Its normal
 training images are split in time, into the first 60 % and the later ones. A detector is trained on
-four fifths of the first ones, of which a fifth is held out; every fifth image is left out as an old
-normal image. Two kinds of images are then taught to it, separately: the later images as they are,
-and the same images under another lighting: a gamma of 1.4, and 90 %, 75 % and 60 % of red, green
-and blue. Every other image of a kind is taught; the rest are others of the kind.
+four fifths of the first ones, and holds out a fifth of these; every fifth image is left out as an
+old normal image. Two kinds of images are then taught to it, separately: the later images as they
+are, and the same images under another lighting: a gamma of 1.4, and 90 %, 75 % and 60 % of red,
+green and blue. Every other image of a kind is taught; the rest are others of the kind.
 
 Rates are the shares of normal images above the threshold, for a stated rate of 5 %. The old test
 set has the test images of the set. Nothing is chosen on them.

@@ -179,6 +179,14 @@ def test_few_held_out_images_are_pooled(caplog):
     assert few.predict(spoilt("green")).is_anomalous
 
 
+def test_thresholds_of_a_chosen_rate_are_kept(tmp_path):
+    images = {"red": photographs("red", 80), "green": photographs("green", 12)}
+    model = Detector.fit(images, config=tiny("knn")).with_threshold(rate=0.2)
+    loaded = Products.load(model.save(tmp_path / "saved"))
+    for name, detector in loaded.detectors.items():
+        assert detector.image_threshold == model.detectors[name].image_threshold
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [

@@ -374,7 +374,7 @@ def _dataset(name: Any, images: Any, config: ConfigDict) -> data.Dataset:
 
 
 def _with_pooled_thresholds(detectors: dict[str, Detector]) -> dict[str, Detector]:
-    """Detectors, of which those with too few held-out images get thresholds of all of them.
+    """Replaces the thresholds of detectors that have too few held-out images by common ones.
 
     A product with fewer than 19 held-out images cannot support a false-alarm rate of 5 %. Scores
     are calibrated per product, so that those of all products are pooled for it, if there are 19.
@@ -385,9 +385,10 @@ def _with_pooled_thresholds(detectors: dict[str, Detector]) -> dict[str, Detecto
     pooled, found = _pooled(known), dict(detectors)
     if pooled.n_parts < _FEWEST:
         return detectors
+    common_image, common_pixel = saved.default_thresholds(pooled)
     for name, detector in detectors.items():
         image = detector.image_threshold
-        if image is None or image.kind != "image" or image.rate is None or image.rate <= saved.RATE:
+        if image is None or image.kind != "image" or image.n >= _FEWEST:
             continue
         _log.warning(
             "%s has %d held-out images, too few for a false-alarm rate of 5 %%. Its thresholds and "
@@ -399,8 +400,8 @@ def _with_pooled_thresholds(detectors: dict[str, Detector]) -> dict[str, Detecto
         found[name] = dataclasses.replace(
             detector,
             held_out=pooled,
-            image_threshold=pooled.image_threshold(saved.RATE),
-            pixel_threshold=pooled.pixel_threshold(saved.PIXEL_RATE, warn=False),
+            image_threshold=common_image,
+            pixel_threshold=common_pixel,
         )
     return found
 

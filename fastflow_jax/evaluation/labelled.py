@@ -148,7 +148,7 @@ def choose(scorer: LocationScorer, normal: tuple[np.ndarray, ...], defects: Defe
     Args:
       scorer: calibrated on the normal images.
       normal: location maps of held-out normal images, [N, h, w] per map.
-      defects: of which the weights are learned.
+      defects: the labelled defects that the weights are learned from.
 
     Raises:
       InputError: there are too few images of a kind.

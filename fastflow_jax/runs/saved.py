@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 _HELD_OUT = "held_out.npz"
 _REFERENCE = "shift.npz"  # in the directory of the training
-RATE, PIXEL_RATE = 0.05, 0.01  # default false-alarm rates
+_RATE, _PIXEL_RATE = 0.05, 0.01  # default false-alarm rates
 VERSIONS = "versions"  # directory of the taught versions of a run, see `versions`
 # Training images whose cross-fitted scores give a threshold: the rate of 4 is one in five.
 MIN_CROSS_FITTED = 4
@@ -53,7 +53,7 @@ def record(
     if cross_fitted is not None:
         cross_fitted.save(directory / _HELD_OUT)
         if cross_fitted.n_parts >= MIN_CROSS_FITTED:
-            image, pixel = _thresholds(cross_fitted)
+            image, pixel = default_thresholds(cross_fitted)
     elif prepared.holdout is not None:
         if scored in (None, directory):
             held_out = score_held_out(
@@ -73,7 +73,7 @@ def record(
                 "one image, the threshold means nothing. Use different images.",
                 len(held_out.scores),
             )
-        image, pixel = _thresholds(held_out)
+        image, pixel = default_thresholds(held_out)
     about = {
         "config": to_plain(config),
         "seed": seed,
@@ -86,10 +86,10 @@ def record(
     return about["thresholds"]
 
 
-def _thresholds(held_out: HeldOut) -> tuple[Threshold, Threshold]:
+def default_thresholds(held_out: HeldOut) -> tuple[Threshold, Threshold]:
     """The default thresholds of image scores and of anomaly maps."""
-    image = held_out.image_threshold(max(RATE, 1 / (held_out.n_parts + 1)))
-    return image, held_out.pixel_threshold(PIXEL_RATE, warn=False)
+    image = held_out.image_threshold(max(_RATE, 1 / (held_out.n_parts + 1)))
+    return image, held_out.pixel_threshold(_PIXEL_RATE, warn=False)
 
 
 def read(path: pathlib.Path) -> Saved:

@@ -20,7 +20,7 @@ TINY = [
 
 @pytest.fixture
 def photos(tmp_path):
-    """Twelve grey images with noise, of which 7.png has a bright square."""
+    """Twelve grey images with noise; 7.png has a bright square."""
     rng, folder = np.random.default_rng(0), tmp_path / "photos/train/good"
     folder.mkdir(parents=True)
     for i in range(12):

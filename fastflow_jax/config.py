@@ -99,6 +99,11 @@ def _data() -> ConfigDict:
     c.exclude = placeholder(str)  # file with names of normal images to leave out, a line each
     c.resize = "square"  # stretches to the input; or "crop", "pad": see `transforms.placement`
     c.mask_resize = "nearest"  # or "floor", "threshold": see `transforms.resize_mask`
+    # Side of the tiles that images are cut into, in pixels; None: images are not cut. See
+    # docs/tiles.md
+    c.tile = placeholder(int)
+    c.resolution = placeholder(int)  # longer side of images before they are cut; None: their own
+    c.train_tiles = 4096  # largest number of tiles to train on
     # Changes of the test images and their masks, to measure robustness
     c.tamper = ConfigDict()
     c.tamper.rotate = 0.0  # degrees, counter-clockwise
@@ -222,6 +227,9 @@ _BOUNDS = {
     "products": (0, 10_000),
     "data.holdout": (0, 0.5),
     "data.folds": (0, 1000),
+    "data.tile": (16, 10**6),
+    "data.resolution": (16, 10**6),
+    "data.train_tiles": (1, 10**9),
     "data.tamper.rotate": (-180, 180),
     "data.tamper.zoom": (0.1, 10),
     "data.tamper.down": (-1, 1),
@@ -361,7 +369,8 @@ def _fill(config: ConfigDict) -> ConfigDict:
             mean, std = normalisation(spec, origin(spec, c.weights))
             if (mean, std) != (spec.mean, spec.std):
                 c.mean, c.std = mean, std
-    c.image_size = _size(c.image_size or spec.image_size)
+    tile = None if c.data.tile is None else (c.data.tile,)
+    c.image_size = _size(c.image_size or tile or spec.image_size)
     if c.batch_size is None:
         c.batch_size = max(1, min(32, _PIXELS_AT_A_TIME // math.prod(c.image_size)))
     c.metrics = tuple(name for each in c.metrics for name in each.split(",") if name)
@@ -372,6 +381,7 @@ def _fill(config: ConfigDict) -> ConfigDict:
     _check_copies(c.augment)
     _check_one_model(c)
     _check_folds(c.data)
+    _check_tiles(c)
     for name in DETECTORS:
         method(name).fill(c, spec)
     for field in ("root", "manifest", "exclude"):
@@ -428,6 +438,26 @@ def _check_folds(section: ConfigDict) -> None:
             f"config.data.folds is {section.folds} and config.data.holdout is {section.holdout}. "
             "Set folds to 0, or to at least 2 with a holdout of 0."
         )
+
+
+def _check_tiles(config: ConfigDict) -> None:
+    """Raises InputError if fields do not suit tiles, or have no effect without them."""
+    if config.data.tile is None:
+        for field, usual in (("resolution", None), ("train_tiles", 4096)):
+            if config.data[field] != usual:
+                raise InputError(
+                    f"config.data.{field} has no effect without config.data.tile. Set that as well."
+                )
+        return
+    for field, value, usual in (
+        ("one_model", config.one_model, False),
+        ("data.folds", config.data.folds, 0),
+    ):
+        if value != usual:
+            raise InputError(
+                f"config.{field} is {value}, which is not possible with config.data.tile. Leave "
+                "one of them out."
+            )
 
 
 def _check_choice(field: str, value: str, choices) -> None:

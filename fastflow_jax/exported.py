@@ -18,6 +18,7 @@ import numpy as np
 
 from fastflow_jax.data.pipeline import n_threads
 from fastflow_jax.data.profile import Profile
+from fastflow_jax.data.tiling import Tiling
 from fastflow_jax.data.transforms import RESIZES
 from fastflow_jax.decision import Decision, Threshold
 from fastflow_jax.errors import InputError
@@ -64,6 +65,7 @@ class Exported(Predictor):
         given = self.metadata["input"]
         self.image_size: tuple[int, int] = (given["height"], given["width"])
         self.resize: str = given["resize"]
+        self.tiling: Tiling | None = self.metadata.pop("tiling")
         self.decision: Decision = self.metadata.pop("decision")
         self.training_images: Profile | None = self.metadata.pop("training_images")
         # On a CPU larger batches are not faster, and need more memory.
@@ -167,6 +169,7 @@ def _parsed(found: dict[str, Any]) -> dict[str, Any]:
     held_out = found["held_out"] or {"scores": None}
     scores, groups, kinds = (held_out.get(name) for name in ("scores", "groups", "kinds"))
     profile, given = found["training_images"], found["input"]
+    tiling = found.get("tiling")  # missing in files of older versions
     if given["resize"] not in RESIZES or not min(given["height"], given["width"]) > 0:
         raise ValueError("an input of an unknown kind")
     return {
@@ -177,6 +180,7 @@ def _parsed(found: dict[str, Any]) -> dict[str, Any]:
             None if groups is None else np.array(groups),
             None if kinds is None else np.array(kinds),
         ),
+        "tiling": None if tiling is None else Tiling(tuple(tiling["side"]), tiling["resolution"]),
         "training_images": None if profile is None else Profile.from_plain(profile),
         "colour_range": found["colour_range"],
     }

@@ -20,6 +20,7 @@ from fastflow_jax.data.arrays import Given, Images, each, is_one
 from fastflow_jax.data.inputs import Inputs, Outputs, Part, cut, stacked
 from fastflow_jax.data.pipeline import prefetch
 from fastflow_jax.data.profile import Profile
+from fastflow_jax.data.tiling import Tiling
 from fastflow_jax.decision import Decision, Threshold
 from fastflow_jax.errors import InputError
 
@@ -84,6 +85,7 @@ class Predictor:
 
     image_size: tuple[int, int]  # (height, width) of model inputs
     resize: str  # `config.data.resize`: how images become inputs
+    tiling: Tiling | None = None  # of a detector that was trained on tiles
     decision: Decision
     training_images: Profile | None  # None if unknown
     batch_size: int  # largest number of images that are scored together
@@ -143,6 +145,8 @@ class Predictor:
             which keeps small details. Meant for detectors that were trained on images of about the
             input size. The score of an image is the highest score of its tiles. False-alarm rates
             then hold per tile: a normal image of k tiles is flagged up to k times as often.
+            Detectors that were trained on tiles (`config.data.tile`) always cut images as in
+            training, and their rates hold for whole images.
 
         Returns:
           A `Prediction` for one image, a list of them for several.
@@ -210,13 +214,14 @@ class Predictor:
 
         Logs how files differ from the training images.
         """
+        tiling = self.tiling or (Tiling(self.image_size) if tile else None)
 
         def read(given: Given) -> Iterator[tuple[str, Inputs | InputError, dict[str, str]]]:
             try:
                 for name, image, header in given.read():
                     profile = self.training_images
                     unlike = {} if profile is None else profile.differences(header, image)
-                    inputs = cut(image, name, self.image_size, self.resize, tile=tile)
+                    inputs = cut(image, name, self.image_size, self.resize, tiling)
                     yield name, inputs, unlike
             except InputError as error:
                 yield given.name, error, {}
@@ -228,7 +233,7 @@ class Predictor:
 
         # One thread for images to be tiled: they are large, and few of them fit into memory.
         calls = (functools.partial(start, given) for given in each(images))
-        threads, logged = 0 if live else 1 if tile else None, set()
+        threads, logged = 0 if live else 1 if tiling else None, set()
         with contextlib.closing(prefetch(calls, threads)) as started:
             for first, rest in started:
                 for name, inputs, unlike in itertools.chain([first], rest):

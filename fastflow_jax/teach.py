@@ -114,7 +114,12 @@ def update(
 
 
 def check_teachable(detector: Any) -> None:
-    """Raises InputError for detectors that store no normal images."""
+    """Raises InputError for detectors that store no normal images, or those of tiles."""
+    if detector.tiling is not None:
+        raise InputError(
+            "This detector was trained on tiles of images, and cannot be taught. Train again with "
+            "the new images."
+        )
     if not isinstance(detector.scorer, TeachableScorer):
         raise InputError(
             f"The detector {detector.config.detector} stores no normal images, and cannot be "

@@ -19,7 +19,7 @@ Counts = tuple[int | None, int]  # published numbers of training and test images
 
 
 class DataConfig(Protocol):
-    """Fields of `config.data` that select a data set, see `data.open_dataset`."""
+    """Fields of `config.data` that select images, see `data.open_dataset`, and cut them."""
 
     name: str
     category: str | None
@@ -27,6 +27,8 @@ class DataConfig(Protocol):
     manifest: str | None
     dir: str | None
     groups: str | None
+    tile: int | None
+    resolution: int | None
 
 
 class Example(NamedTuple):

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from fastflow_jax.data import tiling
 from fastflow_jax.data.pipeline import as_input
-from fastflow_jax.data.transforms import Placement, seen_part
+from fastflow_jax.data.tiling import OVERLAP, Blender, Place, Tiling
+from fastflow_jax.data.tiling import places as tiles_of
+from fastflow_jax.data.transforms import Placement, resize, seen_part
 
 
 class Part(NamedTuple):
@@ -18,7 +19,7 @@ class Part(NamedTuple):
     image: np.ndarray  # uint8 [H, W, 3]; 0 in padding
     valid: np.ndarray | None  # bool [H, W], see `Batch.valid`
     placed: Placement  # of the tile in the input
-    where: tuple[slice, slice]  # rows and columns in the image
+    where: Place  # in the image
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,13 +27,18 @@ class Inputs:
     """Model inputs of an image: one, or one per tile."""
 
     name: str
-    size: tuple[int, int]  # (height, width) of the image
-    where: list[tuple[slice, slice]]  # of all parts
+    size: tuple[int, int]  # (height, width) of the image that is cut
+    where: list[Place]  # of all parts
+    own_size: tuple[int, int]  # of the image before it is resized, see `Tiling.resolution`
     parts: Iterable[Part]  # to iterate once; tiles are cut on demand
 
 
 def cut(
-    image: np.ndarray, name: str, image_size: tuple[int, int], resize_by: str, *, tile: bool
+    image: np.ndarray,
+    name: str,
+    image_size: tuple[int, int],
+    resize_by: str,
+    tiling: Tiling | None = None,
 ) -> Inputs:
     """Returns the model inputs of an image.
 
@@ -41,21 +47,40 @@ def cut(
         name: name of the image in messages and results.
         image_size: (height, width) of model inputs.
         resize_by: "square", "crop" or "pad", see `transforms.placement`.
-        tile: cut an image that is larger than the input into tiles of the input's size.
+        tiling: how a larger image is cut into tiles; None: it is one input.
     """
-    (rows, columns), (height, width) = image_size, image.shape[:2]
-    where = [(slice(0, height), slice(0, width))]
-    if tile and (height > rows or width > columns):
-        # In a narrow image tiles are as narrow as the image, and "crop" would crop them again.
-        shrunk = min(1, height / rows, width / columns) if resize_by == "crop" else 1
-        sides = max(1, int(rows * shrunk)), max(1, int(columns * shrunk))
-        where = tiling.places((height, width), sides)
+    own_size = image.shape[0], image.shape[1]
+    size, where = own_size, [(slice(0, own_size[0]), slice(0, own_size[1]))]
+    if tiling is not None:
+        size = tiling.size(own_size)
+        image = resize(image, size)
+        where = places(size, tiling, resize_by)
 
-    def part(span: tuple[slice, slice]) -> Part:
+    def part(span: Place) -> Part:
         return Part(*as_input(image[span], image_size, resize_by), span)
 
     parts = (part(where[0]),) if len(where) == 1 else map(part, where)
-    return Inputs(name, (height, width), where, parts)
+    return Inputs(name, size, where, own_size, parts)
+
+
+def places(
+    size: tuple[int, int], tiling: Tiling, resize_by: str, overlap: float = OVERLAP
+) -> list[Place]:
+    """Returns the tiles of an image, see `tiling.places`.
+
+    Args:
+        size: (height, width) of the image after it is resized.
+        tiling: how it is cut.
+        resize_by: how tiles become model inputs, see `cut`.
+        overlap: smallest fraction of a tile shared with the next one.
+    """
+    (height, width), (rows, columns) = size, tiling.side
+    if height <= rows and width <= columns:
+        return [(slice(0, height), slice(0, width))]
+    # In a narrow image tiles are as narrow as the image, and "crop" would crop them again.
+    shrunk = min(1, height / rows, width / columns) if resize_by == "crop" else 1
+    side = max(1, int(rows * shrunk)), max(1, int(columns * shrunk))
+    return tiles_of(size, side, overlap)
 
 
 def stacked(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -74,8 +99,9 @@ class Outputs:
         self.product = 0  # index of the product, see `Products`
         self.is_known = True  # whether it is one of the products
         self._missing = self._n = len(inputs.where)
+        self._own_size = inputs.own_size
         self._likelihoods: float | None = 0.0
-        self._blender = tiling.Blender(inputs.size, inputs.where)
+        self._blender = Blender(inputs.size, inputs.where)
 
     def add(
         self,
@@ -107,7 +133,7 @@ class Outputs:
             self.distance = float(distance)
         if product is not None:
             self.product, self.is_known = int(product), bool(is_known)
-        self._blender.add(_at_own_size(anomaly_map, part), part.where)
+        self._blender.add(at_own_size(anomaly_map, part.placed, part.where), part.where)
         self._missing -= 1
 
     @property
@@ -123,15 +149,30 @@ class Outputs:
     @property
     def anomaly_map(self) -> np.ndarray:
         """Anomaly map of the image, float32 [H, W]."""
-        return self._blender.result()
+        return _stretched(self._blender.result(), self._own_size)
 
 
-def _at_own_size(anomaly_map: np.ndarray, part: Part) -> np.ndarray:
-    """Resizes the map of an input to its tile; pixels outside the input get the minimum."""
-    inside = anomaly_map[part.placed.place]
-    size = tuple(span.stop - span.start for span in part.where)
+def at_own_size(anomaly_map: np.ndarray, placed: Placement, where: Place) -> np.ndarray:
+    """Resizes the map of an input to its tile; pixels outside the input get the minimum.
+
+    Args:
+        anomaly_map: float32 [H, W] of the input.
+        placed: placement of the tile in the input.
+        where: the tile in its image.
+
+    Returns:
+        float32 [h, w] of the size of the tile.
+    """
+    inside = anomaly_map[placed.place]
+    size = tuple(span.stop - span.start for span in where)
     whole = np.full(size, inside.min(), np.float32)
-    seen = seen_part(whole, part.placed)  # a view
-    stretched = Image.fromarray(inside).resize(seen.shape[::-1], Image.Resampling.BILINEAR)
-    seen[:] = np.asarray(stretched)
+    seen = seen_part(whole, placed)  # a view
+    seen[:] = _stretched(inside, (seen.shape[0], seen.shape[1]))
     return whole
+
+
+def _stretched(anomaly_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if anomaly_map.shape == size:
+        return anomaly_map
+    pillow = Image.fromarray(anomaly_map)
+    return np.asarray(pillow.resize(size[::-1], Image.Resampling.BILINEAR))

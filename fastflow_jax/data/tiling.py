@@ -1,20 +1,48 @@
 """Overlapping tiles of images that are larger than the input, and blending of their maps."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-_OVERLAP = 0.25  # smallest fraction of a tile shared with the next one
+from fastflow_jax.data.dataset import DataConfig
+
+OVERLAP = 0.25  # smallest fraction of a tile shared with the next one
+
+Place = tuple[slice, slice]  # rows and columns of a tile in its image
 
 
-def places(size: tuple[int, int], tile: tuple[int, int]) -> list[tuple[slice, slice]]:
-    """Returns evenly spaced tiles as (rows, columns) of the image.
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How images are cut into tiles."""
+
+    side: tuple[int, int]  # (height, width) of the tiles, in pixels of the resized image
+    resolution: int | None = None  # longer side of the resized image; None: its own
+
+    @classmethod
+    def of(cls, section: DataConfig) -> "Tiling | None":
+        """That of `config.data`; None if its images are not cut."""
+        side = section.tile
+        return None if side is None else cls((side, side), section.resolution)
+
+    def size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Size (height, width) of an image of a size after it is resized."""
+        if self.resolution is None:
+            return size
+        longest = max(size)
+        height, width = (max(1, round(side * self.resolution / longest)) for side in size)
+        return height, width
+
+
+def places(size: tuple[int, int], tile: tuple[int, int], overlap: float = OVERLAP) -> list[Place]:
+    """Returns evenly spaced tiles that cover an image.
 
     Args:
         size: (height, width) of the image.
         tile: (height, width) of the tiles; limited to the size of the image.
+        overlap: smallest fraction of a tile shared with the next one, from 0 to below 1.
     """
-    rows, columns = map(_starts, size, tile)
+    rows, columns = (_starts(*sides, overlap) for sides in zip(size, tile, strict=True))
     height, width = np.minimum(size, tile).tolist()
     return [(slice(r, r + height), slice(c, c + width)) for r in rows for c in columns]
 
@@ -30,12 +58,12 @@ class Blender:
         where: all tiles, see `places`.
     """
 
-    def __init__(self, size: tuple[int, int], where: Sequence[tuple[slice, slice]]):
+    def __init__(self, size: tuple[int, int], where: Sequence[Place]):
         self._map = np.zeros(size, np.float32)
         # Tiles form a grid, so the weight of a pixel is a product of row weight and column weight.
         self._weights = [_weights(size[i], [place[i] for place in where]) for i in (0, 1)]
 
-    def add(self, tile_map: np.ndarray, place: tuple[slice, slice]) -> None:
+    def add(self, tile_map: np.ndarray, place: Place) -> None:
         """Adds the map [h, w] of the tile at `place`. Each tile must be added once."""
         if tile_map.shape == self._map.shape:  # the only tile
             self._map = tile_map.astype(np.float32, copy=False)
@@ -48,10 +76,10 @@ class Blender:
         return self._map
 
 
-def _starts(length: int, tile: int) -> list[int]:
+def _starts(length: int, tile: int, overlap: float) -> list[int]:
     if tile >= length:
         return [0]
-    step = max(1, int(tile * (1 - _OVERLAP)))
+    step = max(1, int(tile * (1 - overlap)))
     steps = -(-(length - tile) // step)
     return np.round(np.linspace(0, length - tile, steps + 1)).astype(int).tolist()
 

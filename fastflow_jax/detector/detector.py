@@ -21,6 +21,7 @@ from fastflow_jax.config import AUTO, default, fill, name_data, with_function
 from fastflow_jax.data.arrays import Images, as_dataset, is_one
 from fastflow_jax.data.inputs import stacked
 from fastflow_jax.data.profile import Profile
+from fastflow_jax.data.tiling import Tiling
 from fastflow_jax.data.transforms import normalise
 from fastflow_jax.decision import Decision, Threshold
 from fastflow_jax.detectors.base import (
@@ -363,7 +364,9 @@ class Detector(PickledByFields, Predictor):
           A function of images, uint8 [B, H, W, 3] in RGB, with any B. It returns
           "score" [B] and "anomaly_map" [B, H, W], float32; and as far as the detector has held-out
           images and thresholds, "p_value" float32 [B], "is_anomalous" bool [B] and "mask" bool
-          [B, H, W]. They are those of `Prediction` for images of this size.
+          [B, H, W]. They are those of `Prediction` for images of this size. Of a detector that was
+          trained on tiles, an image here is a tile: the score of a larger image is the highest
+          score of its tiles, and its p-value and decision follow from this score.
 
         Raises:
           InputError: the score of the detector is not a pure function (SPADE); images are padded
@@ -380,6 +383,11 @@ class Detector(PickledByFields, Predictor):
             raise InputError(
                 "Images of this detector are padded, so their score depends on a padding mask as "
                 "well. Fit with config.data.resize of square or crop."
+            )
+        if any_size and self.tiling is not None:
+            raise InputError(
+                "This detector scores tiles of images, which are cut outside of the function. "
+                "Leave any_size out."
             )
         if any_size and self.resize != "square":
             raise InputError(
@@ -448,6 +456,11 @@ class Detector(PickledByFields, Predictor):
     def resize(self) -> str:
         """`config.data.resize`."""
         return self.config.data.resize
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How images are cut into tiles; None if they are not."""
+        return Tiling.of(self.config.data)
 
     @property
     def decision(self) -> Decision:

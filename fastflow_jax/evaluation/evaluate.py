@@ -10,6 +10,7 @@ from numpy.typing import DTypeLike
 from tqdm import tqdm
 
 from fastflow_jax.data.dataset import Regions
+from fastflow_jax.data.tiles import Tiles
 from fastflow_jax.evaluation import kinds, overlap, ranking
 from fastflow_jax.evaluation.metrics import overlap_weights
 from fastflow_jax.features.extract import FeatureBatch
@@ -89,6 +90,46 @@ def score_split(score: Score, batches: Iterable[FeatureBatch], n: int, *, progre
             start = end
             bar.update(len(batch.label))
     return Scored(**arrays)  # pyright: ignore[reportArgumentType]
+
+
+def score_tiles(
+    score: Score, batches: Iterable[FeatureBatch], tiles: Tiles, *, progress: str
+) -> Scored:
+    """Scores each image of a split once, from its tiles.
+
+    Masks are read again, at the resolution of the tiles. If the images differ in size, maps and
+    masks are padded to the largest height and width.
+
+    Args:
+      score: scores one batch of tiles.
+      batches: of all tiles, in order.
+      tiles: of the images.
+      progress: label of the progress bar.
+    """
+    images, n, canvas = tiles.images, len(tiles.sizes), tiles.canvas
+    has_masks, is_padded = images[0].mask is not None, len(set(tiles.sizes)) > 1
+    scores = np.empty(n, np.float32)
+    maps = _empty((n, *canvas), np.float32) if has_masks else None
+    masks = _empty((n, *canvas), bool) if has_masks else None
+    valid = _empty((n, *canvas), bool) if is_padded and has_masks else None
+    scored = (score(b.features, *(() if b.valid is None else (b.valid,))) for b in batches)
+    with tqdm(total=n, desc=progress, unit="img", leave=False, dynamic_ncols=True) as bar:
+        for i, image_score, anomaly_map in tiles.whole(np.arange(len(tiles.image)), scored):
+            scores[i] = image_score
+            if maps is not None and masks is not None:
+                maps[i] = tiles.on_canvas(i, anomaly_map)
+                masks[i] = tiles.on_canvas(i, np.asarray(images[i].mask))
+            if valid is not None:
+                valid[i] = tiles.on_canvas(i, np.ones(tiles.sizes[i], bool))
+            bar.update()
+    regions = images.regions
+
+    def padded_regions(i: int) -> Regions:
+        assert regions is not None
+        found = regions(i)
+        return found._replace(masks=tiles.on_canvas(i, found.masks))
+
+    return Scored(scores, images.labels, maps, masks, valid, regions and padded_regions)
 
 
 def _empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:

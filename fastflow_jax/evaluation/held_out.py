@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fastflow_jax.data.tiles import Tiles
 from fastflow_jax.decision import Threshold, p_values
 from fastflow_jax.detectors.base import CalibratedScorer
 from fastflow_jax.evaluation import thresholds
@@ -29,6 +30,40 @@ class HeldOut:
     # int [n], equal for images of the same kind: 0 for those of the training, higher for images
     # that were taught later. None if there is one kind.
     kinds: np.ndarray | None = None
+
+    @classmethod
+    def empty(cls, n: int, groups: np.ndarray | None) -> "HeldOut":
+        """Scores of n images, to `fill`."""
+        tails = np.empty((n, len(thresholds.EXCEEDANCES)))
+        return cls(np.empty(n, np.float32), tails, groups)
+
+    def fill(
+        self,
+        score: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+        rows: np.ndarray,
+        size: int,
+        valid: np.ndarray | None,
+        tiles: Tiles | None,
+    ) -> None:
+        """Sets the scores of some images.
+
+        Args:
+          score: function of rows [b] to scores [b] and anomaly maps [b, H, W].
+          rows: int [M], of the images, or of all of their tiles.
+          size: largest number of rows that are scored together.
+          valid: bool [N, H, W], False in padded pixels, or None if there is no padding.
+          tiles: of the images, if the rows are tiles.
+        """
+        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        if tiles is None:
+            for batch in batches:
+                self.scores[batch], maps = score(batch)
+                seen = None if valid is None else valid[batch]
+                self.tails[batch] = thresholds.tails(maps, seen)
+            return
+        for whole in tiles.whole(rows, map(score, batches)):
+            self.scores[whole.index] = whole.score
+            self.tails[whole.index] = thresholds.tails(whole.anomaly_map[None])[0]
 
     @property
     def n_parts(self) -> int:
@@ -107,6 +142,7 @@ def score_held_out(
     valid: np.ndarray | None = None,
     groups: np.ndarray | None = None,
     reweigh: Reweigh | None = None,
+    tiles: Tiles | None = None,
 ) -> HeldOut:
     """Scores held-out images as new images would be scored.
 
@@ -121,20 +157,24 @@ def score_held_out(
       scorer: the trained scorer. A `CalibratedScorer` is cross-fitted.
       holdout: features of the images, [n, h, w, C] per scale.
       valid: bool [n, H, W], False in padded pixels, or None if there is no padding.
-      groups: int [n], equal for images of the same part, or None if each shows another part.
+      groups: int, one of each image, equal for images of the same part, or None if each shows
+        another part.
       reweigh: see `score_location_maps`.
+      tiles: tiles of the held-out images, if the features are those of tiles. The scores are those
+        of whole images.
     """
     size = config.batch_size
     if isinstance(scorer, CalibratedScorer):
         maps = in_batches(lambda part: scorer.location_maps(*part), (holdout, valid), size)
-        return score_location_maps(scorer, maps, valid, groups, reweigh)
+        return score_location_maps(scorer, maps, valid, groups, reweigh, tiles)
 
-    def score(part):
-        scores, maps = scorer.score(*part)
-        return scores, thresholds.tails(maps, part[1])
+    def score(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        padding = None if valid is None else valid[rows]
+        return scorer.score(tuple(scale[rows] for scale in holdout), padding)
 
-    scores, tails = in_batches(score, (holdout, valid), size)
-    return HeldOut(scores, tails, groups)
+    found = HeldOut.empty(len(holdout[0]) if tiles is None else len(tiles.sizes), groups)
+    found.fill(score, np.arange(len(holdout[0])), size, valid, tiles)
+    return found
 
 
 def score_location_maps(
@@ -143,6 +183,7 @@ def score_location_maps(
     valid: np.ndarray | None = None,
     groups: np.ndarray | None = None,
     reweigh: Reweigh | None = None,
+    tiles: Tiles | None = None,
 ) -> HeldOut:
     """Scores the held-out images that a scorer is calibrated on, cross-fitted.
 
@@ -153,18 +194,20 @@ def score_location_maps(
       groups: see `score_held_out`.
       reweigh: function from a scorer and location maps of normal images to a scorer, which learns
         weights from them, see `labelled.Defects`; None if weights are not learned.
+      tiles: see `score_held_out`.
     """
-    n, size = len(maps[0]), scorer.config.batch_size
+    n, size = len(maps[0]) if tiles is None else len(tiles.sizes), scorer.config.batch_size
     part = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
-    scores, tails = np.empty(n, np.float32), np.empty((n, len(thresholds.EXCEEDANCES)))
-    fold = part % _FOLDS
+    found, fold = HeldOut.empty(n, groups), part % _FOLDS
+    fold = fold if tiles is None else fold[tiles.image]
     for i in np.unique(fold):
         others = tuple(m[fold != i] for m in maps)
         fitted = scorer.recalibrated(others) if len(others[0]) else scorer
         if reweigh is not None and len(others[0]):
             fitted = reweigh(fitted, others)
-        rows = np.flatnonzero(fold == i)
-        for batch in (rows[j : j + size] for j in range(0, len(rows), size)):
-            scores[batch], anomaly_maps = fitted.score_maps(tuple(m[batch] for m in maps))
-            tails[batch] = thresholds.tails(anomaly_maps, None if valid is None else valid[batch])
-    return HeldOut(scores, tails, groups)
+
+        def score(rows: np.ndarray, fitted=fitted) -> tuple[np.ndarray, np.ndarray]:
+            return fitted.score_maps(tuple(m[rows] for m in maps))
+
+        found.fill(score, np.flatnonzero(fold == i), size, valid, tiles)
+    return found

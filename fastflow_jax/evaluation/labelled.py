@@ -60,7 +60,12 @@ class Defects:
 
 
 def check(config) -> None:
-    """Raises InputError if the image score of a filled configuration has no weights."""
+    """Raises InputError if the image score of a filled configuration cannot learn weights."""
+    if config.data.tile is not None:
+        raise InputError(
+            "A detector of tiles cannot learn from labelled defects, because they are labels of "
+            "whole images. Leave the defects or config.data.tile out."
+        )
     if "score" not in method(config.detector).reads:
         raise InputError(
             f"The detector {config.detector} cannot learn from defects: its score has no weights "

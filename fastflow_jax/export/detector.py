@@ -121,6 +121,11 @@ def _html(detector, file: pathlib.Path, options: Options) -> Parity:
 
 def _verified_model(detector, file: pathlib.Path, options: Options) -> tuple[bytes, Parity]:
     """Content of an ONNX file, after its results were compared with those of the detector."""
+    if options.any_size and detector.tiling is not None:
+        raise InputError(
+            "This detector scores tiles of images, which are cut outside of the model. Export an "
+            "ONNX file without --resize=inside, which fastflow_jax.exported cuts images for."
+        )
     if options.any_size and detector.resize != "square":
         raise InputError(
             f"Images of this detector are resized by {detector.resize!r}, which cannot be inside "
@@ -199,6 +204,7 @@ def metadata(detector: Any) -> dict[str, Any]:
         "licence": licence(weights),
         "classes": ["normal", "anomalous"],
         "input": {"height": height, "width": width, "resize": detector.resize, **colours},
+        "tiling": detector.tiling,
         "outputs": _OUTPUTS,
         "image_threshold": detector.image_threshold,
         "pixel_threshold": detector.pixel_threshold,
@@ -278,7 +284,10 @@ def compare(detector: Any, run: Callable[[np.ndarray], dict[str, np.ndarray]]) -
 
 
 def _held_out_inputs(detector: Any) -> np.ndarray:
-    """Model inputs of some held-out images; none if the images are not available any more."""
+    """Model inputs of some held-out images, or of a tile of each in the middle of the image.
+
+    None if the images are not available any more.
+    """
     none = np.zeros((0, *detector.image_size, 3), np.uint8)
     c = detector.config.data
     if c.name == "folder" and c.root is None and c.manifest is None:
@@ -288,5 +297,5 @@ def _held_out_inputs(detector: Any) -> np.ndarray:
         images = [parts.held_out_source[int(i)].image for i in parts.held_out[:_HELD_OUT]]
     except (InputError, OSError):
         return none
-    inputs = [given for _, given in detector.inputs(images)]
-    return np.concatenate([none, *(part.image[None] for given in inputs for part in given.parts)])
+    parts = [list(given.parts) for _, given in detector.inputs(images)]
+    return np.concatenate([none, *(each[len(each) // 2].image[None] for each in parts)])

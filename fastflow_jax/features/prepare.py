@@ -21,6 +21,8 @@ from fastflow_jax.data.changes import augmented, bounds_of, tampered, with_copie
 from fastflow_jax.data.groups import labels_of
 from fastflow_jax.data.pipeline import Batch, batches
 from fastflow_jax.data.profile import Profile, profile_of
+from fastflow_jax.data.tiles import Tiles, resized
+from fastflow_jax.data.tiling import Tiling
 from fastflow_jax.errors import InputError
 from fastflow_jax.features import cache, siblings
 from fastflow_jax.features.extract import (
@@ -43,15 +45,18 @@ class _Training:
     """Features of the training and the held-out images of a run.
 
     With N training images and copies of them, row i + k N of `train` has image i in copy k, see
-    `changes.with_copies`. Each held-out image is then changed once.
+    `changes.with_copies`. Each held-out image is then changed once. If images are cut into tiles,
+    the rows of `train` and `holdout` are tiles.
     """
 
     contents: list[str]  # see `Split.contents`
     train: TrainingFeatures
     holdout: Features | None
     holdout_valid: np.ndarray | None  # bool [N, H, W], see `Batch.valid`
-    holdout_groups: np.ndarray | None  # int [N], see `HeldOut.groups`
+    holdout_groups: np.ndarray | None  # int [N], of images, see `HeldOut.groups`
+    holdout_tiles: Tiles | None  # the rows of `holdout`; None if they are images
     groups: np.ndarray | None  # int [N], see `Split.groups`
+    image: np.ndarray | None  # int [N], see `Split.image`
     profile: Profile | None  # of the training images
     n_trained_on: int  # training images, without their copies
     defects: Features | None  # of images with labelled defects
@@ -65,12 +70,15 @@ class Prepared(_Training):
     Attributes:
       test: function of optional indices that yields all test images, or those at the indices, in
         batches with features in the place of `image`. The features are computed at the first call,
-        and cached if those of the training images are.
+        and cached if those of the training images are. If images are cut into tiles, it yields all
+        tiles of these images, without masks.
+      test_tiles: the tiles of the test images; None if images are not cut.
     """
 
     dataset: data.Dataset
     backbone: Backbone
     test: Callable[..., Iterable[FeatureBatch]]
+    test_tiles: Tiles | None
 
 
 def split_holdout(
@@ -125,6 +133,8 @@ class Split:
     # were given for calibration.
     groups: np.ndarray | None
     defects: data.Source | None = None  # images with labelled defects
+    held_out_tiles: Tiles | None = None  # rows of `held_out_source`, if they are tiles
+    image: np.ndarray | None = None  # int [N], of each training tile: index of its image
 
     @property
     def contents(self) -> list[str]:
@@ -158,6 +168,32 @@ class Split:
             held_out=self.held_out + len(self.held_out_source),
             held_out_groups=self.held_out_groups,
             groups=np.tile(groups, times),
+        )
+
+    def tiled(self, config) -> "Split":
+        """The split with tiles of the images, see `config.data.tile`.
+
+        Tiles to train on do not overlap more than they must. If there are more than
+        `config.data.train_tiles`, a random one of each of as many equal stretches is used.
+        """
+        tiling = Tiling.of(config.data)
+        assert tiling is not None
+        how = tiling, config.image_size, config.data.resize
+        tiles = Tiles.of(self.source.subset(self.train), *how, overlap=0.0)
+        held_out = Tiles.of(self.held_out_source.subset(self.held_out), *how)
+        n, most = len(tiles.image), config.data.train_tiles
+        edges = np.linspace(0, n, min(n, most) + 1).round().astype(int)
+        train = np.random.default_rng(0).integers(edges[:-1], edges[1:])
+        groups = np.arange(len(self.train)) if self.groups is None else self.groups
+        return Split(
+            source=tiles.source,
+            train=train,
+            held_out_source=held_out.source,
+            held_out=np.arange(len(held_out.image)),
+            held_out_groups=self.held_out_groups,
+            groups=groups[tiles.image[train]],
+            held_out_tiles=held_out,
+            image=tiles.image[train],
         )
 
 
@@ -201,7 +237,8 @@ def feature_fingerprint(config, seed: int) -> str:
         *("image_size", "length_power", "feature_dtype"),
     )
     values = [plain[f] for f in fields]
-    return json.dumps([*values, config.data.resize, seed if config.weights == "random" else None])
+    values += [plain["data"][f] for f in ("resize", "tile", "resolution", "train_tiles")]
+    return json.dumps([*values, seed if config.weights == "random" else None])
 
 
 def preparer(
@@ -255,7 +292,9 @@ class _Preparer:
         self._datasets: KeepLast[data.Dataset] = KeepLast()
         self._backbones: KeepLast[Backbone] = KeepLast()
         self._training: KeepLast[_Training] = KeepLast()
-        self._test: KeepLast[Callable[..., Iterable[FeatureBatch]]] = KeepLast()
+        self._test: KeepLast[tuple[Callable[..., Iterable[FeatureBatch]], Tiles | None]] = (
+            KeepLast()
+        )
         # Features of all images that categories share.
         self._shared_train: KeepLast[Features] = KeepLast()
         self._shared_test: KeepLast[Features] = KeepLast()
@@ -277,7 +316,7 @@ class _Preparer:
         )
         key = (settings, category, config.train.cache, config.batch_size)
         # Test images come first: broken files are found before training features are computed.
-        test = self._test.get(
+        test, test_tiles = self._test.get(
             (*key, tamper, config.data.mask_resize),
             lambda: _test_batches(cached_test, dataset.test),
         )
@@ -286,7 +325,9 @@ class _Preparer:
             (*key, config.data.holdout, config.data.groups, *augment),
             lambda: _prepare_training(cached, dataset, seed),
         )
-        return Prepared(dataset=dataset, backbone=backbone, test=test, **vars(training))
+        return Prepared(
+            dataset=dataset, backbone=backbone, test=test, test_tiles=test_tiles, **vars(training)
+        )
 
     def _dataset(self, config, category: str | None) -> data.Dataset:
         """The data set of a category, checked once, with its test images tampered as configured."""
@@ -295,7 +336,7 @@ class _Preparer:
             return self._datasets.get(category, lambda: self._open_category(category))
 
         parallel.on_main(lambda: get() and None)  # it may prepare files for the other processes
-        dataset = get()
+        dataset = _at_resolution(config, get())
         if not dataset.test:
             return dataset
         train, test = dataset.train, dataset.test
@@ -304,6 +345,13 @@ class _Preparer:
             found = parallel.on_main(lambda: checks.tested_on_training_images(train, test))
             _warn(dataset.name, found)
         return dataclasses.replace(dataset, test=tampered(test, config.data.tamper))
+
+
+def _at_resolution(config, dataset: data.Dataset) -> data.Dataset:
+    """The data set with images that have the resolution of their tiles."""
+    how = config.data.resolution, config.data.mask_resize
+    of = {name: getattr(dataset, name) for name in ("train", "test", "calibration")}
+    return dataclasses.replace(dataset, **{k: v and resized(v, *how) for k, v in of.items()})
 
 
 # Titles of features in messages.
@@ -464,6 +512,8 @@ def _prepare_training(cached: _FeatureCache, dataset: data.Dataset, seed: int) -
         parts = images.with_copies(config.augment)
         fingerprint = cached.fingerprint | {"augment": _key(config.augment)}
         cached = dataclasses.replace(cached, fingerprint=fingerprint, shared=None)
+    if config.data.tile is not None:
+        parts = parts.tiled(config)
     is_cached = config.train.cache != "none" and not is_augmented(config)
     if not is_cached:  # only held-out features are cached: do not compute those of all categories
         cached = dataclasses.replace(cached, shared=None)
@@ -473,7 +523,7 @@ def _prepare_training(cached: _FeatureCache, dataset: data.Dataset, seed: int) -
         holdout_valid = cached.padding(parts.held_out_source, parts.held_out)
     if is_cached:
         train = _cached_training(cached, parts)
-        if holdout is not None:
+        if holdout is not None and parts.held_out_tiles is None:
             _warn_of_siblings(cached, images, train, holdout)
     else:
         train = _recomputed_training(cached, parts, seed)
@@ -490,7 +540,9 @@ def _prepare_training(cached: _FeatureCache, dataset: data.Dataset, seed: int) -
         holdout=holdout,
         holdout_valid=holdout_valid,
         holdout_groups=parts.held_out_groups if len(parts.held_out) else None,
+        holdout_tiles=parts.held_out_tiles,
         groups=parts.groups,
+        image=parts.image,
         profile=profile,
         n_trained_on=len(images.train),
         defects=defects,
@@ -573,10 +625,29 @@ def _warn_of_siblings(
 
 def _test_batches(
     cached: _FeatureCache, source: data.Source | None
-) -> Callable[..., Iterable[FeatureBatch]]:
-    """See `Prepared.test`."""
+) -> tuple[Callable[..., Iterable[FeatureBatch]], Tiles | None]:
+    """See `Prepared.test` and `Prepared.test_tiles`."""
+    config = cached.config
+    tiling = Tiling.of(config.data)
     if source is None:
-        return lambda indices=None: ()
+        return lambda indices=None: (), None
+    if tiling is None:
+        return _batches_of(cached, source), None
+    every = np.arange(len(source))
+    if source[0].mask is not None:
+        masks, _ = cached.masks_and_padding(source, every)
+        assert masks is not None
+        _warn(cached.title, checks.inverted_masks(masks, source))
+        _warn(cached.title, checks.cut_masks(source))
+    tiles = Tiles.of(source, tiling, config.image_size, config.data.resize)
+    of_tiles = _batches_of(cached, tiles.source)
+    return lambda indices=None: of_tiles(tiles.rows(every if indices is None else indices)), tiles
+
+
+def _batches_of(
+    cached: _FeatureCache, source: data.Source
+) -> Callable[..., Iterable[FeatureBatch]]:
+    """The function of `Prepared.test` for a source of images, or of tiles."""
     config, every = cached.config, np.arange(len(source))
     if config.train.cache == "none":
         return lambda indices=None: feature_batches(config, cached.backbone, source, indices)

@@ -20,6 +20,7 @@ from fastflow_jax.report.heatmaps import OF_THE_NAME, draw_heatmap, draw_strip, 
 
 _log = logging.getLogger(__name__)
 _SCALE_IMAGES = 500  # maximum number of good images that set the colour range
+_SCALE_PIXELS = 1 << 25  # of these images
 _PANELS = ["image", "heat map", "mask", "ground truth"]  # of a strip
 
 
@@ -99,10 +100,14 @@ def _chosen(scored: Scored, heatmaps: int, strips: int) -> tuple[list[int], list
 
 
 def _colour_range(normal: np.ndarray, maps_of: Callable) -> tuple[np.floating, np.floating]:
-    """Returns the median and the 0.999 quantile of the pixels of up to `_SCALE_IMAGES` images."""
-    some = normal[:: -(-len(normal) // _SCALE_IMAGES)].tolist()
-    maps = np.stack(list(maps_of(some)))
-    return np.quantile(maps, 0.5), np.quantile(maps, 0.999)
+    """Returns the median and the 0.999 quantile of the pixels of up to `_SCALE_IMAGES` images.
+
+    Of large maps every few pixels are taken, because all of them may not fit into memory.
+    """
+    some, most = normal[:: -(-len(normal) // _SCALE_IMAGES)].tolist(), _SCALE_PIXELS
+    parts = (m.reshape(-1)[:: -(-m.size * len(some) // most)] for m in maps_of(some))
+    pixels = np.concatenate([*parts])
+    return np.quantile(pixels, 0.5), np.quantile(pixels, 0.999)
 
 
 def _content(source: Source, scored: Scored, curves: PixelCurves | None) -> dict[str, Any]:

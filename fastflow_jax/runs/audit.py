@@ -58,6 +58,11 @@ def run(config, workdir: str | pathlib.Path) -> list[dict]:
     """
     if not config.audit:
         raise InputError("config.audit is 0, so no images are listed. Pass --config.audit=0.08.")
+    if config.data.tile is not None:
+        raise InputError(
+            "An audit compares whole images. Leave config.data.tile out, and set config.image_size "
+            "for small defects."
+        )
     if config.backbone == _PIXELS:
         raise InputError(
             "The backbone pixels has no features to compare images by. Pass "

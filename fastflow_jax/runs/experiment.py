@@ -22,7 +22,8 @@ from fastflow_jax import data, parallel
 from fastflow_jax.backbones.weights import licence
 from fastflow_jax.config import variants, without
 from fastflow_jax.data.pipeline import regions_as_input
-from fastflow_jax.data.transforms import placement
+from fastflow_jax.data.tiles import image_means_of
+from fastflow_jax.data.transforms import Placement, placement
 from fastflow_jax.detectors.base import DETECTORS, Scorer, method
 from fastflow_jax.evaluation.evaluate import (
     METRICS,
@@ -31,6 +32,7 @@ from fastflow_jax.evaluation.evaluate import (
     evaluate,
     measure,
     score_split,
+    score_tiles,
 )
 from fastflow_jax.features import shift
 from fastflow_jax.features.extract import FeatureBatch, image_means
@@ -252,7 +254,7 @@ def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepare
         "data": dataset.provenance
         | {
             "trained_on": prepared.n_trained_on,
-            "held_out": len(prepared.holdout[0]) if prepared.holdout else 0,
+            "held_out": _n_held_out(prepared),
             "cross_fitted": prepared.n_trained_on
             if part.config.data.folds and not prepared.holdout
             else 0,
@@ -275,13 +277,20 @@ def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepare
             products.write_means(part.directory, means)
         seconds["evaluate"] = time.perf_counter() - start
         _write_pictures(part, prepared, fitted, scored, details.aupimo)
-    if not part.variant and part.seed == part.config.seed:
+    if not part.variant and part.seed == part.config.seed and prepared.image is None:
         start = time.perf_counter()
         audit.audit_training(part.config, prepared, part.directory, part.category, fitted.scorer)
         seconds["audit"] = time.perf_counter() - start
     results["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
     write_json(part.file, results)
     return results
+
+
+def _n_held_out(prepared: Prepared) -> int:
+    """Number of held-out images."""
+    if prepared.holdout_tiles is not None:
+        return len(prepared.holdout_tiles.sizes)
+    return len(prepared.holdout[0]) if prepared.holdout else 0
 
 
 def _shift(
@@ -374,7 +383,11 @@ def _score_test(
             by_index.update(zip(batch.index.tolist(), found, strict=True))
             yield batch
 
-    title = f"{part.title}: {progress}"
+    title, tiles = f"{part.title}: {progress}", prepared.test_tiles
+    if tiles is not None:
+        scored = score_tiles(scorer.score, batches(), tiles, progress=title)
+        means = np.stack([by_index[i] for i in range(len(by_index))])
+        return scored, image_means_of(means, tiles.image)
     scored = score_split(scorer.score, batches(), len(test), progress=title)
     means = np.stack([by_index[i] for i in range(len(test))])
     if test.regions is None:
@@ -402,14 +415,21 @@ def _write_pictures(
     aupimo: list[float | None] | None,
 ) -> None:
     """Writes heat maps and the images of the report."""
-    config, test = part.config, prepared.dataset.test
+    config, test, tiles = part.config, prepared.dataset.test, prepared.test_tiles
     assert test is not None
 
     def maps_of(indices) -> Iterable[np.ndarray]:
         if scored.maps is not None:
             return (scored.maps[i] for i in indices)
-        batches = prepared.test(indices)
-        return (m for b in batches for m in fitted.scorer.score(b.features, b.valid)[1])
+        found = (fitted.scorer.score(b.features, b.valid) for b in prepared.test(indices))
+        if tiles is not None:
+            return (whole.anomaly_map for whole in tiles.whole(tiles.rows(indices), found))
+        return (m for _, maps in found for m in maps)
+
+    def placed(size: tuple[int, int]) -> Placement:
+        if tiles is not None:  # maps have the size of the image, and may be padded
+            return placement(size, size, "square")
+        return placement(size, tuple(config.image_size), config.data.resize)
 
     write_pictures(
         part.directory,
@@ -418,7 +438,7 @@ def _write_pictures(
         maps_of,
         heatmaps=config.heatmaps,
         strips=part.pictures,
-        placed=partial(placement, target=tuple(config.image_size), how=config.data.resize),
+        placed=placed,
         threshold=fitted.thresholds["pixel"],
         aupimo=aupimo,
     )
@@ -442,7 +462,8 @@ def _summarise(config, parts: list[dict]) -> dict:
             "epoch": "last",
             "chosen_on_test_data": "nothing",
             "resize": config.data.resize,
-            "masks": f"resized to the input size, {config.data.mask_resize}",
+            "masks": _masks(config),
+            "tile": config.data.tile,
             "aupro_fpr_limit": 0.3,
             "metrics": list(config.metrics),  # in tables
             "dataset": config.data.name,
@@ -472,6 +493,16 @@ def _summarise(config, parts: list[dict]) -> dict:
             "device": parallel.device_description(),
         },
     }
+
+
+def _masks(config) -> str:
+    """Size at which masks and maps are compared."""
+    how, resolution = config.data.mask_resize, config.data.resolution
+    if config.data.tile is None:
+        return f"resized to the input size, {how}"
+    if resolution is None:
+        return "at the size of the image"
+    return f"resized to a longer side of {resolution}, {how}"
 
 
 def _key(part: dict) -> str:

@@ -21,7 +21,7 @@ def resolve(config: ConfigDict, dataset: data.Dataset | None = None) -> ConfigDi
 
     With `ENOUGH` normal images it is FastFlow with its default recipe. With fewer it is k-NN on all
     of them; calibration and thresholds come from cross-fitting, unless there are calibration
-    images. The choice is logged.
+    images or the images are cut into tiles. The choice is logged.
 
     Args:
       config: not filled, see `config.fill`. It is returned as it is if it names a detector.
@@ -45,7 +45,7 @@ def resolve(config: ConfigDict, dataset: data.Dataset | None = None) -> ConfigDi
     c.update(recipe("knn"))
     images = "image" if n == 1 else "images"
     choice = f"Only {n} normal {images}: the detector is k-NN (a flow needs {ENOUGH})."
-    if dataset.calibration is None:
+    if c.data.tile is None and dataset.calibration is None:
         c.data.holdout, c.data.folds = 0.0, _FOLDS
         choice += f" {_threshold(n)}"
     _log.warning("%s Set config.detector to choose another detector.", choice)

@@ -10,6 +10,7 @@ import numpy as np
 from fastflow_jax.backbones import Backbone, open_backbone, rebuild_backbone, spec_of
 from fastflow_jax.config import from_plain
 from fastflow_jax.data.profile import Profile
+from fastflow_jax.data.tiles import image_means_of
 from fastflow_jax.decision import Threshold
 from fastflow_jax.detectors.base import Scorer, method
 from fastflow_jax.errors import InputError
@@ -63,6 +64,7 @@ def record(
                 prepared.holdout_valid,
                 prepared.holdout_groups,
                 reweigh,
+                prepared.holdout_tiles,
             )
         else:
             held_out = HeldOut.load(scored / _HELD_OUT)
@@ -174,21 +176,27 @@ def _read_version(run: pathlib.Path, about: dict) -> Saved:
 def write_reference(config, prepared: Prepared, training: pathlib.Path) -> Reference | None:
     """Writes what `read_reference` reads to the directory of a training, and returns it.
 
-    Augmented images are not like new images, and training images may show the same parts if others
-    were given for calibration. In both cases only held-out images are compared with them.
+    Augmented images are not like new images, training images may show the same parts if others
+    were given for calibration, and tiles to train on overlap less than those of new images. In all
+    of these cases only held-out images are compared with them.
     """
+    tiles = prepared.holdout_tiles
     held_out_only = is_augmented(config) or prepared.dataset.calibration is not None
+    held_out_only = held_out_only or prepared.image is not None
     if held_out_only and prepared.holdout is None:
         return None
     used = chosen(prepared.train.n)
     train = np.concatenate([image_means(*part) for part in prepared.train.in_batches(32, used)])
-    held_out = None
+    held_out, groups = None, None if prepared.groups is None else prepared.groups[used]
     if prepared.holdout is not None:
         held_out = image_means(prepared.holdout, prepared.holdout_valid)
+        held_out = held_out if tiles is None else image_means_of(held_out, tiles.image)
+    if prepared.image is not None:  # of whole images
+        train, groups = image_means_of(train, prepared.image[used]), None
     reference = Reference.fit(
         train,
         held_out,
-        groups=None if prepared.groups is None else prepared.groups[used],
+        groups=groups,
         held_out_groups=prepared.holdout_groups,
         held_out_only=held_out_only,
     )

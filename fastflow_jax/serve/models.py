@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import pathlib
 import shutil
@@ -69,6 +70,7 @@ class Loaded(Predictor):
             raise InputError(str(error).replace(str(own), str(file))) from error
         description = self._workers[0].description
         self.image_size, self.resize = description.image_size, description.resize
+        self.tiling = description.tiling
         self.decision, self.metadata = description.decision, description.metadata
         self.training_images, self.batch_size = None, engine.batch
         self._batcher = Batcher(
@@ -124,7 +126,7 @@ class Loaded(Predictor):
         Raises:
           InputError: a file is not an image, or there are too many images.
         """
-        inputs, parts = [], []
+        inputs = []
         for name, content in files:
             with self._decoding:
                 for page, image, _ in Given(name, content=content).read():
@@ -133,15 +135,19 @@ class Loaded(Predictor):
                             f"The request has more images or pages than {limit}. Send at most "
                             f"{MAX_IMAGES}, in a form."
                         )
-                    inputs.append(cut(image, page, self.image_size, self.resize, tile=False))
-                    parts += inputs[-1].parts
-        found = self.run(*stacked(parts))
-        for i, (of_image, part) in enumerate(zip(inputs, parts, strict=True)):
-            with self._decoding:
-                outputs = Outputs(of_image)
-                outputs.add(part, found["score"][i], found["anomaly_map"][i])
-                prediction = self.prediction(outputs)
-            yield prediction
+                    cut_image = cut(image, page, self.image_size, self.resize, self.tiling)
+                    inputs.append((Outputs(cut_image), cut_image.parts))
+        waiting = ((outputs, part) for outputs, parts in inputs for part in parts)
+        # Tiles of large images are cut as they are scored.
+        while batch := list(itertools.islice(waiting, MAX_IMAGES)):
+            found = self.run(*stacked([part for _, part in batch]))
+            for i, (outputs, part) in enumerate(batch):
+                with self._decoding:
+                    outputs.add(part, found["score"][i], found["anomaly_map"][i])
+                    if not outputs.is_complete:
+                        continue
+                    prediction = self.prediction(outputs)
+                yield prediction
 
     def close(self, *, at_once: bool = False) -> None:
         """Ends the worker processes, after what is queued is scored unless `at_once` is set."""

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastflow_jax.data.tiling import Tiling
 from fastflow_jax.decision import Decision
 from fastflow_jax.errors import InputError
 from fastflow_jax.prediction import Predictor
@@ -46,6 +47,7 @@ class Description:
 
     image_size: tuple[int, int]  # (height, width) of model inputs
     resize: str  # how images become inputs
+    tiling: Tiling | None  # how they are cut
     decision: Decision
     metadata: Mapping[str, Any]
 
@@ -213,9 +215,8 @@ def serve(descriptor: int, file: str, threads: int | None, batch: int) -> None:
         except Exception as error:  # of the engine
             connection.send(f"{file} cannot be loaded: {error}. Export or train it again.")
             return
-        connection.send(
-            Description(predictor.image_size, predictor.resize, predictor.decision, metadata)
-        )
+        how = predictor.image_size, predictor.resize, predictor.tiling
+        connection.send(Description(*how, predictor.decision, metadata))
         while True:
             try:
                 request = connection.recv()

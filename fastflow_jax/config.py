@@ -104,6 +104,7 @@ def _data() -> ConfigDict:
     c.tile = placeholder(int)
     c.resolution = placeholder(int)  # longer side of images before they are cut; None: their own
     c.train_tiles = 4096  # largest number of tiles to train on
+    c.aligned = False  # True: parts are at the same place in all images, see docs/tiles.md
     # Changes of the test images and their masks, to measure robustness
     c.tamper = ConfigDict()
     c.tamper.rotate = 0.0  # degrees, counter-clockwise
@@ -443,7 +444,7 @@ def _check_folds(section: ConfigDict) -> None:
 def _check_tiles(config: ConfigDict) -> None:
     """Raises InputError if fields do not suit tiles, or have no effect without them."""
     if config.data.tile is None:
-        for field, usual in (("resolution", None), ("train_tiles", 4096)):
+        for field, usual in (("resolution", None), ("train_tiles", 4096), ("aligned", False)):
             if config.data[field] != usual:
                 raise InputError(
                     f"config.data.{field} has no effect without config.data.tile. Set that as well."
@@ -452,6 +453,7 @@ def _check_tiles(config: ConfigDict) -> None:
     for field, value, usual in (
         ("one_model", config.one_model, False),
         ("data.folds", config.data.folds, 0),
+        ("evaluate_every", config.evaluate_every if config.data.aligned else 0, 0),
     ):
         if value != usual:
             raise InputError(

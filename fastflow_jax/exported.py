@@ -18,7 +18,7 @@ import numpy as np
 
 from fastflow_jax.data.pipeline import n_threads
 from fastflow_jax.data.profile import Profile
-from fastflow_jax.data.tiling import Tiling
+from fastflow_jax.data.tiling import Places, Tiling
 from fastflow_jax.data.transforms import RESIZES
 from fastflow_jax.decision import Decision, Threshold
 from fastflow_jax.errors import InputError
@@ -66,6 +66,7 @@ class Exported(Predictor):
         self.image_size: tuple[int, int] = (given["height"], given["width"])
         self.resize: str = given["resize"]
         self.tiling: Tiling | None = self.metadata.pop("tiling")
+        self.places: Places | None = self.metadata.pop("places")
         self.decision: Decision = self.metadata.pop("decision")
         self.training_images: Profile | None = self.metadata.pop("training_images")
         # On a CPU larger batches are not faster, and need more memory.
@@ -169,7 +170,8 @@ def _parsed(found: dict[str, Any]) -> dict[str, Any]:
     held_out = found["held_out"] or {"scores": None}
     scores, groups, kinds = (held_out.get(name) for name in ("scores", "groups", "kinds"))
     profile, given = found["training_images"], found["input"]
-    tiling = found.get("tiling")  # missing in files of older versions
+    # Missing in files of older versions
+    tiling, places = found.get("tiling"), found.get("places")
     if given["resize"] not in RESIZES or not min(given["height"], given["width"]) > 0:
         raise ValueError("an input of an unknown kind")
     return {
@@ -181,6 +183,7 @@ def _parsed(found: dict[str, Any]) -> dict[str, Any]:
             None if kinds is None else np.array(kinds),
         ),
         "tiling": None if tiling is None else Tiling(tuple(tiling["side"]), tiling["resolution"]),
+        "places": None if places is None else Places(np.array(places).reshape(-1, 6)),
         "training_images": None if profile is None else Profile.from_plain(profile),
         "colour_range": found["colour_range"],
     }

@@ -20,7 +20,7 @@ from fastflow_jax.data.arrays import Given, Images, each, is_one
 from fastflow_jax.data.inputs import Inputs, Outputs, Part, cut, stacked
 from fastflow_jax.data.pipeline import prefetch
 from fastflow_jax.data.profile import Profile
-from fastflow_jax.data.tiling import Tiling
+from fastflow_jax.data.tiling import Places, Tiling
 from fastflow_jax.decision import Decision, Threshold
 from fastflow_jax.errors import InputError
 
@@ -86,6 +86,7 @@ class Predictor:
     image_size: tuple[int, int]  # (height, width) of model inputs
     resize: str  # `config.data.resize`: how images become inputs
     tiling: Tiling | None = None  # of a detector that was trained on tiles
+    places: Places | None = None  # statistics of the tiles, with `config.data.aligned`
     decision: Decision
     training_images: Profile | None  # None if unknown
     batch_size: int  # largest number of images that are scored together
@@ -221,7 +222,8 @@ class Predictor:
                 for name, image, header in given.read():
                     profile = self.training_images
                     unlike = {} if profile is None else profile.differences(header, image)
-                    inputs = cut(image, name, self.image_size, self.resize, tiling)
+                    how = self.image_size, self.resize, tiling, self.places
+                    inputs = cut(image, name, *how)
                     yield name, inputs, unlike
             except InputError as error:
                 yield given.name, error, {}

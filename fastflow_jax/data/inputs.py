@@ -8,9 +8,10 @@ import numpy as np
 from PIL import Image
 
 from fastflow_jax.data.pipeline import as_input
-from fastflow_jax.data.tiling import OVERLAP, Blender, Place, Tiling
+from fastflow_jax.data.tiling import OVERLAP, Blender, Place, Places, Tiling
 from fastflow_jax.data.tiling import places as tiles_of
 from fastflow_jax.data.transforms import Placement, resize, seen_part
+from fastflow_jax.errors import InputError
 
 
 class Part(NamedTuple):
@@ -30,6 +31,7 @@ class Inputs:
     size: tuple[int, int]  # (height, width) of the image that is cut
     where: list[Place]  # of all parts
     own_size: tuple[int, int]  # of the image before it is resized, see `Tiling.resolution`
+    statistics: Places | None  # by which scores and maps of tiles are standardised
     parts: Iterable[Part]  # to iterate once; tiles are cut on demand
 
 
@@ -39,6 +41,7 @@ def cut(
     image_size: tuple[int, int],
     resize_by: str,
     tiling: Tiling | None = None,
+    statistics: Places | None = None,
 ) -> Inputs:
     """Returns the model inputs of an image.
 
@@ -48,6 +51,10 @@ def cut(
         image_size: (height, width) of model inputs.
         resize_by: "square", "crop" or "pad", see `transforms.placement`.
         tiling: how a larger image is cut into tiles; None: it is one input.
+        statistics: by which scores and maps of tiles are standardised, if they are.
+
+    Raises:
+        InputError: the tiles are at other places than those of the statistics.
     """
     own_size = image.shape[0], image.shape[1]
     size, where = own_size, [(slice(0, own_size[0]), slice(0, own_size[1]))]
@@ -55,12 +62,17 @@ def cut(
         size = tiling.size(own_size)
         image = resize(image, size)
         where = places(size, tiling, resize_by)
+    if statistics is not None and not statistics.fits(where):
+        raise InputError(
+            f"{name} has {own_size[1]} x {own_size[0]} pixels. This detector was trained with "
+            "config.data.aligned, so images must have the size of the training images."
+        )
 
     def part(span: Place) -> Part:
         return Part(*as_input(image[span], image_size, resize_by), span)
 
     parts = (part(where[0]),) if len(where) == 1 else map(part, where)
-    return Inputs(name, size, where, own_size, parts)
+    return Inputs(name, size, where, own_size, statistics, parts)
 
 
 def places(
@@ -99,7 +111,7 @@ class Outputs:
         self.product = 0  # index of the product, see `Products`
         self.is_known = True  # whether it is one of the products
         self._missing = self._n = len(inputs.where)
-        self._own_size = inputs.own_size
+        self._own_size, self._statistics = inputs.own_size, inputs.statistics
         self._likelihoods: float | None = 0.0
         self._blender = Blender(inputs.size, inputs.where)
 
@@ -124,6 +136,8 @@ class Outputs:
           product: index of the product [], or None if there is one only.
           is_known: whether it is one of the products [], or None.
         """
+        if self._statistics is not None:
+            score, anomaly_map = self._statistics.standardise(part.where, score, anomaly_map)
         self.score = float(np.maximum(self.score, score))  # NaN stays
         if log_likelihood is None or self._likelihoods is None:
             self._likelihoods = None
@@ -164,8 +178,7 @@ def at_own_size(anomaly_map: np.ndarray, placed: Placement, where: Place) -> np.
         float32 [h, w] of the size of the tile.
     """
     inside = anomaly_map[placed.place]
-    size = tuple(span.stop - span.start for span in where)
-    whole = np.full(size, inside.min(), np.float32)
+    whole = np.full([span.stop - span.start for span in where], inside.min(), np.float32)
     seen = seen_part(whole, placed)  # a view
     seen[:] = _stretched(inside, (seen.shape[0], seen.shape[1]))
     return whole
@@ -174,5 +187,6 @@ def at_own_size(anomaly_map: np.ndarray, placed: Placement, where: Place) -> np.
 def _stretched(anomaly_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if anomaly_map.shape == size:
         return anomaly_map
+    height, width = size
     pillow = Image.fromarray(anomaly_map)
-    return np.asarray(pillow.resize(size[::-1], Image.Resampling.BILINEAR))
+    return np.asarray(pillow.resize((width, height), Image.Resampling.BILINEAR))

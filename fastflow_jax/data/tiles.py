@@ -13,7 +13,7 @@ import numpy as np
 from fastflow_jax.data.dataset import Regions, Source
 from fastflow_jax.data.inputs import at_own_size, places
 from fastflow_jax.data.pipeline import n_threads
-from fastflow_jax.data.tiling import OVERLAP, Blender, Place, Tiling
+from fastflow_jax.data.tiling import OVERLAP, Blender, Place, Places, Tiling
 from fastflow_jax.data.transforms import placement, resize, resize_mask
 from fastflow_jax.errors import InputError
 
@@ -110,13 +110,18 @@ class Tiles:
         return np.concatenate([np.arange(0), *spans])
 
     def whole(
-        self, rows: Iterable[int], scored: Iterable[tuple[np.ndarray, np.ndarray]]
+        self,
+        rows: Iterable[int],
+        scored: Iterable[tuple[np.ndarray, np.ndarray]],
+        statistics: Places | None = None,
     ) -> Iterator[Whole]:
         """Yields the images whose tiles are scored, as soon as they are complete.
 
         Args:
           rows: of the tiles, all tiles of an image after each other.
           scored: scores [B] and anomaly maps [B, H, W] of these tiles, in batches.
+          statistics: of the places of tiles, by which scores and maps are standardised; None: they
+            are as they are.
         """
         tiles = ((s, m) for scores, maps in scored for s, m in zip(scores, maps, strict=True))
         first, image, highest, blender = 0, -1, -np.inf, None
@@ -126,6 +131,8 @@ class Tiles:
                 first = int(np.searchsorted(self.image, image))
                 blender = Blender(self.sizes[image], self.places[image])
             place = self.places[image][row - first]
+            if statistics is not None:
+                score, anomaly_map = statistics.standardise(place, score, anomaly_map)
             side = place[0].stop - place[0].start, place[1].stop - place[1].start
             placed = placement(side, self.image_size, self.resize_by)
             blender.add(at_own_size(anomaly_map, placed, place), place)
@@ -133,6 +140,25 @@ class Tiles:
             if row - first == len(self.places[image]) - 1:
                 yield Whole(image, float(highest), blender.result())
                 blender = None
+
+    def statistics(
+        self, rows: np.ndarray, scored: Iterable[tuple[np.ndarray, np.ndarray]]
+    ) -> Places:
+        """Statistics of the places of the tiles of normal images of one size.
+
+        Args:
+          rows: as in `whole`.
+          scored: as in `whole`.
+        """
+        found = [
+            (scores, np.stack([maps.mean((1, 2)), np.square(maps).mean((1, 2))], -1))
+            for scores, maps in scored
+        ]
+        scores, moments = (
+            np.concatenate(each).astype(np.float64) for each in zip(*found, strict=True)
+        )
+        n = len(np.unique(self.image[rows]))
+        return Places.fit(self.places[0], scores.reshape(n, -1), moments.reshape(n, -1, 2))
 
     def on_canvas(self, index: int, array: np.ndarray) -> np.ndarray:
         """Pads an array of the size of an image, [..., H, W], with 0 to the size of `canvas`."""

@@ -47,6 +47,60 @@ def places(size: tuple[int, int], tile: tuple[int, int], overlap: float = OVERLA
     return [(slice(r, r + height), slice(c, c + width)) for r in rows for c in columns]
 
 
+class Places:
+    """Statistics of the tiles at each place of normal images that show aligned parts.
+
+    A tile with an edge of the part has higher scores and maps than one of its inside. Those of new
+    tiles are standardised by the mean and the standard deviation of normal tiles at their place.
+    The estimates are shrunk: a standard deviation towards that of all places, which counts as five
+    images, and a mean towards the mean of all places, as far as its error explains the difference.
+
+    Attributes:
+        table: float64 [P, 6], a row per place: its first row and column in the image, mean and
+            standard deviation of scores, mean and standard deviation of the pixels of maps.
+    """
+
+    _PRIOR = 5
+
+    def __init__(self, table: np.ndarray):
+        self.table = table
+        self._rows = {(int(top), int(left)): i for i, (top, left) in enumerate(table[:, :2])}
+
+    @classmethod
+    def fit(cls, places: Sequence[Place], scores: np.ndarray, maps: np.ndarray) -> "Places":
+        """Estimates the statistics.
+
+        Args:
+            places: the tiles of an image, P.
+            scores: of the tiles of M images, [M, P].
+            maps: mean and mean square of the pixels of their anomaly maps, [M, P, 2].
+        """
+        n, mean = len(scores), scores.mean(0)
+        pooled = scores.var(0).mean() * n / max(1, n - 1)
+        variance = (n * scores.var(0) + cls._PRIOR * pooled) / (n + cls._PRIOR)
+        error = pooled / n
+        between = max(0.0, mean.var() - error)
+        share = between / (between + error) if between + error > 0 else 0.0
+        level, square = maps.mean(0).T
+        spread = np.sqrt(np.maximum(square - level**2, 1e-12))
+        starts = [(rows.start, columns.start) for rows, columns in places]
+        mean = mean.mean() + share * (mean - mean.mean())
+        columns = (*zip(*starts, strict=True), mean, np.sqrt(variance), level, spread)
+        return cls(np.stack(columns, 1, dtype=np.float64))
+
+    def fits(self, places: Sequence[Place]) -> bool:
+        """Whether these are the places of the tiles of an image."""
+        return {(rows.start, columns.start) for rows, columns in places} == self._rows.keys()
+
+    def standardise(
+        self, place: Place, score: np.ndarray, anomaly_map: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the score and the map of a tile in standard deviations of its place."""
+        row = self.table[self._rows[place[0].start, place[1].start]]
+        _, _, mean, std, level, spread = row.astype(np.float32)
+        return (score - mean) / std, (anomaly_map - level) / spread
+
+
 class Blender:
     """Anomaly map of an image, float32 [H, W], blended from the maps of its tiles.
 

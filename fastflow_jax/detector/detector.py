@@ -21,7 +21,7 @@ from fastflow_jax.config import AUTO, default, fill, name_data, with_function
 from fastflow_jax.data.arrays import Images, as_dataset, is_one
 from fastflow_jax.data.inputs import stacked
 from fastflow_jax.data.profile import Profile
-from fastflow_jax.data.tiling import Tiling
+from fastflow_jax.data.tiling import Places, Tiling
 from fastflow_jax.data.transforms import normalise
 from fastflow_jax.decision import Decision, Threshold
 from fastflow_jax.detectors.base import (
@@ -461,6 +461,12 @@ class Detector(PickledByFields, Predictor):
     def tiling(self) -> Tiling | None:
         """How images are cut into tiles; None if they are not."""
         return Tiling.of(self.config.data)
+
+    @functools.cached_property
+    def places(self) -> Places | None:
+        """Statistics of the places of tiles, with `config.data.aligned`."""
+        table = None if self.held_out is None else self.held_out.places
+        return None if table is None else Places(table)
 
     @property
     def decision(self) -> Decision:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from fastflow_jax.data.dataset import Regions
 from fastflow_jax.data.tiles import Tiles
+from fastflow_jax.data.tiling import Places
 from fastflow_jax.evaluation import kinds, overlap, ranking
 from fastflow_jax.evaluation.metrics import overlap_weights
 from fastflow_jax.features.extract import FeatureBatch
@@ -93,7 +94,12 @@ def score_split(score: Score, batches: Iterable[FeatureBatch], n: int, *, progre
 
 
 def score_tiles(
-    score: Score, batches: Iterable[FeatureBatch], tiles: Tiles, *, progress: str
+    score: Score,
+    batches: Iterable[FeatureBatch],
+    tiles: Tiles,
+    statistics: Places | None = None,
+    *,
+    progress: str,
 ) -> Scored:
     """Scores each image of a split once, from its tiles.
 
@@ -104,6 +110,7 @@ def score_tiles(
       score: scores one batch of tiles.
       batches: of all tiles, in order.
       tiles: of the images.
+      statistics: see `Tiles.whole`.
       progress: label of the progress bar.
     """
     images, n, canvas = tiles.images, len(tiles.sizes), tiles.canvas
@@ -114,7 +121,8 @@ def score_tiles(
     valid = _empty((n, *canvas), bool) if is_padded and has_masks else None
     scored = (score(b.features, *(() if b.valid is None else (b.valid,))) for b in batches)
     with tqdm(total=n, desc=progress, unit="img", leave=False, dynamic_ncols=True) as bar:
-        for i, image_score, anomaly_map in tiles.whole(np.arange(len(tiles.image)), scored):
+        rows = np.arange(len(tiles.image))
+        for i, image_score, anomaly_map in tiles.whole(rows, scored, statistics):
             scores[i] = image_score
             if maps is not None and masks is not None:
                 maps[i] = tiles.on_canvas(i, anomaly_map)

@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 
 from fastflow_jax.data.tiles import Tiles
+from fastflow_jax.data.tiling import Places
 from fastflow_jax.decision import Threshold, p_values
 from fastflow_jax.detectors.base import CalibratedScorer
+from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation import thresholds
 from fastflow_jax.features.extract import Features, in_batches
 from fastflow_jax.files import read_arrays, write_arrays
 from fastflow_jax.state import Slot, State, check
 
 _FOLDS = 5
+_FEWEST_ALIGNED = 4  # held-out images, for statistics of the places of tiles
 Reweigh = Callable[[Any, tuple[np.ndarray, ...]], Any]
 
 
@@ -30,6 +33,8 @@ class HeldOut:
     # int [n], equal for images of the same kind: 0 for those of the training, higher for images
     # that were taught later. None if there is one kind.
     kinds: np.ndarray | None = None
+    # `Places.table` of these images, if their tiles are standardised; else None.
+    places: np.ndarray | None = None
 
     @classmethod
     def empty(cls, n: int, groups: np.ndarray | None) -> "HeldOut":
@@ -44,6 +49,7 @@ class HeldOut:
         size: int,
         valid: np.ndarray | None,
         tiles: Tiles | None,
+        statistics: Places | None = None,
     ) -> None:
         """Sets the scores of some images.
 
@@ -53,15 +59,16 @@ class HeldOut:
           size: largest number of rows that are scored together.
           valid: bool [N, H, W], False in padded pixels, or None if there is no padding.
           tiles: of the images, if the rows are tiles.
+          statistics: see `Tiles.whole`.
         """
-        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        batches = _batches(rows, size)
         if tiles is None:
             for batch in batches:
                 self.scores[batch], maps = score(batch)
                 seen = None if valid is None else valid[batch]
                 self.tails[batch] = thresholds.tails(maps, seen)
             return
-        for whole in tiles.whole(rows, map(score, batches)):
+        for whole in tiles.whole(rows, map(score, batches), statistics):
             self.scores[whole.index] = whole.score
             self.tails[whole.index] = thresholds.tails(whole.anomaly_map[None])[0]
 
@@ -121,8 +128,10 @@ class HeldOut:
         for name in ("groups", "kinds"):
             if name in state:
                 slots[name] = Slot((n,), np.integer)
+        if "places" in state:
+            slots["places"] = Slot((None, 6), np.floating)
         check(state, slots)
-        return cls(state["scores"], state["tails"], state.get("groups"), state.get("kinds"))
+        return cls(**{name: np.asarray(array) for name, array in state.items()})
 
     def save(self, file: pathlib.Path) -> None:
         """Writes an .npz file for `load`."""
@@ -168,13 +177,17 @@ def score_held_out(
         maps = in_batches(lambda part: scorer.location_maps(*part), (holdout, valid), size)
         return score_location_maps(scorer, maps, valid, groups, reweigh, tiles)
 
+    n = len(holdout[0]) if tiles is None else len(tiles.sizes)
+    found, rows = HeldOut.empty(n, groups), np.arange(len(holdout[0]))
+
     def score(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         padding = None if valid is None else valid[rows]
         return scorer.score(tuple(scale[rows] for scale in holdout), padding)
 
-    found = HeldOut.empty(len(holdout[0]) if tiles is None else len(tiles.sizes), groups)
-    found.fill(score, np.arange(len(holdout[0])), size, valid, tiles)
-    return found
+    if tiles is None or not config.data.aligned:
+        found.fill(score, rows, size, valid, tiles)
+        return found
+    return _fill_folds(found, scorer.config, lambda others: score, rows, valid, tiles)
 
 
 def score_location_maps(
@@ -196,18 +209,70 @@ def score_location_maps(
         weights from them, see `labelled.Defects`; None if weights are not learned.
       tiles: see `score_held_out`.
     """
-    n, size = len(maps[0]) if tiles is None else len(tiles.sizes), scorer.config.batch_size
+    found = HeldOut.empty(len(maps[0]) if tiles is None else len(tiles.sizes), groups)
+
+    def fitted(others: np.ndarray) -> Callable:
+        """The function from rows to scores and maps, calibrated on other rows."""
+        given = tuple(m[others] for m in maps)
+        chosen = scorer.recalibrated(given) if len(others) else scorer
+        if reweigh is not None and len(others):
+            chosen = reweigh(chosen, given)
+        return lambda rows: chosen.score_maps(tuple(m[rows] for m in maps))
+
+    return _fill_folds(found, scorer.config, fitted, np.arange(len(maps[0])), valid, tiles)
+
+
+def _fill_folds(
+    found: HeldOut,
+    config,
+    fitted: Callable[[np.ndarray], Callable],
+    rows: np.ndarray,
+    valid: np.ndarray | None,
+    tiles: Tiles | None,
+) -> HeldOut:
+    """Scores each fifth of the images with what is known from the others.
+
+    Args:
+      found: to fill.
+      config: filled.
+      fitted: function from the rows of the others to `HeldOut.fill`'s function.
+      rows: all rows, of the images or their tiles.
+      valid: see `score_held_out`.
+      tiles: see `score_held_out`.
+    """
+    n, size, groups = len(found.scores), config.batch_size, found.groups
     part = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
-    found, fold = HeldOut.empty(n, groups), part % _FOLDS
+    fold = part % _FOLDS
     fold = fold if tiles is None else fold[tiles.image]
+
+    def places(score: Callable, chosen: np.ndarray) -> Places | None:
+        if tiles is None or not config.data.aligned:
+            return None
+        _check_aligned(tiles)
+        return tiles.statistics(chosen, map(score, _batches(chosen, size)))
+
     for i in np.unique(fold):
-        others = tuple(m[fold != i] for m in maps)
-        fitted = scorer.recalibrated(others) if len(others[0]) else scorer
-        if reweigh is not None and len(others[0]):
-            fitted = reweigh(fitted, others)
+        score = fitted(rows[fold != i])
+        statistics = places(score, rows[fold != i])
+        found.fill(score, rows[fold == i], size, valid, tiles, statistics)
+    statistics = places(fitted(rows), rows)
+    return found if statistics is None else dataclasses.replace(found, places=statistics.table)
 
-        def score(rows: np.ndarray, fitted=fitted) -> tuple[np.ndarray, np.ndarray]:
-            return fitted.score_maps(tuple(m[rows] for m in maps))
 
-        found.fill(score, np.flatnonzero(fold == i), size, valid, tiles)
-    return found
+def _check_aligned(tiles: Tiles) -> None:
+    """Raises InputError if held-out images give no statistics of places."""
+    if len(set(tiles.sizes)) > 1:
+        (height, width), (other, wide), *_ = dict.fromkeys(tiles.sizes)
+        raise InputError(
+            f"config.data.aligned needs images of one size, but there are {width} x {height} and "
+            f"{wide} x {other} pixels. Leave it out, or cut the images to one size."
+        )
+    if len(tiles.sizes) < _FEWEST_ALIGNED:
+        raise InputError(
+            f"config.data.aligned needs {_FEWEST_ALIGNED} held-out images, but there are "
+            f"{len(tiles.sizes)}. Set config.data.holdout higher, or leave it out."
+        )
+
+
+def _batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]

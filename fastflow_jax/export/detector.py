@@ -205,6 +205,7 @@ def metadata(detector: Any) -> dict[str, Any]:
         "classes": ["normal", "anomalous"],
         "input": {"height": height, "width": width, "resize": detector.resize, **colours},
         "tiling": detector.tiling,
+        "places": detector.places and detector.places.table.tolist(),
         "outputs": _OUTPUTS,
         "image_threshold": detector.image_threshold,
         "pixel_threshold": detector.pixel_threshold,

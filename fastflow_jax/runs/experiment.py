@@ -23,6 +23,7 @@ from fastflow_jax.backbones.weights import licence
 from fastflow_jax.config import variants, without
 from fastflow_jax.data.pipeline import regions_as_input
 from fastflow_jax.data.tiles import image_means_of
+from fastflow_jax.data.tiling import Places
 from fastflow_jax.data.transforms import Placement, placement
 from fastflow_jax.detectors.base import DETECTORS, Scorer, method
 from fastflow_jax.evaluation.evaluate import (
@@ -267,7 +268,7 @@ def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepare
     }
     if dataset.test:
         start = time.perf_counter()
-        scored, means = _score_test(part, prepared, fitted.scorer, "test")
+        scored, means = _score_test(part, prepared, fitted.scorer, fitted.places, "test")
         given = fitted.thresholds
         limits = Limits(**{of: given[of] and given[of]["value"] for of in ("image", "pixel")})
         results["figures"], details = evaluate(scored, dataset.test.defects, limits)
@@ -336,7 +337,7 @@ def _fit(part: _Part, siblings: list[_Part], prepared: Prepared) -> tuple[Fitted
         if not (prepared.dataset.test and every and epoch % every == 0):
             return {}
         start = time.perf_counter()
-        scored, _ = _score_test(part, prepared, make_scorer(), f"epoch {epoch}")
+        scored, _ = _score_test(part, prepared, make_scorer(), None, f"epoch {epoch}")
         figures = measure(scored)
         tested += time.perf_counter() - start
         return {"test": figures}
@@ -370,9 +371,9 @@ def _fit(part: _Part, siblings: list[_Part], prepared: Prepared) -> tuple[Fitted
 
 
 def _score_test(
-    part: _Part, prepared: Prepared, scorer: Scorer, progress: str
+    part: _Part, prepared: Prepared, scorer: Scorer, places: Places | None, progress: str
 ) -> tuple[Scored, np.ndarray]:
-    """Scores of the test images, and their `image_means` [N, C]."""
+    """Scores of the test images, and their `image_means` [N, C]; see `Fitted`."""
     test = prepared.dataset.test
     assert test is not None
     by_index: dict[int, np.ndarray] = {}
@@ -385,7 +386,7 @@ def _score_test(
 
     title, tiles = f"{part.title}: {progress}", prepared.test_tiles
     if tiles is not None:
-        scored = score_tiles(scorer.score, batches(), tiles, progress=title)
+        scored = score_tiles(scorer.score, batches(), tiles, places, progress=title)
         means = np.stack([by_index[i] for i in range(len(by_index))])
         return scored, image_means_of(means, tiles.image)
     scored = score_split(scorer.score, batches(), len(test), progress=title)
@@ -423,7 +424,8 @@ def _write_pictures(
             return (scored.maps[i] for i in indices)
         found = (fitted.scorer.score(b.features, b.valid) for b in prepared.test(indices))
         if tiles is not None:
-            return (whole.anomaly_map for whole in tiles.whole(tiles.rows(indices), found))
+            wholes = tiles.whole(tiles.rows(indices), found, fitted.places)
+            return (whole.anomaly_map for whole in wholes)
         return (m for _, maps in found for m in maps)
 
     def placed(size: tuple[int, int]) -> Placement:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastflow_jax.data.tiling import Places
 from fastflow_jax.detectors.base import Scorer, method
 from fastflow_jax.detectors.calibration import LocationScorer, save_again
 from fastflow_jax.errors import InputError
@@ -29,6 +30,7 @@ class Fitted(NamedTuple):
     scorer: Scorer
     thresholds: dict  # plain, as in `results.json`
     reference: Reference | None  # for `shift.find`
+    places: Places | None  # statistics of the places of tiles, with `config.data.aligned`
     seconds: float  # that the detector's `fit` took
 
 
@@ -99,7 +101,7 @@ def fit(
     else:
         reference = saved.read_reference(training)
     thresholds = record(seed=seed, directory=directory, training=training, scored=scored)
-    return Fitted(scorer, thresholds, reference, seconds)
+    return Fitted(scorer, thresholds, reference, saved.read_places(directory), seconds)
 
 
 def _calibrated(

@@ -11,6 +11,7 @@ from fastflow_jax.backbones import Backbone, open_backbone, rebuild_backbone, sp
 from fastflow_jax.config import from_plain
 from fastflow_jax.data.profile import Profile
 from fastflow_jax.data.tiles import image_means_of
+from fastflow_jax.data.tiling import Places
 from fastflow_jax.decision import Threshold
 from fastflow_jax.detectors.base import Scorer, method
 from fastflow_jax.errors import InputError
@@ -51,6 +52,11 @@ def record(
     `reweigh` is that of `score_held_out`.
     """
     image = pixel = None
+    if config.data.aligned and prepared.holdout is None:
+        raise InputError(
+            "config.data.aligned needs held-out images. Set config.data.holdout above 0, or leave "
+            "it out."
+        )
     if cross_fitted is not None:
         cross_fitted.save(directory / _HELD_OUT)
         if cross_fitted.n_parts >= MIN_CROSS_FITTED:
@@ -209,6 +215,13 @@ def read_reference(training: pathlib.Path) -> Reference | None:
     """Reads what `write_reference` has written, if anything."""
     file = training / _REFERENCE
     return Reference.load(file) if file.exists() else None
+
+
+def read_places(directory: pathlib.Path) -> Places | None:
+    """The statistics of the places of tiles that `record` has written, if any."""
+    file = directory / _HELD_OUT
+    table = HeldOut.load(file).places if file.exists() else None
+    return None if table is None else Places(table)
 
 
 def load_backbone(

@@ -70,7 +70,7 @@ class Loaded(Predictor):
             raise InputError(str(error).replace(str(own), str(file))) from error
         description = self._workers[0].description
         self.image_size, self.resize = description.image_size, description.resize
-        self.tiling = description.tiling
+        self.tiling, self.places = description.tiling, description.places
         self.decision, self.metadata = description.decision, description.metadata
         self.training_images, self.batch_size = None, engine.batch
         self._batcher = Batcher(
@@ -135,7 +135,8 @@ class Loaded(Predictor):
                             f"The request has more images or pages than {limit}. Send at most "
                             f"{MAX_IMAGES}, in a form."
                         )
-                    cut_image = cut(image, page, self.image_size, self.resize, self.tiling)
+                    how = self.image_size, self.resize, self.tiling, self.places
+                    cut_image = cut(image, page, *how)
                     inputs.append((Outputs(cut_image), cut_image.parts))
         waiting = ((outputs, part) for outputs, parts in inputs for part in parts)
         # Tiles of large images are cut as they are scored.

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastflow_jax.data.tiling import Tiling
+from fastflow_jax.data.tiling import Places, Tiling
 from fastflow_jax.decision import Decision
 from fastflow_jax.errors import InputError
 from fastflow_jax.prediction import Predictor
@@ -48,6 +48,7 @@ class Description:
     image_size: tuple[int, int]  # (height, width) of model inputs
     resize: str  # how images become inputs
     tiling: Tiling | None  # how they are cut
+    places: Places | None  # see `Predictor`
     decision: Decision
     metadata: Mapping[str, Any]
 
@@ -215,7 +216,7 @@ def serve(descriptor: int, file: str, threads: int | None, batch: int) -> None:
         except Exception as error:  # of the engine
             connection.send(f"{file} cannot be loaded: {error}. Export or train it again.")
             return
-        how = predictor.image_size, predictor.resize, predictor.tiling
+        how = predictor.image_size, predictor.resize, predictor.tiling, predictor.places
         connection.send(Description(*how, predictor.decision, metadata))
         while True:
             try:

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from fastflow_jax.data.inputs import Outputs, cut, stacked
+from fastflow_jax.data.tiling import Tiling
 from fastflow_jax.data.transforms import seen_part
 
 
 def inputs_of(image, resize_by="square", tile=False):
-    return cut(image, "an image", (32, 48), resize_by, tile=tile)
+    return cut(image, "an image", (32, 48), resize_by, Tiling((32, 48)) if tile else None)
 
 
 def brightness(inputs):
@@ -91,3 +92,15 @@ def test_parts_are_stacked_with_their_padding(resize_by):
     assert (valid is None) == (resize_by == "square")
     if valid is not None:
         assert valid.shape == images.shape[:3]
+
+
+def test_a_stated_resolution_changes_the_tiles_but_not_the_size_of_the_map():
+    y, x = np.mgrid[:60, :120]
+    image = np.repeat((y + x).astype(np.uint8)[..., None], 3, -1)
+    inputs = cut(image, "an image", (32, 48), "square", Tiling((32, 48), resolution=240))
+    assert (inputs.size, inputs.own_size) == ((120, 240), (60, 120))
+    assert all(part.image.shape == (32, 48, 3) for part in inputs.parts)
+    inputs = cut(image, "an image", (32, 48), "square", Tiling((32, 48), resolution=240))
+    assert brightness(inputs).shape == (60, 120)
+    inputs = cut(image, "an image", (32, 48), "square", Tiling((32, 48), resolution=240))
+    np.testing.assert_allclose(brightness(inputs)[2:-2, 2:-2], (y + x)[2:-2, 2:-2], atol=1)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fastflow_jax.config
 import fastflow_jax.detector.detector
 from fastflow_jax import Detector, data
 from fastflow_jax.config import default
@@ -54,12 +55,12 @@ def commands():
                         yield pytest.param(words, id=f"{page.stem}: {shlex.join(words)}")
 
 
-# test_detector_page.py runs the code of detector.md, tests below that of export.md, products.md and
-# teaching.md; the code of serving.md needs a server, see tests/serve/; test_batch.py runs that of
-# batch.md, and runs/test_few_images.py that of the last two.
+# test_detector_page.py runs the code of detector.md, tests below that of export.md, products.md,
+# teaching.md and tiles.md; the code of serving.md needs a server, see tests/serve/; test_batch.py
+# runs that of batch.md, and runs/test_few_images.py those of few_images and labelled_defects.
 _OTHERS = (
     *("detector", "export", "products", "teaching", "serving", "batch"),
-    *("few_images", "labelled_defects"),
+    *("few_images", "labelled_defects", "tiles"),
 )
 _ALONE = [page for page in DOCS if blocks(page, "python") and page.stem not in _OTHERS]
 
@@ -208,6 +209,14 @@ def test_the_code_of_the_page_on_teaching_runs(workplace, monkeypatch, capsys):
     before, after = map(int, capsys.readouterr().out.split())
     assert before == 80
     assert after <= 4
+
+
+def test_the_code_of_the_page_on_tiles_runs(workplace, monkeypatch):
+    monkeypatch.setattr(fastflow_jax.config, "default", small)
+    Image.fromarray(pixels(29, (50, 40))[0]).save("photos/new/017.jpg", quality=100)
+    names = run_examples(ROOT / "docs/tiles.md")
+    assert names["result"].anomaly_map.shape == (50, 40)
+    assert names["detector"].tiling.side == (384, 384)
 
 
 COMMANDS = list(commands())

@@ -245,18 +245,18 @@ def _fill_folds(
     fold = part % _FOLDS
     fold = fold if tiles is None else fold[tiles.image]
 
-    def places(score: Callable, chosen: np.ndarray) -> Places | None:
-        if tiles is None or not config.data.aligned:
-            return None
-        _check_aligned(tiles)
-        return tiles.statistics(chosen, map(score, _batches(chosen, size)))
-
+    aligned = tiles if config.data.aligned else None
+    if aligned is not None:
+        _check_aligned(aligned)
     for i in np.unique(fold):
-        score = fitted(rows[fold != i])
-        statistics = places(score, rows[fold != i])
+        score, others, statistics = fitted(rows[fold != i]), rows[fold != i], None
+        if aligned is not None:
+            statistics = aligned.statistics(others, map(score, _batches(others, size)))
         found.fill(score, rows[fold == i], size, valid, tiles, statistics)
-    statistics = places(fitted(rows), rows)
-    return found if statistics is None else dataclasses.replace(found, places=statistics.table)
+    if aligned is None:
+        return found
+    statistics = aligned.statistics(rows, map(fitted(rows), _batches(rows, size)))
+    return dataclasses.replace(found, places=statistics.table)
 
 
 def _check_aligned(tiles: Tiles) -> None:

@@ -12,6 +12,7 @@ from ml_collections.config_dict import placeholder
 from fastflow_jax.backbones import Backbone, check_layers, spec_of
 from fastflow_jax.backbones.weights import normalisation, origin
 from fastflow_jax.data.changes import bounds_of
+from fastflow_jax.data.roi import AUTO as ROI_AUTO
 from fastflow_jax.data.transforms import MASK_RESIZES, RESIZES
 from fastflow_jax.detectors.base import DETECTORS, method
 from fastflow_jax.errors import InputError
@@ -97,6 +98,10 @@ def _data() -> ConfigDict:
     # file or a regular expression, see `data.groups.labels_of`; None: every image is its own group
     c.groups = placeholder(str)
     c.exclude = placeholder(str)  # file with names of normal images to leave out, a line each
+    # Region of interest, whose pixels alone train, score and count: a mask of all images, white
+    # where pixels count; or "auto", the foreground of each image; None: all pixels, see `data.roi`
+    c.roi = placeholder(str)
+    c.roi_dir = placeholder(str)  # directory with a mask for each image
     c.resize = "square"  # stretches to the input; or "crop", "pad": see `transforms.placement`
     c.mask_resize = "nearest"  # or "floor", "threshold": see `transforms.resize_mask`
     # Side of the tiles that images are cut into, in pixels; None: images are not cut. See
@@ -203,6 +208,7 @@ _BEFORE = {"map.border": 1, "map.coarse_weight": 1.0, "map.feature_weight": 1.0}
 # Fields that all variants of a run share.
 _SHARED = (
     *("data.name", "data.category", "data.root", "data.manifest", "data.dir", "data.exclude"),
+    *("data.roi", "data.roi_dir"),
     *("seed", "seeds", "metrics", "report", "report_pictures"),
 )
 
@@ -383,10 +389,11 @@ def _fill(config: ConfigDict) -> ConfigDict:
     _check_one_model(c)
     _check_folds(c.data)
     _check_tiles(c)
+    _check_region(c)
     for name in DETECTORS:
         method(name).fill(c, spec)
-    for field in ("root", "manifest", "exclude"):
-        if c.data[field] is not None:
+    for field in ("root", "manifest", "exclude", "roi", "roi_dir"):
+        if c.data[field] not in (None, ROI_AUTO):
             c.data[field] = str(expanded(c.data[field]).resolve())
     if c.data.manifest is not None and c.data.name != "folder":
         raise InputError(
@@ -453,6 +460,8 @@ def _check_tiles(config: ConfigDict) -> None:
     for field, value, usual in (
         ("one_model", config.one_model, False),
         ("data.folds", config.data.folds, 0),
+        ("data.roi", config.data.roi, None),
+        ("data.roi_dir", config.data.roi_dir, None),
         ("evaluate_every", config.evaluate_every if config.data.aligned else 0, 0),
     ):
         if value != usual:
@@ -460,6 +469,34 @@ def _check_tiles(config: ConfigDict) -> None:
                 f"config.{field} is {value}, which is not possible with config.data.tile. Leave "
                 "one of them out."
             )
+
+
+def _check_region(config: ConfigDict) -> None:
+    """Raises InputError if a region of interest does not suit the rest of the configuration."""
+    section, augment = config.data, config.augment
+    if section.roi is None and section.roi_dir is None:
+        return
+    if section.roi is not None and section.roi_dir is not None:
+        raise InputError(
+            "config.data.roi and config.data.roi_dir are both set. Leave one of them out."
+        )
+    if config.one_model:
+        raise InputError(
+            "config.one_model has no region of interest. Leave config.data.roi and "
+            "config.data.roi_dir out, or train a detector for each product."
+        )
+    is_moved = augment.flips or augment.rotate
+    if section.roi_dir is not None and (is_moved or section.tamper != default().data.tamper):
+        raise InputError(
+            "config.data.roi_dir has masks of unchanged images, which must not be flipped, turned "
+            "or moved. Leave config.augment.flips, config.augment.rotate and config.data.tamper "
+            "out."
+        )
+    if section.roi == ROI_AUTO and not augment.copies and any(bounds_of(augment).values()):
+        raise InputError(
+            "config.data.roi=auto needs images that are the same in every epoch. Set "
+            "config.augment.copies, or leave config.augment out."
+        )
 
 
 def _check_choice(field: str, value: str, choices) -> None:

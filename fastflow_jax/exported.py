@@ -18,6 +18,7 @@ import numpy as np
 
 from fastflow_jax.data.pipeline import n_threads
 from fastflow_jax.data.profile import Profile
+from fastflow_jax.data.roi import AUTO, CommonRegion
 from fastflow_jax.data.tiling import Places, Tiling
 from fastflow_jax.data.transforms import RESIZES
 from fastflow_jax.decision import Decision, Threshold
@@ -69,6 +70,8 @@ class Exported(Predictor):
         self.places: Places | None = self.metadata.pop("places")
         self.decision: Decision = self.metadata.pop("decision")
         self.training_images: Profile | None = self.metadata.pop("training_images")
+        self.roi: CommonRegion | None = self.metadata.pop("roi")
+        self.region_inside: bool = self.metadata["region"] is not None
         # On a CPU larger batches are not faster, and need more memory.
         self.batch_size = 8 if self.providers == ("CPUExecutionProvider",) else 32
         self._outputs = [output.name for output in self._session.get_outputs()]
@@ -103,13 +106,14 @@ class Exported(Predictor):
 
         Args:
           images: uint8 [B, H, W, 3] in RGB, of `image_size`.
-          valid: None; exported detectors have no padding.
+          valid: has no effect: exported detectors have no padding, and a region of interest is part
+            of the model.
 
         Returns:
           The outputs of the file: "score" [B] and "anomaly_map" [B, H, W], float32; "p_value"
           float32 [B], "is_anomalous" bool [B] and "mask" bool [B, H, W] if the detector has them.
         """
-        assert valid is None
+        del valid
         found = self._session.run(self._outputs, {INPUT: images})
         return dict(zip(self._outputs, found, strict=True))
 
@@ -186,7 +190,14 @@ def _parsed(found: dict[str, Any]) -> dict[str, Any]:
         "places": None if places is None else Places(np.array(places).reshape(-1, 6)),
         "training_images": None if profile is None else Profile.from_plain(profile),
         "colour_range": found["colour_range"],
+        "region": found.get("region"),  # files of earlier versions have none
+        **_region(found.get("region")),
     }
+
+
+def _region(plain: Any) -> dict[str, Any]:
+    """The region of interest; None if there is none, or if the model finds it."""
+    return {"roi": None if plain in (None, AUTO) else CommonRegion.from_plain(plain)}
 
 
 def _threshold(plain: dict | None) -> Threshold | None:

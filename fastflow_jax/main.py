@@ -114,6 +114,12 @@ _PRODUCT = flags.DEFINE_string(
     "With --mode=predict and a model of several products, all images show this one; by default "
     "each image shows the product that it is nearest to.",
 )
+_ROI = flags.DEFINE_string(
+    "roi",
+    None,
+    "With --mode=predict and a detector that was trained with a mask per image, the mask of all "
+    "images, or a directory with <name>.png for each image. White pixels count.",
+)
 _TILE = flags.DEFINE_bool(
     "tile", False, "With --mode=predict or batch, cut images larger than the input into tiles."
 )
@@ -291,7 +297,7 @@ def _check_flags(argv: list[str]) -> None:
         raise InputError(f"The argument {argv[1]!r} is unknown. Flags begin with two dashes.")
     if _THREADS.value is not None and _THREADS.value < 1:
         raise InputError(f"--threads must be at least 1, not {_THREADS.value}.")
-    for flag in (_WORKDIR, _INPUT, _OUTPUT, _RUNTIME):
+    for flag in (_WORKDIR, _INPUT, _OUTPUT, _RUNTIME, _ROI):
         if flag.value == "":
             raise InputError(f"--{flag.name} is empty. Pass a path, or leave the flag out.")
     if _MODE.value not in ("predict", "export", "serve", "batch", "update", "submit"):
@@ -375,6 +381,7 @@ def _predict() -> int:
         heatmaps=_HEATMAPS.value,
         raw=_RAW.value,
         product=_PRODUCT.value,
+        roi=_ROI.value,
     )
 
 

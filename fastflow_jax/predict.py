@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from fastflow_jax.data import formats, layout
 from fastflow_jax.data.arrays import read_image
+from fastflow_jax.data.roi import Region, open_region
 from fastflow_jax.errors import InputError
 from fastflow_jax.exported import Exported
 from fastflow_jax.files import (
@@ -32,7 +33,7 @@ from fastflow_jax.files import (
     sha256_of_detector,
     write_json,
 )
-from fastflow_jax.prediction import Prediction, Predictor, encode_map
+from fastflow_jax.prediction import Prediction, Predictor, encode_map, needs_masks
 from fastflow_jax.report.heatmaps import OF_THE_NAME, draw_heatmap, save_picture
 
 _log = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def predict(
     heatmaps: bool = True,
     raw: str | None = None,
     product: str | None = None,
+    roi: str | os.PathLike | None = None,
 ) -> int:
     """Scores images with the detector of a run and writes the results.
 
@@ -101,6 +103,8 @@ def predict(
       raw: write anomaly maps in the size of their image, "npy" as float32 or "png16" in 16 bits
         from their minimum to their maximum; None for no maps.
       product: of all images, for a model of several products; None to recognise it.
+      roi: masks, for a detector that was trained with a mask per image: of all images, or a
+        directory with `<name>.png` for each image, relative to the directory of the images.
 
     Returns:
       Exit status: 0 if all images are normal, 1 if some are anomalous, 3 if some images could not
@@ -112,18 +116,21 @@ def predict(
     output = expanded(output)
     found = find_images(images)
     detector = with_rate(_load(expanded(workdir), engine, weights, product), rate)
+    masks = None if roi is None else _masks(roi, found)
+    if masks is None and detector.needs_masks:
+        raise needs_masks()
     make_folder(output)
     if others := found.others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         names = ", ".join(path.name for path in others[:3])
         _log.info("not images, not scored: %s%s", names, more)
     options = {"engine": engine, "rate": rate, "tile": tile, "heatmaps": heatmaps, "raw": raw}
-    options |= {"product": product}
+    options |= {"product": product} | ({} if roi is None else {"roi": os.fspath(roi)})
     settings = {"detector": sha256_of_detector(expanded(workdir)), "options": options}
     kept = _lines_to_keep(output, settings, found.names)
     if kept:
         _log.info("%d images were already scored with the same options. Continuing.", len(kept))
-    counts = _score(detector, found, output, settings, kept)
+    counts = _score(detector, found, output, settings, kept, masks)
     return summarise(counts, len(others), output, detector.image_threshold is not None)
 
 
@@ -150,6 +157,12 @@ def _load(
         return Detector.load(workdir, weights=weights)
     model = Products.load(workdir, weights=weights)
     return model if product is None else model.detector_of(product)
+
+
+def _masks(roi: str | os.PathLike, found: "Found") -> Region:
+    """The region of interest of each image by its path."""
+    masks = open_region(roi)
+    return lambda name, size: masks(found.locate(name)[1], size)
 
 
 def export_once(workdir: pathlib.Path, weights: str | os.PathLike | None = None) -> Exported:
@@ -198,7 +211,12 @@ def with_rate(detector: Predictor, rate: float | None) -> Predictor:
 
 
 def _score(
-    detector: Predictor, found: "Found", output: pathlib.Path, settings: dict, kept: list[Line]
+    detector: Predictor,
+    found: "Found",
+    output: pathlib.Path,
+    settings: dict,
+    kept: list[Line],
+    masks: Region | None,
 ) -> Counter:
     """Scores the files without a kept line, writes their results, and counts all outcomes."""
     options = settings["options"]
@@ -224,7 +242,8 @@ def _score(
         def report(path: str, error: InputError) -> None:
             write(Line(path, error=str(error)))
 
-        for prediction in detector.stream(todo, tile=options["tile"], on_error=report):
+        how = {"tile": options["tile"], "on_error": report, "roi": masks}
+        for prediction in detector.stream(todo, **how):
             path, name = found.locate(prediction.name)
             owner = detector.for_prediction(prediction)
             line = _line(owner, prediction, before[path])
@@ -370,6 +389,7 @@ def draw_prediction(
         high=high,
         threshold=detector.pixel_threshold and detector.pixel_threshold.value,
         title=title,
+        region=prediction.region,
     )
 
 
@@ -427,7 +447,6 @@ def _matches(pattern: pathlib.Path) -> list[pathlib.Path]:
 def _line(
     detector: Predictor, prediction: Prediction, file: tuple[int, int] | tuple[None, None]
 ) -> Line:
-    mask = prediction.mask
     height, width = prediction.anomaly_map.shape
     return Line(
         path=prediction.name,
@@ -439,7 +458,7 @@ def _line(
         distance=prediction.distance,
         product=prediction.product,
         is_known=prediction.is_known,
-        anomalous_part=None if mask is None else float(mask.mean()),
+        anomalous_part=prediction.anomalous_part,
         pixel_threshold=detector.pixel_threshold and detector.pixel_threshold.value,
         height=height,
         width=width,

@@ -10,6 +10,8 @@ import functools
 import io
 import itertools
 import logging
+import os
+import pathlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
@@ -20,14 +22,20 @@ from fastflow_jax.data.arrays import Given, Images, each, is_one
 from fastflow_jax.data.inputs import Inputs, Outputs, Part, cut, stacked
 from fastflow_jax.data.pipeline import prefetch
 from fastflow_jax.data.profile import Profile
+from fastflow_jax.data.roi import CommonRegion, Region, RegionFolder, open_region
 from fastflow_jax.data.tiling import Places, Tiling
 from fastflow_jax.decision import Decision, Threshold
 from fastflow_jax.errors import InputError
+from fastflow_jax.files import expanded
 
 _log = logging.getLogger(__name__)
 
 # Of a model input
-_RESULTS = ("score", "anomaly_map", "log_likelihood", "distance", "product", "is_known")
+_RESULTS = ("score", "anomaly_map", "log_likelihood", "distance", "product", "is_known", "region")
+
+# Masks of a region of interest: a file or an array of all images, a directory of a mask per image,
+# or a function of names and sizes.
+Masks = str | os.PathLike | np.ndarray | Region
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,6 +60,16 @@ class Prediction:
     # Nearest product of a model of several products; None if the product was given.
     product: str | None = None
     is_known: bool | None = None  # False if the image seems to show none of the products
+    # bool [H, W], the region of interest: outside, the map has its lowest value, and the mask is
+    # False. None if all pixels count, or if an exported detector finds the region.
+    region: np.ndarray | None = None
+
+    @property
+    def anomalous_part(self) -> float | None:
+        """Share of the pixels that count in the mask; None without a mask."""
+        if self.mask is None:
+            return None
+        return float((self.mask if self.region is None else self.mask[self.region]).mean())
 
 
 MAP_FORMS = ("npy", "png16")
@@ -90,18 +108,22 @@ class Predictor:
     decision: Decision
     training_images: Profile | None  # None if unknown
     batch_size: int  # largest number of images that are scored together
+    roi: CommonRegion | None = None  # region of interest of all images
+    needs_masks: bool = False  # whether a mask of each image must be passed
+    region_inside: bool = False  # whether the model itself leaves out what is outside of the region
 
     def run(self, images: np.ndarray, valid: np.ndarray | None) -> Mapping[str, np.ndarray | None]:
         """Scores model inputs.
 
         Args:
           images: uint8 [B, H, W, 3] of the size of model inputs; any B.
-          valid: bool [B, H, W], False in padded pixels, or None if there is no padding.
+          valid: [B, H, W], which pixels count, see `pipeline.as_input`; or None if there is neither
+            padding nor a mask. A region of the detector itself counts in either case.
 
         Returns:
           "score" [B] and "anomaly_map" [B, H, W], float32. Optionally "log_likelihood" and
-          "distance" [B], or None, see `Prediction`. Other results are ignored: decisions are made
-          on maps of the size of the image.
+          "distance" [B], or None, see `Prediction`; and "region", bool [B, H, W], if the detector
+          finds it. Other results are ignored: decisions are made on maps of the size of the image.
         """
         raise NotImplementedError
 
@@ -133,7 +155,9 @@ class Predictor:
         """Tests whether images look shifted as a whole, see `Detector.find_shift`; None here."""
         del distances
 
-    def predict(self, images: Images, *, tile: bool = False) -> Prediction | list[Prediction]:
+    def predict(
+        self, images: Images, *, tile: bool = False, roi: Masks | None = None
+    ) -> Prediction | list[Prediction]:
         """Scores one image or several; logs a warning if several look shifted, see `find_shift`.
 
         Args:
@@ -148,14 +172,19 @@ class Predictor:
             then hold per tile: a normal image of k tiles is flagged up to k times as often.
             Detectors that were trained on tiles (`config.data.tile`) always cut images as in
             training, and their rates hold for whole images.
+          roi: masks of a detector that was trained with a mask per image (`config.data.roi_dir`):
+            a file or an array of all images; or a directory with `<name>.png` for each image,
+            relative to the directory that `images` is. White pixels count.
 
         Returns:
           A `Prediction` for one image, a list of them for several.
 
         Raises:
-          InputError: a file or an array is not an image.
+          InputError: a file or an array is not an image; masks are missing, damaged or not of the
+            aspect ratio of the image, or were passed to a detector that takes none; or tiles of a
+            detector that finds the region of interest of whole images.
         """
-        results = list(self.stream(images, tile=tile))
+        results = list(self.stream(images, tile=tile, roi=roi))
         if is_one(images) and len(results) == 1:
             return results[0]
         found = self.find_shift({result.name: result.distance for result in results})
@@ -170,6 +199,7 @@ class Predictor:
         tile: bool = False,
         on_error: Callable[[str, InputError], None] | None = None,
         live: bool = False,
+        roi: Masks | None = None,
     ) -> Iterator[Prediction]:
         """Yields a `Prediction` per image, for more images than fit into memory.
 
@@ -180,9 +210,10 @@ class Predictor:
             images are scored. By default the error is raised after the results of earlier images.
           live: scores each image before the next one is requested, for cameras. Otherwise images
             are read ahead and scored in batches.
+          roi: see `predict`.
         """
         size = 1 if live else self.batch_size
-        with contextlib.closing(self.inputs(images, tile, live)) as inputs:
+        with contextlib.closing(self.inputs(images, tile, live, roi)) as inputs:
 
             def parts():
                 for name, image in inputs:
@@ -209,20 +240,26 @@ class Predictor:
             raise error
 
     def inputs(
-        self, images: Images, tile: bool = False, live: bool = False
+        self,
+        images: Images,
+        tile: bool = False,
+        live: bool = False,
+        roi: Masks | None = None,
     ) -> Generator[tuple[str, Inputs | InputError], None, None]:
         """Yields each name with its model inputs or error; for the arguments see `stream`.
 
         Logs how files differ from the training images.
         """
         tiling = self.tiling or (Tiling(self.image_size) if tile else None)
+        region = self._region(images, tile, roi)
 
         def read(given: Given) -> Iterator[tuple[str, Inputs | InputError, dict[str, str]]]:
             try:
                 for name, image, header in given.read():
                     profile = self.training_images
                     unlike = {} if profile is None else profile.differences(header, image)
-                    how = self.image_size, self.resize, tiling, self.places
+                    part = None if region is None else region(name, image.shape[:2])
+                    how = self.image_size, self.resize, tiling, self.places, part
                     inputs = cut(image, name, *how)
                     yield name, inputs, unlike
             except InputError as error:
@@ -243,6 +280,30 @@ class Predictor:
                         _log_differences(name, [unlike[field] for field in unlike if field in new])
                         logged |= new
                     yield name, inputs
+
+    def _region(self, images: Images, tile: bool, roi: Masks | None) -> Region | None:
+        """The region of interest of each image; None if all pixels count or it is found later."""
+        if roi is None:
+            if self.needs_masks:
+                raise needs_masks()
+            if tile and self.region_inside:
+                raise InputError(
+                    "The model has a region of interest of whole images, not of tiles. Leave tile "
+                    "out, or train with config.data.roi=FILE and use the detector in JAX."
+                )
+            return self.roi
+        if not self.needs_masks:
+            raise InputError(
+                "The detector was not trained with a mask per image, and takes none. Leave roi out."
+            )
+        if callable(roi):
+            return roi
+        masks = open_region(roi)
+        if isinstance(masks, CommonRegion):
+            return masks
+        if isinstance(images, str | os.PathLike) and not is_one(images):
+            return relative_to(masks, expanded(images))
+        return relative_to(masks, None)
 
     def _predicted(self, batch: collections.deque[tuple[Outputs, Part]]) -> Iterator[Prediction]:
         """Scores a batch of parts; yields the predictions of the images that it completes.
@@ -266,18 +327,39 @@ class Predictor:
                 f"{outputs.name} scores {score}. The training or the weights of the backbone are "
                 "damaged: train again."
             )
-        decided = self.decision(np.float32(score), anomaly_map)
+        decided, region = self.decision(np.float32(score), anomaly_map), outputs.region
         p_value, is_anomalous = decided.get("p_value"), decided.get("is_anomalous")
+        mask = decided.get("mask")
         return Prediction(
             name=outputs.name,
             score=score,
             p_value=None if p_value is None else float(p_value),
             is_anomalous=None if is_anomalous is None else bool(is_anomalous),
             anomaly_map=anomaly_map,
-            mask=decided.get("mask"),
+            mask=mask if mask is None or region is None else mask & region,
             log_likelihood=outputs.log_likelihood,
             distance=outputs.distance,
+            region=region,
         )
+
+
+def relative_to(masks: RegionFolder, folder: pathlib.Path | None) -> Region:
+    """The regions of images by their paths relative to a directory, or by their file names."""
+
+    def region(name: str, size: tuple[int, int]) -> np.ndarray:
+        path = pathlib.Path(name)
+        own = pathlib.Path(path.name) if folder is None else path.relative_to(folder)
+        return masks(str(own), size)
+
+    return region
+
+
+def needs_masks() -> InputError:
+    """Returns the error for missing masks."""
+    return InputError(
+        "The detector was trained with a mask per image (config.data.roi_dir), and needs one for "
+        "each new image. Pass them to Detector.predict as roi, or as --roi to --mode=predict."
+    )
 
 
 def _log_differences(name: str, sentences: list[str]) -> None:

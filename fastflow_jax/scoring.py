@@ -17,9 +17,10 @@ from ml_collections import FrozenConfigDict
 from fastflow_jax import parallel
 from fastflow_jax.backbones import Backbone, spec_of
 from fastflow_jax.backbones.spec import Network
-from fastflow_jax.data.transforms import normalise
+from fastflow_jax.data.transforms import counted, normalise
 from fastflow_jax.detectors.base import CompiledScorer, PickledByFields, Scorer
 from fastflow_jax.features.extract import channel_means, extractor, image_means, maps_of
+from fastflow_jax.features.foreground import Foreground, region, regions
 
 # Numbers of images of the compiled programs. A single image is not padded to a large batch, and
 # at most three programs are compiled.
@@ -36,21 +37,23 @@ def pure_function(config: Any, module: Network, function: Callable) -> Callable[
 
     Returns:
       (state, (images, valid)) -> "score" [B], "anomaly_map" [B, H, W], "means" [B, C], the
-      `extract.image_means`; and "log_likelihood" [B] if the scorer's function has it. `state` is
-      that of `state_of`; `images` are uint8 [B, H, W, 3] of the input size, and `valid` is bool
-      [B, H, W], False in padding, or None.
+      `extract.image_means`; "log_likelihood" [B] if the scorer's function has it; and "counted",
+      bool [B, H, W], True in pixels that count, unless all do. `state` is that of `state_of`;
+      `images` are uint8 [B, H, W, 3] of the input size, and `valid` is [B, H, W] as in
+      `transforms.normalise`, or None.
     """
     spec, size = spec_of(config), tuple(config.image_size)
     extract = maps_of(module, config.length_power, config.feature_dtype)
 
     def run(state, batch):
-        variables, arrays = state
+        variables, arrays, foreground = state
         images, valid = batch
         features = extract(variables, normalise(images, spec.mean, spec.std, valid))
+        valid = region(foreground, features, counted(valid), size)
         found = function(config, size, arrays, (features, valid))
         named = dict(zip(("score", "anomaly_map", "log_likelihood"), found, strict=False))
         means = jnp.concatenate(channel_means(features, valid, jnp.float32), 1)
-        return named | {"means": means}
+        return named | {"means": means} | ({} if valid is None else {"counted": valid})
 
     return run
 
@@ -89,9 +92,11 @@ def _triangles(before: int, after: int) -> np.ndarray:
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
-def state_of(backbone: Backbone, scorer: Any) -> tuple[Any, Any]:
+def state_of(
+    backbone: Backbone, scorer: Any, foreground: Foreground | None
+) -> tuple[Any, Any, Foreground | None]:
     """The arrays that `pure_function` depends on, of a `CompiledScorer`."""
-    return backbone.variables, scorer.arrays()
+    return backbone.variables, scorer.arrays(), foreground
 
 
 def scoring_function(scorer: Scorer, *, likelihood: bool) -> Callable | None:
@@ -108,6 +113,7 @@ class ImageScorer(PickledByFields):
     config: Any  # filled
     backbone: Backbone
     scorer: Scorer
+    foreground: Foreground | None = None  # finds the region of interest; None if it is not found
 
     def __call__(self, images: np.ndarray, valid: np.ndarray | None) -> dict[str, np.ndarray]:
         """Returns the results of `pure_function` for any number of images."""
@@ -117,10 +123,10 @@ class ImageScorer(PickledByFields):
     def _programs(self) -> Callable[[int], Callable[..., dict]]:
         """Function from a batch size to the compiled function of images and padding masks."""
         config, backbone, scorer = self.config, self.backbone, self.scorer
-        function = scoring_function(scorer, likelihood=True)
+        function, found = scoring_function(scorer, likelihood=True), self.foreground
         if function is None:
-            return functools.cache(lambda size: _in_steps(config, backbone, scorer, size))
-        state = parallel.on_devices(state_of(backbone, scorer))
+            return functools.cache(lambda size: _in_steps(config, backbone, scorer, found, size))
+        state = parallel.on_devices(state_of(backbone, scorer, found))
 
         def make(size: int) -> Callable[..., dict]:
             run = _compiled(FrozenConfigDict(config), backbone.module, function, size)
@@ -155,7 +161,9 @@ def _compiled(config: FrozenConfigDict, module: Network, function: Callable, siz
     return parallel.per_example(pure_function(config, module, function), config.parallel, size)
 
 
-def _in_steps(config: Any, backbone: Backbone, scorer: Scorer, size: int) -> Callable[..., dict]:
+def _in_steps(
+    config: Any, backbone: Backbone, scorer: Scorer, foreground: Foreground | None, size: int
+) -> Callable[..., dict]:
     """The function of images and padding masks for scorers without a pure function."""
     spec, config = spec_of(config), config.copy_and_resolve_references()
     with config.unlocked():
@@ -165,8 +173,11 @@ def _in_steps(config: Any, backbone: Backbone, scorer: Scorer, size: int) -> Cal
 
     def run(images: np.ndarray, valid: np.ndarray | None) -> dict:
         features = extract(normalise(images, spec.mean, spec.std, valid))
+        valid = counted(valid)
+        if foreground is not None:
+            valid = regions(foreground, features, valid, tuple(config.image_size))
         score, anomaly_map = scorer.score(features, valid)
-        means = image_means(features, valid)
-        return {"score": score, "anomaly_map": anomaly_map, "means": means}
+        found = {"score": score, "anomaly_map": anomaly_map, "means": image_means(features, valid)}
+        return found | ({} if valid is None else {"counted": valid})
 
     return run

@@ -105,7 +105,7 @@ def update(
         detector=after,
         n=len(new.lesson),
         suspects=tuple(
-            _prediction(detector, new.inputs[i], taught.held_out.scores[i], taught.maps[i])
+            _prediction(detector, new, i, taught.held_out.scores[i], taught.maps[i])
             for i in np.flatnonzero(suspects | still).tolist()
             if i in taught.maps
         ),
@@ -125,6 +125,11 @@ def check_teachable(detector: Any) -> None:
             f"The detector {detector.config.detector} stores no normal images, and cannot be "
             "taught. Train again with the new images, or fit one of the detectors "
             f"{', '.join(TEACHABLE)}."
+        )
+    if detector.needs_masks:
+        raise InputError(
+            "A detector with a mask per image (config.data.roi_dir) cannot be taught. Train again "
+            "with the new images and their masks."
         )
 
 
@@ -154,6 +159,7 @@ def _read(detector: Any, images: Images, groups: Sequence[Any] | None) -> _New:
         return detector.extract(normalise(batch[0], spec.mean, spec.std, batch[1]))
 
     maps = in_batches(features, (pixels, valid), detector.config.batch_size)
+    valid = detector.counted(maps, valid)
     parts = None
     if labels is not None:
         parts = np.unique(np.asarray(labels)[rows], return_inverse=True)[1]
@@ -205,11 +211,12 @@ def _far_above(held_out: HeldOut, level: float) -> np.ndarray:
 
 
 def _prediction(
-    detector: Any, inputs: Inputs, image_score: np.ndarray, anomaly_map: np.ndarray
+    detector: Any, new: _New, i: int, image_score: np.ndarray, anomaly_map: np.ndarray
 ) -> Prediction:
-    outputs = Outputs(inputs)
-    (part,) = inputs.parts
-    outputs.add(part, image_score, anomaly_map)
+    outputs, valid = Outputs(new.inputs[i]), new.lesson.valid
+    (part,) = new.inputs[i].parts
+    region = valid[i] if detector.region_inside and valid is not None else None
+    outputs.add(part, image_score, anomaly_map, region=region)
     return detector.prediction(outputs)
 
 

@@ -135,6 +135,9 @@ def workplace(tmp_path, monkeypatch):
         for i in range(n):  # two products, the second one darker
             image = pixels(first + 2 * i, (20, 24))[0] // (1 if i < n // 2 else 3)
             Image.fromarray(image).save(tmp_path / f"photos/mixed/{folder}/{i:02}.png")
+    region = np.zeros((20, 24), np.uint8)
+    region[2:18, 4:22] = 255
+    Image.fromarray(region).save(tmp_path / "photos/roi.png")
     monkeypatch.setattr(choice, "ENOUGH", 2)
     opener = data.opener
     monkeypatch.setattr(data, "opener", lambda c: (opener if c.name == "folder" else few_images)(c))

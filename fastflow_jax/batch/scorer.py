@@ -65,6 +65,12 @@ class Scorer:
                 f"{', '.join(MAP_FORMS)}."
             )
         detector, self.fingerprint = _load(model, self.options)
+        if detector.needs_masks:
+            raise InputError(
+                "The detector was trained with a mask per image (config.data.roi_dir), which are "
+                "not passed here. Use --mode=predict --roi=MASKS, or fit with one mask of all "
+                "images, config.data.roi=FILE."
+            )
         self.detector = with_rate(detector, self.options.rate)
         self._reader = self.detector
 
@@ -98,13 +104,13 @@ class Scorer:
 
     def _row(self, prediction: Prediction) -> dict[str, Any]:
         height, width = prediction.anomaly_map.shape
-        threshold, mask = self.detector.image_threshold, prediction.mask
+        threshold = self.detector.image_threshold
         row = {
             "score": prediction.score,
             "p_value": prediction.p_value,
             "is_anomalous": prediction.is_anomalous,
             "threshold": threshold and threshold.value,
-            "anomalous_part": None if mask is None else float(mask.mean()),
+            "anomalous_part": prediction.anomalous_part,
             "height": height,
             "width": width,
         }

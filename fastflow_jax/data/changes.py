@@ -62,7 +62,7 @@ def with_copies(source: Source, augment: ConfigDict) -> Source:
     With n images, row i + k n has image i in copy k; copy 0 is unchanged. The copies are the same
     in every run, and have no masks.
     """
-    n, copies = len(source), range(augment.copies + 1)
+    n, copies, roi = len(source), range(augment.copies + 1), source.roi
     sources = [source, *(augmented(source, augment, 0, k) for k in copies[1:])]
 
     def load(index: int) -> tuple[np.ndarray, None]:
@@ -73,6 +73,7 @@ def with_copies(source: Source, augment: ConfigDict) -> Source:
         defects=source.defects * len(copies),
         load=load,
         files=source.files and source.files * len(copies),
+        roi=None if roi is None else lambda index, size: roi(index % n, size),
     )
 
 

@@ -29,6 +29,8 @@ class DataConfig(Protocol):
     groups: str | None
     tile: int | None
     resolution: int | None
+    roi: str | None
+    roi_dir: str | None
 
 
 class Example(NamedTuple):
@@ -83,6 +85,9 @@ class Source:
     groups: tuple[str, ...] | None = None
     # index -> regions of the defects; [0, H, W] in good images. None if the set defines none.
     regions: Callable[[int], Regions] | None = None
+    # (index, (height, width) of the image) -> bool [H, W], True in the region of interest, see
+    # `data.roi`. None: all pixels count.
+    roi: Callable[[int, tuple[int, int]], np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -98,7 +103,7 @@ class Source:
         def of(values):
             return None if values is None else tuple(values[i] for i in rows)
 
-        header, regions = self.header, self.regions
+        header, regions, roi = self.header, self.regions, self.roi
         return Source(
             names=tuple(self.names[i] for i in rows),
             defects=tuple(self.defects[i] for i in rows),
@@ -109,6 +114,7 @@ class Source:
             header=None if header is None else lambda index: header(rows[index]),
             groups=of(self.groups),
             regions=None if regions is None else lambda index: regions(rows[index]),
+            roi=None if roi is None else lambda index, size: roi(rows[index], size),
         )
 
     def __getitem__(self, index: int) -> Example:

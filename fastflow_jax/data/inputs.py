@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from fastflow_jax.data.pipeline import as_input
+from fastflow_jax.data.pipeline import as_input, check_region, kinds_of_pixels, nothing_counts
 from fastflow_jax.data.tiling import OVERLAP, Blender, Place, Places, Tiling
 from fastflow_jax.data.tiling import places as tiles_of
-from fastflow_jax.data.transforms import Placement, resize, seen_part
+from fastflow_jax.data.transforms import Placement, counted, resize, resize_mask, seen_part
 from fastflow_jax.errors import InputError
 
 
@@ -18,7 +18,7 @@ class Part(NamedTuple):
     """Model input of an image or of one of its tiles."""
 
     image: np.ndarray  # uint8 [H, W, 3]; 0 in padding
-    valid: np.ndarray | None  # bool [H, W], see `Batch.valid`
+    valid: np.ndarray | None  # [H, W], which pixels count, see `pipeline.as_input`
     placed: Placement  # of the tile in the input
     where: Place  # in the image
 
@@ -29,10 +29,13 @@ class Inputs:
 
     name: str
     size: tuple[int, int]  # (height, width) of the image that is cut
-    where: list[Place]  # of all parts
+    where: list[Place]  # of all tiles, or of the image
     own_size: tuple[int, int]  # of the image before it is resized, see `Tiling.resolution`
-    statistics: Places | None  # by which scores and maps of tiles are standardised
-    parts: Iterable[Part]  # to iterate once; tiles are cut on demand
+    # To iterate once; tiles are cut on demand. Without tiles in which no pixel counts.
+    parts: Iterable[Part]
+    n: int  # number of parts
+    statistics: Places | None = None  # by which scores and maps of tiles are standardised
+    region: np.ndarray | None = None  # bool [H, W], True in pixels that count; None if all do
 
 
 def cut(
@@ -42,6 +45,7 @@ def cut(
     resize_by: str,
     tiling: Tiling | None = None,
     statistics: Places | None = None,
+    region: np.ndarray | None = None,
 ) -> Inputs:
     """Returns the model inputs of an image.
 
@@ -52,9 +56,12 @@ def cut(
         resize_by: "square", "crop" or "pad", see `transforms.placement`.
         tiling: how a larger image is cut into tiles; None: it is one input.
         statistics: by which scores and maps of tiles are standardised, if they are.
+        region: bool [H, W], True in pixels that count; None if all do, as in images whose
+            resolution is changed.
 
     Raises:
-        InputError: the tiles are at other places than those of the statistics.
+        InputError: the tiles are at other places than those of the statistics, or see
+            `pipeline.check_region`.
     """
     own_size = image.shape[0], image.shape[1]
     size, where = own_size, [(slice(0, own_size[0]), slice(0, own_size[1]))]
@@ -69,10 +76,20 @@ def cut(
         )
 
     def part(span: Place) -> Part:
-        return Part(*as_input(image[span], image_size, resize_by), span)
+        inside = None if region is None else region[span]
+        return Part(*as_input(image[span], image_size, resize_by, inside), span)
 
-    parts = (part(where[0]),) if len(where) == 1 else map(part, where)
-    return Inputs(name, size, where, own_size, statistics, parts)
+    if len(where) == 1:
+        whole = part(where[0])
+        check_region(whole.valid, name)
+        return Inputs(name, size, where, own_size, (whole,), 1, statistics, region)
+    used = where
+    if region is not None:
+        kinds = (kinds_of_pixels(region[span], image_size, resize_by) for span in where)
+        used = [span for span, of_tile in zip(where, kinds, strict=True) if counted(of_tile).any()]
+    if not used:
+        raise nothing_counts(name)
+    return Inputs(name, size, where, own_size, map(part, used), len(used), statistics, region)
 
 
 def places(
@@ -96,7 +113,7 @@ def places(
 
 
 def stacked(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns images, uint8 [B, H, W, 3], and padding masks, bool [B, H, W] or None."""
+    """Returns images, uint8 [B, H, W, 3], and their `Part.valid` [B, H, W], or None."""
     images, valid, *_ = zip(*parts, strict=True)
     return np.stack(images), None if valid[0] is None else np.stack(valid)
 
@@ -110,7 +127,8 @@ class Outputs:
         self.distance: float | None = None  # to the training images; None for several parts
         self.product = 0  # index of the product, see `Products`
         self.is_known = True  # whether it is one of the products
-        self._missing = self._n = len(inputs.where)
+        self.region = inputs.region  # bool [H, W], True in pixels that count; None if all do
+        self._missing = self._n = inputs.n
         self._own_size, self._statistics = inputs.own_size, inputs.statistics
         self._likelihoods: float | None = 0.0
         self._blender = Blender(inputs.size, inputs.where)
@@ -124,6 +142,7 @@ class Outputs:
         distance: np.ndarray | None = None,
         product: np.ndarray | None = None,
         is_known: np.ndarray | None = None,
+        region: np.ndarray | None = None,
     ) -> None:
         """Adds the result of one part.
 
@@ -135,6 +154,7 @@ class Outputs:
           distance: to the training images [], or None if it is unknown.
           product: index of the product [], or None if there is one only.
           is_known: whether it is one of the products [], or None.
+          region: bool [h, w], pixels that count, if the detector finds them in the whole image.
         """
         if self._statistics is not None:
             score, anomaly_map = self._statistics.standardise(part.where, score, anomaly_map)
@@ -147,6 +167,8 @@ class Outputs:
             self.distance = float(distance)
         if product is not None:
             self.product, self.is_known = int(product), bool(is_known)
+        if region is not None:
+            self.region = _region_at_own_size(region, part)
         self._blender.add(at_own_size(anomaly_map, part.placed, part.where), part.where)
         self._missing -= 1
 
@@ -162,8 +184,11 @@ class Outputs:
 
     @property
     def anomaly_map(self) -> np.ndarray:
-        """Anomaly map of the image, float32 [H, W]."""
-        return _stretched(self._blender.result(), self._own_size)
+        """Anomaly map of the image, float32 [H, W]; outside of `region` its lowest value there."""
+        found = _stretched(self._blender.result(), self._own_size)
+        return (
+            found if self.region is None else np.where(self.region, found, found[self.region].min())
+        )
 
 
 def at_own_size(anomaly_map: np.ndarray, placed: Placement, where: Place) -> np.ndarray:
@@ -190,3 +215,12 @@ def _stretched(anomaly_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     height, width = size
     pillow = Image.fromarray(anomaly_map)
     return np.asarray(pillow.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _region_at_own_size(region: np.ndarray, part: Part) -> np.ndarray:
+    """Resizes a region of an input, bool [h, w], to its image; False outside of the input."""
+    inside = region[part.placed.place]
+    whole = np.zeros([span.stop - span.start for span in part.where], bool)
+    seen = seen_part(whole, part.placed)  # a view
+    seen[:] = resize_mask(inside, seen.shape)
+    return whole if whole.any() else ~whole  # a small image may have no pixel of a thin region

@@ -11,7 +11,16 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from fastflow_jax.data.dataset import Regions, Source
-from fastflow_jax.data.transforms import Placement, normalise, placement, resize, resize_mask
+from fastflow_jax.data.transforms import (
+    CONTEXT,
+    Placement,
+    counted,
+    normalise,
+    placement,
+    resize,
+    resize_mask,
+)
+from fastflow_jax.errors import InputError
 
 T = TypeVar("T")
 
@@ -23,7 +32,8 @@ class Batch(NamedTuple):
     mask: np.ndarray | None  # bool [b, H, W]
     label: np.ndarray  # int32 [b]
     index: np.ndarray  # int32 [b], position in the source
-    valid: np.ndarray | None = None  # bool [b, H, W], False in padding; None without padding
+    # bool [b, H, W], False in padding and outside of the region of interest; None if all count
+    valid: np.ndarray | None = None
 
 
 def batches(
@@ -50,19 +60,22 @@ def batches(
         mask_resize: "nearest", "floor" or "threshold", see `transforms.resize_mask`.
 
     Raises:
-        InputError: an image or mask cannot be decoded; raised when its batch is requested.
+        InputError: an image or mask cannot be decoded, or see `check_region`; raised when its batch
+            is requested.
     """
     height, width = image_size
 
     def load(index: int) -> tuple[np.ndarray, np.ndarray | None, int, int, np.ndarray | None]:
         example = source[index]
-        image, valid, placed = as_input(example.image, (height, width), resize_by)
+        region = None if source.roi is None else source.roi(index, example.image.shape[:2])
+        image, valid, placed = as_input(example.image, (height, width), resize_by, region)
+        check_region(valid, example.name)
         image = normalise(image, mean, std, valid)
         mask = None
         if example.mask is not None:
             resized = resize_mask(example.mask, placed.resized, mask_resize)
             mask = _put(resized, placed, (height, width))
-        return image, mask, example.label, index, valid
+        return image, mask, example.label, index, counted(valid)
 
     rows = range(len(source)) if indices is None else indices
     calls = (functools.partial(load, int(index)) for index in rows)
@@ -125,20 +138,59 @@ def prefetch(
 
 
 def as_input(
-    image: np.ndarray, image_size: tuple[int, int], resize_by: str
+    image: np.ndarray,
+    image_size: tuple[int, int],
+    resize_by: str,
+    region: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None, Placement]:
-    """Resizes an image, uint8 [h, w, 3], to a model input. See `batches` for the arguments.
+    """Resizes an image to a model input.
+
+    Args:
+        image: uint8 [h, w, 3].
+        image_size: see `batches`.
+        resize_by: see `batches`.
+        region: bool [h, w], True in pixels that count; None if all do.
 
     Returns:
-        The input, uint8 [H, W, 3]; its padding mask, bool [H, W], or None without padding; and the
-        placement of the image in the input.
+        The input, uint8 [H, W, 3]; which pixels count, as in `transforms.normalise`: None if all
+        do, bool [H, W] with padding, or uint8 [H, W] with a region; and the placement of the image
+        in the input.
     """
     height, width = image.shape[:2]
     placed = placement((height, width), image_size, resize_by)
     whole = _put(resize(image, placed.resized), placed, image_size)
+    if region is not None:
+        return whole, kinds_of_pixels(region, image_size, resize_by), placed
     if resize_by != "pad":
         return whole, None, placed
     return whole, _put(np.ones(placed.resized, bool), placed, image_size), placed
+
+
+def kinds_of_pixels(region: np.ndarray, image_size: tuple[int, int], resize_by: str) -> np.ndarray:
+    """Returns the kinds of the pixels of a model input, uint8 [H, W], see `transforms`.
+
+    Args:
+        region: bool [h, w], True in the pixels of the image that count.
+        image_size: see `batches`.
+        resize_by: see `batches`.
+    """
+    placed = placement(region.shape[:2], image_size, resize_by)
+    kinds = CONTEXT + resize_mask(region, placed.resized).astype(np.uint8)
+    return _put(kinds, placed, image_size)
+
+
+def check_region(valid: np.ndarray | None, name: str) -> None:
+    """Raises InputError if no pixel of a model input counts; for `valid` see `as_input`."""
+    if valid is not None and not counted(valid).any():
+        raise nothing_counts(name)
+
+
+def nothing_counts(name: str) -> InputError:
+    """Returns the error for an image without a pixel that counts."""
+    return InputError(
+        f"No pixel of {name} counts: its region of interest has no pixel in the model input. Draw "
+        "it larger, or train with a higher config.image_size."
+    )
 
 
 def regions_as_input(

@@ -23,6 +23,10 @@ _TIFF_PLANAR = 284  # 2: one plane per channel
 RESIZES = ("square", "crop", "pad")
 MASK_RESIZES = ("nearest", "floor", "threshold")
 
+# Kinds of pixels of a model input with a region of interest: padding, pixels of the image outside
+# of the region, and pixels that count.
+PADDING, CONTEXT, COUNTED = range(3)
+
 
 def read_file(path: Path) -> bytes:
     """Returns the content of a file. Raises an InputError if it cannot be read."""
@@ -280,11 +284,21 @@ def normalise(image: Any, mean: Sequence[float], std: Sequence[float], valid: An
         image: uint8 [..., 3].
         mean: [3].
         std: [3].
-        valid: bool [...], False in padded pixels, which become 0; or None without padding.
+        valid: bool [...], False in padded pixels, which become 0; or uint8 [...], the kinds of
+            pixels, of which `PADDING` becomes 0; or None without padding.
 
     Returns:
         float32 [..., 3].
     """
     scaled = image.astype(np.float32) / np.float32(255)
     normalised = (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-    return normalised if valid is None else normalised * valid[..., None]
+    return normalised if valid is None else normalised * (valid > PADDING)[..., None]
+
+
+def counted(valid: Any) -> Any:
+    """Returns bool [...], True in pixels that count, of numpy or JAX; None if all count.
+
+    Args:
+        valid: as in `normalise`.
+    """
+    return valid if valid is None or valid.dtype == bool else valid == COUNTED

@@ -20,10 +20,13 @@ from fastflow_jax.backbones import Backbone, open_backbone
 from fastflow_jax.config import AUTO, default, fill, name_data, with_function
 from fastflow_jax.data.arrays import Images, as_dataset, is_one
 from fastflow_jax.data.inputs import stacked
+from fastflow_jax.data.pipeline import kinds_of_pixels
 from fastflow_jax.data.profile import Profile
+from fastflow_jax.data.roi import AUTO as ROI_AUTO
+from fastflow_jax.data.roi import CommonRegion
 from fastflow_jax.data.tiling import Places, Tiling
-from fastflow_jax.data.transforms import normalise
-from fastflow_jax.decision import Decision, Threshold
+from fastflow_jax.data.transforms import counted, normalise
+from fastflow_jax.decision import Decision, Threshold, rounded_down
 from fastflow_jax.detectors.base import (
     InvertibleScorer,
     PickledByFields,
@@ -37,10 +40,11 @@ from fastflow_jax.evaluation.held_out import HeldOut
 from fastflow_jax.export.detector import Options, Parity, export
 from fastflow_jax.features import shift
 from fastflow_jax.features.extract import Features
+from fastflow_jax.features.foreground import Foreground, regions
 from fastflow_jax.features.prepare import extractor_of, preparer, split
 from fastflow_jax.features.shift import Reference, Shift
 from fastflow_jax.files import expanded
-from fastflow_jax.prediction import Predictor
+from fastflow_jax.prediction import Predictor, needs_masks
 from fastflow_jax.runs import directory, durable, few_images, saved
 from fastflow_jax.runs.durable import Saved
 from fastflow_jax.runs.fit import fit
@@ -80,6 +84,8 @@ class Detector(PickledByFields, Predictor):
     folder: pathlib.Path | None = None
     training_images: Profile | None = None  # None in directories of older versions
     reference: Reference | None = None  # for `find_shift`; None in directories of older versions
+    roi: CommonRegion | None = None  # region of interest of all images
+    foreground: Foreground | None = None  # finds the region of interest of each image
 
     @classmethod
     def fit(
@@ -209,7 +215,11 @@ class Detector(PickledByFields, Predictor):
     @classmethod
     def of_record(cls, record: Saved, backbone: Backbone, folder: pathlib.Path) -> "Detector":
         """The detector of a record that was read from a directory or a .zip file."""
-        shapes = _shapes(record.config, backbone)
+        shapes, roi = _shapes(record.config, backbone), record.roi
+        if roi is None and record.config.data.roi not in (None, ROI_AUTO):
+            raise InputError(
+                f"{folder} lacks its region of interest. Restore it from a copy, or train again."
+            )
         return cls(
             config=record.config,
             backbone=backbone,
@@ -220,6 +230,7 @@ class Detector(PickledByFields, Predictor):
             folder=folder,
             training_images=record.images,
             reference=record.reference,
+            **_region(roi),
         )
 
     @classmethod
@@ -234,8 +245,8 @@ class Detector(PickledByFields, Predictor):
         parallel.check_not_forked()
         backbone = open_backbone(config, seed)
         of_kind = method(config.detector)
-        state = of_kind.read(config, folder)
-        return cls(config, backbone, of_kind.load(config, _shapes(config, backbone), state))
+        scorer = of_kind.load(config, _shapes(config, backbone), of_kind.read(config, folder))
+        return cls(config, backbone, scorer, **_region(saved.read_region(folder)))
 
     def save(
         self, folder: str | os.PathLike | None = None, *, backbone: bool | None = None
@@ -278,6 +289,7 @@ class Detector(PickledByFields, Predictor):
             images=self.training_images,
             reference=self.reference,
             backbone=self.backbone.state_dict(),
+            roi=self.roi or self.foreground,
         )
 
     def with_threshold(
@@ -370,8 +382,8 @@ class Detector(PickledByFields, Predictor):
 
         Raises:
           InputError: the score of the detector is not a pure function (SPADE); images are padded
-            (`config.data.resize` of "pad"), and so have a padding mask as well; or images of any
-            size would be cropped.
+            (`config.data.resize` of "pad"), and so have a padding mask as well; each image has a
+            mask (`config.data.roi_dir`); or images of any size would be cropped.
         """
         function = scoring_function(self.scorer, likelihood=False)
         if function is None:
@@ -389,18 +401,27 @@ class Detector(PickledByFields, Predictor):
                 "This detector scores tiles of images, which are cut outside of the function. "
                 "Leave any_size out."
             )
+        if self.needs_masks:
+            raise InputError(
+                "Each image of this detector has a mask, which is not part of the function. Fit "
+                "with one mask of all images, config.data.roi=FILE, or with config.data.roi=auto."
+            )
         if any_size and self.resize != "square":
             raise InputError(
                 f"Images of this detector are resized by {self.resize!r}, which is not part of the "
                 "function. Leave any_size out."
             )
         run = pure_function(self.config, self.backbone.module, function)
-        state = parallel.on_default_device(state_of(self.backbone, self.scorer))
+        state = parallel.on_default_device(state_of(self.backbone, self.scorer, self.foreground))
+        kinds = self._kinds
 
         def of_images(images: jax.Array) -> dict[str, jax.Array]:
             pixels = resize_pixels(images, self.image_size) if any_size else images
-            found = run(state, (pixels, None))
-            score, anomaly_map = found["score"], found["anomaly_map"]
+            valid = None
+            if kinds is not None:
+                valid = jnp.broadcast_to(kinds, pixels.shape[:3])
+            found = run(state, (pixels, valid))
+            score, anomaly_map = found["score"], self._below_threshold(found, jnp)
             if any_size:
                 anomaly_map = jax.image.resize(anomaly_map, images.shape[:3], "linear")
             decided = self.decision(score, anomaly_map)
@@ -490,13 +511,63 @@ class Detector(PickledByFields, Predictor):
 
     def run(self, images: np.ndarray, valid: np.ndarray | None) -> dict[str, np.ndarray | None]:
         """Scores model inputs, see `Predictor.run`."""
-        found = self._image_scorer(images, valid)
+        found = self._image_scorer(images, self._with_kinds(len(images), valid))
         means = found.pop("means")
-        return found | {"distance": self.reference and self.reference.distances(means)}
+        found["anomaly_map"] = self._below_threshold(found, np)
+        region = found.pop("counted", None) if self.region_inside else None
+        distance = self.reference and self.reference.distances(means)
+        return found | {"distance": distance, "region": region}
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether a mask of each image must be passed, see `config.data.roi_dir`."""
+        return self.config.data.roi_dir is not None
+
+    @property
+    def region_inside(self) -> bool:
+        """Whether the region of interest of an image is its foreground."""
+        return self.foreground is not None
+
+    @functools.cached_property
+    def _kinds(self) -> np.ndarray | None:
+        """Kinds of the pixels of all model inputs, uint8 [H, W], see `pipeline.as_input`."""
+        if self.roi is None:
+            return None
+        return kinds_of_pixels(self.roi.mask, self.image_size, self.resize)
+
+    def _with_kinds(self, n: int, valid: np.ndarray | None) -> np.ndarray | None:
+        """Which pixels of n model inputs count, where neither masks nor tiles determine it."""
+        if valid is not None and valid.dtype != bool:
+            return valid
+        if self.needs_masks:
+            raise needs_masks()
+        if self._kinds is None:
+            return valid
+        return np.broadcast_to(self._kinds, (n, *self.image_size))
+
+    def _below_threshold(self, found: Mapping[str, Any], xp: Any) -> Any:
+        """Anomaly maps of `pure_function`, at most at the pixel threshold where no pixel counts."""
+        anomaly_map, limit, valid = found["anomaly_map"], self.pixel_threshold, found.get("counted")
+        if limit is None or valid is None:
+            return anomaly_map
+        outside = xp.minimum(anomaly_map, rounded_down(limit.value))
+        return xp.where(valid, anomaly_map, outside)
+
+    def counted(self, features: Features, valid: np.ndarray | None) -> np.ndarray | None:
+        """The pixels of model inputs that count, bool [B, H, W]; None if all do.
+
+        Args:
+          features: of the inputs.
+          valid: see `Predictor.run`.
+        """
+        valid = counted(self._with_kinds(len(features[0]), valid))
+        if self.foreground is None:
+            return valid
+        return regions(self.foreground, features, valid, self.image_size)
 
     @functools.cached_property
     def _image_scorer(self) -> ImageScorer:
-        return ImageScorer(self.config, self.backbone, self.scorer)
+        return ImageScorer(self.config, self.backbone, self.scorer, self.foreground)
 
     def find_shift(self, distances: Mapping[str, float | None]) -> Shift | None:
         """Tests whether images look shifted as a whole against the training images.
@@ -514,7 +585,9 @@ class Detector(PickledByFields, Predictor):
     def features(self, images: Images) -> Features:
         """Returns features of images, [B, h, w, C] per scale, as `scorer` takes them."""
         spec, found = self.backbone.spec, []
-        for _, image in self.inputs(images):
+        # Features do not depend on masks.
+        whole = (lambda name, size: np.ones(size, bool)) if self.needs_masks else None
+        for _, image in self.inputs(images, roi=whole):
             if isinstance(image, InputError):
                 raise image
             pixels, valid = stacked(list(image.parts))
@@ -569,13 +642,13 @@ class Detector(PickledByFields, Predictor):
         Args:
           images: float32 [B, H, W, 3], normalised, with B up to the batch size of the
             configuration.
-          valid: bool [B, H, W], False in padded pixels, or None if there is no padding. Padded
-            pixels affect neither scores nor maps.
+          valid: see `Predictor.run`. Pixels that do not count affect neither scores nor maps.
 
         Returns:
           Image scores [B] and anomaly maps [B, H, W].
         """
-        return self.scorer.score(self.extract(images), valid, size=images.shape[1:3])
+        features = self.extract(images)
+        return self.scorer.score(features, self.counted(features, valid), size=images.shape[1:3])
 
     @functools.cached_property
     def extract(self) -> Callable[[np.ndarray], Features]:
@@ -604,6 +677,11 @@ class Detector(PickledByFields, Predictor):
             raise InputError(
                 f"The detector {self.config.detector} has no latents. Fit a fastflow detector."
             )
+
+
+def _region(roi: CommonRegion | Foreground | None) -> dict[str, Any]:
+    """The field of a detector that has its region of interest."""
+    return {"foreground" if isinstance(roi, Foreground) else "roi": roi}
 
 
 def fit_config(

@@ -28,7 +28,7 @@ from fastflow_jax.features.extract import image_means
 from fastflow_jax.features.gate import Gate
 from fastflow_jax.features.prepare import preparer, split
 from fastflow_jax.files import expanded
-from fastflow_jax.prediction import Prediction, Predictor
+from fastflow_jax.prediction import Masks, Prediction, Predictor
 from fastflow_jax.runs import directory, durable, saved
 from fastflow_jax.runs.fit import fit
 from fastflow_jax.runs.products import (
@@ -285,6 +285,7 @@ class Products(PickledByFields, Predictor):
         tile: bool = False,
         on_error: Callable[[str, InputError], None] | None = None,
         live: bool = False,
+        roi: Masks | None = None,
     ) -> Iterator[Prediction]:
         """Yields a `Prediction` per image, see `Detector.stream`.
 
@@ -297,7 +298,7 @@ class Products(PickledByFields, Predictor):
                 "The product of an image cannot be found from its tiles. Name the product, or "
                 "leave tile out."
             )
-        return super().stream(images, on_error=on_error, live=live)
+        return super().stream(images, on_error=on_error, live=live, roi=roi)
 
     def detector_of(self, product: str) -> Detector:
         """The detector of a product; raises InputError if there is no such product."""

@@ -57,8 +57,9 @@ class Scorer(Protocol):
         Args:
           features: [B, h, w, C] per scale, as `extract.extractor` returns them, with B up to the
             batch size of the configuration.
-          valid: bool [B, H, W], False in padded pixels, or None if there is no padding. Padded
-            pixels affect neither scores nor maps.
+          valid: bool [B, H, W], False in pixels that do not count (padding, and pixels outside of
+            the region of interest), or None if all do. Their locations neither train nor score; in
+            anomaly maps they have the lowest value of the others.
           size: (H, W) of the anomaly maps; the input size of the configuration by default.
 
         Returns:
@@ -101,12 +102,16 @@ class CalibratedScorer(Scorer, Protocol):
         """Energies per location before the calibration, [B, h, w] per map."""
         ...
 
-    def score_maps(self, maps: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns what `score` returns for features with these `location_maps`."""
+    def score_maps(
+        self, maps: tuple[np.ndarray, ...], valid: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what `score` returns for features with these `location_maps` and `valid`."""
         ...
 
-    def recalibrated(self, maps: tuple[np.ndarray, ...]) -> "CalibratedScorer":
-        """A copy that is calibrated on other held-out images, given their `location_maps`."""
+    def recalibrated(
+        self, maps: tuple[np.ndarray, ...], valid: np.ndarray | None = None
+    ) -> "CalibratedScorer":
+        """A copy that is calibrated on other held-out images, given `location_maps` and `valid`."""
         ...
 
 

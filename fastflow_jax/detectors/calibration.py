@@ -15,9 +15,15 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from fastflow_jax.detectors.base import CompiledScorer, compiled
-from fastflow_jax.detectors.maps import border_weights, resize_map, top_mean, window_maxima
+from fastflow_jax.detectors.maps import (
+    border_weights,
+    resize_map,
+    top_mean,
+    where_counted,
+    window_maxima,
+)
 from fastflow_jax.errors import InputError
-from fastflow_jax.features.extract import Features, in_batches
+from fastflow_jax.features.extract import Features, in_batches, inside
 from fastflow_jax.files import read_arrays, to_plain, write_arrays
 from fastflow_jax.state import Slot, State, check, flatten, unflatten
 from fastflow_jax.training.context import FitContext
@@ -65,22 +71,29 @@ def calibrate(
       config: filled.
       variables: of the detector.
       holdout: features [n, h, w, C] per scale; without images the calibration is the identity.
-      valid: bool [n, H, W], False in padding; None without padding.
+      valid: bool [n, H, W], False in pixels that do not count; None if all do.
       weight: float32 [maps], of each map of `locate` in the image score.
     """
     if holdout is None or not len(holdout[0]):
         return identity(weight)
     run = functools.partial(compiled(locate, FrozenConfigDict(config)), variables)
-    return calibrate_on(config, in_batches(run, (holdout, valid), config.batch_size), weight)
+    maps = in_batches(run, (holdout, valid), config.batch_size)
+    return calibrate_on(config, maps, weight, valid)
 
 
-def calibrate_on(config, maps: tuple[np.ndarray, ...], weight: Array) -> Calibration:
-    """Calibrates on the `LocationScorer.location_maps` of held-out normal images."""
+def calibrate_on(
+    config, maps: tuple[np.ndarray, ...], weight: Array, valid: np.ndarray | None = None
+) -> Calibration:
+    """Calibrates on the `LocationScorer.location_maps` of held-out normal images.
+
+    For the other arguments see `calibrate`.
+    """
     calibration = identity(weight)
     if config.map.standardise:
-        spread = np.array([m.std(dtype=np.float64) for m in maps], np.float32)
+        counted = [m if valid is None else m[np.asarray(inside(valid, m.shape[1:]))] for m in maps]
+        spread = np.array([m.std(dtype=np.float64) for m in counted], np.float32)
         calibration = calibration.replace(
-            scale_mean=np.array([m.mean(dtype=np.float64) for m in maps], np.float32),
+            scale_mean=np.array([m.mean(dtype=np.float64) for m in counted], np.float32),
             scale_std=np.where(spread > _ROUNDING, spread, np.float32(1)),
         )
     if config.score.form == "windows":
@@ -140,13 +153,14 @@ def equal_weights(config, n: int) -> list[float]:
     return [1.0] * n
 
 
-def _score_maps(config, size, map_weights, calibration, maps):
+def _score_maps(config, size, map_weights, calibration, batch):
     """Scores and anomaly maps from location maps, see `CalibratedScorer.score_maps`."""
-    c = config.map
+    (maps, valid), c = batch, config.map
     weights = map_weights(config, len(maps))
     anomaly_map = fuse(maps, calibration, size, c.sigma, c.compress, c.border, weights)
+    anomaly_map = where_counted(anomaly_map, valid)
     if config.score.form == "top_k":
-        return top_mean(anomaly_map, config.score.top_k), anomaly_map
+        return top_mean(anomaly_map, config.score.top_k, valid), anomaly_map
     windows = _window_scores(config, calibration, maps)
     return jnp.average(windows, axis=-1, weights=calibration.weight), anomaly_map
 
@@ -163,7 +177,8 @@ def score_locations(
 ):
     """Scores [B] and anomaly maps [B, *size] of a batch, see `CompiledScorer.function`."""
     variables, calibration = state
-    return _score_maps(config, size, map_weights, calibration, locate(config, variables, batch))
+    maps = locate(config, variables, batch)
+    return _score_maps(config, size, map_weights, calibration, (maps, batch[1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,14 +214,16 @@ class LocationScorer(CompiledScorer):
         """
         return self._program(type(self).locate)(self._state[0], (features, valid))
 
-    def score_maps(self, maps: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
+    def score_maps(
+        self, maps: tuple[np.ndarray, ...], valid: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Scores and anomaly maps from location maps, see `CalibratedScorer.score_maps`."""
         run = self._program(_score_maps, tuple(self.config.image_size), type(self).map_weights)
-        return run(self.calibration, maps)
+        return run(self.calibration, (maps, valid))
 
-    def recalibrated(self, maps: tuple[np.ndarray, ...]) -> Self:
+    def recalibrated(self, maps: tuple[np.ndarray, ...], valid: np.ndarray | None = None) -> Self:
         """A copy with another calibration, see `CalibratedScorer.recalibrated`."""
-        calibration = calibrate_on(self.config, maps, self.calibration.weight)
+        calibration = calibrate_on(self.config, maps, self.calibration.weight, valid)
         if len(maps[0]) < _FEW:  # too few for a standard deviation
             calibration = calibration.replace(peak_std=self.calibration.peak_std)
         return dataclasses.replace(self, calibration=calibration)

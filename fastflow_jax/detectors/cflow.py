@@ -36,7 +36,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from fastflow_jax.backbones import deepest_maps
 from fastflow_jax.detectors.base import CompiledScorer, Method, compiled
 from fastflow_jax.detectors.fastflow.model import Latents, location_energies
-from fastflow_jax.detectors.maps import resize_map
+from fastflow_jax.detectors.maps import resize_map, where_counted
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.extract import TrainingFeatures, inside, without_padding
 from fastflow_jax.files import read_arrays, write_arrays
@@ -222,7 +222,7 @@ def _score_with_likelihood(config, size, state, batch):
     if valid is not None:
         maps = [without_padding(m, inside(valid, m.shape[1:])) for m in maps]
     resized = [resize_map(m, size, config.map.sigma) for m in maps]
-    anomaly_map = -sum(resized, start=jnp.zeros(()))
+    anomaly_map = where_counted(-sum(resized, start=jnp.zeros(())), valid)
     return anomaly_map.max((1, 2)), anomaly_map, _likelihood(features, valid, log_p)
 
 

@@ -33,7 +33,7 @@ from fastflow_jax.detectors.convnets import (
     only_map,
     validity,
 )
-from fastflow_jax.detectors.maps import resize_map
+from fastflow_jax.detectors.maps import resize_map, where_counted
 from fastflow_jax.features.extract import inside, without_padding
 from fastflow_jax.state import State, check, flatten, unflatten
 from fastflow_jax.training.context import FitContext
@@ -170,7 +170,8 @@ def _score(config, size, params, batch):
     difference = jnp.abs(x - reconstruction).mean(-1)
     if valid is not None:
         difference = without_padding(difference, inside(valid, difference.shape[1:]))
-    return jnp.abs(z - z_again).mean(-1), resize_map(difference, size, config.map.sigma)
+    anomaly_map = where_counted(resize_map(difference, size, config.map.sigma), valid)
+    return jnp.abs(z - z_again).mean(-1), anomaly_map
 
 
 @dataclasses.dataclass(frozen=True)

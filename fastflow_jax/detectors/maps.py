@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
+from fastflow_jax.features.extract import inside
+
 
 def resize_map(scores: jax.Array, size: tuple[int, int], sigma: float = 0.0) -> jax.Array:
     """Resizes maps, bilinearly with half-pixel centres (torch's align_corners=False), and blurs.
@@ -52,10 +54,36 @@ def border_weights(size: tuple[int, int], side: int) -> np.ndarray:
     return np.outer(shares(size[0]), shares(size[1])).astype(np.float32)
 
 
-def top_mean(anomaly_map: jax.Array, part: float) -> jax.Array:
-    """Mean of the highest `part` of the pixels of each map [B, H, W]; the maximum for 0."""
+def where_counted(anomaly_map: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """Replaces the pixels of each map that do not count by the lowest one that does.
+
+    Args:
+      anomaly_map: [B, H, W].
+      valid: bool [B, h, w], False in pixels that do not count; None if all do.
+    """
+    if valid is None:
+        return anomaly_map
+    counts = inside(valid, anomaly_map.shape[1:])
+    lowest = anomaly_map.min((1, 2), where=counts, initial=jnp.inf, keepdims=True)
+    return jnp.where(counts, anomaly_map, lowest)
+
+
+def top_mean(anomaly_map: jax.Array, part: float, valid: jax.Array | None = None) -> jax.Array:
+    """Mean of the highest `part` of the pixels of each map [B, H, W]; the maximum for 0.
+
+    Args:
+      anomaly_map: see `where_counted`, which it is the result of.
+      part: of the pixels that count.
+      valid: see `where_counted`.
+    """
     pixels = anomaly_map.reshape(anomaly_map.shape[0], -1)
-    return jax.lax.top_k(pixels, max(1, round(part * pixels.shape[1])))[0].mean(-1)
+    most = max(1, round(part * pixels.shape[1]))
+    highest = jax.lax.top_k(pixels, most)[0]
+    if valid is None or most == 1:
+        return highest.mean(-1)
+    share = inside(valid, anomaly_map.shape[1:]).mean((1, 2))
+    taken = jnp.maximum(1, jnp.round(share * most))[:, None]
+    return highest.mean(-1, where=jnp.arange(most) < taken)
 
 
 def window_maxima(scores: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from fastflow_jax import parallel
 from fastflow_jax.backbones import deepest_maps
 from fastflow_jax.detectors.base import CompiledScorer, Method, Rows
-from fastflow_jax.detectors.maps import resize_map
+from fastflow_jax.detectors.maps import resize_map, where_counted
 from fastflow_jax.detectors.nearest import k_center, nearest
 from fastflow_jax.detectors.teaching import choose_rows, grown
 from fastflow_jax.errors import InputError, Interrupted
@@ -231,7 +231,7 @@ def _score(config, size, state, batch):
         take = functools.partial(jnp.take_along_axis, axis=1, mode="promise_in_bounds")
         patch, row = take(patches, worst[..., None])[:, 0], take(index[..., 0], worst)[:, 0]
         image_score *= weights(patch, row, bank, c.reweight)
-    return image_score, resize_map(scores, size, config.map.sigma)
+    return image_score, where_counted(resize_map(scores, size, config.map.sigma), batch[1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from fastflow_jax import parallel
 from fastflow_jax.backbones import deepest_maps
 from fastflow_jax.detectors.base import CompiledScorer, Method, Rows
-from fastflow_jax.detectors.maps import resize_map
+from fastflow_jax.detectors.maps import resize_map, where_counted
 from fastflow_jax.detectors.nearest import nearest
 from fastflow_jax.features.extract import Features, inside, without_padding
 from fastflow_jax.files import read_arrays, write_arrays
@@ -113,7 +113,7 @@ def _draw(config, size, _, batch):
         if valid is not None:
             scores = without_padding(scores, inside(valid, scores.shape[1:]))
         total += resize_map(scores, size, config.map.sigma)
-    return total / len(found)
+    return where_counted(jnp.asarray(total / len(found)), valid)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ from fastflow_jax.detectors.convnets import (
     only_map,
     validity,
 )
-from fastflow_jax.detectors.maps import resize_map
+from fastflow_jax.detectors.maps import resize_map, where_counted
 from fastflow_jax.features.extract import inside, without_padding
 from fastflow_jax.state import State, check, flatten, unflatten
 from fastflow_jax.training.context import FitContext
@@ -143,7 +143,7 @@ def _score(config, size, variables, batch):
     nll = negative_log_density(x, *density).mean((0, -1))  # [B, h, w]
     if valid is not None:
         nll = without_padding(nll, inside(valid, nll.shape[1:]))
-    return nll.mean((1, 2)), resize_map(nll, size, config.map.sigma)
+    return nll.mean((1, 2)), where_counted(resize_map(nll, size, config.map.sigma), valid)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,8 +41,10 @@ class Scored(NamedTuple):
     scores: np.ndarray  # float32 [N]
     labels: np.ndarray  # int32 [N], 1 for defective images
     maps: np.ndarray | None  # float32 [N, H, W]; None without masks
-    masks: np.ndarray | None  # bool [N, H, W], True in defects; None without masks
-    valid: np.ndarray | None  # bool [N, H, W], False in padded pixels; None without padding
+    # bool [N, H, W], True in defects, of pixels that count; None without masks
+    masks: np.ndarray | None
+    # bool [N, H, W], False in padding and outside of the region of interest; None if all count
+    valid: np.ndarray | None
     # index -> regions of the image at the size of its map; None if the data set defines none
     regions: Callable[[int], Regions] | None = None
 
@@ -79,9 +81,11 @@ def score_split(score: Score, batches: Iterable[FeatureBatch], n: int, *, progre
         for batch in batches:
             padding = () if batch.valid is None else (batch.valid,)
             scores, maps = score(batch.features, *padding)
-            maps = None if batch.mask is None else maps
+            mask, valid = batch.mask, batch.valid
+            maps = None if mask is None else maps
+            mask = mask if mask is None or valid is None else mask & valid
             end = start + len(batch.label)
-            parts = (scores, batch.label, maps, batch.mask, batch.valid)
+            parts = (scores, batch.label, maps, mask, valid)
             for name, part in zip(names, parts, strict=True):
                 if part is not None:
                     whole = arrays[name]

@@ -68,11 +68,11 @@ def cross_fit(
     if not isinstance(scorer, LocationScorer):
         return scorer, HeldOut(parts[0], parts[1], known)
     maps, valid = tuple(parts), context.train.valid
-    scorer, reweigh = scorer.recalibrated(maps), None
+    seen = None if valid is None else valid[_scored_rows(context, np.ones(n, bool))]
+    scorer, reweigh = scorer.recalibrated(maps, seen), None
     if defects is not None and choose(scorer, maps, defects):
         scorer, reweigh = defects.reweighted(scorer, maps), defects.reweighted
     save_again(scorer, context.directory)
-    seen = None if valid is None else valid[_scored_rows(context, np.ones(n, bool))]
     return scorer, score_location_maps(scorer, maps, seen, known, reweigh)
 
 

@@ -213,11 +213,16 @@ def score_location_maps(
 
     def fitted(others: np.ndarray) -> Callable:
         """The function from rows to scores and maps, calibrated on other rows."""
-        given = tuple(m[others] for m in maps)
-        chosen = scorer.recalibrated(given) if len(others) else scorer
+        given, seen = tuple(m[others] for m in maps), None if valid is None else valid[others]
+        chosen = scorer.recalibrated(given, seen) if len(others) else scorer
         if reweigh is not None and len(others):
             chosen = reweigh(chosen, given)
-        return lambda rows: chosen.score_maps(tuple(m[rows] for m in maps))
+
+        def score(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            own = tuple(m[rows] for m in maps)
+            return chosen.score_maps(own, None if valid is None else valid[rows])
+
+        return score
 
     return _fill_folds(found, scorer.config, fitted, np.arange(len(maps[0])), valid, tiles)
 

@@ -104,7 +104,8 @@ class FeatureBatch(NamedTuple):
     mask: np.ndarray | None  # bool [b, H, W]
     label: np.ndarray  # int32 [b]
     index: np.ndarray  # int32 [b], position in the source
-    valid: np.ndarray | None = None  # bool [b, H, W], False in padding; None without padding
+    # bool [b, H, W], False in padding and outside of the region of interest; None if all count
+    valid: np.ndarray | None = None
 
 
 Part = tuple[Features, np.ndarray | None]  # features of some images, and their `Batch.valid`
@@ -121,7 +122,8 @@ class TrainingFeatures:
         step by step. b is at most this process's share of the batch size.
       parts: function that yields the features of all images in order, each once.
       cached: features of all images; None if they are computed in every epoch.
-      valid: bool [N, H, W], False in padded pixels; None if there is no padding.
+      valid: bool [N, H, W], False in padded pixels and outside of the region of interest; None if
+        all pixels count.
       on_device: whether the devices hold all cached features during training.
     """
 
@@ -152,6 +154,17 @@ class TrainingFeatures:
                 part = _rows(part, slice(size, None))
             waiting = [part] if len(part[0][0]) else []
         yield from waiting
+
+    def with_valid(self, valid: np.ndarray) -> "TrainingFeatures":
+        """The same features with other pixels that count, see `valid`."""
+
+        def parts() -> Iterator[Part]:
+            first = 0
+            for maps, _ in self.parts():
+                yield maps, valid[first : first + len(maps[0])]
+                first += len(maps[0])
+
+        return dataclasses.replace(self, valid=valid, parts=parts)
 
     def statistics(self, norm: str) -> dict:
         """`channel_statistics` of the training images, computed once."""
@@ -265,13 +278,14 @@ def recomputed_features(
 
 
 def inside(valid: jax.Array | np.ndarray, size: tuple[int, ...]) -> jax.Array:
-    """Locations of a feature map that are in the image: bool [b, h, w], False in padding.
+    """Locations of a feature map that count: bool [b, h, w].
 
-    A location is in the image if its valid share is more than half of the largest valid share of
-    any location of the image.
+    A location counts if its valid share is more than half of the largest valid share of any
+    location of the image.
 
     Args:
-      valid: bool [b, H, W], False in padded pixels.
+      valid: bool [b, H, W], False in pixels that do not count: padding, and pixels outside of the
+        region of interest.
       size: (h, w) of the feature map.
     """
     share = jax.image.resize(jnp.asarray(valid, jnp.float32), (valid.shape[0], *size), "linear")
@@ -279,13 +293,14 @@ def inside(valid: jax.Array | np.ndarray, size: tuple[int, ...]) -> jax.Array:
 
 
 def without_padding(scores: jax.Array, is_inside: jax.Array) -> jax.Array:
-    """Replaces the scores of padding by the mean of the other scores of the image.
+    """Replaces the scores of locations that do not count by the mean of the others of the image.
 
-    Padding then neither changes the mean score of an image nor the anomaly map next to it.
+    They then neither change the mean score of an image nor the anomaly map next to them, and no
+    maximum over locations or windows comes from them.
 
     Args:
       scores: [B, h, w], one per location.
-      is_inside: bool [B, h, w], False in padding, see `inside`.
+      is_inside: bool [B, h, w], False in locations that do not count, see `inside`.
     """
     return jnp.where(is_inside, scores, scores.mean((1, 2), where=is_inside, keepdims=True))
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fastflow_jax import data, parallel
 from fastflow_jax.backbones import Backbone, open_backbone
-from fastflow_jax.data import checks
+from fastflow_jax.data import checks, roi
 from fastflow_jax.data.changes import augmented, bounds_of, tampered, with_copies
 from fastflow_jax.data.groups import labels_of
 from fastflow_jax.data.pipeline import Batch, batches
@@ -34,6 +34,7 @@ from fastflow_jax.features.extract import (
     maps_of,
     recomputed_features,
 )
+from fastflow_jax.features.foreground import Foreground, regions
 from fastflow_jax.files import to_plain
 
 _log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class _Training:
     n_trained_on: int  # training images, without their copies
     defects: Features | None  # of images with labelled defects
     defects_valid: np.ndarray | None  # bool [D, H, W], see `Batch.valid`
+    foreground: Foreground | None  # of config.data.roi=auto, if it can be separated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,19 +137,20 @@ class Split:
     defects: data.Source | None = None  # images with labelled defects
     held_out_tiles: Tiles | None = None  # rows of `held_out_source`, if they are tiles
     image: np.ndarray | None = None  # int [N], of each training tile: index of its image
+    masks: Callable[[], list[str]] = list  # of the region of interest, see `roi.identity`
 
     @property
     def contents(self) -> list[str]:
         """`data.Source.contents` of the images to train on, for calibration, and with defects.
 
-        Held-out training images are not included.
+        Held-out training images are not included; masks of the region of interest are.
         """
         contents = [self.source.contents[i] for i in self.train]
         if self.held_out_source is not self.source:
             contents += [f"calibration: {content}" for content in self.held_out_source.contents]
         if self.defects is not None:
             contents += [f"defect: {content}" for content in self.defects.contents]
-        return contents
+        return contents + self.masks()
 
     def with_copies(self, augment: ConfigDict) -> "Split":
         """The split with all copies of the training images, and one of each held-out image.
@@ -217,7 +220,14 @@ def split(config, dataset: data.Dataset) -> Split:
 
     of_train = labels(train) if held_out_source is source else None
     return Split(
-        source, train, held_out_source, held_out, labels(held_out), of_train, dataset.defects
+        source,
+        train,
+        held_out_source,
+        held_out,
+        labels(held_out),
+        of_train,
+        dataset.defects,
+        masks=functools.partial(roi.identity, config.data),
     )
 
 
@@ -322,9 +332,11 @@ class _Preparer:
         )
         augment = (_key(config.augment), seed if is_augmented(config) else None)
         training = self._training.get(
-            (*key, config.data.holdout, config.data.groups, *augment),
+            (*key, config.data.holdout, config.data.groups, config.data.roi, *augment),
             lambda: _prepare_training(cached, dataset, seed),
         )
+        if training.foreground is not None:
+            test = _test_in_foreground(test, training.foreground, config.image_size)
         return Prepared(
             dataset=dataset, backbone=backbone, test=test, test_tiles=test_tiles, **vars(training)
         )
@@ -333,7 +345,9 @@ class _Preparer:
         """The data set of a category, checked once, with its test images tampered as configured."""
 
         def get():
-            return self._datasets.get(category, lambda: self._open_category(category))
+            return self._datasets.get(
+                category, lambda: roi.with_regions(self._open_category(category), config.data)
+            )
 
         parallel.on_main(lambda: get() and None)  # it may prepare files for the other processes
         dataset = _at_resolution(config, get())
@@ -381,9 +395,9 @@ class _FeatureCache:
         """First words of messages and progress bars."""
         return self.category or self.dataset
 
-    @property
-    def is_padded(self) -> bool:
-        return self.config.data.resize == "pad"
+    def has_valid(self, source: data.Source) -> bool:
+        """Whether some pixels of model inputs do not count, by padding or a mask."""
+        return self.config.data.resize == "pad" or source.roi is not None
 
     def compute(self, source: data.Source, rows: np.ndarray, kind: str) -> Features:
         """Features of the images at `rows`, int [N]: [N, h, w, C] per scale.
@@ -391,7 +405,8 @@ class _FeatureCache:
         `kind` is a key of `_KINDS`; it names the features in messages and on disk.
         """
         # Padding masks are not shared, so features of padded images are not either.
-        if self.shared is not None and source.part_of is not None and not self.is_padded:
+        is_whole = source.part_of is not None and not self.has_valid(source)
+        if self.shared is not None and source.part_of is not None and is_whole:
             whole, places = source.part_of
             places = np.arange(len(whole))[places][rows]
             of_all = dataclasses.replace(self, category=None, shared=None)
@@ -420,10 +435,10 @@ class _FeatureCache:
             title=f"{self.title}: {_KINDS[kind]}",
         )
 
-    def masks_and_padding(
+    def masks_and_valid(
         self, source: data.Source, rows: np.ndarray
     ) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Masks and padding masks of the images at `rows`, bool [N, H, W], or None without any."""
+        """Masks and `Batch.valid` of the images at `rows`, bool [N, H, W], or None without any."""
 
         def read(rows, size):
             for batch in image_batches(self.config, self.backbone, source, rows, size):
@@ -443,9 +458,9 @@ class _FeatureCache:
         )
         return masks, valid
 
-    def padding(self, source: data.Source, rows: np.ndarray) -> np.ndarray | None:
-        """Padding masks, bool [N, H, W]; None without padding."""
-        return self.masks_and_padding(source, rows)[1] if self.is_padded else None
+    def valid(self, source: data.Source, rows: np.ndarray) -> np.ndarray | None:
+        """`Batch.valid` of the images at `rows`, bool [N, H, W]; None if all pixels count."""
+        return self.masks_and_valid(source, rows)[1] if self.has_valid(source) else None
 
 
 def image_batches(
@@ -506,7 +521,7 @@ def _prepare_training(cached: _FeatureCache, dataset: data.Dataset, seed: int) -
     if images.defects is not None:
         rows = np.arange(len(images.defects))
         defects = cached.compute(images.defects, rows, "defects")
-        defects_valid = cached.padding(images.defects, rows)
+        defects_valid = cached.valid(images.defects, rows)
     parts = images
     if config.augment.copies:
         parts = images.with_copies(config.augment)
@@ -520,21 +535,16 @@ def _prepare_training(cached: _FeatureCache, dataset: data.Dataset, seed: int) -
     holdout = holdout_valid = None
     if len(parts.held_out):
         holdout = cached.compute(parts.held_out_source, parts.held_out, "holdout")
-        holdout_valid = cached.padding(parts.held_out_source, parts.held_out)
+        holdout_valid = cached.valid(parts.held_out_source, parts.held_out)
     if is_cached:
         train = _cached_training(cached, parts)
         if holdout is not None and parts.held_out_tiles is None:
             _warn_of_siblings(cached, images, train, holdout)
     else:
         train = _recomputed_training(cached, parts, seed)
-    if images.defects is not None and defects is not None:
-        if train.cached is not None:
-            unchanged = tuple(m[: len(images.train)] for m in train.cached)
-            _check_defects(images.defects, defects, images.source, images.train, unchanged)
-        if holdout is not None:
-            normal = images.held_out_source, images.held_out, holdout
-            _check_defects(images.defects, defects, *normal)
-    return _Training(
+    if defects is not None:
+        _check_labels(images, defects, train, holdout)
+    training = _Training(
         contents=images.contents,
         train=train,
         holdout=holdout,
@@ -547,7 +557,67 @@ def _prepare_training(cached: _FeatureCache, dataset: data.Dataset, seed: int) -
         n_trained_on=len(images.train),
         defects=defects,
         defects_valid=defects_valid,
+        foreground=None,
     )
+    if config.data.roi == roi.AUTO:
+        training = _in_foreground(cached, training)
+    if training.train.valid is not None and (config.data.roi or config.data.roi_dir):
+        share = training.train.valid.mean()
+        _log.info(
+            f"{cached.title}: {share:.0%} of the training pixels are in the region of interest."
+        )
+    return training
+
+
+def _in_foreground(cached: _FeatureCache, training: _Training) -> _Training:
+    """Fits the foreground of `config.data.roi=auto`, in which alone pixels count then."""
+    size, train = cached.config.image_size, training.train
+    found = Foreground.fit(train, size)
+    if found is None:
+        _log.warning(
+            f"{cached.title}: no foreground can be separated from a background, so all pixels "
+            "count, as without config.data.roi=auto. Pass a mask, --config.data.roi=FILE, if only "
+            "a part of the images is of interest."
+        )
+        return training
+
+    def counted(maps: Features | None, valid: np.ndarray | None) -> np.ndarray | None:
+        return None if maps is None else regions(found, maps, valid, size)
+
+    valid = np.concatenate([regions(found, maps, seen, size) for maps, seen in train.parts()])
+    return dataclasses.replace(
+        training,
+        train=train.with_valid(valid),
+        holdout_valid=counted(training.holdout, training.holdout_valid),
+        defects_valid=counted(training.defects, training.defects_valid),
+        foreground=found,
+    )
+
+
+def _test_in_foreground(
+    test: Callable[..., Iterable[FeatureBatch]], foreground: Foreground, size: tuple[int, int]
+) -> Callable[..., Iterable[FeatureBatch]]:
+    """`Prepared.test` with the pixels that count."""
+
+    def batches_of(indices=None) -> Iterator[FeatureBatch]:
+        for batch in test(indices):
+            valid = regions(foreground, batch.features, batch.valid, size)
+            yield batch._replace(valid=valid)
+
+    return batches_of
+
+
+def _check_labels(
+    images: Split, maps: Features, train: TrainingFeatures, holdout: Features | None
+) -> None:
+    """Raises InputError if a labelled defect is also a normal image; `maps` are its features."""
+    assert images.defects is not None
+    if train.cached is not None:
+        unchanged = tuple(m[: len(images.train)] for m in train.cached)
+        _check_defects(images.defects, maps, images.source, images.train, unchanged)
+    if holdout is not None:
+        normal = images.held_out_source, images.held_out, holdout
+        _check_defects(images.defects, maps, *normal)
 
 
 def _check_defects(
@@ -581,7 +651,7 @@ def _cached_training(cached: _FeatureCache, parts: Split) -> TrainingFeatures:
     if not parallel.on_cpu():
         how = "held on the device" if on_device else "sent to the device step by step"
         _log.info(f"{cached.title}: during training, features are {how}.")
-    return cached_features(maps, cached.padding(parts.source, parts.train), on_device)
+    return cached_features(maps, cached.valid(parts.source, parts.train), on_device)
 
 
 def _recomputed_training(cached: _FeatureCache, parts: Split, seed: int) -> TrainingFeatures:
@@ -593,7 +663,7 @@ def _recomputed_training(cached: _FeatureCache, parts: Split, seed: int) -> Trai
 
     size = config.train.batch_size
     extract = extractor_of(config, backbone, size)
-    valid = cached.padding(source, parts.train)
+    valid = cached.valid(source, parts.train)
     return recomputed_features(len(parts.train), batches_of, extract, size, valid)
 
 
@@ -635,7 +705,7 @@ def _test_batches(
         return _batches_of(cached, source), None
     every = np.arange(len(source))
     if source[0].mask is not None:
-        masks, _ = cached.masks_and_padding(source, every)
+        masks, _ = cached.masks_and_valid(source, every)
         assert masks is not None
         _warn(cached.title, checks.inverted_masks(masks, source))
         _warn(cached.title, checks.cut_masks(source))
@@ -653,10 +723,10 @@ def _batches_of(
         return lambda indices=None: feature_batches(config, cached.backbone, source, indices)
     masks = valid = None
     has_masks = source.part_of is None and source[0].mask is not None
-    if has_masks or cached.is_padded:
+    if has_masks or cached.has_valid(source):
         # Masks and padding are read at once, so that broken images and masks of a wrong size are
         # found before hours of training. The features are computed after it.
-        masks, valid = cached.masks_and_padding(source, every)
+        masks, valid = cached.masks_and_valid(source, every)
         if has_masks and masks is not None:
             _warn(cached.title, checks.blank_masks(masks, source))
             _warn(cached.title, checks.inverted_masks(masks, source))

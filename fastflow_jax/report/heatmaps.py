@@ -28,6 +28,7 @@ _INFERNO = "000004 1f0c48 550f6d 88226a ba3655 e35933 f98c0a f9c932 fcffa4"
 _COLOURS = np.frombuffer(bytes.fromhex(_INFERNO), np.uint8).reshape(-1, 3).astype(np.float32)
 _OPACITY = 0.85  # of the highest value
 _OUTLINE = (0, 255, 170)
+_REGION = (90, 170, 255)  # outline of the region of interest
 _PREDICTED, _NOTHING = (255, 196, 61), (28, 28, 33)  # in strips: predicted mask and its background
 _INK, _FAINT, _PAPER = (32, 32, 36), (112, 112, 120), (255, 255, 255)
 _SIDES = (256, 512)  # minimum and maximum of a panel's longer side in pixels
@@ -45,6 +46,7 @@ def draw_heatmap(
     mask: np.ndarray | None = None,
     threshold: float | None = None,
     title: str = "",
+    region: np.ndarray | None = None,
 ) -> Image.Image:
     """Draws an image, its anomaly map and, with a mask, its defect, with a colour bar.
 
@@ -56,6 +58,8 @@ def draw_heatmap(
       mask: bool [H', W'], True in the defect, all False for a good image; None for no panel.
       threshold: pixels with a higher anomaly map are outlined, and the colour bar marks it.
       title: line above the panels, such as the name and score of the image.
+      region: bool [H', W'], the region of interest, which is outlined in the image; None for no
+        outline.
 
     Raises:
       InputError: `high` is below `low`, one of them is not finite, or the map contains NaN.
@@ -74,7 +78,8 @@ def draw_heatmap(
     if threshold is not None:
         above = np.asarray(_stretch(anomaly_map, coloured.size)) > threshold
         coloured = _outline(coloured, above)
-    panels = [("image", shown), ("anomaly map", coloured)]
+    bounded = shown if region is None else _outline(shown, _shrink(region, shown.size), _REGION)
+    panels = [("image", bounded), ("anomaly map", coloured)]
     if mask is not None:
         outlined = _outline(shown, _shrink(mask, shown.size))
         panels.append(("defect" if mask.any() else "no defect", outlined))
@@ -89,6 +94,7 @@ def draw_strip(
     high: float,
     threshold: float,
     mask: np.ndarray | None = None,
+    region: np.ndarray | None = None,
 ) -> Image.Image:
     """Draws small panels without gaps: image, anomaly map, predicted mask and ground truth.
 
@@ -99,12 +105,14 @@ def draw_strip(
       high: as in `draw_heatmap`.
       threshold: pixels with a higher anomaly map are in the predicted mask.
       mask: bool [H', W'], the ground truth, or None for three panels.
+      region: as in `draw_heatmap`.
     """
     scale = _STRIP_SIDE / max(image.shape[:2])
     height, width = (max(1, round(length * scale)) for length in image.shape[:2])
     shown = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
+    bounded = shown if region is None else _outline(shown, _shrink(region, shown.size), _REGION)
     panels = [
-        shown,
+        bounded,
         _overlay(shown, anomaly_map, low, high),
         _silhouette(np.asarray(_stretch(anomaly_map, shown.size)) > threshold, _PREDICTED),
     ]
@@ -170,7 +178,9 @@ def _stretch(anomaly_map: np.ndarray, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(anomaly_map.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
 
 
-def _outline(image: Image.Image, inside: np.ndarray) -> Image.Image:
+def _outline(
+    image: Image.Image, inside: np.ndarray, colour: tuple[int, int, int] = _OUTLINE
+) -> Image.Image:
     """Draws a line around a region, and a dark one around that for contrast."""
     border = np.ones_like(inside)
     border[2:-2, 2:-2] = False  # the line runs along the edge if the region touches it
@@ -178,7 +188,7 @@ def _outline(image: Image.Image, inside: np.ndarray) -> Image.Image:
     line = (outside & ~inside) | (inside & border)
     pixels = np.array(image)
     pixels[_grow(outside) & ~outside] = 0
-    pixels[line] = _OUTLINE
+    pixels[line] = colour
     return Image.fromarray(pixels)
 
 

@@ -171,6 +171,8 @@ def _protocol(results: Mapping, config: Mapping, part: Mapping | None = None, im
         f"{config['backbone']}{control} at {height} × {width}, "
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}."
     )
+    if protocol.get("roi"):  # runs of earlier versions have none
+        lines.append(f"Pixels in the region of interest count: {protocol['roi']}.")
     return " ".join(lines)
 
 

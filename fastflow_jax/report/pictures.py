@@ -63,7 +63,8 @@ def write_pictures(
         image["aupimo"] = area
     if in_heatmaps or in_strips:
         good = np.flatnonzero(scored.labels == 0)
-        low, high = _colour_range(good if len(good) else np.arange(len(source)), maps_of)
+        normal = good if len(good) else np.arange(len(source))
+        low, high = _colour_range(normal, maps_of, scored.valid)
         limit, origin = _mask_threshold(threshold, curves, float(high), len(good) > 0)
         content |= {"mask_threshold": limit, "mask_threshold_is": origin}
         chosen = list(dict.fromkeys(in_heatmaps + in_strips))
@@ -77,6 +78,8 @@ def write_pictures(
             image, anomaly_map = seen_part(example.image, where), anomaly_map[where.place]
             mask = None if example.mask is None else seen_part(example.mask, where)
             scale = {"low": low, "high": high + (high - low), "mask": mask}
+            if scored.valid is not None and not (region := scored.valid[i][where.place]).all():
+                scale["region"] = region
             if i in in_heatmaps:
                 title = f"{example.name}  score {scored.scores[i]:.3f}"
                 picture = draw_heatmap(image, anomaly_map, **scale, title=title)
@@ -99,14 +102,20 @@ def _chosen(scored: Scored, heatmaps: int, strips: int) -> tuple[list[int], list
     return list(itertools.islice(in_turn, heatmaps)), ranked[np.unique(ranks)].tolist()
 
 
-def _colour_range(normal: np.ndarray, maps_of: Callable) -> tuple[np.floating, np.floating]:
+def _colour_range(
+    normal: np.ndarray, maps_of: Callable, valid: np.ndarray | None
+) -> tuple[np.floating, np.floating]:
     """Returns the median and the 0.999 quantile of the pixels of up to `_SCALE_IMAGES` images.
 
-    Of large maps every few pixels are taken, because all of them may not fit into memory.
+    Of large maps every few pixels are taken, because all of them may not fit into memory. For
+    `valid` see `Scored`.
     """
     some, most = normal[:: -(-len(normal) // _SCALE_IMAGES)].tolist(), _SCALE_PIXELS
-    parts = (m.reshape(-1)[:: -(-m.size * len(some) // most)] for m in maps_of(some))
-    pixels = np.concatenate([*parts])
+    parts = []
+    for i, anomaly_map in zip(some, maps_of(some), strict=True):
+        pixels = anomaly_map.reshape(-1) if valid is None else anomaly_map[valid[i]]
+        parts.append(pixels[:: -(-anomaly_map.size * len(some) // most)])
+    pixels = np.concatenate(parts)
     return np.quantile(pixels, 0.5), np.quantile(pixels, 0.999)
 
 

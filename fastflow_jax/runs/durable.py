@@ -23,12 +23,14 @@ from fastflow_jax import parallel
 from fastflow_jax.backbones.torch_pickle import reason
 from fastflow_jax.config import from_plain
 from fastflow_jax.data.profile import Profile
+from fastflow_jax.data.roi import CommonRegion
 from fastflow_jax.decision import Threshold
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.held_out import HeldOut
+from fastflow_jax.features.foreground import Foreground
 from fastflow_jax.features.shift import Reference
 from fastflow_jax.files import make_folder, remedy, replacing, staged, to_plain, write_json
-from fastflow_jax.state import State, from_bytes, to_bytes
+from fastflow_jax.state import Slot, State, check, from_bytes, to_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +39,8 @@ _FORMAT = 1
 _KEYS = {"format", "version", "config", "weights", "thresholds", "images", "files"}
 _SCORER, _BACKBONE = "scorer.safetensors", "backbone.safetensors"
 _HELD_OUT, _REFERENCE = "held_out.safetensors", "shift.safetensors"
-_FILES = (_SCORER, _BACKBONE, _HELD_OUT, _REFERENCE)
+_ROI = "roi.safetensors"  # region of interest; files of earlier versions do not have it
+_FILES = (_SCORER, _BACKBONE, _HELD_OUT, _REFERENCE, _ROI)
 
 _SMALL = 100 * 10**6  # bytes of backbone weights that are saved by default
 _MAX_DESCRIPTION = 2**20  # bytes of detector.json
@@ -60,6 +63,7 @@ class Saved:
     backbone: State | None = None
     seed: int = 0  # of the training, which determines random weights
     training: pathlib.Path | None = None  # its directory; None for a saved detector
+    roi: CommonRegion | Foreground | None = None  # region of interest, see `region_state`
 
 
 def write(path: pathlib.Path, content: Saved, *, backbone: bool | None = None) -> None:
@@ -80,6 +84,8 @@ def write(path: pathlib.Path, content: Saved, *, backbone: bool | None = None) -
         states[_HELD_OUT] = content.held_out.state_dict()
     if content.reference is not None:
         states[_REFERENCE] = content.reference.state_dict()
+    if content.roi is not None:
+        states[_ROI] = region_state(content.roi)
     files = {name: to_bytes(state) for name, state in states.items()}
     about = {
         "format": _FORMAT,
@@ -146,7 +152,21 @@ def read(path: pathlib.Path) -> Saved:
             reference=None if reference is None else Reference.from_state(reference),
             backbone=states.get(_BACKBONE),
             seed=int(about["weights"].get("seed", 0)),
+            roi=region_from_state(states[_ROI]) if _ROI in states else None,
         )
+
+
+def region_state(roi: CommonRegion | Foreground) -> dict[str, np.ndarray]:
+    """The arrays of a region of interest by name, for `region_from_state`."""
+    return {"mask": roi.mask} if isinstance(roi, CommonRegion) else roi.state_dict()
+
+
+def region_from_state(state: State) -> CommonRegion | Foreground:
+    """The inverse of `region_state`; raises InputError if it has other arrays."""
+    if "mask" not in state:
+        return Foreground.from_state(state)
+    check(state, {"mask": Slot((None, None), np.bool_)})
+    return CommonRegion(state["mask"])
 
 
 def is_zip(path: pathlib.Path) -> bool:

@@ -21,6 +21,7 @@ import fastflow_jax
 from fastflow_jax import data, parallel
 from fastflow_jax.backbones.weights import licence
 from fastflow_jax.config import variants, without
+from fastflow_jax.data.dataset import Regions
 from fastflow_jax.data.pipeline import regions_as_input
 from fastflow_jax.data.tiles import image_means_of
 from fastflow_jax.data.tiling import Places
@@ -269,6 +270,7 @@ def _run_part(part: _Part, siblings: list[_Part], prepare: Callable[..., Prepare
     if dataset.test:
         start = time.perf_counter()
         scored, means = _score_test(part, prepared, fitted.scorer, fitted.places, "test")
+        _warn_of_hidden_defects(part, dataset.test, scored)
         given = fitted.thresholds
         limits = Limits(**{of: given[of] and given[of]["value"] for of in ("image", "pixel")})
         results["figures"], details = evaluate(scored, dataset.test.defects, limits)
@@ -394,8 +396,34 @@ def _score_test(
     if test.regions is None:
         return scored, means
     resize = tuple(part.config.image_size), part.config.data.resize, part.config.data.mask_resize
-    regions_of = test.regions
-    return scored._replace(regions=lambda i: regions_as_input(regions_of(i), *resize)), means
+    regions_of, valid = test.regions, scored.valid
+
+    def regions(i: int) -> Regions:
+        found = regions_as_input(regions_of(i), *resize)
+        if valid is None:
+            return found
+        masks = found.masks & valid[i]
+        remain = masks.any((1, 2))
+        return Regions(masks[remain], found.saturation[remain])
+
+    return scored._replace(regions=regions), means
+
+
+def _warn_of_hidden_defects(part: _Part, test: data.Source, scored: Scored) -> None:
+    """Warns of defective images that have no defective pixel in their region of interest."""
+    section = part.config.data
+    if scored.masks is None or (section.roi is None and section.roi_dir is None):
+        return
+    is_hidden = (scored.labels == 1) & ~np.array([mask.any() for mask in scored.masks])
+    if is_hidden.any():
+        _log.warning(
+            "%s: %d of %d defective test images have no defect in the region of interest, such as "
+            "%s. They count as defective in image metrics, and not in pixel metrics.",
+            part.title,
+            is_hidden.sum(),
+            scored.labels.sum(),
+            test.names[int(is_hidden.argmax())],
+        )
 
 
 def _best_on_test(epochs: list[dict]) -> dict | None:
@@ -464,6 +492,7 @@ def _summarise(config, parts: list[dict]) -> dict:
             "epoch": "last",
             "chosen_on_test_data": "nothing",
             "resize": config.data.resize,
+            "roi": config.data.roi or config.data.roi_dir,
             "masks": _masks(config),
             "tile": config.data.tile,
             "aupro_fpr_limit": 0.3,

@@ -98,6 +98,7 @@ def fit(
     seconds = time.perf_counter() - began
     if training == directory:
         reference = saved.write_reference(config, prepared, training)
+        saved.write_region(config, prepared.foreground, training)
     else:
         reference = saved.read_reference(training)
     thresholds = record(seed=seed, directory=directory, training=training, scored=scored)

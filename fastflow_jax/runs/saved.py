@@ -10,6 +10,7 @@ import numpy as np
 from fastflow_jax.backbones import Backbone, open_backbone, rebuild_backbone, spec_of
 from fastflow_jax.config import from_plain
 from fastflow_jax.data.profile import Profile
+from fastflow_jax.data.roi import CommonRegion, common_region
 from fastflow_jax.data.tiles import image_means_of
 from fastflow_jax.data.tiling import Places
 from fastflow_jax.decision import Threshold
@@ -17,9 +18,18 @@ from fastflow_jax.detectors.base import Scorer, method
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.held_out import HeldOut, Reweigh, score_held_out
 from fastflow_jax.features.extract import image_means
+from fastflow_jax.features.foreground import Foreground
 from fastflow_jax.features.prepare import Prepared, is_augmented
 from fastflow_jax.features.shift import Reference, chosen
-from fastflow_jax.files import expanded, read_json, sha256, to_plain, write_json
+from fastflow_jax.files import (
+    expanded,
+    read_arrays,
+    read_json,
+    sha256,
+    to_plain,
+    write_arrays,
+    write_json,
+)
 from fastflow_jax.runs import durable
 from fastflow_jax.runs.durable import DETECTOR, Saved, plain_thresholds, read_threshold
 
@@ -27,6 +37,7 @@ _log = logging.getLogger(__name__)
 
 _HELD_OUT = "held_out.npz"
 _REFERENCE = "shift.npz"  # in the directory of the training
+_ROI = "roi.npz"  # region of interest, likewise
 _RATE, _PIXEL_RATE = 0.05, 0.01  # default false-alarm rates
 VERSIONS = "versions"  # directory of the taught versions of a run, see `versions`
 # Training images whose cross-fitted scores give a threshold: the rate of 4 is one in five.
@@ -141,6 +152,7 @@ def read(path: pathlib.Path) -> Saved:
         reference=read_reference(training),
         seed=about["seed"],
         training=training,
+        roi=read_region(training),
     )
 
 
@@ -209,6 +221,19 @@ def write_reference(config, prepared: Prepared, training: pathlib.Path) -> Refer
     if reference is not None:
         reference.save(training / _REFERENCE)
     return reference
+
+
+def write_region(config, foreground: Foreground | None, training: pathlib.Path) -> None:
+    """Writes the region of interest of a training to its directory, if it has one."""
+    roi = foreground or common_region(config.data)
+    if roi is not None:
+        write_arrays(training / _ROI, durable.region_state(roi))
+
+
+def read_region(training: pathlib.Path) -> CommonRegion | Foreground | None:
+    """Reads what `write_region` has written, if anything."""
+    file = training / _ROI
+    return durable.region_from_state(read_arrays(file)) if file.exists() else None
 
 
 def read_reference(training: pathlib.Path) -> Reference | None:

@@ -72,6 +72,7 @@ class Loaded(Predictor):
         self.image_size, self.resize = description.image_size, description.resize
         self.tiling, self.places = description.tiling, description.places
         self.decision, self.metadata = description.decision, description.metadata
+        self.roi = description.roi
         self.training_images, self.batch_size = None, engine.batch
         self._batcher = Batcher(
             self._workers,
@@ -135,8 +136,11 @@ class Loaded(Predictor):
                             f"The request has more images or pages than {limit}. Send at most "
                             f"{MAX_IMAGES}, in a form."
                         )
+                    region = None
+                    if self.roi is not None:  # the workers know it as well
+                        region = self.roi(page, (image.shape[0], image.shape[1]))
                     how = self.image_size, self.resize, self.tiling, self.places
-                    cut_image = cut(image, page, *how)
+                    cut_image = dataclasses.replace(cut(image, page, *how), region=region)
                     inputs.append((Outputs(cut_image), cut_image.parts))
         waiting = ((outputs, part) for outputs, parts in inputs for part in parts)
         # Tiles of large images are cut as they are scored.

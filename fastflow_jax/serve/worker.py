@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastflow_jax.data.roi import CommonRegion
 from fastflow_jax.data.tiling import Places, Tiling
 from fastflow_jax.decision import Decision
 from fastflow_jax.errors import InputError
@@ -51,6 +52,7 @@ class Description:
     places: Places | None  # see `Predictor`
     decision: Decision
     metadata: Mapping[str, Any]
+    roi: CommonRegion | None = None  # region of interest of all images
 
 
 class Worker:
@@ -217,7 +219,7 @@ def serve(descriptor: int, file: str, threads: int | None, batch: int) -> None:
             connection.send(f"{file} cannot be loaded: {error}. Export or train it again.")
             return
         how = predictor.image_size, predictor.resize, predictor.tiling, predictor.places
-        connection.send(Description(*how, predictor.decision, metadata))
+        connection.send(Description(*how, predictor.decision, metadata, predictor.roi))
         while True:
             try:
                 request = connection.recv()

@@ -186,3 +186,23 @@ def test_a_threshold_out_of_range_is_marked_at_the_end_of_the_colour_bar(thresho
     bar = np.asarray(picture)[12 : 12 + 256, 12 + 2 * 266 :]
     (marked,) = np.nonzero((bar == OUTLINE).all(-1).any(1))
     assert abs(marked.mean() - (0 if threshold > 4 else 255)) < 4
+
+
+def test_the_region_of_interest_is_outlined_in_the_image_alone():
+    image, region = noise_image(), np.zeros((260, 300), bool)
+    region[40:200, 60:240] = True
+    how = {"low": 0.0, "high": 1.0, "title": "x"}
+    for draw, scale in (
+        (draw_heatmap, how),
+        (draw_strip, {"low": 0.0, "high": 1.0, "threshold": 0.5}),
+    ):
+        found = np.asarray(draw(image, np.zeros((8, 8)), region=region, **scale))
+        blue = (found == (90, 170, 255)).all(-1)
+        rows, columns = np.nonzero(blue)
+        assert len(rows) > 200
+        assert columns.max() < found.shape[1] / 2
+        assert (
+            not (np.asarray(draw(image, np.zeros((8, 8)), **scale)) == (90, 170, 255)).all(-1).any()
+        )
+        height = np.ptp(rows) / np.ptp(columns)
+        assert height == pytest.approx(160 / 180, abs=0.05)

@@ -10,6 +10,7 @@ from fastflow_jax.data.dataset import Dataset, Source
 from fastflow_jax.data.inputs import Outputs, cut
 from fastflow_jax.data.pipeline import as_input, batches
 from fastflow_jax.data.roi import CommonRegion, open_region, with_regions
+from fastflow_jax.data.tiling import Tiling
 from fastflow_jax.data.transforms import counted, normalise
 from fastflow_jax.errors import InputError
 
@@ -144,13 +145,13 @@ def test_a_region_without_a_pixel_in_the_input_is_an_error():
     with pytest.raises(InputError, match=r"No pixel of dot\.png counts"):
         list(batches(dot, **how))
     with pytest.raises(InputError, match=r"No pixel of dot\.png counts"):
-        cut(np.zeros((200, 200, 3), np.uint8), "dot.png", (4, 4), "square", tile=False, region=thin)
+        cut(np.zeros((200, 200, 3), np.uint8), "dot.png", (4, 4), "square", region=thin)
 
 
 def test_tiles_are_cut_from_the_region_and_left_out_without_a_pixel():
     image, region = RNG.integers(0, 256, (20, 90, 3), np.uint8), np.zeros((20, 90), bool)
     region[5:10, 3:12] = True
-    inputs = cut(image, "a", (20, 20), "square", tile=True, region=region)
+    inputs = cut(image, "a", (20, 20), "square", Tiling((20, 20)), region=region)
     outputs, n = Outputs(inputs), 0
     for part in inputs.parts:
         assert part.valid is not None

@@ -91,3 +91,19 @@ print(sorted({name.partition(".")[0] for name in sys.modules} - sys.stdlib_modul
     )
     assert set(ast.literal_eval(process.stdout)) >= {"PIL", "fastflow_jax", "numpy"}
     assert not set(ast.literal_eval(process.stdout)) & {"jax", "scipy", "ml_collections", "sklearn"}
+
+
+def test_the_detector_loads_no_package_that_is_needed_later():
+    code = """
+import sys
+from fastflow_jax import Detector
+print(sorted(sys.modules))
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    loaded = set(ast.literal_eval(process.stdout))
+    assert {"fastflow_jax.detector.detector", "jax", "scipy"} <= loaded
+    of_scipy = {f"scipy.{name}" for name in ("cluster", "ndimage", "optimize", "special", "stats")}
+    later = {"grain", "onnx", "onnxruntime", "optax", "orbax", "sklearn", "tensorflow_datasets"}
+    assert not loaded & (of_scipy | later)

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.ndimage import gaussian_filter1d
+import scipy
 
 from fastflow_jax.features.extract import inside
 
@@ -34,7 +34,7 @@ def _interpolation(before: int, after: int, sigma: float) -> np.ndarray:
     centres = (np.arange(after) + 0.5) * before / after - 0.5
     centres = np.clip(centres, 0, before - 1)[:, None]
     weights = np.maximum(0, 1 - np.abs(centres - np.arange(before)))
-    return gaussian_filter1d(weights, sigma, axis=0) if sigma else weights
+    return scipy.ndimage.gaussian_filter1d(weights, sigma, axis=0) if sigma else weights
 
 
 def border_weights(size: tuple[int, int], side: int) -> np.ndarray:

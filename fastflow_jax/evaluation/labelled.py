@@ -12,7 +12,7 @@ import logging
 from typing import TypeVar
 
 import numpy as np
-from scipy import optimize, stats
+import scipy
 
 from fastflow_jax.detectors.base import method
 from fastflow_jax.detectors.calibration import LocationScorer
@@ -104,7 +104,7 @@ def learn(normal: np.ndarray, defective: np.ndarray, default: np.ndarray) -> np.
         value = np.logaddexp(0, -margins).mean() + _STRENGTH * change @ change
         return value, 2 * _STRENGTH * change / start.max() - slopes
 
-    found = optimize.minimize(loss, start, jac=True, bounds=[(0, None)] * len(start)).x
+    found = scipy.optimize.minimize(loss, start, jac=True, bounds=[(0, None)] * len(start)).x
     weights = np.zeros(len(default), np.float32)
     weights[used] = found / found.sum() * default.sum() if found.sum() > 0 else default[used]
     return weights
@@ -137,7 +137,7 @@ def gain(normal: np.ndarray, defective: np.ndarray, default: np.ndarray, seed: i
             of_normal[n == i] += change.mean(0) / _REPEATS
     error = np.sqrt(of_normal.var(ddof=1) / counts[0] + of_defective.var(ddof=1) / counts[1])
     mean = float(of_defective.mean())
-    half = float(stats.t.ppf((1 + _CONFIDENCE) / 2, min(counts) - 1) * error)
+    half = float(scipy.special.stdtrit(min(counts) - 1, (1 + _CONFIDENCE) / 2) * error)
     return Gain(mean, (mean - half, mean + half))
 
 

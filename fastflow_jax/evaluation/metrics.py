@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import ndimage
 
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.ranking import check, figures
@@ -243,5 +243,5 @@ def regions_of(mask: np.ndarray) -> np.ndarray:
     """Returns the number of each pixel's region, int32 [H, W], from 1 on; 0 in normal pixels."""
     if not mask.any():
         return np.zeros(mask.shape, np.int32)
-    found = ndimage.label(mask, structure=np.ones((3, 3)))
+    found = scipy.ndimage.label(mask, structure=np.ones((3, 3)))
     return cast(tuple[np.ndarray, int], found)[0]

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import special
+import scipy
 
 from fastflow_jax.data.dataset import Regions
 from fastflow_jax.errors import InputError
@@ -252,6 +252,6 @@ def _values_of_regions(
 
 def _size_recall(low: float, high: float, overlaps: np.ndarray) -> SizeRecall:
     n, found = len(overlaps), int((overlaps > 0).sum())
-    start = float(special.betaincinv(found, n - found + 1, 0.025)) if found else 0.0
-    end = float(special.betaincinv(found + 1, n - found, 0.975)) if found < n else 1.0
+    start = float(scipy.special.betaincinv(found, n - found + 1, 0.025)) if found else 0.0
+    end = float(scipy.special.betaincinv(found + 1, n - found, 0.975)) if found < n else 1.0
     return SizeRecall(low, high, n, found, [start, end], float(overlaps.mean()))

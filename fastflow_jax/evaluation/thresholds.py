@@ -16,8 +16,8 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import special
 
 from fastflow_jax.decision import Threshold, group_weights, rows_by_kind
 from fastflow_jax.errors import InputError
@@ -78,7 +78,7 @@ def image_threshold(
     reached = np.round(weights[order].cumsum(), 9)
     place = min(int(np.searchsorted(reached, weight)), len(scores) - 1)
     alpha = (1 - confidence) / 2
-    low, high = special.betaincinv(n + 1 - k, k, [alpha, 1 - alpha])
+    low, high = scipy.special.betaincinv(n + 1 - k, k, [alpha, 1 - alpha])
     if warn and not supported:
         needed = int(np.ceil(np.round(1 / rate, 9))) - 1
         units = _units(groups)
@@ -203,10 +203,11 @@ def _binomial_interval(shares: np.ndarray, confidence: float) -> tuple[tuple[flo
         return (0.0, 1.0), 0.0
     variance = shares.var(ddof=1) / n
     draws = mean * (1 - mean) / variance if variance else float(n)
-    draws *= (special.ndtri(alpha) / special.stdtrit(n - 1, alpha)) ** 2  # wider for few images
+    wider = scipy.special.ndtri(alpha) / scipy.special.stdtrit(n - 1, alpha)  # for few images
+    draws *= wider**2
     hits = draws * mean
-    low = special.betaincinv(hits, draws - hits + 1, alpha) if hits else 0.0
-    high = special.betaincinv(hits + 1, draws - hits, 1 - alpha) if hits < draws else 1.0
+    low = scipy.special.betaincinv(hits, draws - hits + 1, alpha) if hits else 0.0
+    high = scipy.special.betaincinv(hits + 1, draws - hits, 1 - alpha) if hits < draws else 1.0
     return (float(low), float(high)), float(draws)
 
 

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import cdist
+import scipy
 
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.shift import Reference, chosen
@@ -61,7 +60,8 @@ class Gate:
     def __call__(self, means: np.ndarray) -> Recognised:
         """Recognises the products of images with these `image_means` [B, C]."""
         x = means / self.scale
-        distances = np.stack([cdist(x, rows).min(1) for rows in self.rows], 1)  # [B, P]
+        nearest = [scipy.spatial.distance.cdist(x, rows).min(1) for rows in self.rows]
+        distances = np.stack(nearest, 1)  # [B, P]
         product = distances.argmin(1)
         nearest, second = np.sort(distances, 1)[:, :2].T
         is_unlike = (nearest > _RATIO * second) & (nearest > _FURTHER * self.spread[product])
@@ -70,7 +70,7 @@ class Gate:
 
 def _spread(rows: np.ndarray) -> float:
     """Largest distance of a row [N, C] to the nearest other row; infinite for a single row."""
-    distances = cdist(rows, rows)
+    distances = scipy.spatial.distance.cdist(rows, rows)
     np.fill_diagonal(distances, np.inf)
     return float(distances.min(1).max())
 
@@ -99,7 +99,7 @@ def find_products(means: np.ndarray) -> np.ndarray:
     grouped = labels >= 0
     if not grouped.any():
         return np.zeros(len(x), int)
-    nearest = cdist(x[~grouped], x[grouped]).argmin(1)
+    nearest = scipy.spatial.distance.cdist(x[~grouped], x[grouped]).argmin(1)
     labels[~grouped] = labels[grouped][nearest]
     _, first, group = np.unique(labels, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[group]
@@ -110,7 +110,7 @@ def _distinct(x: np.ndarray) -> np.ndarray:
     outside = np.full(len(x), -1)
     if len(x) < 2 * _FEWEST:
         return outside
-    tree = linkage(x, "single")
+    tree = scipy.cluster.hierarchy.linkage(x, "single")
     n_groups, sizes = 0, [1] * len(x)
     best, cut, start = _DISTINCT, None, 0.0  # start: where the number of groups last changed
     for one, other, distance, size in tree:
@@ -122,6 +122,6 @@ def _distinct(x: np.ndarray) -> np.ndarray:
         n_groups, start = n_groups + change, distance if change else start
     if cut is None:
         return outside
-    labels = fcluster(tree, cut, "distance")
+    labels = scipy.cluster.hierarchy.fcluster(tree, cut, "distance")
     found, counts = np.unique(labels, return_counts=True)
     return np.where(np.isin(labels, found[counts >= _FEWEST]), labels, -1)

@@ -9,8 +9,7 @@ import pathlib
 from collections.abc import Mapping
 
 import numpy as np
-from scipy import special
-from scipy.spatial.distance import cdist
+import scipy
 
 from fastflow_jax.data.groups import labels_of
 from fastflow_jax.errors import InputError
@@ -94,7 +93,8 @@ class Reference:
 
     def distances(self, means: np.ndarray) -> np.ndarray:
         """Distances of images with these `image_means` [B, C], float64 [B]; 1 is typical."""
-        return cdist((means - self.center) / self.scale, self.rows).min(1) / self.median
+        rows = (means - self.center) / self.scale
+        return scipy.spatial.distance.cdist(rows, self.rows).min(1) / self.median
 
     def extended(
         self, means: np.ndarray, groups: np.ndarray | None = None, *, as_kind: bool
@@ -112,10 +112,11 @@ class Reference:
         first = _first_of_parts(len(means), groups)
         if not as_kind or len(first) < 2:
             return grown
-        to_others = cdist(rows[first], rows)
+        to_others = scipy.spatial.distance.cdist(rows[first], rows)
         own = np.arange(len(means)) if groups is None else groups
         to_others[own[first][:, None] == own] = np.inf
-        nearest = np.minimum(to_others.min(1), cdist(rows[first], self.rows).min(1))
+        to_training = scipy.spatial.distance.cdist(rows[first], self.rows)
+        nearest = np.minimum(to_others.min(1), to_training.min(1))
         median = float(np.sort(nearest)[len(first) // 2])
         if median <= self.median:
             return grown
@@ -203,8 +204,8 @@ def find(
 def _p_value(reference: Reference, tested: int, near: int) -> float:
     """Probability of at most `near` parts that are as near as half of the normal ones."""
     r = reference.n_parts // 2 + 1
-    probability = special.betaincinv(r, reference.n_parts + 1 - r, _QUANTILES)
-    return float(special.bdtr(near, tested, _NORMAL * probability).mean())
+    probability = scipy.special.betaincinv(r, reference.n_parts + 1 - r, _QUANTILES)
+    return float(scipy.special.bdtr(near, tested, _NORMAL * probability).mean())
 
 
 def _first_of_parts(n: int, groups) -> np.ndarray:

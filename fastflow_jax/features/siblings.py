@@ -8,7 +8,7 @@ are too low.
 import dataclasses
 
 import numpy as np
-from scipy.spatial.distance import cdist
+import scipy
 
 from fastflow_jax.features.extract import Features, image_means
 
@@ -39,7 +39,7 @@ def nearest_rows(images: Features, others: Features) -> np.ndarray:
       images: features [B, h, w, C] per scale.
       others: features of the other images, [N, h, w, C] per scale.
     """
-    return cdist(image_means(images), image_means(others)).argmin(1)
+    return scipy.spatial.distance.cdist(image_means(images), image_means(others)).argmin(1)
 
 
 def find(trained_on: Features, held_out: Features, *, same_source: bool) -> Siblings | None:
@@ -61,7 +61,7 @@ def find(trained_on: Features, held_out: Features, *, same_source: bool) -> Sibl
     center, scale = train.mean(0), train.std(0)
     scale = np.where(scale > 0, scale, 1.0)
     train, held = (train - center) / scale, (held - center) / scale
-    distances = cdist(held, train)
+    distances = scipy.spatial.distance.cdist(held, train)
     median = np.median(distances)
     if len(train) < 2 or median == 0:
         return None
@@ -72,7 +72,7 @@ def find(trained_on: Features, held_out: Features, *, same_source: bool) -> Sibl
         return Siblings(f"{copies} of the held-out images are equal to training images", *pair)
     if same_source:
         rows = np.linspace(0, len(train) - 1, min(len(train), _MAX_QUERIES)).astype(int)
-        among = cdist(train[rows], train)
+        among = scipy.spatial.distance.cdist(train[rows], train)
         among[np.arange(len(rows)), rows] = np.inf
         distances = np.concatenate([distances, among])
     if len(train) < _MIN_TRAINING or len(distances) < _MIN_QUERIES:

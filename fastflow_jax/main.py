@@ -1,53 +1,40 @@
 """Trains, evaluates, describes, applies, exports and serves anomaly detectors.
 
-Train:
-  python -m fastflow_jax.main --config=configs/demo.py [--config.seed=1 ...] [--workdir=DIR]
-Audit the normal images:
-  python -m fastflow_jax.main --mode=audit --config=configs/folder.py --config.data.root=DIR
-Predict:
-  python -m fastflow_jax.main --mode=predict --workdir=DIR --input=photos/new --output=out
-Export:
-  python -m fastflow_jax.main --mode=export --workdir=DIR --output=detector.onnx
-Update:
-  python -m fastflow_jax.main --mode=update --workdir=DIR --input=photos/new_normals
-Serve:
-  python -m fastflow_jax.main --mode=serve --workdir=DIR --port=8000
+    python -m fastflow_jax.main --config=configs/demo.py [--config.seed=1 ...] [--workdir=DIR]
+    python -m fastflow_jax.main --mode=predict --workdir=DIR --input=photos/new --output=out
 
-Results are printed to stdout; messages and progress bars go to stderr. Compiled programs are cached
-in fastflow_jax/ of the user's cache directory ($XDG_CACHE_HOME or ~/.cache). At each start, the
-least recently used ones are deleted until at most 1 GiB is left. To cache them in another
-directory, without a bound, set JAX_COMPILATION_CACHE_DIR.
+`fastflow-jax predict ...` is the same as `python -m fastflow_jax.main --mode=predict ...`.
+`cli.commands` lists the modes and the flags that each of them reads.
 """
 
 import contextlib
-import io
 import itertools
-import logging
 import os
 import pathlib
 import runpy
-import signal
 import sys
 import traceback
-import types
 import warnings
-from collections.abc import Iterator
-from typing import Any, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from fastflow_jax.cli import commands, configs, process
+from fastflow_jax.cli.process import fail, handle_signals
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
-    help_string="Read the configuration from this file, with an argument after a colon if it takes "
-    "one, such as configs/demo.py or configs/demo.py:poly.",
+    help_string="Read the configuration from this file, or the packaged one of this name, with an "
+    "argument after a colon if it takes one, such as configs/demo.py, demo or demo:poly.",
     lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Store the run in this directory, by default runs/<config>-<argument>-<backbone>.",
+    "With --mode=train or audit, store the run in this directory, by default "
+    "runs/<config>-<argument>-<backbone>; with --mode=predict, export, serve, update, batch or "
+    "submit, read the run in this directory.",
 )
 _QUIET = flags.DEFINE_bool(
     "quiet", False, "Show only warnings and errors on stderr, and no progress bars."
@@ -72,15 +59,8 @@ _THREADS = flags.DEFINE_integer(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "describe", "audit", "predict", "export", "serve", "batch", "update", "submit"],
-    "Train and evaluate --config; describe its model without data and weights; audit its normal "
-    "images, which lists those that look unusual; predict --input "
-    "with the detector in --workdir, which exits with 0 if all images are normal, 1 if some are "
-    "anomalous, 2 if it failed, 3 if some images cannot be read, and 4 if there is no threshold; "
-    "export that detector to the file --output; serve it, or each --model, over HTTP; score "
-    "millions of images with it, or with --model, as a batch job with the same exit statuses; "
-    "update it with the normal images in --input, without training; or write results of the "
-    "private test images of MVTec AD 2.",
+    list(commands.COMMANDS),
+    "What to do; `fastflow-jax MODE --help` describes each mode and lists its flags.",
 )
 _INPUT = flags.DEFINE_string(
     "input",
@@ -213,8 +193,6 @@ _MAX_BYTES = flags.DEFINE_integer(
     "max_bytes", 32 * 2**20, "With --mode=serve, refuse requests of more bytes."
 )
 
-_MAX_CACHE_BYTES = 2**30  # of compiled programs
-
 
 def main(argv: list[str]) -> int:
     """Runs the mode that the flags select; returns the exit status."""
@@ -225,7 +203,7 @@ def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
     # Orbax logs every file, and every failure with its traceback before it raises.
     absl_logging.set_verbosity(absl_logging.FATAL)
-    _set_up_stderr()
+    process.set_up_stderr(quiet=_QUIET.value)
     _check_flags(argv)
     if _THREADS.value is not None:
         os.environ["NPROC"] = str(_THREADS.value)  # XLA reads it when it starts
@@ -236,6 +214,8 @@ def main(argv: list[str]) -> int:
         return _serve()
     if _MODE.value == "batch":
         return _score_batch()
+    if _MODE.value == "data":
+        return _data()
     return _main_with_jax()
 
 
@@ -249,8 +229,8 @@ def _main_with_jax() -> int:
     distributed = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if _DISTRIBUTED.value or any(flag is not None for flag in distributed):
         parallel.start(*distributed)
-    _cache_programs()
-    _check_device()
+    process.cache_programs()
+    process.check_device()
     if _MODE.value == "predict":
         return _predict()
     if _MODE.value == "export":
@@ -271,7 +251,7 @@ def _main_with_jax() -> int:
         if _MODE.value == "audit":
             _audit(config, workdir)
             return 0
-        with contextlib.nullcontext() if parallel.is_main() else _silence():
+        with contextlib.nullcontext() if parallel.is_main() else process.silence():
             results = experiment.run(config, workdir)
             print(f"\n{format_table(results)}\n\nRun directory: {workdir}")
     return 0
@@ -283,7 +263,7 @@ def _audit(config, workdir: pathlib.Path) -> None:
     from fastflow_jax.report.audit import format_audit
     from fastflow_jax.runs import audit
 
-    with contextlib.nullcontext() if parallel.is_main() else _silence():
+    with contextlib.nullcontext() if parallel.is_main() else process.silence():
         for found in audit.run(config, workdir):
             print(f"\n{format_audit(found)}")
         print(f"\nPictures: audit.html, names: audit.txt, in {workdir}")
@@ -303,69 +283,24 @@ def _check_flags(argv: list[str]) -> None:
     if _MODE.value not in ("predict", "export", "serve", "batch", "update", "submit"):
         if _WEIGHTS.value is not None:
             raise InputError("--weights is for --mode=predict. Pass --config.weights=FILE instead.")
-        if _CONFIG.value is None:
-            raise InputError("--config is missing. Pass, for example, --config=configs/demo.py.")
+        if _CONFIG.value is None and _MODE.value != "data":
+            raise InputError("--config is missing. Pass, for example, --config=demo.")
     elif _CONFIG.value is not None:
         raise InputError(
             f"--mode={_MODE.value} reads the configuration of the run. Leave --config out, and "
             "pass a weight file that has moved as --weights=FILE."
         )
+    commands.check_flags(_MODE.value, flags.FLAGS)
 
 
-def _set_up_stderr() -> None:
-    """Shows messages of this package on stderr, between progress bars, unless --quiet is set."""
-    from tqdm import tqdm
+def _data() -> int:
+    """Lists the data sets, or prepares that of --config; returns the exit status."""
+    from fastflow_jax.data import catalogue
 
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
-            with contextlib.suppress(OSError):  # the reader of stderr may have ended
-                tqdm.write(level + record.getMessage(), file=sys.stderr)
-
-    logger = logging.getLogger("fastflow_jax")
-    logger.setLevel(logging.WARNING if _QUIET.value else logging.INFO)
-    logger.handlers, logger.propagate = [Handler()], False
-    if _QUIET.value or os.environ.get("TQDM_DISABLE"):
-        # tqdm reads the variable when it is imported, and prefers the argument `disable` to it.
-        init = tqdm.__init__
-
-        def disabled(self, *args, **kwargs) -> None:
-            init(self, *args, **kwargs | {"disable": True})
-
-        tqdm.__init__ = disabled
-
-
-def _cache_programs() -> None:
-    """Makes JAX cache compiled programs; see the docstring of this module."""
-    import jax
-
-    from fastflow_jax.files import delete_oldest
-
-    directory = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not directory.is_absolute():  # the XDG specification ignores relative paths
-        try:
-            directory = pathlib.Path("~/.cache").expanduser()
-        except RuntimeError:  # a user without a home directory
-            return
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        delete_oldest(directory / "fastflow_jax", _MAX_CACHE_BYTES)
-        jax.config.update("jax_compilation_cache_dir", str(directory / "fastflow_jax"))
-
-
-def _check_device() -> None:
-    """Raises InputError if JAX finds no device."""
-    from fastflow_jax import parallel
-    from fastflow_jax.errors import InputError
-
-    try:
-        parallel.device_description()
-    except Exception as error:  # of JAX or of a driver
-        platforms = os.environ.get("JAX_PLATFORMS", "")
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"JAX found no device for JAX_PLATFORMS={platforms!r} ({reason}). Unset it, or install "
-            "JAX for that device: pip install 'fastflow-jax[cuda]' or 'fastflow-jax[tpu]'."
-        ) from error
+    if _CONFIG.value is None:
+        print(catalogue.listing())
+        return 0
+    return catalogue.prepare(_CONFIG.value.copy_and_resolve_references().data)
 
 
 def _predict() -> int:
@@ -489,17 +424,6 @@ def _needed(*paths: flags.FlagHolder[str | None]) -> list[str]:
     return [flag.value for flag in paths if flag.value is not None]
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Discards stdout and stderr, for all processes but the first one."""
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
-        yield
-
-
 def _run(argv: list[str]) -> int:
     """Runs `main`; errors that a user can fix end in one message and a status."""
     from fastflow_jax.errors import InputError, Interrupted
@@ -508,19 +432,19 @@ def _run(argv: list[str]) -> int:
     try:
         return main(argv)
     except InputError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     except Interrupted as stop:
-        _fail(f"{stop}. The same command continues from there.", stop.exit_code)
+        fail(f"{stop}. The same command continues from there.", stop.exit_code)
     except KeyboardInterrupt as stop:
         rest = "from the last checkpoint, if any"
         if _MODE.value in ("predict", "batch"):
             rest = "with the remaining images"
         message = f"interrupted. The same command continues {rest}."
-        _fail(message, _status(stop), at_once=True)  # without waiting for threads of JAX
+        fail(message, process.status(stop), at_once=True)  # without waiting for threads of JAX
     except Exception as error:
         if remedy(error):
             flag = _OUTPUT if _MODE.value in ("predict", "export", "batch", "submit") else _WORKDIR
-            _fail(f"{error}. {remedy(error)}, or pass another --{flag.name}.", 2)
+            fail(f"{error}. {remedy(error)}, or pass another --{flag.name}.", 2)
         if _MODE.value in (
             "predict",
             "batch",
@@ -536,32 +460,37 @@ def _run(argv: list[str]) -> int:
             f"another process of this run has ended, or a device has failed ({reason}). Start all "
             "processes again; they continue from the last checkpoint."
         )
-        _fail(message, 1, at_once=True)  # without waiting for the other process
+        fail(message, 1, at_once=True)  # without waiting for the other process
 
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses the flags; for a misspelt field of the configuration, suggests similar ones."""
     from fastflow_jax.errors import InputError
 
+    try:
+        argv = commands.to_flags(argv)
+        if (text := commands.help_of(argv, flags.FLAGS)) is not None:
+            with contextlib.suppress(BrokenPipeError):  # as in --help | head
+                print(text, flush=True)
+            sys.exit(0 if argv[1:] else 2)
+        argv = configs.find_all(argv)
+    except InputError as error:
+        fail(str(error), 2)
     words = [word for a in argv for word in a.split("=", 1)]  # --config=FILE or --config FILE
     given = [b for a, b in itertools.pairwise(words) if a in ("--config", "-config")]
     file, _, argument = given[-1].partition(":") if given else ("", "", "")
-    if given and not pathlib.Path(file).is_file():
-        _fail(
-            f"the configuration {file} was not found in {os.getcwd()}. Pass a file such as "
-            "--config=configs/demo.py of the repository.",
-            2,
-        )
     try:
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         message = str(error)
+        if error.flagname.startswith("config."):
+            message = f"--{error.flagname} needs --config. Pass, for example, --config=folder."
         if error.flagname == "config.weights":
             message = "--config.weights needs --config. For --mode=predict, pass --weights=FILE."
-        _fail(message, 2)
+        fail(message, 2)
     except (flags.Error, InputError) as error:
         # An error in a configuration file comes with its traceback.
-        _fail(str(error).rpartition(f"{InputError.__name__}: ")[2].strip(), 2)
+        fail(str(error).rpartition(f"{InputError.__name__}: ")[2].strip(), 2)
     except (AttributeError, KeyError):
         from fastflow_jax.config import misspelt
 
@@ -569,63 +498,18 @@ def _parse(argv: list[str]) -> list[str]:
         message = misspelt(config, argv)
         if message is None:
             raise
-        _fail(message, 2)
+        fail(message, 2)
 
 
-def handle_signals() -> None:
-    """Makes SIGINT and SIGTERM raise KeyboardInterrupt(signal number) in the main thread.
-
-    Python ignores exceptions in finalizers and in callbacks of the garbage collector, which JAX
-    uses. In these cases SIGALRM raises the exception again a moment later.
-    """
-    number = 0  # the last signal
-
-    def interrupt(signum: int, frame: types.FrameType | None) -> None:
-        nonlocal number
-        number = number if signum == signal.SIGALRM else signum
-        if frame is not None and frame.f_code in (hook.__code__, interrupt.__code__):
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
-        else:
-            raise KeyboardInterrupt(number)
-
-    def hook(ignored: Any) -> None:
-        if isinstance(ignored.exc_value, KeyboardInterrupt):
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
-        else:
-            sys.__unraisablehook__(ignored)
-
-    sys.unraisablehook = hook
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-        if signal.getsignal(each) is not signal.SIG_IGN:
-            signal.signal(each, interrupt)
-
-
-def _status(stop: KeyboardInterrupt) -> int:
-    """The exit status of an interrupted process."""
-    return 128 + (stop.args[0] if stop.args else signal.SIGINT)
-
-
-def _fail(message: str, code: int, *, at_once: bool = False) -> NoReturn:
-    """Ends with a message and a status; `at_once` does not wait for threads or processes."""
-    print(f"error: {message}", file=sys.stderr)
-    if at_once:
-        with contextlib.suppress(OSError):  # its reader may have ended
-            sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
-if __name__ == "__main__":
-    # Closed streams are None. File names may not be valid text.
-    sys.stdout, sys.stderr = (
-        stream or open(os.devnull, "w")  # noqa: SIM115  open until the process ends
-        for stream in (sys.stdout, sys.stderr)
-    )
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+def run() -> None:
+    """Runs the command of sys.argv, and ends the process with its status."""
+    process.open_streams()
     handle_signals()
     try:
         app.run(_run, flags_parser=_parse)
     except KeyboardInterrupt as stop:  # during imports, before `_run` can handle it
-        _fail("interrupted", _status(stop))
+        fail("interrupted", process.status(stop))
+
+
+if __name__ == "__main__":
+    run()

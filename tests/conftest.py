@@ -83,7 +83,10 @@ def compilations():
 @pytest.fixture
 def started(monkeypatch):
     """Runs `python -m fastflow_jax.main` with arguments in this process; returns its status."""
-    import fastflow_jax.runs.experiment  # noqa: F401  It defines flags, which must happen once.
+    # These define flags, which must happen once.
+    import array_record.python.array_record_data_source  # noqa: F401
+
+    import fastflow_jax.runs.experiment  # noqa: F401
     from fastflow_jax import main
 
     # Keep the compilation cache of the session.

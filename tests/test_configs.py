@@ -201,6 +201,13 @@ def test_a_set_that_is_downloaded_manually(name):
     assert len(data.categories(everything)) > 1 or name == "kolektor_sdd"
 
 
+def test_fastflow_on_a_named_set():
+    assert load("fastflow", "elpv/poly").to_dict() == load("demo", "poly").to_dict()
+    for _, *expected in SETS.values():
+        chosen = load("fastflow", "/".join(filter(None, expected))).data
+        assert [chosen.name, chosen.category] == expected
+
+
 def test_regions_of_loco_reach_the_run(raw, run_config, monkeypatch):
     """Calibration images, two kinds of defects and several masks of an image in one run."""
     monkeypatch.setattr(mvtec_loco, "COUNTS", {"pushpins": (TRAIN, 2 * BAD + GOOD)})
@@ -458,5 +465,5 @@ def test_compared_detectors_see_the_same_maps_and_their_own():
 def test_no_configuration_is_left_out():
     tested = {"ablations", "btad", "cifar10", "demo", "folder", "mvtec", "reference", "synthetic"}
     tested |= {"patchcore", "spade", "cflow", "vae", "gan", "knn", "gaussian", "subspace"}
-    tested |= {"compare"} | SETS.keys()
+    tested |= {"compare", "fastflow"} | SETS.keys()
     assert tested == {path.stem for path in CONFIGS}

@@ -22,6 +22,7 @@ __all__ = [
     "Example",
     "Source",
     "categories",
+    "module_of",
     "open_dataset",
     "opener",
     "share_images",
@@ -123,9 +124,14 @@ def categories(config: "ConfigDict") -> tuple[str | None, ...]:
     return tuple(check_choice("data.category", name, known) for name in names)
 
 
-def _module(config: "ConfigDict") -> ModuleType:
-    name = check_choice("data.name", _field(config, "name"), DATASETS)
+def module_of(name: str | None) -> ModuleType:
+    """Returns the module of a data set. Raises InputError for an unknown name."""
+    name = check_choice("data.name", name, DATASETS)
     return importlib.import_module(f"fastflow_jax.data.{_MODULES[name]}")
+
+
+def _module(config: "ConfigDict") -> ModuleType:
+    return module_of(_field(config, "name"))
 
 
 def _field(config: Any, name: str) -> str | None:

@@ -36,6 +36,7 @@ class Aebad(prepared.Builder):
     HOMEPAGE = "https://github.com/zhangzilongc/MMR"
     CITATION = "arXiv:2304.02216"
     LICENCE = "CC BY 4.0"
+    IMAGES = "not checked"
     ARCHIVES = ("AeBAD.zip",)
     PLACES, CONTAINS = (".",), "AeBAD_S"
     MANUAL_DOWNLOAD_INSTRUCTIONS = (

@@ -28,9 +28,10 @@ class Btad(prepared.Builder):
     CITATION = "doi:10.1109/ISIE45552.2021.9576231"
     LAYOUT = Layout(good="ok", mask_suffix="", calibration=None, is_complete=True)
     ARCHIVES = (_ARCHIVE,)
+    SIZE = "1.2 GB"
     LICENCE = "none named by its authors; anomalib lists it as CC BY-NC-SA 4.0"
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        f"Download {_ARCHIVE} (1.2 GB; licence: {LICENCE}) from the University of Udine, "
+        f"Download {_ARCHIVE} ({SIZE}; licence: {LICENCE}) from the University of Udine, "
         f"{HOMEPAGE}{_ARCHIVE}, and put it there, packed or unpacked; or set data.root to its "
         "directory."
     )

@@ -41,11 +41,11 @@ CATEGORIES = (  # in the order of the official labels
 )
 COUNTS = (50_000, 10_000)  # training images, test images
 
-_HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+_HOMEPAGE, _SIZE = "https://www.cs.toronto.edu/~kriz/cifar.html", "170 MB"
 _ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
 _BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 _DOWNLOAD = (
-    f"Download {_ARCHIVES[0]} (170 MB; no licence is named, cite Krizhevsky 2009) from the "
+    f"Download {_ARCHIVES[0]} ({_SIZE}; no licence is named, cite Krizhevsky 2009) from the "
     f"University of Toronto, {_HOMEPAGE}, and put it there; or set data.root to its directory, or "
     "to directories of image files, train/<class>/* and test/<class>/*."
 )
@@ -58,6 +58,8 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """
 
     VERSION = tfds.core.Version("3.0.2")
+    HOMEPAGE, SIZE = _HOMEPAGE, _SIZE
+    LICENCE, IMAGES, SOURCE = "none named by its authors", "", ""
     MANUAL_DOWNLOAD_INSTRUCTIONS = _DOWNLOAD
 
     def _info(self) -> tfds.core.DatasetInfo:

@@ -37,6 +37,9 @@ class Elpv(prepared.Builder):
     HOMEPAGE = "https://github.com/zae-bayern/elpv-dataset"
     CITATION = "doi:10.1016/j.solener.2019.02.067"
     LICENCE = "CC BY-NC-SA 4.0"
+    SIZE = "91 MB"
+    IMAGES = "2,624 in all"
+    SOURCE = f"package {_PACKAGE}"
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         f"pip install {_PACKAGE}; manual_dir is the directory data of the package."
     )
@@ -112,7 +115,7 @@ def _find_raw(config: DataConfig) -> prepared.Raw:
     except importlib.metadata.PackageNotFoundError as error:
         raise InputError(
             "The ELPV images are in a package that is not installed. Run pip install "
-            f"{_PACKAGE} (91 MB, {Elpv.LICENCE}: not for commercial use)."
+            f"{_PACKAGE} ({Elpv.SIZE}, {Elpv.LICENCE}: not for commercial use)."
         ) from error
     folder = Path(str(package.locate_file("elpv_dataset/data")))
     return prepared.Raw(folder, f"{_PACKAGE} {package.version}")

@@ -41,6 +41,7 @@ class KolektorSdd(prepared.Builder):
     HOMEPAGE = "https://www.vicos.si/resources/kolektorsdd/"
     CITATION = "doi:10.1007/s10845-019-01476-x"
     LICENCE = _LICENCE
+    IMAGES = f"{COUNT} in all"
     ARCHIVES = ("KolektorSDD.zip",)
     PLACES, CONTAINS = (".",), "kos01"
     MANUAL_DOWNLOAD_INSTRUCTIONS = _INSTRUCTIONS.format(archive=ARCHIVES[0], homepage=HOMEPAGE)

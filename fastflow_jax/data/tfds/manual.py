@@ -36,7 +36,7 @@ def manual_dir(config: DataConfig) -> Path:
     """Returns the directory of raw files: `config.root`, or downloads/manual/<name> by default."""
     if config.root is not None:
         return expanded(config.root).resolve()
-    return (data_dir(config) / "downloads/manual" / config.name).resolve()
+    return (data_dir(config.dir) / "downloads/manual" / config.name).resolve()
 
 
 def open_category(

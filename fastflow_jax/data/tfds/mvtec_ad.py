@@ -38,9 +38,10 @@ class MvtecAd(prepared.Builder):
     HOMEPAGE = "https://www.mvtec.com/company/research/datasets/mvtec-ad"
     CITATION = "doi:10.1007/s11263-020-01400-4"
     LICENCE = "CC BY-NC-SA 4.0"
+    SIZE = "5.3 GB"
     ARCHIVES = (_ARCHIVE, "{category}.tar.xz")
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        f"Download {_ARCHIVE} (5.3 GB, {LICENCE}: not for commercial use) from MVTec, {HOMEPAGE}, "
+        f"Download {_ARCHIVE} ({SIZE}, {LICENCE}: not for commercial use) from MVTec, {HOMEPAGE}, "
         "and put it there, packed or unpacked; or set data.root to its directory."
     )
 

@@ -48,6 +48,7 @@ class MvtecAd2(prepared.Builder):
     HOMEPAGE = "https://www.mvtec.com/company/research/datasets/mvtec-ad-2"
     CITATION = "arXiv:2503.21622"
     LICENCE = "CC BY-NC-SA 4.0"
+    SIZE = "33 GB"
     LAYOUT = Layout(
         calibration="validation",
         test="test_public",
@@ -57,7 +58,7 @@ class MvtecAd2(prepared.Builder):
     )
     ARCHIVES = (_ARCHIVE, "{category}.tar.gz")
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        f"Download {_ARCHIVE} (33 GB, {LICENCE}: not for commercial use) from MVTec, {HOMEPAGE}, "
+        f"Download {_ARCHIVE} ({SIZE}, {LICENCE}: not for commercial use) from MVTec, {HOMEPAGE}, "
         "and put it there, packed or unpacked; or set data.root to its directory."
     )
 

@@ -61,6 +61,9 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     HOMEPAGE = ""
     CITATION = ""
     LICENCE = ""
+    # For `catalogue`: size of the download; numbers of images, "" for those of the module's COUNTS;
+    # and source of the files, "" for HOMEPAGE.
+    SIZE, IMAGES, SOURCE = "not stated", "", ""
     LAYOUT = Layout(calibration=None, is_complete=True)
     # Where the raw files are, see `manual.find_raw`: names of archives; directories of a category,
     # below that of the set; and the name of a file or directory in each of them.
@@ -204,9 +207,9 @@ def open_category(
     return Dataset(builder_class.name, train, test, about, sources.get("calibration"))
 
 
-def data_dir(config: DataConfig) -> Path:
-    """Returns the directory of prepared sets: `config.dir`, TFDS_DATA_DIR or the tfds default."""
-    folder = config.dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+def data_dir(folder: str | None = None) -> Path:
+    """Returns the directory of prepared sets: `folder`, TFDS_DATA_DIR or the tfds default."""
+    folder = folder or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return expanded(folder)
 
 
@@ -231,7 +234,7 @@ def prepare(
         InputError: missing raw data, a broken image, a directory that cannot be written to or whose
             name is not UTF-8, or a set that was prepared from another root.
     """
-    folder = data_dir(config)
+    folder = data_dir(config.dir)
     if not is_utf8(folder):
         raise InputError(
             f"{folder} is not UTF-8, as array_record requires. Set data.dir to another directory."

@@ -41,6 +41,7 @@ class RealIad(prepared.Builder):
     HOMEPAGE = "https://realiad4ad.github.io/Real-IAD/"
     CITATION = "arXiv:2403.12580"
     LICENCE = "CC BY-NC-SA 4.0"
+    IMAGES = "151,050 in all"
     PLACES = tuple(f"realiad_{size}/{{category}}" for size in _RESOLUTIONS)
     CONTAINS = _NORMAL
     LISTS = "realiad_jsons"
@@ -74,6 +75,7 @@ class RealIadSv(RealIad):
     """Builder of one product seen from above."""
 
     BUILDER_CONFIGS = prepared.builder_configs(CATEGORIES)
+    IMAGES = "as listed"
     LISTS = "realiad_jsons_sv"
 
 

@@ -1,0 +1,1 @@
+"""The command line around `main.py`: commands and their help, named configurations, the process."""

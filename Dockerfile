@@ -5,6 +5,7 @@ FROM python:3.13-slim AS build
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY fastflow_jax fastflow_jax
+COPY configs configs
 RUN python -m venv /venv \
  && pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
  && /venv/bin/pip install --no-cache-dir \

@@ -81,14 +81,16 @@ def test_every_linked_file_exists(page):
 NOT_RUN = {
     "pip install": "it would change the environment; its extras are checked against pyproject.toml",
     "python -m pytest": "it would run this test again",
-    "python -m fastflow_jax.main --mode=serve": "it would not end; tests/serve/ starts servers",
     "npm": "it would download a package",
-    "python -m fastflow_jax.main --mode=submit": "it needs all categories of MVTec AD 2; "
-    "tests/test_submission.py runs it",
     "python -m fastflow_jax.main --mode=export --workdir=runs/screws --format=html": "it needs the "
     "npm package; tests/export/test_page.py exports web pages",
     "curl": "it needs a server; tests/serve/ sends such requests",
     "docker": "containers are not available to tests",
+}
+# The same for modes.
+NEVER_RUN = {
+    "serve": "it would not end; tests/serve/ starts servers",
+    "submit": "it needs all categories of MVTec AD 2; tests/test_submission.py runs it",
 }
 # Appended to a page's own settings: pixels as features, one flow step, images of 16x16 pixels.
 SMALL = (
@@ -225,10 +227,24 @@ def test_the_code_of_the_page_on_tiles_runs(workplace, monkeypatch):
 COMMANDS = list(commands())
 
 
+PROGRAMS = ["fastflow-jax"], ["python", "-m", "fastflow_jax.main"]
+
+
+def options_of(command):
+    """Arguments of a command of this package; None if it is another command."""
+    return next((command[len(p) :] for p in PROGRAMS if command[: len(p)] == p), None)
+
+
+def mode_of(options):
+    """Mode of a command: the first word, or that of --mode."""
+    modes = [word.partition("=")[2] for word in options if word.startswith("--mode=")]
+    return next((word for word in options[:1] if not word.startswith("-")), [*modes, "train"][0])
+
+
 def training_of(options):
     """Options of the first command that trains in the same directory."""
     (workdir,) = (word for word in options if word.startswith("--workdir="))
-    return next(c.values[0] for c in COMMANDS if workdir in c.values[0])[3:]
+    return options_of(next(c.values[0] for c in COMMANDS if workdir in c.values[0]))
 
 
 def runs_describe(options, started, capsys):
@@ -291,29 +307,37 @@ def runs_training(options, started, capsys):
     assert pathlib.Path(folder, "report.html").is_file()
 
 
+def runs_data(options, started, capsys):
+    assert started(options) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "  " in line]
+    assert len(rows) == (2 if options[1:] else len(data.DATASETS))  # the head, and a row per set
+
+
 MODES = {
+    "audit": runs_audit,
+    "batch": runs_batch,
+    "data": runs_data,
     "describe": runs_describe,
     "export": runs_export,
-    "batch": runs_batch,
-    "update": runs_update,
     "predict": runs_predict,
-    "audit": runs_audit,
+    "train": runs_training,
+    "update": runs_update,
 }
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_run(command, workplace, started, capsys):
-    line, options = shlex.join(command), command[3:]
-    if any(line.startswith(beginning) for beginning in NOT_RUN):
+    line, options = shlex.join(command), options_of(command)
+    mode = None if options is None else mode_of(options)
+    if mode in NEVER_RUN or any(line.startswith(beginning) for beginning in NOT_RUN):
         extras = re.findall(r"\.\[(.*?)\]", line)
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         assert set(",".join(extras).split(",")) <= {*known["optional-dependencies"], ""}
     elif command == ["python", "-m", "fastflow_jax.backbones"]:
         runpy.run_module(command[2], run_name="__main__")
         assert "tf_efficientnet_lite0" in capsys.readouterr().out
-    elif command[:3] != ["python", "-m", "fastflow_jax.main"]:
+    elif mode is None:
         pytest.fail(f"{line} is neither run nor in NOT_RUN")
     else:
-        mode = next((mode for mode in MODES if f"--mode={mode}" in options), None)
-        MODES.get(mode, runs_training)(options, started, capsys)
+        MODES[mode](options, started, capsys)

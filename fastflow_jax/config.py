@@ -12,6 +12,7 @@ from ml_collections.config_dict import placeholder
 from fastflow_jax.backbones import Backbone, check_layers, spec_of
 from fastflow_jax.backbones.weights import normalisation, origin
 from fastflow_jax.data.changes import bounds_of
+from fastflow_jax.data.levels import MAX_BITS, MIN_BITS
 from fastflow_jax.data.roi import AUTO as ROI_AUTO
 from fastflow_jax.data.transforms import MASK_RESIZES, RESIZES
 from fastflow_jax.detectors.base import DETECTORS, method
@@ -102,6 +103,10 @@ def _data() -> ConfigDict:
     # where pixels count; or "auto", the foreground of each image; None: all pixels, see `data.roi`
     c.roi = placeholder(str)
     c.roi_dir = placeholder(str)  # directory with a mask for each image
+    # Levels of images of more than 8 bits, see docs/data.md; None: their high byte
+    c.bits = placeholder(int)  # of the camera, in files of 16 bits
+    c.window = placeholder(tuple)  # (low, high) percentiles of the training images, from 0 to 100
+    c.levels = placeholder(tuple)  # (black, white) of the window, set by a run
     c.resize = "square"  # stretches to the input; or "crop", "pad": see `transforms.placement`
     c.mask_resize = "nearest"  # or "floor", "threshold": see `transforms.resize_mask`
     # Side of the tiles that images are cut into, in pixels; None: images are not cut. See
@@ -209,6 +214,7 @@ _BEFORE = {"map.border": 1, "map.coarse_weight": 1.0, "map.feature_weight": 1.0}
 _SHARED = (
     *("data.name", "data.category", "data.root", "data.manifest", "data.dir", "data.exclude"),
     *("data.roi", "data.roi_dir"),
+    *("data.bits", "data.window", "data.levels"),
     *("seed", "seeds", "metrics", "report", "report_pictures"),
 )
 
@@ -237,6 +243,7 @@ _BOUNDS = {
     "data.tile": (16, 10**6),
     "data.resolution": (16, 10**6),
     "data.train_tiles": (1, 10**9),
+    "data.bits": (MIN_BITS, MAX_BITS),
     "data.tamper.rotate": (-180, 180),
     "data.tamper.zoom": (0.1, 10),
     "data.tamper.down": (-1, 1),
@@ -390,6 +397,7 @@ def _fill(config: ConfigDict) -> ConfigDict:
     _check_folds(c.data)
     _check_tiles(c)
     _check_region(c)
+    _check_levels(c)
     for name in DETECTORS:
         method(name).fill(c, spec)
     for field in ("root", "manifest", "exclude", "roi", "roi_dir"):
@@ -497,6 +505,38 @@ def _check_region(config: ConfigDict) -> None:
             "config.data.roi=auto needs images that are the same in every epoch. Set "
             "config.augment.copies, or leave config.augment out."
         )
+
+
+def _check_levels(config: ConfigDict) -> None:
+    section = config.data
+    stated = [field for field in ("bits", "window", "levels") if section[field] is not None]
+    if stated and section.name != "folder":
+        raise InputError(
+            f"config.data.{stated[0]} has no effect on {section.name}. Leave it out, or set "
+            "config.data.name to folder."
+        )
+    if section.bits is not None and len(stated) > 1:
+        raise InputError(
+            f"config.data.bits and config.data.{stated[1]} are both set. Set one of them."
+        )
+    for field, bounds in (("window", (0, 100)), ("levels", (-math.inf, math.inf))):
+        pair = section[field]
+        if pair is not None and not _is_increasing(pair, *bounds):
+            raise InputError(
+                f"config.data.{field} must be (low, high), such as (1,99), not {tuple(pair)}."
+            )
+    if config.one_model and section.window is not None and section.levels is None:
+        raise InputError(
+            "config.data.window is for one product. For a model of several, set config.data.levels "
+            "to (black, white), the same for all of them."
+        )
+
+
+def _is_increasing(pair: Sequence, lowest: float, highest: float) -> bool:
+    """Whether two numbers are in increasing order within bounds."""
+    if len(pair) != 2 or not all(isinstance(value, int | float) for value in pair):
+        return False
+    return lowest <= pair[0] < pair[1] <= highest
 
 
 def _check_choice(field: str, value: str, choices) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fastflow_jax.data.levels import Levels
 from fastflow_jax.data.pipeline import n_threads
 from fastflow_jax.data.profile import Profile
 from fastflow_jax.data.roi import AUTO, CommonRegion
@@ -68,6 +69,7 @@ class Exported(Predictor):
         self.resize: str = given["resize"]
         self.tiling: Tiling | None = self.metadata.pop("tiling")
         self.places: Places | None = self.metadata.pop("places")
+        self.levels: Levels | None = self.metadata.pop("levels")
         self.decision: Decision = self.metadata.pop("decision")
         self.training_images: Profile | None = self.metadata.pop("training_images")
         self.roi: CommonRegion | None = self.metadata.pop("roi")
@@ -188,6 +190,7 @@ def _parsed(found: dict[str, Any]) -> dict[str, Any]:
         ),
         "tiling": None if tiling is None else Tiling(tuple(tiling["side"]), tiling["resolution"]),
         "places": None if places is None else Places(np.array(places).reshape(-1, 6)),
+        "levels": Levels.from_plain(given.get("levels")),  # files of earlier versions have none
         "training_images": None if profile is None else Profile.from_plain(profile),
         "colour_range": found["colour_range"],
         "region": found.get("region"),  # files of earlier versions have none

@@ -42,7 +42,7 @@ def finetune(run: pathlib.Path, detector: Detector, files: Sequence[str]) -> Det
     check_tunable(run, detector)
     config, parts = detector.config, _training_images(run, detector)
     seed = saved.description(run)["seed"]
-    joined = _rows(parts.source, parts.train, as_dataset(files).train)
+    joined = _rows(parts.source, parts.train, as_dataset(files, levels=detector.levels).train)
     calibration = _rows(parts.held_out_source, parts.held_out) if len(parts.held_out) else None
     dataset = Dataset(run.name, joined, None, {"source": "fine-tuning"}, calibration)
     shorter = config.copy_and_resolve_references()

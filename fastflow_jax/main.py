@@ -66,15 +66,16 @@ _INPUT = flags.DEFINE_string(
     "input",
     None,
     "With --mode=predict, batch or update, read images from this file, directory or glob pattern; "
-    "with --mode=batch also from a text, CSV, JSON lines or Parquet file; with --mode=submit, the "
-    "directory of MVTec AD 2.",
+    "with --mode=predict also videos, or - for paths on stdin, one per line, each of which is "
+    "answered by a JSON line on stdout; with --mode=batch also from a text, CSV, JSON lines or "
+    "Parquet file; with --mode=submit, the directory of MVTec AD 2.",
 )
 _OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "With --mode=predict, batch or submit, write results to this directory; with --mode=export, "
-    "write this file; with --mode=update, draw heat maps of images that may be defective to this "
-    "directory.",
+    "With --mode=predict, batch or submit, write results to this directory, which is optional for "
+    "--input=-; with --mode=export, write this file; with --mode=update, draw heat maps of images "
+    "that may be defective to this directory.",
 )
 _WEIGHTS = flags.DEFINE_string(
     "weights",
@@ -102,6 +103,9 @@ _ROI = flags.DEFINE_string(
 )
 _TILE = flags.DEFINE_bool(
     "tile", False, "With --mode=predict or batch, cut images larger than the input into tiles."
+)
+_EVERY = flags.DEFINE_integer(
+    "every", 1, "With --mode=predict, score each frame of this number of a video."
 )
 _UNDO = flags.DEFINE_bool(
     "undo", False, "With --mode=update, go back to the version before the last update."
@@ -225,6 +229,7 @@ def _main_with_jax() -> int:
     from fastflow_jax.files import expanded
     from fastflow_jax.report.table import format_table
     from fastflow_jax.runs import describe, experiment, few_images
+    from fastflow_jax.runs.levels import with_levels
 
     distributed = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if _DISTRIBUTED.value or any(flag is not None for flag in distributed):
@@ -247,7 +252,7 @@ def _main_with_jax() -> int:
         name = config_flags.get_config_filename(flags.FLAGS["config"])
         workdir = _WORKDIR.value
         workdir = experiment.default_workdir(name, config) if workdir is None else expanded(workdir)
-        config = fill(few_images.resolve(_CONFIG.value))
+        config = fill(with_levels(few_images.resolve(_CONFIG.value)))
         if _MODE.value == "audit":
             _audit(config, workdir)
             return 0
@@ -305,10 +310,15 @@ def _data() -> int:
 
 def _predict() -> int:
     """Predicts images, see `predict.predict`; returns the exit status."""
-    from fastflow_jax.predict import predict
+    from fastflow_jax.predict import STDIN, predict
 
+    workdir, images = _needed(_WORKDIR, _INPUT)
+    if images != STDIN:
+        _needed(_OUTPUT)
     return predict(
-        *_needed(_WORKDIR, _INPUT, _OUTPUT),
+        workdir,
+        images,
+        _OUTPUT.value,
         engine=_ENGINE.value or "jax",
         weights=_WEIGHTS.value,
         rate=_RATE.value,
@@ -317,6 +327,7 @@ def _predict() -> int:
         raw=_RAW.value,
         product=_PRODUCT.value,
         roi=_ROI.value,
+        every=_EVERY.value,
     )
 
 
@@ -440,6 +451,8 @@ def _run(argv: list[str]) -> int:
         if _MODE.value in ("predict", "batch"):
             rest = "with the remaining images"
         message = f"interrupted. The same command continues {rest}."
+        if _INPUT.value == "-":
+            message = "interrupted."
         fail(message, process.status(stop), at_once=True)  # without waiting for threads of JAX
     except Exception as error:
         if remedy(error):

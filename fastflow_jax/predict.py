@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pathlib
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastflow_jax.data import formats, layout
-from fastflow_jax.data.arrays import read_image
+from fastflow_jax.data.arrays import Given, read_image
 from fastflow_jax.data.roi import Region, open_region
 from fastflow_jax.errors import InputError
 from fastflow_jax.exported import Exported
@@ -39,6 +40,7 @@ from fastflow_jax.report.heatmaps import OF_THE_NAME, draw_heatmap, save_picture
 _log = logging.getLogger(__name__)
 
 EXPORTED = "detector.onnx"  # in the run directory, for the engine "onnx"
+STDIN = "-"  # in the place of images: their paths are read from stdin
 _SETTINGS, _JSONL, _CSV = "predictions.json", "predictions.jsonl", "predictions.csv"
 # File names may contain any bytes, which are written unchanged.
 _TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
@@ -73,7 +75,7 @@ class Line:
 def predict(
     workdir: str | os.PathLike,
     images: str,
-    output: str | os.PathLike,
+    output: str | os.PathLike | None = None,
     *,
     engine: str = "jax",
     weights: str | os.PathLike | None = None,
@@ -83,6 +85,7 @@ def predict(
     raw: str | None = None,
     product: str | None = None,
     roi: str | os.PathLike | None = None,
+    every: int = 1,
 ) -> int:
     """Scores images with the detector of a run and writes the results.
 
@@ -90,10 +93,12 @@ def predict(
 
     Args:
       workdir: directory for `Detector.load`.
-      images: a file, a directory (with its sub-directories) or a glob pattern.
-      output: directory for `predictions.csv` and `predictions.jsonl` with a line per image or page,
-        `predictions.json` with the options and the result of `Detector.find_shift`, `heatmaps/`
-        and `maps/`.
+      images: an image or video file, a directory (with its sub-directories), a glob pattern, or
+        `STDIN`. Paths are then read from stdin, one per line; each is scored, and its JSON line
+        printed to stdout, before the next one is read.
+      output: directory for `predictions.csv` and `predictions.jsonl` with a line per image, page or
+        frame, `predictions.json` with the options and the result of `Detector.find_shift`,
+        `heatmaps/` and `maps/`. With `STDIN` only for the last two, and None for neither.
       engine: "jax"; or "onnx" for ONNX Runtime, which starts faster and has neither
         log-likelihoods nor the test for a shift. The detector is exported into its directory once.
       weights: weight file of the backbone, see `Detector.load`.
@@ -105,6 +110,7 @@ def predict(
       product: of all images, for a model of several products; None to recognise it.
       roi: masks, for a detector that was trained with a mask per image: of all images, or a
         directory with `<name>.png` for each image, relative to the directory of the images.
+      every: of videos, score each frame of this number.
 
     Returns:
       Exit status: 0 if all images are normal, 1 if some are anomalous, 3 if some images could not
@@ -113,6 +119,18 @@ def predict(
     Raises:
       InputError: there are no images or no detector, or an argument is invalid.
     """
+    if every < 1:
+        raise InputError(f"--every must be at least 1, not {every}.")
+    options = {"engine": engine, "rate": rate, "tile": tile, "heatmaps": heatmaps, "raw": raw}
+    options |= {"product": product, "every": every}
+    options |= {} if roi is None else {"roi": os.fspath(roi)}
+    if images == STDIN:
+        if output is None and raw:
+            raise InputError(f"--raw={raw} writes files. Pass a directory for them as --output.")
+        detector = with_rate(_load(expanded(workdir), engine, weights, product), rate)
+        return _answer(detector, None if output is None else expanded(output), options)
+    if output is None:
+        raise InputError("--output is missing. Pass a directory for the results.")
     output = expanded(output)
     found = find_images(images)
     detector = with_rate(_load(expanded(workdir), engine, weights, product), rate)
@@ -124,8 +142,6 @@ def predict(
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         names = ", ".join(path.name for path in others[:3])
         _log.info("not images, not scored: %s%s", names, more)
-    options = {"engine": engine, "rate": rate, "tile": tile, "heatmaps": heatmaps, "raw": raw}
-    options |= {"product": product} | ({} if roi is None else {"roi": os.fspath(roi)})
     settings = {"detector": sha256_of_detector(expanded(workdir)), "options": options}
     kept = _lines_to_keep(output, settings, found.names)
     if kept:
@@ -242,24 +258,10 @@ def _score(
         def report(path: str, error: InputError) -> None:
             write(Line(path, error=str(error)))
 
-        how = {"tile": options["tile"], "on_error": report, "roi": masks}
-        for prediction in detector.stream(todo, **how):
+        how = {"tile": options["tile"], "every": options["every"], "roi": masks}
+        for prediction in detector.stream(todo, on_error=report, **how):
             path, name = found.locate(prediction.name)
-            owner = detector.for_prediction(prediction)
-            line = _line(owner, prediction, before[path])
-            if prediction.is_known is False:
-                _log.warning("%s seems to show none of the products.", prediction.name)
-            try:
-                if options["heatmaps"]:
-                    picture = draw_prediction(owner, prediction, name)
-                    save_picture(output / f"heatmaps/{name}.png", picture)
-                    line.heatmap = f"heatmaps/{name}.png"
-                if options["raw"]:
-                    _write_raw(output, options["raw"], name, prediction.anomaly_map, line)
-            except (OSError, InputError) as error:
-                if isinstance(error, OSError) and error.errno not in OF_THE_NAME:
-                    raise
-                line.error = f"{prediction.name}: its heat map or map cannot be written: {error}"
+            line = _drawn(detector, prediction, name, output, options, before[path])
             if _size_and_time(path) != before[path]:
                 line.error = f"{prediction.name}: the file changed while it was scored"
             write(line)
@@ -271,6 +273,82 @@ def _score(
     return counts
 
 
+def _drawn(
+    detector: Predictor,
+    prediction: Prediction,
+    name: str,
+    output: pathlib.Path | None,
+    options: dict,
+    file: tuple[int, int] | tuple[None, None],
+) -> Line:
+    """Writes the heat map and the map of an image as `name` to a directory; returns its line."""
+    owner = detector.for_prediction(prediction)
+    line = _line(owner, prediction, file)
+    if prediction.is_known is False:
+        _log.warning("%s seems to show none of the products.", prediction.name)
+    if output is None:
+        return line
+    try:
+        if options["heatmaps"]:
+            picture = draw_prediction(owner, prediction, name)
+            save_picture(output / f"heatmaps/{name}.png", picture)
+            line.heatmap = f"heatmaps/{name}.png"
+        if options["raw"]:
+            _write_raw(output, options["raw"], name, prediction.anomaly_map, line)
+    except (OSError, InputError) as error:
+        if isinstance(error, OSError) and error.errno not in OF_THE_NAME:
+            raise
+        line.error = f"{prediction.name}: its heat map or map cannot be written: {error}"
+    return line
+
+
+def _answer(detector: Predictor, output: pathlib.Path | None, options: dict) -> int:
+    """Scores the images whose paths are read from stdin, see `predict`; returns the exit status."""
+    counts, file = Counter(), (None, None)
+
+    def paths() -> Iterator[Given]:
+        nonlocal file  # of the path that is scored
+        for text in iter(sys.stdin.buffer.readline, b""):
+            if path := os.fsdecode(text.rstrip(b"\r\n")):
+                given = _given(path)
+                file = (None, None) if given.error else _size_and_time(str(given.path))
+                yield given
+
+    def write(line: Line) -> None:
+        counts.update(_outcomes(line))
+        try:
+            print(_json_line(line), end="", flush=True)
+        except BrokenPipeError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+            raise InputError("The reader of stdout has ended. Start it again.") from error
+
+    def report(path: str, error: InputError) -> None:
+        write(Line(path, error=str(error)))
+
+    how = {"tile": options["tile"], "every": options["every"], "roi": options.get("roi")}
+    for prediction in detector.stream(paths(), live=True, on_error=report, **how):
+        write(_drawn(detector, prediction, _place(prediction.name), output, options, file))
+    decides = detector.image_threshold is not None
+    _log.info(_summary(counts, decides))
+    return _exit_status(counts, decides)
+
+
+def _given(path: str) -> Given:
+    try:
+        if "\0" in path:
+            raise InputError(f"{path!r} is not a path. Send a path per line.")
+        return Given(str(expanded(path)) if path.startswith("~") else path, path=expanded(path))
+    except InputError as error:
+        return Given(path, error=error)
+
+
+def _place(path: str) -> str:
+    """Path of the results of a file in the output directory."""
+    absolute, here = pathlib.Path(os.path.abspath(path)), pathlib.Path.cwd()
+    root = here if absolute.is_relative_to(here) else pathlib.Path(absolute.anchor)
+    return absolute.relative_to(root).as_posix()
+
+
 def _outcomes(line: Line) -> list[str]:
     """Returns the outcomes that `summarise` counts: a decision, an error, or both."""
     if line.score is None:
@@ -280,13 +358,21 @@ def _outcomes(line: Line) -> list[str]:
 
 def summarise(counts: Counter, n_others: int, output: pathlib.Path, decides: bool) -> int:
     """Prints the number of images per outcome; returns the exit status."""
+    others = f", {n_others} other files" if n_others else ""
+    with contextlib.suppress(BrokenPipeError):  # a closed pipe must not change the status
+        print(f"{_summary(counts, decides)}{others}: {output}", flush=True)
+    return _exit_status(counts, decides)
+
+
+def _summary(counts: Counter, decides: bool) -> str:
     scored = counts["anomalous"] + counts["normal"]
     summary = f"{counts['anomalous']} of {scored} images are anomalous"
     if not decides:
         summary = f"{scored} images were scored without a decision (no threshold)"
-    others = f", {n_others} other files" if n_others else ""
-    with contextlib.suppress(BrokenPipeError):  # a closed pipe must not change the status
-        print(f"{summary}, {counts['unreadable']} unreadable{others}: {output}", flush=True)
+    return f"{summary}, {counts['unreadable']} unreadable"
+
+
+def _exit_status(counts: Counter, decides: bool) -> int:
     if counts["unreadable"] or counts["unwritten"]:
         return 3
     return int(counts["anomalous"] > 0) if decides else 4
@@ -383,7 +469,7 @@ def draw_prediction(
     if prediction.is_anomalous is not None:
         title += "  anomalous" if prediction.is_anomalous else "  normal"
     return draw_heatmap(
-        read_image(prediction.name),
+        read_image(prediction.name, detector.levels),
         prediction.anomaly_map,
         low=low,
         high=high,

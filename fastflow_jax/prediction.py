@@ -20,7 +20,8 @@ import PIL.Image
 
 from fastflow_jax.data.arrays import Given, Images, each, is_one
 from fastflow_jax.data.inputs import Inputs, Outputs, Part, cut, stacked
-from fastflow_jax.data.pipeline import prefetch
+from fastflow_jax.data.levels import Levels
+from fastflow_jax.data.pipeline import n_threads, prefetch
 from fastflow_jax.data.profile import Profile
 from fastflow_jax.data.roi import CommonRegion, Region, RegionFolder, open_region
 from fastflow_jax.data.tiling import Places, Tiling
@@ -106,6 +107,7 @@ class Predictor:
     tiling: Tiling | None = None  # of a detector that was trained on tiles
     places: Places | None = None  # statistics of the tiles, with `config.data.aligned`
     decision: Decision
+    levels: Levels | None = None  # of images of more than 8 bits; None for their high byte
     training_images: Profile | None  # None if unknown
     batch_size: int  # largest number of images that are scored together
     roi: CommonRegion | None = None  # region of interest of all images
@@ -156,16 +158,19 @@ class Predictor:
         del distances
 
     def predict(
-        self, images: Images, *, tile: bool = False, roi: Masks | None = None
+        self, images: Images, *, tile: bool = False, roi: Masks | None = None, every: int = 1
     ) -> Prediction | list[Prediction]:
         """Scores one image or several; logs a warning if several look shifted, see `find_shift`.
 
         Args:
           images: a path, the content of a file, an open file, an array uint8 [H, W, 3] in RGB or
             [H, W], a Pillow image, or several of these, each of any size. A directory stands for
-            all images in it and its subdirectories, a file of several pages for all pages. Images
+            all images in it and its subdirectories, a file of several pages for all pages, a video
+            for its frames (`pip install 'fastflow-jax[video]'`; for long ones use `stream`). Images
             are resized to the input size as in training (`config.data.resize`), and their anomaly
-            maps back to the size of the image.
+            maps back to the size of the image. Arrays of other types than uint8 need
+            `config.data.bits` or `config.data.window` in training; uint8 arrays are then taken as
+            mapped to 8 bits.
           tile: cuts images larger than the input size into overlapping tiles of the input size,
             which keeps small details. Meant for detectors that were trained on images of about the
             input size. The score of an image is the highest score of its tiles. False-alarm rates
@@ -175,6 +180,7 @@ class Predictor:
           roi: masks of a detector that was trained with a mask per image (`config.data.roi_dir`):
             a file or an array of all images; or a directory with `<name>.png` for each image,
             relative to the directory that `images` is. White pixels count.
+          every: of videos, scores each frame of this number, from the first one on.
 
         Returns:
           A `Prediction` for one image, a list of them for several.
@@ -184,7 +190,7 @@ class Predictor:
             aspect ratio of the image, or were passed to a detector that takes none; or tiles of a
             detector that finds the region of interest of whole images.
         """
-        results = list(self.stream(images, tile=tile, roi=roi))
+        results = list(self.stream(images, tile=tile, roi=roi, every=every))
         if is_one(images) and len(results) == 1:
             return results[0]
         found = self.find_shift({result.name: result.distance for result in results})
@@ -200,6 +206,7 @@ class Predictor:
         on_error: Callable[[str, InputError], None] | None = None,
         live: bool = False,
         roi: Masks | None = None,
+        every: int = 1,
     ) -> Iterator[Prediction]:
         """Yields a `Prediction` per image, for more images than fit into memory.
 
@@ -211,9 +218,10 @@ class Predictor:
           live: scores each image before the next one is requested, for cameras. Otherwise images
             are read ahead and scored in batches.
           roi: see `predict`.
+          every: see `predict`.
         """
         size = 1 if live else self.batch_size
-        with contextlib.closing(self.inputs(images, tile, live, roi)) as inputs:
+        with contextlib.closing(self.inputs(images, tile, live, roi, every)) as inputs:
 
             def parts():
                 for name, image in inputs:
@@ -245,6 +253,7 @@ class Predictor:
         tile: bool = False,
         live: bool = False,
         roi: Masks | None = None,
+        every: int = 1,
     ) -> Generator[tuple[str, Inputs | InputError], None, None]:
         """Yields each name with its model inputs or error; for the arguments see `stream`.
 
@@ -253,9 +262,11 @@ class Predictor:
         tiling = self.tiling or (Tiling(self.image_size) if tile else None)
         region = self._region(images, tile, roi)
 
-        def read(given: Given) -> Iterator[tuple[str, Inputs | InputError, dict[str, str]]]:
+        def read(
+            given: Given,
+        ) -> Generator[tuple[str, Inputs | InputError, dict[str, str]], None, None]:
             try:
-                for name, image, header in given.read():
+                for name, image, header in given.read(self.levels, every):
                     profile = self.training_images
                     unlike = {} if profile is None else profile.differences(header, image)
                     part = None if region is None else region(name, image.shape[:2])
@@ -268,12 +279,18 @@ class Predictor:
         def start(given: Given):
             """Reads the first page in this thread; returns it and an iterator over the others."""
             pages = read(given)
-            return next(pages), pages
+            first = next(pages)
+            if first[0] != given.name:
+                return first, pages
+            pages.close()  # it is the only page: its file and its pixels are freed
+            return first, ()
 
-        # One thread for images to be tiled: they are large, and few of them fit into memory.
-        calls = (functools.partial(start, given) for given in each(images))
-        threads, logged = 0 if live else 1 if tiling else None, set()
-        with contextlib.closing(prefetch(calls, threads)) as started:
+        # The next batch is read while one is scored. One thread for images to be tiled: they are
+        # large, and few of them fit into memory.
+        calls = (functools.partial(start, given) for given in each(images, self.levels))
+        threads, logged = 0 if live else 1 if tiling else n_threads(), set()
+        ahead = 2 * threads if tiling else max(2 * threads, self.batch_size)
+        with contextlib.closing(prefetch(calls, threads, ahead)) as started:
             for first, rest in started:
                 for name, inputs, unlike in itertools.chain([first], rest):
                     if new := unlike.keys() - logged:

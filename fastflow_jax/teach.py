@@ -135,10 +135,10 @@ def check_teachable(detector: Any) -> None:
 
 def _read(detector: Any, images: Images, groups: Sequence[Any] | None) -> _New:
     """Reads images and computes their features."""
-    given = list(each(images))
+    given = list(each(images, detector.levels))
     if not given:
         raise InputError("There are no images to teach. Pass at least one.")
-    source = as_dataset(given, groups).train
+    source = as_dataset(given, groups, detector.levels).train
     if len(source) > _MOST:
         raise InputError(
             f"{len(source)} images are more than {_MOST}. Teach some of them, or train again with "

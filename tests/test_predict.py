@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -236,7 +237,7 @@ def test_a_heat_map_that_cannot_be_written_gives_status_3(run, photos, tmp_path,
 
 
 def test_an_image_deleted_after_scoring_gives_status_3(run, photos, tmp_path, monkeypatch):
-    def gone(path):
+    def gone(path, levels):
         raise InputError(f"{path} cannot be read: No such file or directory.")
 
     monkeypatch.setattr("fastflow_jax.predict.read_image", gone)
@@ -415,6 +416,152 @@ def test_every_page_has_a_line_and_a_heat_map(photos, score_directory, tmp_path)
     assert reds[1] > 150 > max(reds[0], reds[2])
     again, lines, *_ = score_directory(photos, heatmaps=True)
     assert (again, len(lines)) == (1, 3)
+
+
+def write_video(path, images):
+    """Encodes frames without loss."""
+    av = pytest.importorskip("av", reason="videos need the extra video")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.height, stream.width = images[0].shape[:2]
+        stream.pix_fmt = "bgr0"
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def test_every_frame_of_a_video_has_a_line_and_a_heat_map(run, photos, score_directory, tmp_path):
+    bad = np.asarray(Image.open(photos / "bad.jpg").convert("RGB"))
+    shutil.rmtree(photos)
+    photos.mkdir()
+    write_video(photos / "clip.mkv", [photograph(100), bad, photograph(101), bad])
+    status, lines, out, _ = score_directory(photos, heatmaps=True)
+    assert status == 1
+    assert [(name, line["is_anomalous"]) for name, line in lines.items()] == [
+        ("clip.mkv#1", False),
+        ("clip.mkv#2", True),
+        ("clip.mkv#3", False),
+        ("clip.mkv#4", True),
+    ]
+    assert "2 of 4 images are anomalous" in out
+    pictures = [Image.open(tmp_path / "out" / line["heatmap"]) for line in lines.values()]
+    left = [np.asarray(picture.convert("RGB"), int)[:, :256] for picture in pictures]
+    reds = [int((image[..., 0] - image[..., 1]).max()) for image in left]
+    assert min(reds[1], reds[3]) > 150 > max(reds[0], reds[2])
+    assert predict(run, str(photos), tmp_path / "every", heatmaps=False, every=2) == 0
+    assert [*lines_of(tmp_path / "every")[0]] == ["clip.mkv#1", "clip.mkv#3"]
+    with pytest.raises(InputError, match="--every must be at least 1, not 0"):
+        predict(run, str(photos), tmp_path / "every", every=0)
+    results = Detector.load(run).predict(photos / "clip.mkv", every=3)
+    assert [result.name for result in results] == [f"{photos / 'clip.mkv'}#{i}" for i in (1, 4)]
+
+
+def test_a_truncated_video_is_scored_up_to_its_end(run, tmp_path, caplog):
+    write_video(tmp_path / "clip.avi", [photograph(i) for i in range(100, 112)])
+    whole = (tmp_path / "clip.avi").read_bytes()
+    (tmp_path / "clip.avi").write_bytes(whole[: len(whole) // 2])
+    assert predict(run, str(tmp_path / "clip.avi"), tmp_path / "out", heatmaps=False) == 3
+    lines, _ = lines_of(tmp_path / "out")
+    assert "clip.avi ends after" in lines.pop("clip.avi")["error"]
+    assert [*lines] == [f"clip.avi#{i + 1}" for i in range(len(lines))]
+    assert lines
+    assert all(line["score"] is not None for line in lines.values())
+    assert "clip.avi ends after" in caplog.text
+
+
+class Dialogue:
+    """A call of `predict` in a thread, which reads paths from a pipe and answers to another."""
+
+    def __init__(self, monkeypatch, run, **options):
+        inputs, outputs = os.pipe(), os.pipe()
+        self.paths, self.answers = os.fdopen(inputs[1], "w"), os.fdopen(outputs[0])
+        stdin, stdout = os.fdopen(inputs[0]), os.fdopen(outputs[1], "w")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        self.status = None
+
+        def answer():
+            with stdin, stdout:  # the reader of a call that fails gets an empty line
+                self.status = predict(run, "-", **options)
+
+        self.thread = threading.Thread(target=answer, daemon=True)
+        self.thread.start()
+
+    def ask(self, path):
+        """Sends a path; returns its line, before the next path is sent."""
+        self.paths.write(f"{path}\n")
+        self.paths.flush()
+        return json.loads(self.answers.readline())
+
+    def end(self):
+        """Returns the exit status; nothing but the answers is on stdout."""
+        self.paths.close()
+        self.thread.join(30)
+        assert self.answers.read() == ""
+        self.answers.close()
+        return self.status
+
+
+@pytest.mark.parametrize("engine", ["jax", "onnx"])
+def test_paths_on_stdin_are_answered_one_by_one(run, photos, monkeypatch, tmp_path, engine):
+    if engine == "onnx":
+        pytest.importorskip("onnx", reason="the engine needs the extra onnx")
+        pytest.importorskip("onnxruntime", reason="the engine needs the extra onnx")
+    run = pathlib.Path(shutil.copytree(run, tmp_path / "run"))
+    Image.new("RGB", (8, 8)).save(
+        photos / "stack.tif", save_all=True, append_images=[Image.new("RGB", (8, 8), "red")]
+    )
+    dialogue = Dialogue(monkeypatch, run, engine=engine)
+    good = dialogue.ask(photos / "a.png")
+    assert (good["path"], good["is_anomalous"]) == (str(photos / "a.png"), False)
+    assert good["bytes"] == (photos / "a.png").stat().st_size
+    assert good["heatmap"] is good["error"] is None
+    for path, says in (
+        (photos / "none.png", "No such file"),
+        (photos / "notes.txt", "not an image"),
+        (photos, "Is a directory"),
+        ("s3://bucket/a.png", "not a local path"),
+        ("a\0b", "not a path"),
+    ):
+        line = dialogue.ask(path)
+        assert line["path"] == str(path)
+        assert says in line["error"]
+        assert line["score"] is None
+    assert dialogue.ask(photos / "bad.jpg")["is_anomalous"] is True
+    assert dialogue.ask(f"\n{photos / 'stack.tif'}")["path"].endswith("stack.tif#1")
+    assert json.loads(dialogue.answers.readline())["path"].endswith("stack.tif#2")
+    assert dialogue.end() == 3
+    assert not [*tmp_path.rglob("heatmaps")]
+
+
+@pytest.mark.parametrize(("names", "status"), [(["a.png"], 0), (["a.png", "bad.jpg"], 1), ([], 0)])
+def test_the_exit_status_of_paths_on_stdin(run, photos, monkeypatch, names, status):
+    dialogue = Dialogue(monkeypatch, run)
+    for name in names:
+        dialogue.ask(photos / name)
+    assert dialogue.end() == status
+
+
+def test_heat_maps_of_paths_on_stdin_are_drawn_if_there_is_an_output(
+    run, photos, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    dialogue = Dialogue(monkeypatch, run, output=tmp_path / "out", raw="npy")
+    line = dialogue.ask("photos/more/a.png")
+    assert line["heatmap"] == "heatmaps/photos/more/a.png.png"
+    other = dialogue.ask(photos / "more" / ".." / "a.png")
+    assert other["heatmap"] == "heatmaps/photos/a.png.png"
+    assert dialogue.end() == 0
+    assert (tmp_path / "out" / line["heatmap"]).exists()
+    assert np.load(tmp_path / "out" / line["raw_map"]).shape == (24, 32)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["heatmaps", "maps"]
+
+
+def test_stdin_needs_an_output_for_maps(run):
+    with pytest.raises(InputError, match="--raw=npy writes files"):
+        predict(run, "-", raw="npy")
+    with pytest.raises(InputError, match="--output is missing"):
+        predict(run, "photos")
 
 
 def test_an_interrupted_prediction_continues(run, photos, tmp_path, monkeypatch):

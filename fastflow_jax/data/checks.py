@@ -23,7 +23,7 @@ def dark_images(source: Source) -> str | None:
             return None
     return (
         f"the first training images have no value above {brightest} of 255. If they have 10 or 12 "
-        "camera bits in files of 16 bits, multiply them by 64 or 16."
+        "camera bits in files of 16 bits, pass --config.data.bits=10 or 12."
     )
 
 

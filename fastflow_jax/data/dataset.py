@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from fastflow_jax.data.formats import Header
+from fastflow_jax.data.levels import Levels, LevelsConfig
 from fastflow_jax.errors import InputError
 
 GOOD = "good"  # the defect of an image without one
@@ -18,7 +19,7 @@ GOOD = "good"  # the defect of an image without one
 Counts = tuple[int | None, int]  # published numbers of training and test images, None if unknown
 
 
-class DataConfig(Protocol):
+class DataConfig(LevelsConfig, Protocol):
     """Fields of `config.data` that select images, see `data.open_dataset`, and cut them."""
 
     name: str
@@ -158,6 +159,7 @@ class Dataset:
     calibration: Source | None = None
     # Images with labelled defects to learn from, see `evaluation.labelled`.
     defects: Source | None = None
+    levels: Levels | None = None  # by which images of more than 8 bits are read
 
 
 def check_choice(field: str, value: str | None, choices: Iterable[str]) -> str:

@@ -14,7 +14,8 @@ from fastflow_jax.data.dataset import GOOD, DataConfig, Dataset, Record, Source
 from fastflow_jax.data.formats import Header, read_header
 from fastflow_jax.data.groups import BY_DIRECTORY
 from fastflow_jax.data.layout import Splits, list_folder, list_images, pages, read_layout
-from fastflow_jax.data.transforms import decode_image, read_file
+from fastflow_jax.data.levels import Levels
+from fastflow_jax.data.transforms import decode_image, decode_stored, read_file
 from fastflow_jax.errors import InputError
 from fastflow_jax.files import expanded
 
@@ -42,13 +43,23 @@ def open_dataset(config: DataConfig) -> Dataset:
         splits = _splits(root, config)
     else:
         raise InputError("data.root is not set. Set it to the directory of your images.")
-    sources = {split: source(records) for split, records in splits.items() if records}
+    levels = _levels(config, splits["train"])
+    sources = {split: source(records, levels) for split, records in splits.items() if records}
     counts = {f"{split}_images": len(sources.get(split, ())) for split in ("train", "test")}
     provenance: dict = {"source": str(place.resolve())} | counts
     if "calibration" in sources:
         provenance["calibration_images"] = len(sources["calibration"])
     test, calibration = sources.get("test"), sources.get("calibration")
-    return Dataset("folder", sources["train"], test, provenance, calibration)
+    return Dataset("folder", sources["train"], test, provenance, calibration, levels=levels)
+
+
+def _levels(config: DataConfig, train: list[Record]) -> Levels | None:
+    def read(index: int) -> np.ndarray:
+        record = train[index]
+        return decode_stored(read_file(record.image), str(record.image), record.page)
+
+    levels = Levels.of(config)
+    return None if levels is None else levels.resolved(len(train), read)
 
 
 def _splits(root: Path, config: DataConfig) -> Splits:
@@ -73,8 +84,13 @@ def _bare(root: Path) -> list[Record]:
     ]
 
 
-def source(records: list[Record]) -> Source:
-    """Returns the source of `records`, which must have headers if headers are used."""
+def source(records: list[Record], levels: Levels | None = None) -> Source:
+    """Returns the source of `records`, which must have headers if headers are used.
+
+    Args:
+        records: files of the examples.
+        levels: see `transforms.decode_image`.
+    """
     has_masks = any(record.masks for record in records)
     cut: set[str] = set()
 
@@ -85,7 +101,7 @@ def source(records: list[Record]) -> Source:
 
     def load(index: int) -> tuple[np.ndarray, np.ndarray | None]:
         record = records[index]
-        image = decode_image(read_file(record.image), str(record.image), record.page)
+        image = decode_image(read_file(record.image), str(record.image), record.page, levels)
         if not has_masks:
             return image, None
         mask = masks.read(record, image.shape[:2], cut.add)

@@ -20,7 +20,10 @@ from fastflow_jax.errors import InputError
 _EXIF_ORIENTATION = 274
 _EXIF_SIDEWAYS = (5, 6, 7, 8)
 _TIFF_SUBFILE_TYPE = 254  # bit 0: a reduced copy of another page, bit 2: a transparency mask
+_TIFF_PHOTOMETRIC = 262
+_TIFF_SAMPLES = 277  # channels
 _TIFF_DNG_VERSION = 50706
+_GREY_OR_RGB, _CFA = (0, 1, 2), 32803  # values of the photometric tag
 
 # Formats with several images in one file. Others have previews (MPO, ICO) or layers (PSD).
 _PAGED = ("TIFF", "GIF", "PNG", "WEBP", "AVIF")
@@ -37,7 +40,9 @@ _CAMERA_RAW = frozenset(
 # Formats that Pillow does not read by itself: offset and bytes of the signature, name, remedy.
 _HEIF_REMEDY = "Run pip install pillow-heif, or convert it to PNG"
 _JXL_REMEDY = "Run pip install pillow-jxl-plugin, or convert it to PNG"
-_VIDEO_REMEDY = "Extract its frames as images"
+_VIDEO_REMEDY = (
+    "Extract its frames: ffmpeg -i VIDEO frames/%06d.png. Predictions read videos themselves"
+)
 _SIGNATURES = (
     *((4, b"ftyp" + brand, "HEIC", _HEIF_REMEDY) for brand in (b"hei", b"hev", b"mif1", b"msf1")),
     (4, b"ftypavi", "AVIF", "Install a Pillow that reads AVIF, or convert it to PNG"),
@@ -49,6 +54,11 @@ _SIGNATURES = (
     (0, b"FUJIFILMCCD-RAW", "camera raw", _RAW_REMEDY),
     (0, b"\x93NUMPY", "a numpy array", "Pass arrays to Detector.predict, or convert it to PNG"),
     (0, b"\x1aE\xdf\xa3", "a video", _VIDEO_REMEDY),
+    (8, b"AVI ", "a video", _VIDEO_REMEDY),
+)
+# Recognised by their names only.
+_VIDEOS = frozenset(
+    (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg", ".ts", ".mts")
 )
 
 # Files often found next to images: text, tables, documents, archives, code, models, databases.
@@ -114,6 +124,11 @@ def readable_extensions() -> frozenset[str]:
     return frozenset(extension for extension, kind in extensions.items() if kind in Image.OPEN)
 
 
+def is_video(name: str | Path) -> bool:
+    """Whether a file is a video, by its extension."""
+    return Path(name).suffix.lower() in _VIDEOS
+
+
 def _is_text(path: Path) -> bool:
     try:
         with path.open("rb") as file:
@@ -137,8 +152,9 @@ def open_image(file: Path | IO[bytes], name: str) -> Image.Image:
         name: name of the image in messages.
 
     Raises:
-        InputError: Pillow does not read it, it is camera raw, the file cannot be read, or it has
-            more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+        InputError: Pillow does not read it, it is camera raw or a video, the file cannot be read,
+            it has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, or other channels than grey, RGB
+            and transparency.
     """
     try:
         image = Image.open(file)
@@ -161,7 +177,22 @@ def open_image(file: Path | IO[bytes], name: str) -> Image.Image:
     if image.format == "TIFF" and (_has_raw_name(name) or _TIFF_DNG_VERSION in tiff_tags(image)):
         image.close()  # Pillow would decode its thumbnail
         raise _unsupported(name, "camera raw", _RAW_REMEDY)
+    if image.format == "MPEG":  # Pillow only recognises it
+        image.close()
+        raise _unsupported(name, "a video", _VIDEO_REMEDY)
+    if (channels := _left_out(image)) is not None:
+        image.close()
+        raise wrong_channels(name, channels)
     return image
+
+
+def _left_out(image: Image.Image) -> int | None:
+    """Number of the channels of a TIFF file if Pillow leaves some out, else None."""
+    tags = tiff_tags(image)
+    samples = tags.get(_TIFF_SAMPLES, 1)
+    if tags.get(_TIFF_PHOTOMETRIC) not in _GREY_OR_RGB or samples == 1 or image.mode == "LA":
+        return None
+    return samples if samples > 4 or not image.mode.startswith("RGB") else None
 
 
 def cannot_read(name: str | Path, error: OSError) -> InputError:
@@ -248,6 +279,31 @@ def _jpeg_quality(tables: dict[int, list[int]] | None) -> int | None:
     return int(np.clip(round(quality), 1, 100))
 
 
+def wrong_channels(name: str, channels: int) -> InputError:
+    """Returns the error for an image with channels that are not grey or RGB."""
+    return InputError(
+        f"{name} has {channels} channels, and images must be grey or RGB. Choose or compute three "
+        "channels, such as image[..., [0, 2, 4]], or train a detector for each three of them."
+    )
+
+
+def _of_tiff(file: Path | IO[bytes], name: str) -> InputError | None:
+    """The error for a TIFF file that Pillow cannot open, if its first tags tell the reason."""
+    with contextlib.suppress(Exception), _opened(file) as content:  # readers raise many types
+        head = content.read(8)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(head + content.read(8 * (head[2] == 43)))
+        content.seek(tags.next)
+        tags.load(content)
+        if tags.get(_TIFF_PHOTOMETRIC) == _CFA:
+            return InputError(
+                f"{name} has the mosaic of a Bayer sensor. Convert it to colours, such as by "
+                "cv2.cvtColor(image, cv2.COLOR_BayerRG2RGB), or let the camera do it."
+            )
+        if (samples := tags.get(_TIFF_SAMPLES, 1)) not in (1, 3, 4):
+            return wrong_channels(name, samples)
+    return None
+
+
 def _has_raw_name(name: str) -> bool:
     return Path(name).suffix.lower() in _CAMERA_RAW
 
@@ -258,17 +314,23 @@ def _unsupported(name: str, kind: str, remedy: str) -> InputError:
 
 def _unreadable(file: Path | IO[bytes], name: str) -> InputError:
     """The error for a file that Pillow cannot open, from its first bytes and its extension."""
-    with contextlib.suppress(OSError), _start_of(file) as head:
+    with contextlib.suppress(OSError), _opened(file) as content:
+        head = content.read(256)
         for offset, signature, kind, remedy in _SIGNATURES:
             if head[offset:].startswith(signature):
                 return _unsupported(name, kind, remedy)
     if _has_raw_name(name):
         return _unsupported(name, "camera raw", _RAW_REMEDY)
-    return InputError(f"{name} is not an image that Pillow can read. Replace or remove it.")
+    if is_video(name):
+        return _unsupported(name, "a video", _VIDEO_REMEDY)
+    return _of_tiff(file, name) or InputError(
+        f"{name} is not an image that Pillow can read. Replace or remove it."
+    )
 
 
 @contextlib.contextmanager
-def _start_of(file: Path | IO[bytes]) -> Iterator[bytes]:
+def _opened(file: Path | IO[bytes]) -> Iterator[IO[bytes]]:
+    """Yields a file at its start."""
     with file.open("rb") if isinstance(file, Path) else contextlib.nullcontext(file) as content:
         content.seek(0)
-        yield content.read(256)
+        yield content

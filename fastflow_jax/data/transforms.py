@@ -6,6 +6,7 @@ PIL images and in the reference code.
 
 import io
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +15,15 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from fastflow_jax.data.formats import broken, cannot_read, open_image, pages_of, tiff_tags
+from fastflow_jax.data.levels import Levels, kind_of, unknown_white
 from fastflow_jax.errors import InputError
 
 _TIFF_BITS_PER_SAMPLE = 258
 _TIFF_PHOTOMETRIC = 262  # 0: white is zero
 _TIFF_PLANAR = 284  # 2: one plane per channel
+# Pillow decodes colours of 16 bits to their high byte; with the other byte order, to the low one.
+_DEEP = (";16B", ";16L", ";16N")
+_SWAPPED = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 
 RESIZES = ("square", "crop", "pad")
 MASK_RESIZES = ("nearest", "floor", "threshold")
@@ -48,43 +53,115 @@ def check_image(data: bytes, name: str) -> None:
             raise broken(name, error) from error
 
 
-def decode_image(data: bytes, name: str = "the image", page: int = 0) -> np.ndarray:
+def decode_image(
+    data: bytes, name: str = "the image", page: int = 0, levels: Levels | None = None
+) -> np.ndarray:
     """Decodes an image file to RGB, uint8 [H, W, 3].
 
     - The EXIF orientation is applied.
     - Grey is repeated over the channels. Pillow converts palettes, CMYK, YCbCr, HSV and LAB.
     - Transparent pixels are composited over black, because their hidden colour is arbitrary.
     - 16-bit images, grey or colour, keep their high byte: 65535 is white, even if the camera has
-      fewer bits. In TIFF files of 12 bits 4095 is white.
+      fewer bits. In TIFF files of 12 bits 4095 is white. `levels` replaces this rule.
 
     Args:
         data: content of the file.
         name: name of the image in messages, usually its path.
         page: page of a file with several images, see `formats.pages_of`.
+        levels: of images of more than 8 bits; None for the high byte. With pending levels the
+            result has the type of `decode_stored`.
 
     Raises:
-        InputError: a broken, truncated or too large file, or 32-bit integers or floats, whose
-            white level is unknown.
+        InputError: a broken, truncated or too large file; or values whose white level is unknown,
+            that is, of 32-bit integers or floats, unless `levels` has a window.
     """
-    return _rgb(_load(data, name, page), name)
+    if levels is None:
+        return _rgb(_load(data, name, page), name)
+    return _three_channels(levels.apply(decode_stored(data, name, page), name))
 
 
-def convert_image(image: Image.Image, name: str = "the image") -> np.ndarray:
-    """Converts a Pillow image like `decode_image`, with its errors. The image is not changed."""
-    if isinstance(image, ImageFile.ImageFile) and image.format == "TIFF":
+def decode_stored(data: bytes, name: str = "the image", page: int = 0) -> np.ndarray:
+    """Decodes an image file to its values as stored, for `levels.Levels`.
+
+    Returns:
+        uint16, int32 or float32, [H, W] for grey or [H, W, 3]; uint8 [H, W, 3] as by `decode_image`
+        if the file has 8 bits per channel.
+
+    Raises:
+        InputError: as by `decode_image`, or channels of 16 bits that Pillow cannot read.
+    """
+    image = _load(data, name, page)
+    args = _arguments(data, name, page)
+    if image.format == "PPM" and image.mode in ("I", "RGB"):
+        return _of_ppm(image, args[1] if len(args) == 2 else None, name)
+    if image.mode in ("RGB", "RGBA", "RGBX") and args and str(args[0]).endswith(_DEEP):
+        return _deep_colours(image, str(args[0]), data, name, page)
+    return _stored(image, name)
+
+
+def _of_ppm(image: Image.Image, highest: int | None, name: str) -> np.ndarray:
+    """Values of a PGM or PPM file, given the highest one in its header unless it is usual."""
+    if image.mode == "I":  # Pillow scales them to 16 bits
+        scaled = np.asarray(image).astype(np.int64)
+        return ((scaled * (highest or 65535) + 32767) // 65535).astype(np.uint16)
+    if highest is not None and highest > 255:
+        raise InputError(
+            f"{name} is a PPM file of 16 bits, which Pillow reads with 8. Save it as PNG or TIFF."
+        )
+    return _rgb(image, name)
+
+
+def _deep_colours(
+    image: Image.Image, rawmode: str, data: bytes, name: str, page: int
+) -> np.ndarray:
+    """Colours of 16 bits, uint16 [H, W, 3], given the image of their high bytes."""
+    if rawmode[:-4] not in ("RGB", "RGBA", "RGBX"):
+        raise InputError(
+            f"{name} has 16 bits per channel of the kind {rawmode}, which Pillow cannot read. Save "
+            "it as RGB or grey, without transparency."
+        )
+    low = np.asarray(_load(data, name, page, swap=True)).astype(np.uint16)
+    values = np.asarray(image).astype(np.uint16) << 8 | low
+    if values.shape[-1] == 3 or image.mode == "RGBX":
+        return values[..., :3]
+    alpha = values[..., 3:].astype(np.uint64)
+    return ((values[..., :3] * alpha + 32767) // 65535).astype(np.uint16)
+
+
+def _stored(image: Image.Image, name: str) -> np.ndarray:
+    """Values of a loaded image, see `decode_stored`; colours have 8 bits."""
+    if image.mode.startswith("I;16"):
+        values, tags = np.asarray(image).astype(np.uint16), tiff_tags(image)
+        highest = 2 ** tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0] - 1
+        return highest - values if tags.get(_TIFF_PHOTOMETRIC) == 0 else values
+    if image.mode in ("I", "F"):
+        return np.asarray(image)
+    return _rgb(image, name)
+
+
+def convert_image(
+    image: Image.Image, name: str = "the image", levels: Levels | None = None
+) -> np.ndarray:
+    """Converts a Pillow image like `decode_image`, with its errors. The image is not changed.
+
+    Pillow images have colours of 8 bits; of a file that was not read yet, its values are used.
+    """
+    of_file = isinstance(image, ImageFile.ImageFile)
+    if of_file and (image.format == "TIFF" or levels is not None):
         is_unread = image.tile and image.tell() == 0
         if is_unread and (path := Path(os.fsdecode(image.filename))).is_file():
             # Pillow would map a TIFF file that has an orientation with its sides swapped.
-            return decode_image(read_file(path), name)
+            return decode_image(read_file(path), name, levels=levels)
     if 0 in image.size:
         raise InputError(f"{name} has {image.width} x {image.height} pixels. It must not be empty.")
     try:
         image.load()
     except Exception as error:  # as in open_image
         raise broken(name, error) from error
-    turned = Image.fromarray(_rgb(image, name))
+    turned = Image.fromarray(_rgb(image, name) if levels is None else _stored(image, name))
     turned.getexif().update(image.getexif())
-    return np.asarray(ImageOps.exif_transpose(turned))
+    values = np.asarray(ImageOps.exif_transpose(turned))
+    return values if levels is None else _three_channels(levels.apply(values, name))
 
 
 def decode_mask(
@@ -162,11 +239,15 @@ def _share_in_blocks(pixels: np.ndarray, is_even: np.ndarray) -> float:
     return in_blocks.sum() / max(1, pixels.sum())
 
 
-def _load(data: bytes, name: str, page: int = 0) -> Image.Image:
-    with open_image(io.BytesIO(data), name) as image:
+def _load(data: bytes, name: str, page: int = 0, *, swap: bool = False) -> Image.Image:
+    """Loads a page; with `swap` the low bytes of colours of 16 bits instead of the high ones."""
+    opened: Any = open_image(io.BytesIO(data), name)
+    with opened as image:
         try:
             if page:
                 image.seek(pages_of(image)[page])
+            if swap:
+                image.tile = [tile._replace(args=_swapped(tile.args)) for tile in image.tile]
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
         except Exception as error:  # as in open_image
@@ -174,33 +255,53 @@ def _load(data: bytes, name: str, page: int = 0) -> Image.Image:
         return image
 
 
-def _rgb(image: Image.Image, name: str) -> np.ndarray:
+def _arguments(data: bytes, name: str, page: int) -> tuple:
+    """Arguments of Pillow's decoder of a page; the first one is the form of its pixels."""
+    opened: Any = open_image(io.BytesIO(data), name)
+    with opened as image:
+        if page:
+            image.seek(pages_of(image)[page])
+        args = image.tile[0].args if image.tile else ()
+    return args if isinstance(args, tuple) else (args,)
+
+
+def _swapped(args: Any) -> Any:
+    """Arguments of a decoder of Pillow with the other byte order."""
+    if isinstance(args, tuple):
+        return (_swapped(args[0]), *args[1:])
+    return args[:-1] + _SWAPPED[args[-1]]
+
+
+def _check_planes(image: Image.Image, name: str) -> None:
     tags = tiff_tags(image)
-    bits = tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0]
-    if image.mode.startswith("I;16"):
-        levels = np.asarray(image) >> (bits - 8)
-        return _repeat(255 - levels if tags.get(_TIFF_PHOTOMETRIC) == 0 else levels)
-    if tags.get(_TIFF_PLANAR) == 2 and bits == 16:
+    if tags.get(_TIFF_PLANAR) == 2 and tags.get(_TIFF_BITS_PER_SAMPLE, (8,))[0] == 16:
         raise InputError(
             f"{name} has planar channels of 16 bits, which Pillow misreads. Save it with "
             "interleaved channels."
         )
+
+
+def _rgb(image: Image.Image, name: str) -> np.ndarray:
+    if image.mode.startswith("I;16"):
+        tags = tiff_tags(image)
+        levels = np.asarray(image) >> (tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0] - 8)
+        levels = 255 - levels if tags.get(_TIFF_PHOTOMETRIC) == 0 else levels
+        return _three_channels(levels.astype(np.uint8))
+    _check_planes(image, name)
     if image.mode == "I" and image.format == "PPM":  # Pillow scales it to 16 bits
-        return _repeat(np.asarray(image) >> 8)
+        return _three_channels((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        kind = "floats" if image.mode == "F" else "32-bit or signed integers"
-        raise InputError(
-            f"{name} has {kind}, whose white level is unknown. Save it with 8 or 16 unsigned bits "
-            "per channel."
-        )
+        dtype = np.asarray(image).dtype
+        raise unknown_white(f"{name} has {kind_of(dtype)}", dtype)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     return np.asarray(image.convert("RGB"))
 
 
-def _repeat(grey: np.ndarray) -> np.ndarray:
-    return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1)
+def _three_channels(values: np.ndarray) -> np.ndarray:
+    """Repeats grey values [H, W] over three channels; [H, W, 3] is returned as it is."""
+    return np.repeat(values[..., None], 3, axis=-1) if values.ndim == 2 else values
 
 
 class Placement(NamedTuple):

@@ -20,6 +20,7 @@ from fastflow_jax.backbones import Backbone, open_backbone
 from fastflow_jax.config import AUTO, default, fill, name_data, with_function
 from fastflow_jax.data.arrays import Images, as_dataset, is_one
 from fastflow_jax.data.inputs import stacked
+from fastflow_jax.data.levels import Levels
 from fastflow_jax.data.pipeline import kinds_of_pixels
 from fastflow_jax.data.profile import Profile
 from fastflow_jax.data.roi import AUTO as ROI_AUTO
@@ -48,6 +49,7 @@ from fastflow_jax.prediction import Predictor, needs_masks
 from fastflow_jax.runs import directory, durable, few_images, saved
 from fastflow_jax.runs.durable import Saved
 from fastflow_jax.runs.fit import fit
+from fastflow_jax.runs.levels import with_levels
 from fastflow_jax.scoring import (
     BATCH_SIZES,
     ImageScorer,
@@ -104,7 +106,8 @@ class Detector(PickledByFields, Predictor):
         Args:
           images: one of
             - a directory of images, bare or with the layout of `data.folder`;
-            - paths, or uint8 arrays [H, W, 3] in RGB;
+            - paths, or uint8 arrays [H, W, 3] in RGB; uint16 with `config.data.bits`, and other
+              types with `config.data.window`;
             - a `data.Dataset`;
             - the name of a data set, such as "elpv/mono";
             - a configuration that names a data set, without `config`;
@@ -150,10 +153,11 @@ class Detector(PickledByFields, Predictor):
         folder = None if workdir is None else expanded(workdir)
         chosen = fit_config(images, config, backbone)
         dataset = fit_dataset(images, fill(chosen), groups, calibrate)
-        config = fill(few_images.resolve(chosen, dataset))
+        config = fill(with_levels(few_images.resolve(chosen, dataset), dataset))
         if defects is not None:
             labelled.check(config)
-            dataset = dataclasses.replace(dataset, defects=as_dataset(defects).train)
+            of_defects = as_dataset(defects, levels=dataset.levels).train
+            dataset = dataclasses.replace(dataset, defects=of_defects)
         if folder is not None:
             return cls._fit_in(folder, config, dataset, backbone)
         with tempfile.TemporaryDirectory(
@@ -478,6 +482,11 @@ class Detector(PickledByFields, Predictor):
         """`config.data.resize`."""
         return self.config.data.resize
 
+    @functools.cached_property
+    def levels(self) -> Levels | None:
+        """`config.data.bits`, or the levels of `config.data.window`."""
+        return Levels.of(self.config.data)
+
     @property
     def tiling(self) -> Tiling | None:
         """How images are cut into tiles; None if they are not."""
@@ -734,14 +743,16 @@ def fit_dataset(
     elif isinstance(images, ConfigDict) or config.data.name != "folder" or config.data.root:
         dataset = data.open_dataset(config.data)
     else:
-        dataset = data.without_excluded(as_dataset(images, groups), config.data.exclude)
+        given = as_dataset(images, groups, Levels.of(config.data))
+        dataset = data.without_excluded(given, config.data.exclude)
     if groups is not None and dataset.train.groups is None:
         raise InputError(
             "groups are for a list or an array of images. For a directory, set config.data.groups."
         )
     calibration = dataset.calibration
     if calibrate is not None:
-        calibration = as_dataset([calibrate] if is_one(calibrate) else calibrate).train
+        several = [calibrate] if is_one(calibrate) else calibrate
+        calibration = as_dataset(several, levels=dataset.levels).train
     return dataclasses.replace(dataset, test=None, calibration=calibration)
 
 

@@ -18,6 +18,7 @@ from fastflow_jax.backbones import Backbone
 from fastflow_jax.config import AUTO, fill
 from fastflow_jax.data.arrays import Images
 from fastflow_jax.data.inputs import Outputs
+from fastflow_jax.data.levels import Levels
 from fastflow_jax.data.transforms import normalise
 from fastflow_jax.decision import Threshold
 from fastflow_jax.detector.detector import Detector, fit_config, fit_dataset
@@ -227,6 +228,11 @@ class Products(PickledByFields, Predictor):
     def resize(self) -> str:
         """`config.data.resize`."""
         return self._first.resize
+
+    @property
+    def levels(self) -> Levels | None:
+        """See `Detector.levels`."""
+        return self._first.levels
 
     @property
     def batch_size(self) -> int:

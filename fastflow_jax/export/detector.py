@@ -112,6 +112,11 @@ def _onnx(detector, file: pathlib.Path, options: Options) -> Parity:
 
 
 def _html(detector, file: pathlib.Path, options: Options) -> Parity:
+    if detector.levels is not None:
+        raise InputError(
+            "Images of this detector have more than 8 bits, which browsers do not read. Export "
+            "another format."
+        )
     runtime = read_runtime(options.runtime)
     options = dataclasses.replace(options, any_size=True)
     model, parity = _verified_model(detector, file, options)
@@ -207,7 +212,10 @@ def metadata(detector: Any) -> dict[str, Any]:
         "weights": weights,
         "licence": licence(weights),
         "classes": ["normal", "anomalous"],
-        "input": {"height": height, "width": width, "resize": detector.resize, **colours},
+        "input": {
+            **{"height": height, "width": width, "resize": detector.resize, **colours},
+            "levels": detector.levels and detector.levels.plain,
+        },
         "tiling": detector.tiling,
         "places": detector.places and detector.places.table.tolist(),
         "outputs": _OUTPUTS,

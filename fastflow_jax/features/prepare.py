@@ -247,7 +247,8 @@ def feature_fingerprint(config, seed: int) -> str:
         *("image_size", "length_power", "feature_dtype"),
     )
     values = [plain[f] for f in fields]
-    values += [plain["data"][f] for f in ("resize", "tile", "resolution", "train_tiles")]
+    of_data = ("resize", "tile", "resolution", "train_tiles", "bits", "window", "levels")
+    values += [plain["data"][f] for f in of_data]
     return json.dumps([*values, seed if config.weights == "random" else None])
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fastflow_jax.backbones import spec_of
 from fastflow_jax.backbones.weights import licence, origin
+from fastflow_jax.data.levels import Levels
 from fastflow_jax.detectors.fastflow.scorer import flow_model, objective
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.cache import n_bytes
@@ -57,6 +58,7 @@ def describe(config) -> str:
     rows = {
         "trainable parameters": f"{_numbers(variables['params']):,}",
         "frozen parameters (backbone)": f"{_numbers(backbone_variables):,}",
+        "images of more than 8 bits": str(Levels.of(config.data) or "their high byte"),
         "licence of the weights": licence(origin(spec, config.weights)),
         "operations per image, backbone": _operations(backbone.apply, backbone_variables, images),
         "operations per image, flow": _operations(model.apply, variables, maps),

@@ -22,6 +22,7 @@ from fastflow_jax import data, parallel
 from fastflow_jax.backbones.weights import licence
 from fastflow_jax.config import variants, without
 from fastflow_jax.data.dataset import Regions
+from fastflow_jax.data.levels import Levels
 from fastflow_jax.data.pipeline import regions_as_input
 from fastflow_jax.data.tiles import image_means_of
 from fastflow_jax.data.tiling import Places
@@ -492,6 +493,7 @@ def _summarise(config, parts: list[dict]) -> dict:
             "epoch": "last",
             "chosen_on_test_data": "nothing",
             "resize": config.data.resize,
+            "levels": str(Levels.of(config.data) or "high byte of 16 bits"),
             "roi": config.data.roi or config.data.roi_dir,
             "masks": _masks(config),
             "tile": config.data.tile,

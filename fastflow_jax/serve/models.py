@@ -71,8 +71,8 @@ class Loaded(Predictor):
         description = self._workers[0].description
         self.image_size, self.resize = description.image_size, description.resize
         self.tiling, self.places = description.tiling, description.places
+        self.levels, self.roi = description.levels, description.roi
         self.decision, self.metadata = description.decision, description.metadata
-        self.roi = description.roi
         self.training_images, self.batch_size = None, engine.batch
         self._batcher = Batcher(
             self._workers,
@@ -130,7 +130,7 @@ class Loaded(Predictor):
         inputs = []
         for name, content in files:
             with self._decoding:
-                for page, image, _ in Given(name, content=content).read():
+                for page, image, _ in Given(name, content=content).read(self.levels):
                     if len(inputs) == limit:
                         raise InputError(
                             f"The request has more images or pages than {limit}. Send at most "

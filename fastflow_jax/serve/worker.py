@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastflow_jax.data.levels import Levels
 from fastflow_jax.data.roi import CommonRegion
 from fastflow_jax.data.tiling import Places, Tiling
 from fastflow_jax.decision import Decision
@@ -48,6 +49,7 @@ class Description:
 
     image_size: tuple[int, int]  # (height, width) of model inputs
     resize: str  # how images become inputs
+    levels: Levels | None  # see `Predictor.levels`
     tiling: Tiling | None  # how they are cut
     places: Places | None  # see `Predictor`
     decision: Decision
@@ -218,7 +220,8 @@ def serve(descriptor: int, file: str, threads: int | None, batch: int) -> None:
         except Exception as error:  # of the engine
             connection.send(f"{file} cannot be loaded: {error}. Export or train it again.")
             return
-        how = predictor.image_size, predictor.resize, predictor.tiling, predictor.places
+        how = predictor.image_size, predictor.resize, predictor.levels
+        how += predictor.tiling, predictor.places
         connection.send(Description(*how, predictor.decision, metadata, predictor.roi))
         while True:
             try:

@@ -40,6 +40,7 @@ def data_config() -> Callable[..., ConfigDict]:
 
     def make(name: str, **fields) -> ConfigDict:
         unset = dict.fromkeys(("category", "root", "manifest", "dir", "groups", "exclude"))
+        unset |= dict.fromkeys(("bits", "window", "levels"))
         return ConfigDict({"name": name} | unset | fields)
 
     return make

@@ -38,7 +38,7 @@ def test_camera_bits_in_16_bit_files_are_reported(split, bits, is_dark):
     message = checks.dark_images(split("train", images))
     assert (message is not None) == is_dark
     if is_dark:
-        assert "multiply them by 64 or 16" in message
+        assert "pass --config.data.bits=10 or 12" in message
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.6, 0.95])

@@ -216,3 +216,13 @@ def test_limits(client_of, file, png):
         assert client.post("/v1/predict", content=png(0)).status_code == 503
         assert client.get("/readyz").status_code == 503
         assert client.get("/healthz").status_code == 200
+
+
+def test_images_of_12_bits_have_the_levels_of_the_detector(client_of, export, tmp_path):
+    levels = {"black": 0, "white": 4096, "bits": 12, "window": None}
+    given = {"height": 8, "width": 8, "resize": "square", "levels": levels}
+    file, content = export(tmp_path / "bits.onnx", input=given), io.BytesIO()
+    Image.fromarray(np.full((10, 12), 2048, np.uint16)).save(content, "PNG")
+    with client_of({"bits": file}) as client:
+        answer = client.post("/v1/predict", content=content.getvalue())
+    assert answer.json()["score"] == pytest.approx(128 / 255)

@@ -37,7 +37,8 @@ COMMANDS = {
         f"Scores images with the detector of a run, and draws heat maps. {_STATUSES}",
         "--workdir=runs/demo --input=photos/new --output=out",
         (
-            *("workdir", "input", "output", "false_alarm_rate", "product", "tile", "heatmaps"),
+            *("workdir", "input", "output", "false_alarm_rate", "product", "roi"),
+            *("tile", "every", "heatmaps"),
             *("raw", "engine", "weights"),
         ),
     ),

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import ndimage
+import scipy
 
 import fastflow_jax
 from fastflow_jax import data, exported
@@ -285,7 +285,7 @@ def compare(detector: Any, run: Callable[[np.ndarray], dict[str, np.ndarray]]) -
     map_size, found_maps = np.maximum(1, np.abs(maps).max((1, 2))), found["anomaly_map"]
     if sure is not None:
         # The edge of a foreground depends on rounding. So does the lowest value inside.
-        inside = np.stack([ndimage.binary_erosion(each, np.ones((3, 3))) for each in sure])
+        inside = np.stack([scipy.ndimage.binary_erosion(each, np.ones((3, 3))) for each in sure])
         maps, found_maps = np.where(inside, maps, 0), np.where(inside, found_maps, 0)
     # A single held-out image scores 0, since it is calibrated on itself.
     held = np.zeros(0) if detector.held_out is None else detector.held_out.scores

@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from fastflow_jax.features.extract import (
     Features,
@@ -175,7 +175,9 @@ def _seen(part: Part) -> np.ndarray:
 
 def _border(seen: np.ndarray) -> np.ndarray:
     """Locations of [B, h, w] at the border of those that count."""
-    return seen & ~np.array([ndimage.binary_erosion(each, np.ones((3, 3))) for each in seen], bool)
+    return seen & ~np.array(
+        [scipy.ndimage.binary_erosion(each, np.ones((3, 3))) for each in seen], bool
+    )
 
 
 def _otsu(values: np.ndarray) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import base64
 import dataclasses
 import io
 import json
+import logging
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ AUTO = "auto"  # the foreground of each image, see `features.foreground`
 # (name of an image, its (height, width)) -> bool [H, W], True in pixels that count
 Region = Callable[[str, tuple[int, int]], np.ndarray]
 
+_log = logging.getLogger(__name__)
 _SUFFIXES = (".png", "_mask.png")  # of mask files, after the name of the image
 
 
@@ -191,6 +193,12 @@ def with_regions(dataset: Dataset, config: Any) -> Dataset:
         if getattr(dataset, name) is not None
     }
     if (common := common_region(config)) is not None:
+        if common.mask.all():
+            _log.warning(
+                "%s is white everywhere, so all pixels count, as without it. Paint what is outside "
+                "of the region of interest black.",
+                common.name,
+            )
         for source in splits.values():
             if source.header is not None:
                 for i, name in enumerate(source.names):

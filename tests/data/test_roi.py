@@ -72,6 +72,16 @@ def test_all_splits_have_the_common_mask(tmp_path):
         with_regions(dataset, section(roi=str(tmp_path)))
 
 
+def test_a_white_mask_and_headers_of_another_aspect_ratio_are_reported(tmp_path, caplog):
+    file = write(tmp_path / "mask.png", np.ones((20, 30), bool))
+    images = as_dataset([write(tmp_path / f"{name}.png", LEFT) for name in "ab"])
+    with_regions(images, section(roi=str(file)))
+    assert "mask.png is white everywhere, so all pixels count" in caplog.text
+    write(file, LEFT[:, :20])
+    with pytest.raises(InputError, match=r"a\.png has 30 x 20 pixels, but .*mask\.png has 20 x 20"):
+        with_regions(images, section(roi=str(file)))
+
+
 def test_masks_of_images_are_found_by_split_and_name(tmp_path):
     write(tmp_path / "train/good/sub/a.png", LEFT)
     write(tmp_path / "test/crack/a_mask.png", ~LEFT)

@@ -1,12 +1,14 @@
 """Detectors with a region of interest: what is outside neither trains nor scores nor counts."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from fastflow_jax import Detector
 from fastflow_jax.config import default, fill
-from fastflow_jax.data.dataset import Dataset, Source
+from fastflow_jax.data.dataset import Dataset, Regions, Source
 from fastflow_jax.detectors.base import DETECTORS, recipe
 from fastflow_jax.errors import InputError
 from fastflow_jax.exported import Exported
@@ -299,9 +301,15 @@ def test_taught_images_are_taught_in_their_region(detector):
     taught = detector.update(images)
     other = detector.update(changed_far(images))
     assert_same(taught.predict(spoilt()), other.predict(spoilt()))
+    for found, expected in zip(
+        other.scorer.variables.values(), taught.scorer.variables.values(), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+    assert len(taught.scorer.variables["bank_0"]) > len(detector.scorer.variables["bank_0"])
 
 
-def test_defects_outside_of_the_region_are_not_counted(masks, tmp_path, caplog):
+@pytest.mark.parametrize("has_regions", [False, True])
+def test_defects_outside_of_the_region_are_not_counted(masks, tmp_path, caplog, has_regions):
     images = photographs(20)
     tests = photographs(8, seed=4)
     defects = np.zeros((8, SIDE, SIDE), bool)
@@ -313,6 +321,15 @@ def test_defects_outside_of_the_region_are_not_counted(masks, tmp_path, caplog):
     kinds = ("spot",) * 4 + ("good",) * 4
     train = Source(tuple(map(str, range(20))), ("good",) * 20, lambda i: (images[i], None))
     test = Source(tuple(map(str, range(8))), kinds, lambda i: (tests[i], defects[i]))
+    if has_regions:
+        sides = np.arange(SIDE) < EDGE, np.arange(SIDE) >= EDGE
+        parts = np.array([[mask & side for side in sides] for mask in defects])
+
+        def regions(i):
+            used = parts[i].any((1, 2))
+            return Regions(parts[i][used], np.ones(used.sum(), np.float32))
+
+        test = dataclasses.replace(test, regions=regions)
     config = fill(
         tiny(heatmaps=1, report_pictures=4, **{"data.roi": str(masks / "region.png"), "audit": 0.0})
     )

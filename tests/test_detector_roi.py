@@ -308,6 +308,15 @@ def test_taught_images_are_taught_in_their_region(detector):
     assert len(taught.scorer.variables["bank_0"]) > len(detector.scorer.variables["bank_0"])
 
 
+def test_taught_images_are_taught_in_their_foreground(automatic):
+    images = objects(6, seed=21)
+    dirty = images.copy()
+    dirty[:, 1:6, 1:20] = (20, 20, 20)  # on the background
+    clean, found = (automatic.update(each).scorer.variables["bank_0"] for each in (images, dirty))
+    assert len(clean) > len(automatic.scorer.variables["bank_0"])
+    np.testing.assert_allclose(found, clean, rtol=1e-3)
+
+
 @pytest.mark.parametrize("has_regions", [False, True])
 def test_defects_outside_of_the_region_are_not_counted(masks, tmp_path, caplog, has_regions):
     images = photographs(20)

@@ -1,6 +1,7 @@
 """Whether reading files slows scoring: predictions of JPEG files and of decoded images, in turns.
 
-    python benchmarks/reading.py --out benchmarks/results/reading.json
+    python benchmarks/reading.py --out reading.json
+    NPROC=1 python benchmarks/reading.py --images 400 --block 50     # one thread scores, one reads
 
 Writes synthetic JPEG files to a temporary directory, trains the default detector on some of them
 (random weights of the backbone, which do not change its speed), and scores blocks of files and as
@@ -46,12 +47,12 @@ def write_images(folder: pathlib.Path, n: int, side: int) -> list[pathlib.Path]:
     return list(prefetch((lambda i=i: write(i)) for i in range(n)))
 
 
-def seconds(call: Callable[[], Iterable]) -> float:
-    """Seconds until all results of a call are there."""
-    start = time.perf_counter()
+def seconds(call: Callable[[], Iterable]) -> tuple[float, float]:
+    """Seconds of wall time, and of CPU time of all threads, until all results are there."""
+    start, busy = time.perf_counter(), time.process_time()
     for _ in call():
         pass
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - busy
 
 
 def main() -> None:
@@ -74,6 +75,7 @@ def main() -> None:
         decoded = [read_image(path) for path in paths[:_DECODED]]
         inputs = np.stack([resize(image, detector.image_size) for image in decoded[:32]])
         found = {"files": [], "decoded": [], "inputs": [], "reading": []}
+        busy = dict.fromkeys(found, 0.0)  # CPU seconds per image
         list(detector.stream(decoded[:41]))  # compiles for all batch sizes
         for first in range(0, args.images, args.block):
             block = paths[first : first + args.block]
@@ -89,17 +91,20 @@ def main() -> None:
             }
             sizes = {"files": n, "decoded": n, "inputs": 64, "reading": len(block[:64])}
             for kind, call in calls.items():
-                found[kind].append(sizes[kind] / seconds(call))
+                wall, cpu = seconds(call)
+                found[kind].append(sizes[kind] / wall)
+                busy[kind] += cpu / sizes[kind] / -(-args.images // args.block)
             print({kind: round(rates[-1], 1) for kind, rates in found.items()}, flush=True)
     rates = {kind: statistics.median(of) for kind, of in found.items()}
     ratios = [a / b for a, b in zip(found["files"], found["decoded"], strict=True)]
-    print(f"images per second: {rates}")
+    print(f"images per second: {rates}\nCPU seconds per image: {busy}")
     print(f"ratio files_over_decoded {statistics.median(ratios):.3g}")
     write_result(
         args.out,
         {
             "ratio": statistics.median(ratios),
             "images_per_second": rates,
+            "cpu_seconds_per_image": busy,
             "blocks": found,
             "data": f"{args.images} JPEG files of {args.side}x{args.side}, {size:.0f} bytes each "
             "on average",

@@ -447,12 +447,12 @@ def _run(argv: list[str]) -> int:
     except Interrupted as stop:
         fail(f"{stop}. The same command continues from there.", stop.exit_code)
     except KeyboardInterrupt as stop:
-        rest = "from the last checkpoint, if any"
+        rest = " The same command continues from the last checkpoint, if any."
         if _MODE.value in ("predict", "batch"):
-            rest = "with the remaining images"
-        message = f"interrupted. The same command continues {rest}."
-        if _INPUT.value == "-":
-            message = "interrupted."
+            rest = " The same command continues with the remaining images."
+        if _INPUT.value == "-":  # other paths may be sent to it
+            rest = ""
+        message = f"interrupted.{rest}"
         fail(message, process.status(stop), at_once=True)  # without waiting for threads of JAX
     except Exception as error:
         if remedy(error):

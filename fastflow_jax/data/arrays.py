@@ -305,7 +305,7 @@ def _checked(image: Any, name: str, levels: Levels | None) -> np.ndarray:
         raise unknown_white(f"{name} is an array of {array.dtype}", array.dtype)
     if array.ndim == 2:
         array = np.repeat(array[..., None], 3, axis=-1)
-    if array.ndim == 3 and array.shape[-1] in {2, *range(5, min(array.shape[:2]))}:
+    if array.ndim == 3 and (array.shape[-1] == 2 or 4 < array.shape[-1] < min(array.shape[:2])):
         raise wrong_channels(name, array.shape[-1])
     if array.ndim != 3 or array.shape[-1] != 3 or not array.size:
         raise InputError(

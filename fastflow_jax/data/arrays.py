@@ -302,7 +302,8 @@ def _checked(image: Any, name: str, levels: Levels | None) -> np.ndarray:
         )
     array = np.asarray(image)
     if array.dtype != np.uint8 and (levels is None or array.dtype.kind not in "uif"):
-        raise unknown_white(f"{name} is an array of {array.dtype}", array.dtype)
+        subject = f"{name} is an array of {array.dtype}"
+        raise unknown_white(subject, array.dtype, "Pass uint8, 0 to 255")
     if array.ndim == 2:
         array = np.repeat(array[..., None], 3, axis=-1)
     if array.ndim == 3 and (array.shape[-1] == 2 or 4 < array.shape[-1] < min(array.shape[:2])):

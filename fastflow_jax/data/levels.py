@@ -168,11 +168,20 @@ def kind_of(dtype: np.dtype) -> str:
     return "floats" if dtype.kind == "f" else "32-bit or signed integers"
 
 
-def unknown_white(subject: str, dtype: np.dtype) -> InputError:
-    """Returns the error for values whose white level is unknown; `subject` begins it."""
+def unknown_white(
+    subject: str,
+    dtype: np.dtype,
+    convert: str = "Save it with 8 or 16 unsigned bits per channel",
+) -> InputError:
+    """Returns the error for values whose white level is unknown.
+
+    Args:
+        subject: begins the message.
+        dtype: of the values.
+        convert: first remedy for floats and other integers.
+    """
     remedy = (
-        "Save it with 8 or 16 unsigned bits per channel, or train with percentiles of the training "
-        "images, --config.data.window=(1,99)"
+        f"{convert}, or train with percentiles of the training images, --config.data.window=(1,99)"
     )
     if dtype == np.uint16:
         remedy = "Set config.data.bits to the bits of the camera, such as --config.data.bits=12"

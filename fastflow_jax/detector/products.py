@@ -267,7 +267,7 @@ class Products(PickledByFields, Predictor):
         return self.detectors[prediction.product]
 
     def predict(
-        self, images: Images, *, product: str | None = None, tile: bool = False
+        self, images: Images, *, product: str | None = None, tile: bool = False, every: int = 1
     ) -> Prediction | list[Prediction]:
         """Scores one image or several, see `Detector.predict`.
 
@@ -275,14 +275,15 @@ class Products(PickledByFields, Predictor):
           images: see `Detector.predict`.
           product: of all images; by default each image shows the product that it is nearest to.
           tile: see `Detector.predict`. The product must be given.
+          every: see `Detector.predict`.
 
         Raises:
           InputError: there is no such product, or it is missing with `tile`, or a file or an array
             is not an image.
         """
         if product is not None:
-            return self.detector_of(product).predict(images, tile=tile)
-        return super().predict(images, tile=tile)
+            return self.detector_of(product).predict(images, tile=tile, every=every)
+        return super().predict(images, tile=tile, every=every)
 
     def stream(
         self,
@@ -292,6 +293,7 @@ class Products(PickledByFields, Predictor):
         on_error: Callable[[str, InputError], None] | None = None,
         live: bool = False,
         roi: Masks | None = None,
+        every: int = 1,
     ) -> Iterator[Prediction]:
         """Yields a `Prediction` per image, see `Detector.stream`.
 
@@ -304,7 +306,7 @@ class Products(PickledByFields, Predictor):
                 "The product of an image cannot be found from its tiles. Name the product, or "
                 "leave tile out."
             )
-        return super().stream(images, on_error=on_error, live=live, roi=roi)
+        return super().stream(images, on_error=on_error, live=live, roi=roi, every=every)
 
     def detector_of(self, product: str) -> Detector:
         """The detector of a product; raises InputError if there is no such product."""

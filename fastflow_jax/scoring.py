@@ -93,7 +93,7 @@ def _triangles(before: int, after: int) -> np.ndarray:
 
 
 def state_of(
-    backbone: Backbone, scorer: Any, foreground: Foreground | None
+    backbone: Backbone, scorer: Any, foreground: Foreground | None = None
 ) -> tuple[Any, Any, Foreground | None]:
     """The arrays that `pure_function` depends on, of a `CompiledScorer`."""
     return backbone.variables, scorer.arrays(), foreground

@@ -247,7 +247,7 @@ def _main_with_jax() -> int:
     assert _CONFIG.value is not None  # see `_check_flags`
     config = fill(_CONFIG.value)
     if _MODE.value == "describe":
-        print(describe.describe(config))
+        process.show(describe.describe(config))
     else:
         name = config_flags.get_config_filename(flags.FLAGS["config"])
         workdir = _WORKDIR.value
@@ -303,7 +303,7 @@ def _data() -> int:
     from fastflow_jax.data import catalogue
 
     if _CONFIG.value is None:
-        print(catalogue.listing())
+        process.show(catalogue.listing())
         return 0
     return catalogue.prepare(_CONFIG.value.copy_and_resolve_references().data)
 
@@ -483,8 +483,7 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         argv = commands.to_flags(argv)
         if (text := commands.help_of(argv, flags.FLAGS)) is not None:
-            with contextlib.suppress(BrokenPipeError):  # as in --help | head
-                print(text, flush=True)
+            process.show(text)
             sys.exit(0 if argv[1:] else 2)
         argv = configs.find_all(argv)
     except InputError as error:

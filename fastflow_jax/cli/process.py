@@ -25,6 +25,12 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")  # file names may not be valid text
 
 
+def show(text: str) -> None:
+    """Prints a text, of which the reader of stdout may take the beginning only, as `head` does."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, flush=True)
+
+
 def set_up_stderr(*, quiet: bool) -> None:
     """Shows messages of this package on stderr, between progress bars, unless `quiet`."""
     from tqdm import tqdm

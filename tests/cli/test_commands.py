@@ -1,5 +1,6 @@
 """Commands of `fastflow-jax`: the same code as the modes of `main.py`, and their help."""
 
+import os
 import pathlib
 import pkgutil
 import re
@@ -124,6 +125,16 @@ finally:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("Usage: fastflow-jax serve [--FLAG=VALUE ...]")
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["data"]])
+def test_a_text_may_be_read_in_part(arguments, environment):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "fastflow_jax.main", *arguments]
+    done = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_console_script_runs_main():

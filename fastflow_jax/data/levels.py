@@ -169,20 +169,10 @@ def kind_of(dtype: np.dtype) -> str:
 
 
 def unknown_white(
-    subject: str,
-    dtype: np.dtype,
-    convert: str = "Save it with 8 or 16 unsigned bits per channel",
+    subject: str, dtype: np.dtype, remedy: str = "Save it with 8 or 16 unsigned bits per channel"
 ) -> InputError:
-    """Returns the error for values whose white level is unknown.
-
-    Args:
-        subject: begins the message.
-        dtype: of the values.
-        convert: first remedy for floats and other integers.
-    """
-    remedy = (
-        f"{convert}, or train with percentiles of the training images, --config.data.window=(1,99)"
-    )
+    """Returns the error for values whose white level is unknown; `subject` begins it."""
+    remedy += ", or train with percentiles of the training images, --config.data.window=(1,99)"
     if dtype == np.uint16:
         remedy = "Set config.data.bits to the bits of the camera, such as --config.data.bits=12"
     return InputError(f"{subject}, whose white level is unknown. {remedy}.")

@@ -285,8 +285,8 @@ class Predictor:
             pages.close()  # it is the only page: its file and its pixels are freed
             return first, ()
 
-        # Most of the next batch is read while one is scored. One thread for images to be tiled: they are
-        # large, and few of them fit into memory.
+        # Most of the next batch is read while one is scored. One thread for images to be tiled:
+        # they are large, and few of them fit into memory.
         calls = (functools.partial(start, given) for given in each(images, self.levels))
         threads, logged = 0 if live else 1 if tiling else n_threads(), set()
         ahead = 2 * threads if tiling else max(2 * threads, 3 * self.batch_size // 4)

@@ -37,7 +37,8 @@ from fastflow_jax.evaluation.folds import cross_fit
 from fastflow_jax.evaluation.held_out import HeldOut, score_held_out
 from fastflow_jax.evaluation.metrics import image_auroc
 from fastflow_jax.features.extract import Features, cached_features, in_batches
-from fastflow_jax.features.prepare import feature_batches, split_holdout
+from fastflow_jax.features.prepare import feature_batches
+from fastflow_jax.features.split import split_holdout
 from fastflow_jax.files import parse_json, read_arrays, write_arrays
 from fastflow_jax.runs.saved import MIN_CROSS_FITTED
 from fastflow_jax.training.context import FitContext

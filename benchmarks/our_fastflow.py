@@ -22,7 +22,8 @@ from fastflow_jax.config import default, fill
 from fastflow_jax.detectors.fastflow import scorer as fastflow
 from fastflow_jax.evaluation.evaluate import measure, score_split
 from fastflow_jax.features.extract import cached_features
-from fastflow_jax.features.prepare import feature_batches, split_holdout
+from fastflow_jax.features.prepare import feature_batches
+from fastflow_jax.features.split import split_holdout
 
 
 def configuration(name: str):

@@ -15,7 +15,8 @@ from fastflow_jax.data.dataset import Dataset, Source
 from fastflow_jax.data.formats import Header
 from fastflow_jax.detector import Detector
 from fastflow_jax.errors import InputError, Interrupted
-from fastflow_jax.features.prepare import Split, preparer, split
+from fastflow_jax.features.prepare import preparer
+from fastflow_jax.features.split import Split, split
 from fastflow_jax.runs import saved, versions
 from fastflow_jax.runs.directory import check_same_data
 from fastflow_jax.runs.fit import fit

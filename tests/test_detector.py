@@ -30,7 +30,7 @@ from fastflow_jax.data.transforms import normalise, resize
 from fastflow_jax.detectors.base import DETECTORS, recipe
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation import thresholds
-from fastflow_jax.features.prepare import split_holdout
+from fastflow_jax.features.split import split_holdout
 from fastflow_jax.runs import experiment, saved
 
 

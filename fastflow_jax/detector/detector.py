@@ -42,8 +42,9 @@ from fastflow_jax.export.detector import Options, Parity, export
 from fastflow_jax.features import shift
 from fastflow_jax.features.extract import Features
 from fastflow_jax.features.foreground import Foreground, regions
-from fastflow_jax.features.prepare import extractor_of, preparer, split
+from fastflow_jax.features.prepare import extractor_of, preparer
 from fastflow_jax.features.shift import Reference, Shift
+from fastflow_jax.features.split import split
 from fastflow_jax.files import expanded
 from fastflow_jax.prediction import Predictor, needs_masks
 from fastflow_jax.runs import directory, durable, few_images, saved

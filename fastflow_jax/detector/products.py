@@ -27,7 +27,8 @@ from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.held_out import HeldOut
 from fastflow_jax.features.extract import image_means
 from fastflow_jax.features.gate import Gate
-from fastflow_jax.features.prepare import preparer, split
+from fastflow_jax.features.prepare import preparer
+from fastflow_jax.features.split import split
 from fastflow_jax.files import expanded
 from fastflow_jax.prediction import Masks, Prediction, Predictor
 from fastflow_jax.runs import directory, durable, saved

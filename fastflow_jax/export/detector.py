@@ -25,7 +25,7 @@ from fastflow_jax.export.onnx import to_onnx
 from fastflow_jax.export.page import page, read_runtime
 from fastflow_jax.export.resize import resize_inside
 from fastflow_jax.exported import INPUT, Exported, to_metadata
-from fastflow_jax.features.prepare import split
+from fastflow_jax.features.split import split
 from fastflow_jax.files import replacing, sha256_of_detector, write_text
 from fastflow_jax.prediction import Predictor
 

@@ -13,7 +13,7 @@ import scipy
 
 from fastflow_jax.data.groups import labels_of
 from fastflow_jax.errors import InputError
-from fastflow_jax.features.prepare import split_holdout
+from fastflow_jax.features.split import split_holdout
 from fastflow_jax.files import read_arrays, write_arrays
 from fastflow_jax.state import Slot, State, check
 

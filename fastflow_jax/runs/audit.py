@@ -20,7 +20,8 @@ from fastflow_jax.detectors.base import InvertibleScorer, Scorer, method
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.cross_fit import SIMILAR, CrossFitted, cross_fit
 from fastflow_jax.features.extract import Features, in_batches
-from fastflow_jax.features.prepare import Prepared, preparer, split
+from fastflow_jax.features.prepare import Prepared, preparer
+from fastflow_jax.features.split import split
 from fastflow_jax.files import expanded, write_json, write_text
 from fastflow_jax.report.heatmaps import draw_strip, save_picture
 from fastflow_jax.report.html import write_audit_page

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import betabinom, binom, binomtest
 
 from fastflow_jax.features import shift
-from fastflow_jax.features.prepare import split_holdout
+from fastflow_jax.features.split import split_holdout
 
 RNG = np.random.default_rng(0)
 

@@ -19,7 +19,7 @@ from fastflow_jax.detector import Products
 from fastflow_jax.detectors.base import recipe
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.evaluate import METRICS
-from fastflow_jax.features.prepare import split_holdout
+from fastflow_jax.features.split import split_holdout
 from fastflow_jax.files import read_lines
 from fastflow_jax.runs import experiment
 from fastflow_jax.runs.directory import check_same_data, claim

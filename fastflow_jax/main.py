@@ -98,8 +98,8 @@ _PRODUCT = flags.DEFINE_string(
 _ROI = flags.DEFINE_string(
     "roi",
     None,
-    "With --mode=predict and a detector that was trained with a mask per image, the mask of all "
-    "images, or a directory with <name>.png for each image. White pixels count.",
+    "With --mode=predict and a detector that was trained with a mask per image, score the white "
+    "pixels of this mask of all images, or of masks in this directory, named like the images.",
 )
 _TILE = flags.DEFINE_bool(
     "tile", False, "With --mode=predict or batch, cut images larger than the input into tiles."

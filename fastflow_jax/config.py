@@ -393,7 +393,8 @@ def _fill(config: ConfigDict) -> ConfigDict:
     c.layers = check_layers(spec, c.layers or method(c.layers_as or c.detector).layers(c, spec))
     _check_values(c)
     _check_copies(c.augment)
-    _check_one_model(c)
+    if c.one_model:
+        check_one_model(c)
     _check_folds(c.data)
     _check_tiles(c)
     _check_region(c)
@@ -438,14 +439,29 @@ def _check_copies(augment: ConfigDict) -> None:
         )
 
 
-def _check_one_model(config: ConfigDict) -> None:
-    if not config.one_model:
-        return
+def check_one_model(config: ConfigDict) -> None:
+    """Raises InputError if fields do not suit one model of several products.
+
+    Args:
+      config: filled; the model may also be one of a dictionary of images, without
+        `config.one_model`.
+    """
     for field, usual in (("seeds", 1), ("evaluate_every", 0)):
         if config[field] != usual:
             raise InputError(f"config.one_model needs config.{field}={usual}. Leave {field} out.")
     if len(config.variants):
         raise InputError("config.one_model has no variants. Make each variant a separate run.")
+    for field in ("tile", "roi", "roi_dir"):
+        if config.data[field] is not None:
+            raise InputError(
+                f"config.data.{field} is not possible for one model of several products. Leave it "
+                "out, or train a detector for each product."
+            )
+    if config.data.window is not None and config.data.levels is None:
+        raise InputError(
+            "config.data.window is for one product. For a model of several, set config.data.levels "
+            "to (black, white), the same for all of them."
+        )
 
 
 def _check_folds(section: ConfigDict) -> None:
@@ -466,7 +482,6 @@ def _check_tiles(config: ConfigDict) -> None:
                 )
         return
     for field, value, usual in (
-        ("one_model", config.one_model, False),
         ("data.folds", config.data.folds, 0),
         ("data.roi", config.data.roi, None),
         ("data.roi_dir", config.data.roi_dir, None),
@@ -487,11 +502,6 @@ def _check_region(config: ConfigDict) -> None:
     if section.roi is not None and section.roi_dir is not None:
         raise InputError(
             "config.data.roi and config.data.roi_dir are both set. Leave one of them out."
-        )
-    if config.one_model:
-        raise InputError(
-            "config.one_model has no region of interest. Leave config.data.roi and "
-            "config.data.roi_dir out, or train a detector for each product."
         )
     is_moved = augment.flips or augment.rotate
     if section.roi_dir is not None and (is_moved or section.tamper != default().data.tamper):
@@ -525,11 +535,6 @@ def _check_levels(config: ConfigDict) -> None:
             raise InputError(
                 f"config.data.{field} must be (low, high), such as (1,99), not {tuple(pair)}."
             )
-    if config.one_model and section.window is not None and section.levels is None:
-        raise InputError(
-            "config.data.window is for one product. For a model of several, set config.data.levels "
-            "to (black, white), the same for all of them."
-        )
 
 
 def _is_increasing(pair: Sequence, lowest: float, highest: float) -> bool:

@@ -11,7 +11,7 @@ from PIL import Image
 
 import fastflow_jax
 from fastflow_jax import Detector
-from fastflow_jax.config import default
+from fastflow_jax.config import default, fill
 from fastflow_jax.detector import Products
 from fastflow_jax.detectors.base import recipe
 from fastflow_jax.errors import InputError
@@ -253,3 +253,20 @@ def test_a_product_is_exported_by_itself(model, tmp_path):
     assert parity.flips == 0
     with pytest.raises(InputError, match="of one product"):
         model.export(tmp_path / "all.onnx")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data.tile": 24}, "config.data.tile is not possible for one model"),
+        ({"data.roi": "auto"}, "config.data.roi is not possible for one model"),
+        ({"data.roi_dir": "masks"}, "config.data.roi_dir is not possible for one model"),
+        ({"data.window": (1, 99)}, "set config.data.levels"),
+    ],
+)
+def test_what_one_model_cannot_do_is_refused_with_and_without_one_model(fields, message):
+    images = {name: photographs(name) for name in ("red", "green")}
+    with pytest.raises(InputError, match=message):
+        Detector.fit(images, config=tiny(**fields))
+    with pytest.raises(InputError, match=message):
+        fill(tiny(**fields, one_model=True))

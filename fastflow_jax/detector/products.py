@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from fastflow_jax import data, parallel
 from fastflow_jax.backbones import Backbone
-from fastflow_jax.config import AUTO, fill
+from fastflow_jax.config import AUTO, check_one_model, fill
 from fastflow_jax.data.arrays import Images
 from fastflow_jax.data.inputs import Outputs
 from fastflow_jax.data.levels import Levels
@@ -87,8 +87,8 @@ class Products(PickledByFields, Predictor):
           backbone: see `Detector.fit`.
 
         Raises:
-          InputError: see `Detector.fit`; there are fewer than two products, or too few images of
-            one to recognise it.
+          InputError: see `Detector.fit` and `config.check_one_model`; there are fewer than two
+            products, or too few images of one to recognise it.
           Interrupted: SIGTERM or SIGINT was received; the state is saved in `workdir`.
         """
         parallel.check_not_forked()
@@ -96,6 +96,7 @@ class Products(PickledByFields, Predictor):
         if chosen.detector == AUTO:
             chosen.detector = "fastflow"
         config = fill(chosen)
+        check_one_model(config)
         if workdir is not None:
             return cls._fit_in(expanded(workdir), config, images, backbone)
         with tempfile.TemporaryDirectory(

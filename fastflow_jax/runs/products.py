@@ -43,10 +43,8 @@ def of_several(config: ConfigDict, n: int) -> ConfigDict:
     The steps of a shared training grow with the square root of the number of products.
 
     Raises:
-      InputError: there are fewer than two products, or images are cut into tiles.
+      InputError: there are fewer than two products.
     """
-    if config.data.tile is not None:
-        raise InputError("One model of several products has no tiles. Leave config.data.tile out.")
     if n < 2:
         raise InputError(
             f"One model needs at least two products, and there is {n}. Leave config.one_model out."

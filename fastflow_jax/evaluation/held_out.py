@@ -11,14 +11,12 @@ from fastflow_jax.data.tiles import Tiles
 from fastflow_jax.data.tiling import Places
 from fastflow_jax.decision import Threshold, p_values
 from fastflow_jax.detectors.base import CalibratedScorer
-from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation import thresholds
 from fastflow_jax.features.extract import Features, in_batches
 from fastflow_jax.files import read_arrays, write_arrays
 from fastflow_jax.state import Slot, State, check
 
 _FOLDS = 5
-_FEWEST_ALIGNED = 4  # held-out images, for statistics of the places of tiles
 Reweigh = Callable[[Any, tuple[np.ndarray, ...]], Any]
 
 
@@ -251,8 +249,6 @@ def _fill_folds(
     fold = fold if tiles is None else fold[tiles.image]
 
     aligned = tiles if config.data.aligned else None
-    if aligned is not None:
-        _check_aligned(aligned)
     for i in np.unique(fold):
         score, others, statistics = fitted(rows[fold != i]), rows[fold != i], None
         if aligned is not None:
@@ -262,21 +258,6 @@ def _fill_folds(
         return found
     statistics = aligned.statistics(rows, map(fitted(rows), _batches(rows, size)))
     return dataclasses.replace(found, places=statistics.table)
-
-
-def _check_aligned(tiles: Tiles) -> None:
-    """Raises InputError if held-out images give no statistics of places."""
-    if len(set(tiles.sizes)) > 1:
-        (height, width), (other, wide), *_ = dict.fromkeys(tiles.sizes)
-        raise InputError(
-            f"config.data.aligned needs images of one size, but there are {width} x {height} and "
-            f"{wide} x {other} pixels. Leave it out, or cut the images to one size."
-        )
-    if len(tiles.sizes) < _FEWEST_ALIGNED:
-        raise InputError(
-            f"config.data.aligned needs {_FEWEST_ALIGNED} held-out images, but there are "
-            f"{len(tiles.sizes)}. Set config.data.holdout higher, or leave it out."
-        )
 
 
 def _batches(rows: np.ndarray, size: int) -> list[np.ndarray]:

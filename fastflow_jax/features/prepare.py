@@ -37,6 +37,8 @@ from fastflow_jax.features.foreground import Foreground, regions
 from fastflow_jax.features.split import Split, split
 from fastflow_jax.files import to_plain
 
+_FEWEST_ALIGNED = 4  # held-out images of different parts, for statistics of the places of tiles
+
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -188,6 +190,8 @@ class _Preparer:
             (*key, config.data.holdout, config.data.groups, config.data.roi, *augment),
             lambda: _prepare_training(cached, dataset, seed),
         )
+        if config.data.aligned:
+            _check_aligned(training, test_tiles)
         if training.foreground is not None:
             test = _test_in_foreground(test, training.foreground, config.image_size)
         return Prepared(
@@ -212,6 +216,26 @@ class _Preparer:
             found = parallel.on_main(lambda: checks.tested_on_training_images(train, test))
             _warn(dataset.name, found)
         return dataclasses.replace(dataset, test=tampered(test, config.data.tamper))
+
+
+def _check_aligned(training: _Training, test: Tiles | None) -> None:
+    """Raises InputError if `config.data.aligned` does not suit the images, before the training."""
+    held_out, groups = training.holdout_tiles, training.holdout_groups
+    assert held_out is not None
+    sizes = {*held_out.sizes, *(() if test is None else test.sizes)}
+    if len(sizes) > 1:
+        (height, width), (other, wide), *_ = sorted(sizes)
+        raise InputError(
+            f"config.data.aligned needs images of one size, but there are {width} x {height} and "
+            f"{wide} x {other} pixels. Leave it out, or cut the images to one size."
+        )
+    n = len(held_out.sizes) if groups is None else len(np.unique(groups))
+    if n < _FEWEST_ALIGNED:
+        unit = "images" if groups is None else "groups of images"
+        raise InputError(
+            f"config.data.aligned needs {_FEWEST_ALIGNED} held-out {unit}, but there are {n}. Set "
+            "config.data.holdout higher, or leave it out."
+        )
 
 
 def _at_resolution(config, dataset: data.Dataset) -> data.Dataset:

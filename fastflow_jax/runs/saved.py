@@ -63,11 +63,6 @@ def record(
     `reweigh` is that of `score_held_out`.
     """
     image = pixel = None
-    if config.data.aligned and prepared.holdout is None:
-        raise InputError(
-            "config.data.aligned needs held-out images. Set config.data.holdout above 0, or leave "
-            "it out."
-        )
     if cross_fitted is not None:
         cross_fitted.save(directory / _HELD_OUT)
         if cross_fitted.n_parts >= MIN_CROSS_FITTED:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -245,8 +246,24 @@ def test_fields_that_do_not_suit_tiles_are_refused(photos, fields, message):
         tiled(photos, **fields)
 
 
-def test_too_few_held_out_images_of_aligned_parts_are_refused(photos, tmp_path):
-    with pytest.raises(InputError, match="needs 4 held-out images, but there are 2"):
-        experiment.run(
-            tiled(photos, **{"data.aligned": True, "data.holdout": 0.17}), tmp_path / "run"
-        )
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data.holdout": 0.17}, "needs 4 held-out images, but there are 2"),
+        ({"data.holdout": 0.0}, "needs 4 held-out images, but there are 0"),
+        ({"data.groups": r"good/(\d)"}, "needs 4 held-out groups of images, but there are 1"),
+    ],
+)
+def test_too_few_held_out_images_of_aligned_parts_are_refused(photos, fields, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        experiment.run(tiled(photos, **{"data.aligned": True}, **fields), tmp_path / "run")
+
+
+def test_test_images_of_another_size_than_aligned_parts_are_refused_before_the_training(
+    photos, tmp_path
+):
+    shutil.copytree(photos, tmp_path / "photos")
+    Image.fromarray(texture(0, (40, 90))).save(tmp_path / "photos/test/good/wide.png")
+    with pytest.raises(InputError, match="needs images of one size, but there are 70 x 40 and 90"):
+        experiment.run(tiled(tmp_path / "photos", **{"data.aligned": True}), tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("held_out.npz"))

@@ -62,7 +62,7 @@ class Tiles:
           resize_by: how tiles become model inputs, see `transforms.placement`.
           overlap: smallest fraction of a tile shared with the next one.
         """
-        sizes = tuple(map(functools.partial(_size, images), range(len(images))))
+        sizes = tuple(tiling.size(_size(images, i)) for i in range(len(images)))
         where = (tuple(places(size, tiling, resize_by, overlap)) for size in sizes)
         return cls(images, sizes, tuple(where), image_size, resize_by)
 
@@ -190,7 +190,10 @@ def image_means_of(of_tiles: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 
 def resized(source: Source, resolution: int | None, mask_resize: str) -> Source:
-    """Returns `source` with images and masks resized to a longer side; None: unchanged."""
+    """Returns `source` with images and masks resized to a longer side; None: unchanged.
+
+    Headers remain those of the files.
+    """
     if resolution is None:
         return source
     size_of = Tiling((1, 1), resolution).size
@@ -213,19 +216,12 @@ def resized(source: Source, resolution: int | None, mask_resize: str) -> Source:
         source,
         load=load,
         part_of=None,
-        header=source.header and functools.partial(_resized_header, source, size_of),
         regions=source.regions and regions,
     )
 
 
-def _resized_header(source: Source, size_of: Callable, index: int):
-    assert source.header is not None
-    header = source.header(index)
-    return dataclasses.replace(header, size=size_of(header.size))
-
-
 def _size(source: Source, index: int) -> tuple[int, int]:
-    """(height, width) of an image, from its header if it has one."""
+    """(height, width) of an image, of its file if that has a header."""
     if source.header is not None:
         return source.header(index).size
     image = source.load(index)[0]

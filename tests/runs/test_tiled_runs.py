@@ -143,6 +143,15 @@ def test_saved_and_exported_detectors_cut_images_as_in_training(photos, tmp_path
         fitted.export(tmp_path / "n.onnx", any_size=True)
 
 
+def test_images_like_those_of_training_are_not_reported_at_a_lower_resolution(photos, caplog):
+    config = tiled(photos, **{"data.resolution": 35, "image_size": (16,), "data.tile": 16})
+    detector = Detector.fit(str(photos / "train/good"), config=config)
+    assert detector.predict(photos / "test/good/0.png").anomaly_map.shape == (40, 70)
+    assert "differs from the training images" not in caplog.text
+    detector.predict(texture(0, (80, 140)))
+    assert "has 140 x 80 pixels, training images have 70 x 40" in caplog.text
+
+
 def test_fastflow_trains_on_a_limited_number_of_tiles(photos, tmp_path):
     fields = {"flow.steps": 1, "flow.hidden_ratio": 2.0, "train.epochs": 1, "map.bank": 20}
     config = tiled(photos, "fastflow", **fields, **{"data.train_tiles": 10})

@@ -12,7 +12,7 @@ from ml_collections.config_dict import placeholder
 from fastflow_jax.backbones import Backbone, check_layers, spec_of
 from fastflow_jax.backbones.weights import normalisation, origin
 from fastflow_jax.data.changes import bounds_of
-from fastflow_jax.data.levels import MAX_BITS, MIN_BITS
+from fastflow_jax.data.levels import Levels
 from fastflow_jax.data.roi import AUTO as ROI_AUTO
 from fastflow_jax.data.transforms import MASK_RESIZES, RESIZES
 from fastflow_jax.detectors.base import DETECTORS, method
@@ -243,7 +243,6 @@ _BOUNDS = {
     "data.tile": (16, 10**6),
     "data.resolution": (16, 10**6),
     "data.train_tiles": (1, 10**9),
-    "data.bits": (MIN_BITS, MAX_BITS),
     "data.tamper.rotate": (-180, 180),
     "data.tamper.zoom": (0.1, 10),
     "data.tamper.down": (-1, 1),
@@ -518,30 +517,15 @@ def _check_region(config: ConfigDict) -> None:
 
 
 def _check_levels(config: ConfigDict) -> None:
+    """Raises InputError if the levels of `config.data` have no effect, or see `Levels.of`."""
     section = config.data
-    stated = [field for field in ("bits", "window", "levels") if section[field] is not None]
-    if stated and section.name != "folder":
-        raise InputError(
-            f"config.data.{stated[0]} has no effect on {section.name}. Leave it out, or set "
-            "config.data.name to folder."
-        )
-    if section.bits is not None and len(stated) > 1:
-        raise InputError(
-            f"config.data.bits and config.data.{stated[1]} are both set. Set one of them."
-        )
-    for field, bounds in (("window", (0, 100)), ("levels", (-math.inf, math.inf))):
-        pair = section[field]
-        if pair is not None and not _is_increasing(pair, *bounds):
+    for field in ("bits", "window", "levels"):
+        if section[field] is not None and section.name != "folder":
             raise InputError(
-                f"config.data.{field} must be (low, high), such as (1,99), not {tuple(pair)}."
+                f"config.data.{field} has no effect on {section.name}. Leave it out, or set "
+                "config.data.name to folder."
             )
-
-
-def _is_increasing(pair: Sequence, lowest: float, highest: float) -> bool:
-    """Whether two numbers are in increasing order within bounds."""
-    if len(pair) != 2 or not all(isinstance(value, int | float) for value in pair):
-        return False
-    return lowest <= pair[0] < pair[1] <= highest
+    Levels.of(section)
 
 
 def _check_choice(field: str, value: str, choices) -> None:

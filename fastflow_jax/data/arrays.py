@@ -258,7 +258,7 @@ def as_dataset(
         raise InputError(f"{len(groups)} groups for {len(given)} images. Pass one per image.")
 
     if levels is not None:
-        levels = levels.resolved(len(pages), lambda i: given[owners[i]].stored(pages[i]))
+        levels = levels.resolved(names, lambda i: given[owners[i]].stored(pages[i]))
 
     def load(index: int) -> tuple[np.ndarray, None]:
         return given[owners[index]].decode(pages[index], levels=levels), None

@@ -59,7 +59,7 @@ def _levels(config: DataConfig, train: list[Record]) -> Levels | None:
         return decode_stored(read_file(record.image), str(record.image), record.page)
 
     levels = Levels.of(config)
-    return None if levels is None else levels.resolved(len(train), read)
+    return None if levels is None else levels.resolved([str(r.image) for r in train], read)
 
 
 def _splits(root: Path, config: DataConfig) -> Splits:

@@ -8,14 +8,15 @@ detector have the same levels. Levels of each single image would hide that it is
 
 import dataclasses
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from fastflow_jax.errors import InputError
 
-MIN_BITS, MAX_BITS = 9, 16
+_MIN_BITS, _MAX_BITS = 9, 16
 _IMAGES, _PIXELS = 100, 2**16  # of the training images, sampled for a window
 
 _log = logging.getLogger(__name__)
@@ -48,7 +49,11 @@ class Levels:
         """Returns the levels of `config.data`; None for the high byte of 16 bits.
 
         With a window whose levels are not known yet, they are pending, see `resolved`.
+
+        Raises:
+            InputError: a field is out of bounds, or both a depth and levels are stated.
         """
+        _check(config)
         if config.bits is not None:
             return cls(0, 2**config.bits, config.bits)
         window = None if config.window is None else (config.window[0], config.window[1])
@@ -83,14 +88,14 @@ class Levels:
         low, high = self.window
         return f"percentiles {low:g} to {high:g} of the training images" + (pair and f": {pair}")
 
-    def resolved(self, n: int, read: Callable[[int], np.ndarray]) -> "Levels":
+    def resolved(self, names: Sequence[str], read: Callable[[int], np.ndarray]) -> "Levels":
         """Returns the levels with those of the window.
 
         They are the percentiles of 65,536 random pixels of each of up to 100 images, which are
         evenly spaced. Colours share their levels. Values that are not finite do not count.
 
         Args:
-            n: number of training images.
+            names: of the training images, in messages.
             read: index -> pixels as stored, see `transforms.decode_stored`.
 
         Raises:
@@ -98,10 +103,10 @@ class Levels:
         """
         if self.window is None or not self.is_pending:
             return self
-        rng, found = np.random.default_rng(0), []
-        for i in np.linspace(0, n - 1, min(n, _IMAGES)).astype(int):
-            values = read(int(i))
-            self.check(values.dtype, "A training image")
+        rng, found, n = np.random.default_rng(0), [], len(names)
+        for i in np.linspace(0, n - 1, min(n, _IMAGES)).astype(int).tolist():
+            values = read(i)
+            self.check(values.dtype, names[i])
             values = values.ravel()
             found.append(values if len(values) <= _PIXELS else rng.choice(values, _PIXELS))
         values = np.concatenate(found).astype(np.float64)
@@ -159,6 +164,32 @@ class Levels:
                 white,
             )
         return (np.minimum(values, white) >> (bits - 8)).astype(np.uint8)
+
+
+def _check(config: LevelsConfig) -> None:
+    """Raises the InputError of `Levels.of`."""
+    bits, ranges = config.bits, {"window": (0, 100), "levels": (-math.inf, math.inf)}
+    if bits is not None and not _MIN_BITS <= bits <= _MAX_BITS:
+        raise InputError(f"config.data.bits must be from {_MIN_BITS} to {_MAX_BITS}, not {bits}.")
+    for field, (lowest, highest) in ranges.items():
+        pair = getattr(config, field)
+        if pair is None:
+            continue
+        if bits is not None:
+            raise InputError(
+                f"config.data.bits and config.data.{field} are both set. Set one of them."
+            )
+        if not _is_increasing(pair, lowest, highest):
+            raise InputError(
+                f"config.data.{field} must be (low, high), such as (1,99), not {tuple(pair)}."
+            )
+
+
+def _is_increasing(pair: Sequence, lowest: float, highest: float) -> bool:
+    """Whether two numbers are in increasing order within bounds."""
+    if len(pair) != 2 or not all(isinstance(value, int | float) for value in pair):
+        return False
+    return lowest <= pair[0] < pair[1] <= highest
 
 
 def kind_of(dtype: np.dtype) -> str:

@@ -99,3 +99,18 @@ def test_images_of_a_directory_are_counted(folder, started, capsys):
     root = folder / "downloads/manual/mpdd/tubes"
     assert started(["data", "--config=folder", f"--config.data.root={root}"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split() == ["all", "5", "-", "3", "2"]
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("window=(5,)", r"config.data.window must be \(low, high\), such as \(1,99\), not \(5,\)"),
+        ("window=(1,200)", r"config.data.window must be \(low, high\)"),
+        ("bits=99", "config.data.bits must be from 9 to 16, not 99"),
+    ],
+)
+def test_levels_that_do_not_fit_end_in_one_message(folder, started, capsys, field, message):
+    root = folder / "downloads/manual/mpdd/tubes"
+    words = ["data", "--config=folder", f"--config.data.root={root}", f"--config.data.{field}"]
+    assert started(words) == 2
+    assert re.search(f"error: {message}", capsys.readouterr().err)

@@ -233,7 +233,7 @@ def test_given_arrays_have_the_window_of_all_of_them():
     [
         (np.full((4, 4), 7, np.uint16), r"percentiles 1 and 99 of the training images are both 7"),
         (np.full((4, 4), np.nan, np.float32), "have no finite values"),
-        (np.zeros((4, 4), np.uint8), "has 8 bits per channel, and config.data.window is for more"),
+        (np.zeros((4, 4), np.uint8), r"image 0 has 8 bits per channel, and config.data.window is"),
     ],
 )
 def test_a_window_of_unsuitable_images_is_refused(values, says):

@@ -67,9 +67,10 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         `table.csv` and `report.html`, which is written again if it was removed from a finished
         run. `features/` has cached features that do not fit into memory until the run is finished.
         Files of each training are `checkpoints/`, `metrics.jsonl`, `scores.json`, `heatmaps/`,
-        `report.html`, and for `Detector.load` `detector.json`, `held_out.npz` and `shift.npz`. If
-        there are several categories, variants or seeds, each training has a subdirectory. Variants
-        that differ only after the training share the training in the directory of the first one.
+        `report.html`, and for `Detector.load` `detector.json`, `held_out.npz`, `shift.npz` and
+        `roi.npz`. If there are several categories, variants or seeds, each training has a
+        subdirectory. Variants that differ only after the training share the training in the
+        directory of the first one.
 
     Returns:
       The content of `results.json`.

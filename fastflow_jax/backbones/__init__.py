@@ -31,6 +31,7 @@ from fastflow_jax.backbones.vit import CAITS, VITS
 from fastflow_jax.backbones.weights import find_weights, normalisation, read_state
 from fastflow_jax.errors import InputError
 
+# Specifications of all backbones, by name.
 BACKBONES: dict[str, Spec] = {
     spec.name: spec for spec in (*RESNETS, *CONVNEXTS, *EFFICIENTNETS, *VITS, *CAITS, *PIXELS)
 }

@@ -48,7 +48,7 @@ _MODULES = {
     "synthetic": "synthetic",
     "visa": "tfds.visa",
 }
-DATASETS = tuple(_MODULES)
+DATASETS = tuple(_MODULES)  # names of the data sets, for `config.data.name`
 
 
 def open_dataset(config: "ConfigDict") -> Dataset:

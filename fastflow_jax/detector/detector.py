@@ -78,11 +78,11 @@ class Detector(PickledByFields, Predictor):
     """
 
     config: ConfigDict  # filled, see `config.fill`
-    backbone: Backbone
-    scorer: Scorer
-    held_out: HeldOut | None = None
-    image_threshold: Threshold | None = None
-    pixel_threshold: Threshold | None = None
+    backbone: Backbone  # with its weights
+    scorer: Scorer  # from features to scores and maps
+    held_out: HeldOut | None = None  # scores of held-out images; None if none were held out
+    image_threshold: Threshold | None = None  # of image scores; None for scores without decisions
+    pixel_threshold: Threshold | None = None  # of anomaly maps
     # Directory or .zip file that it was loaded from; None if it was fitted without `workdir`.
     folder: pathlib.Path | None = None
     training_images: Profile | None = None  # None in directories of older versions

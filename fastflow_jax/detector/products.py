@@ -340,6 +340,7 @@ class Products(PickledByFields, Predictor):
         return results | {"product": found.product, "is_known": found.is_known}
 
     def prediction(self, outputs: Outputs) -> Prediction:
+        """Returns the result of the detector of the product, with the name of the product."""
         name = [*self.detectors][outputs.product]
         prediction = self.detectors[name].prediction(outputs)
         return dataclasses.replace(prediction, product=name, is_known=outputs.is_known)

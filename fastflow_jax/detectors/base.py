@@ -19,6 +19,7 @@ from fastflow_jax.data.dataset import check_choice
 from fastflow_jax.features.extract import Features, TrainingFeatures
 from fastflow_jax.training.context import FitContext
 
+# Modules of the detectors, by name.
 DETECTORS = {
     "fastflow": "fastflow_jax.detectors.fastflow.scorer",
     "knn": "fastflow_jax.detectors.knn",

@@ -1,0 +1,65 @@
+"""Extension of griffe: forms of documentation in this package that it does not know.
+
+- The comment of a field or constant is its documentation: behind its last line, or else on the
+  lines directly above.
+- `height, width: of the image` in a section documents both.
+- A session, `>>> f(1)`, may be outside a section of examples.
+"""
+
+import io
+import pathlib
+import re
+import tokenize
+
+from griffe import Attribute, Docstring, Extension, Object
+
+# An entry of several names, with its further lines, which are indented more.
+_SEVERAL = re.compile(r"^( +)(\w+(?:, \w+)+): (.*(?:\n\1 +.*)*)", re.M)
+_SESSION = re.compile(r"^>>> .*(?:\n.+)*", re.M)
+
+
+class Docstrings(Extension):
+    """Reads comments of fields, entries of several names, and sessions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._comments: dict[pathlib.Path, dict[int, tuple[str, bool]]] = {}
+
+    def on_instance(self, *, obj: Object, **_) -> None:
+        """Called by griffe for each object with a docstring or without."""
+        if obj.docstring is not None:
+            text = _SEVERAL.sub(_apart, obj.docstring.value)
+            obj.docstring.value = _SESSION.sub(r"```pycon\n\g<0>\n```", text)
+
+    def on_attribute_instance(self, *, attr: Attribute, **_) -> None:
+        """Called by griffe for each attribute."""
+        if attr.docstring or not attr.lineno or not attr.endlineno:
+            return
+        comments = self._in(pathlib.Path(str(attr.filepath)))
+        lines = []
+        if attr.endlineno in comments:
+            lines = [comments[attr.endlineno][0]]
+        else:
+            line = attr.lineno - 1
+            while line in comments and comments[line][1]:
+                lines.insert(0, comments[line][0])
+                line -= 1
+        if lines:
+            attr.docstring = Docstring(" ".join(lines), lineno=attr.lineno, parent=attr)
+
+    def _in(self, file: pathlib.Path) -> dict[int, tuple[str, bool]]:
+        """Comments by line, each with whether it is alone on its line."""
+        if file not in self._comments:
+            tokens = tokenize.generate_tokens(io.StringIO(file.read_text()).readline)
+            self._comments[file] = {
+                token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
+                for token in tokens
+                if token.type == tokenize.COMMENT
+            }
+        return self._comments[file]
+
+
+def _apart(match: re.Match[str]) -> str:
+    """An entry of several names as one entry for each."""
+    indent, names, text = match.groups()
+    return "\n".join(f"{indent}{name}: {text}" for name in names.split(", "))

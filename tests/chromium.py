@@ -70,9 +70,9 @@ class Page:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def open(self, file):
-        """Opens a file and waits until it is loaded."""
+        """Opens a file or an address and waits until it is loaded."""
         self._events.clear()
-        self.call("Page.navigate", url=file.resolve().as_uri())
+        self.call("Page.navigate", url=file if isinstance(file, str) else file.resolve().as_uri())
         while "Page.loadEventFired" not in self._events:
             self._read()
         self.settle()

@@ -55,12 +55,13 @@ def commands():
                         yield pytest.param(words, id=f"{page.stem}: {shlex.join(words)}")
 
 
-# test_detector_page.py runs the code of detector.md, tests below that of export.md, products.md,
-# teaching.md and tiles.md; the code of serving.md needs a server, see tests/serve/; test_batch.py
-# runs that of batch.md, and runs/test_few_images.py those of few_images and labelled_defects.
+# test_detector_page.py runs the code of detector.md, tests below that of export.md, get_started.md,
+# products.md, teaching.md and tiles.md; the code of serving.md needs a server, see tests/serve/;
+# test_batch.py runs that of batch.md, and runs/test_few_images.py those of few_images and
+# labelled_defects.
 _OTHERS = (
     *("detector", "export", "products", "teaching", "serving", "batch"),
-    *("few_images", "labelled_defects", "tiles"),
+    *("few_images", "get_started", "labelled_defects", "tiles"),
 )
 _ALONE = [page for page in DOCS if blocks(page, "python") and page.stem not in _OTHERS]
 
@@ -71,7 +72,11 @@ def test_examples_run(page, tmp_path, monkeypatch):
     run_examples(page)
 
 
-@pytest.mark.parametrize("page", [README, CONTRIBUTING, *DOCS], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [README, CONTRIBUTING, *DOCS, *sorted((ROOT / "docs/reference").glob("*.md"))],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
 def test_every_linked_file_exists(page):
     for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
         assert (page.parent / link).exists(), link
@@ -82,6 +87,8 @@ NOT_RUN = {
     "pip install": "it would change the environment; its extras are checked against pyproject.toml",
     "python -m pytest": "it would run this test again",
     "npm": "it would download a package",
+    "fastflow-jax train --distributed": "it needs a TPU pod, Slurm or MPI",
+    "fastflow-jax train --coordinator": "it waits for another process; test_parallel.py starts two",
     "python -m fastflow_jax.main --mode=export --workdir=runs/screws --format=html": "it needs the "
     "npm package; tests/export/test_page.py exports web pages",
     "curl": "it needs a server; tests/serve/ sends such requests",
@@ -214,6 +221,25 @@ def test_the_code_of_the_page_on_teaching_runs(workplace, monkeypatch, capsys):
     before, after = map(int, capsys.readouterr().out.split())
     assert before == 80
     assert after <= 4
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_the_code_of_the_page_to_get_started_runs(workplace, started, capsys):
+    train, predict = (
+        options_of(c.values[0])
+        for c in COMMANDS
+        if c.id.startswith("get_started: fastflow-jax") and "--workdir=runs/screws" in c.values[0]
+    )
+    assert started([*train, *SMALL]) == 0
+    assert started(predict) == 1
+    capsys.readouterr()
+    run_examples(ROOT / "docs/get_started.md")
+    from_file, from_python = np.split(np.array(capsys.readouterr().out.splitlines()), 2)
+    decisions = [line.split()[-1] for line in from_file]
+    assert (
+        decisions[1] == "True"
+    )  # with one held-out image, half of the normal images may be flagged
+    assert [line.split()[1:] for line in from_python] == [[d, "(20,", "24)"] for d in decisions]
 
 
 def test_the_code_of_the_page_on_tiles_runs(workplace, monkeypatch):

@@ -1,0 +1,188 @@
+"""The documentation site: strict build, complete reference, no requests to third parties.
+
+The site is built once, and once more with errors, which takes most of the time of these tests.
+"""
+
+import ast
+import functools
+import html.parser
+import http.server
+import importlib
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import types
+import zlib
+
+import pytest
+from chromium import BINARY, page
+
+griffe = pytest.importorskip("griffe", reason="the site needs the extra docs")
+pytest.importorskip("material", reason="the site needs the extra docs")
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))
+# Whose `__all__` lists public names.
+LISTED = "fastflow_jax", *(f"fastflow_jax.{name}" for name in ("data", "detector", "export"))
+LISTED += "fastflow_jax.flows", "fastflow_jax.flows.nnx"
+# Tags and attributes that make a browser load something when it opens a page.
+LOADED = {("script", "src"), ("img", "src"), ("iframe", "src"), ("source", "src"), ("link", "href")}
+
+
+def build(root, site):  # without --quiet, which would hide warnings from the strict build
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(site)]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    done = build(ROOT, folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def documented(site):
+    """Kinds of the objects that the reference has, by name."""
+    *_, content = (site / "objects.inv").read_bytes().split(b"\n", 4)
+    lines = zlib.decompress(content).decode().splitlines()
+    return dict(line.split()[:2] for line in lines)
+
+
+def public_names():
+    """Names in `__all__`, and those that an example of a page imports from this package."""
+    for module in LISTED:
+        for name in importlib.import_module(module).__all__:
+            yield module, name
+    for file in PAGES:
+        for code in re.findall(r"^```python\n(.*?)^```", file.read_text(), re.S | re.M):
+            for node in ast.walk(ast.parse(code)):
+                if isinstance(node, ast.ImportFrom) and node.module.startswith("fastflow_jax"):
+                    for name in node.names:
+                        yield node.module, name.name
+
+
+def places(module, name):
+    """Names under which the reference may have an object: as imported, or where it is defined."""
+    imported = f"{module}.{name}"
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except AttributeError:
+        found = importlib.import_module(imported)
+    if isinstance(found, types.ModuleType):
+        return {found.__name__}
+    return {imported, f"{getattr(found, '__module__', module)}.{name}"}
+
+
+def test_the_reference_has_every_public_name(documented):
+    missing = {f"{m}.{n}" for m, n in public_names() if not places(m, n) & documented.keys()}
+    assert not missing
+
+
+def test_every_name_in_the_reference_has_a_docstring(documented):
+    extensions = griffe.load_extensions(ROOT / "docs/griffe_docstrings.py")
+    package = griffe.load("fastflow_jax", search_paths=[ROOT], extensions=extensions)
+    undocumented = set()
+    for name, kind in documented.items():
+        shown = package[name.removeprefix("fastflow_jax.")]
+        members = shown.members.values() if kind in ("py:class", "py:module") else ()
+        # Fields may be described in the docstring of their class instead.
+        public = [m for m in members if not m.name.startswith("_") and m.name != "setup"]
+        for each in (shown, *(m for m in public if not m.is_alias)):
+            is_field = each.is_attribute and each.parent.is_class and "property" not in each.labels
+            if not each.has_docstring and not is_field and each.name != "__call__":
+                undocumented.add(each.path)
+    assert not undocumented
+
+
+class Resources(html.parser.HTMLParser):
+    """Collects what a page loads."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if attrs.get("rel") not in ("canonical", "prev", "next"):
+            self.found += [v for k, v in attrs.items() if (tag, k) in LOADED and v]
+
+
+def test_pages_load_nothing_from_elsewhere(site):
+    n = 0
+    for file in site.rglob("*.html"):
+        resources = Resources()
+        resources.feed(file.read_text())
+        elsewhere = [link for link in resources.found if re.match(r"(\w+:)?//", link)]
+        assert not elsewhere, file
+        n += len(resources.found)
+    assert n > 100
+    for file in site.rglob("*.css"):
+        assert not re.search(r"url\(['\"]?(https?:)?//|@import", file.read_text()), file
+
+
+@pytest.fixture
+def address(site):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=site)
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.mark.skipif(BINARY is None, reason="needs Chromium")
+def test_search_dark_mode_and_narrow_windows_in_a_browser(address, tmp_path):
+    with page(tmp_path) as browser:
+        browser.size(390, 844, mobile=True)
+        for name in ("", "models/", "reference/flows/", "concepts/", "get_started/"):
+            browser.open(address + name)
+            width = browser.run("document.documentElement.scrollWidth")
+            assert width <= 390, name
+        browser.size(1200, 900, dark=True)
+        browser.open(address)
+        assert browser.run("document.body.dataset.mdColorScheme") == "slate"
+        browser.run("document.querySelector('#__search').click()")
+        browser.run(
+            "(box => { box.focus(); box.value = 'coreset';"
+            " box.dispatchEvent(new Event('input', {bubbles: true}));"
+            " box.dispatchEvent(new Event('keyup', {bubbles: true})); })"
+            "(document.querySelector('.md-search__input'))"
+        )
+        found = "[...document.querySelectorAll('.md-search-result__link')].map(a => a.href)"
+        for _ in range(100):
+            if results := browser.run(found):
+                break
+            browser.settle()
+        assert any("recipe" in link for link in results)
+        assert all(url.startswith((address, "data:", "blob:")) for url in browser.requests)
+
+
+def test_broken_links_and_anchors_end_the_build(tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in ROOT.iterdir():
+        if path.name not in ("docs", "build", ".git"):
+            (copy / path.name).symlink_to(path)
+    (copy / "mkdocs.yml").unlink()
+    shutil.copy(ROOT / "mkdocs.yml", copy)
+    shutil.copytree(ROOT / "docs", copy / "docs")
+    for name, link in {
+        "tiles.md": "missing.md",
+        "speed.md": "tiles.md#missing",
+        "flows.md": "../benchmarks/results/missing.json",
+    }.items():
+        with (copy / "docs" / name).open("a") as file:
+            file.write(f"\n[link]({link})\n")
+    done = build(copy, tmp_path / "site")
+    assert done.returncode != 0
+    for name, link in (
+        ("tiles.md", "missing.md"),
+        ("speed.md", "tiles.md#missing"),
+        ("flows.md", "repository/benchmarks/results/missing.json"),
+    ):
+        assert re.search(rf"{name}'.* '{link}'", done.stderr), done.stderr

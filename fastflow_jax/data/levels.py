@@ -106,7 +106,7 @@ class Levels:
         rng, found, n = np.random.default_rng(0), [], len(names)
         for i in np.linspace(0, n - 1, min(n, _IMAGES)).astype(int).tolist():
             values = read(i)
-            self.check(values.dtype, names[i])
+            self.check(values.dtype, names[int(i)])
             values = values.ravel()
             found.append(values if len(values) <= _PIXELS else rng.choice(values, _PIXELS))
         values = np.concatenate(found).astype(np.float64)

@@ -229,7 +229,6 @@ def _main_with_jax() -> int:
     from fastflow_jax.files import expanded
     from fastflow_jax.report.table import format_table
     from fastflow_jax.runs import describe, experiment, few_images
-    from fastflow_jax.runs.levels import with_levels
 
     distributed = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if _DISTRIBUTED.value or any(flag is not None for flag in distributed):
@@ -252,7 +251,7 @@ def _main_with_jax() -> int:
         name = config_flags.get_config_filename(flags.FLAGS["config"])
         workdir = _WORKDIR.value
         workdir = experiment.default_workdir(name, config) if workdir is None else expanded(workdir)
-        config = fill(with_levels(few_images.resolve(_CONFIG.value)))
+        config = fill(few_images.resolve(_CONFIG.value))
         if _MODE.value == "audit":
             _audit(config, workdir)
             return 0

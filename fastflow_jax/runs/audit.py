@@ -26,6 +26,7 @@ from fastflow_jax.files import expanded, write_json, write_text
 from fastflow_jax.report.heatmaps import draw_strip, save_picture
 from fastflow_jax.report.html import write_audit_page
 from fastflow_jax.runs.directory import claim
+from fastflow_jax.runs.levels import with_levels
 from fastflow_jax.training.context import FitContext
 
 _log = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ def run(config, workdir: str | pathlib.Path) -> list[dict]:
             "The backbone pixels has no features to compare images by. Pass "
             "--config.backbone=tf_efficientnet_lite0 --config.image_size=256, or another backbone."
         )
-    workdir, c = expanded(workdir), config.copy_and_resolve_references()
+    workdir, config = expanded(workdir), with_levels(config)
+    c = config.copy_and_resolve_references()
     if c.data.exclude is not None:
         file = pathlib.Path(c.data.exclude)
         if file.name == _LIST and file.is_relative_to(workdir.resolve()):

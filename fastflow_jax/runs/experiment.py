@@ -47,6 +47,7 @@ from fastflow_jax.report.table import check_metrics, format_csv, format_markdown
 from fastflow_jax.runs import advice, audit, products
 from fastflow_jax.runs.directory import claim
 from fastflow_jax.runs.fit import Fitted, fit
+from fastflow_jax.runs.levels import with_levels
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         diverged.
       Interrupted: SIGTERM or SIGINT was received during training; the state is saved.
     """
-    workdir = expanded(workdir)
+    workdir, config = expanded(workdir), with_levels(config)
     check_metrics(config.metrics)
     with claim(workdir, config):
         results = read_json(workdir / "results.json")

@@ -8,11 +8,11 @@ from fastflow_jax.errors import InputError
 
 
 def with_levels(config: ConfigDict, dataset: data.Dataset | None = None) -> ConfigDict:
-    """Returns a configuration with the levels of `config.data.window`, not filled.
+    """Returns a configuration with the levels of `config.data.window`.
 
     Args:
-      config: not filled, see `config.fill`. It is returned as it is without a window, or if the
-        levels are set.
+      config: the configuration of a run. It is returned as it is without a window, or if the levels
+        are set.
       dataset: the images; None to open `config.data`.
 
     Raises:

@@ -9,6 +9,7 @@ from fastflow_jax.config import default, fill
 from fastflow_jax.data import open_dataset
 from fastflow_jax.detectors.base import recipe
 from fastflow_jax.features.prepare import feature_fingerprint
+from fastflow_jax.runs import experiment
 
 
 def tiny(kind="knn", **fields):
@@ -87,6 +88,16 @@ def test_the_levels_are_exported_and_saved(folder, tmp_path):
     np.testing.assert_allclose(copy.predict(spoilt()).score, expected, rtol=1e-5)
     with pytest.raises(InputError, match="more than 8 bits, which browsers do not read"):
         detector.export(tmp_path / "a.html", kind="html")
+
+
+def test_a_run_measures_the_levels_of_its_window(folder, tmp_path):
+    config = fill(tiny(**{"data.window": (1, 99), "data.root": str(folder), "audit": 0.0}))
+    results = experiment.run(config, tmp_path / "run")
+    low, high = np.percentile(photographs(), (1, 99))
+    detector = Detector.load(tmp_path / "run")
+    assert (detector.levels.black, detector.levels.white) == pytest.approx((low, high))
+    assert detector.predict(spoilt()).is_anomalous
+    assert experiment.run(config, tmp_path / "run") == results
 
 
 def test_new_normal_images_are_taught_with_the_levels_of_the_training(folder):

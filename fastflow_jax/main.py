@@ -105,7 +105,9 @@ _TILE = flags.DEFINE_bool(
     "tile", False, "With --mode=predict or batch, cut images larger than the input into tiles."
 )
 _EVERY = flags.DEFINE_integer(
-    "every", 1, "With --mode=predict, score each frame of this number of a video."
+    "every",
+    1,
+    "With --mode=predict, score one of this number of frames of a video, from the first on.",
 )
 _UNDO = flags.DEFINE_bool(
     "undo", False, "With --mode=update, go back to the version before the last update."

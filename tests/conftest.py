@@ -30,6 +30,8 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
+_MANY_MAPPINGS = 20_000
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _compile_once(tmp_path_factory):
@@ -40,6 +42,18 @@ def _compile_once(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_programs():
+    """Frees compiled programs before the process has too many memory mappings.
+
+    Each program has several, Linux allows 65,530 of a process, and XLA crashes without them.
+    """
+    yield
+    mappings = pathlib.Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > _MANY_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

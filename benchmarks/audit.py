@@ -21,8 +21,8 @@ import tempfile
 from collections.abc import Iterator
 
 import numpy as np
-from many_sets import Fields, commit, configuration, find_sets, train
-from outcome import describe_machine, write_result
+from many_sets import Fields, configuration, find_sets, train
+from outcome import commit, describe_machine, write_result
 
 from fastflow_jax import data
 from fastflow_jax.data.dataset import GOOD

@@ -42,7 +42,7 @@ from typing import Any
 
 import numpy as np
 import resampled
-from outcome import describe_machine, write_result
+from outcome import commit, describe_machine, write_result
 from tables import format_cell
 from tqdm import tqdm
 
@@ -244,13 +244,6 @@ def _digest(config, seed: int) -> str:
     fields = without(config, ("data.root", "data.dir", "parallel"))
     text = json.dumps([fields, root, seed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def commit() -> str:
-    """The commit of this checkout, with "-dirty" if it was changed."""
-    command = ["git", "-C", pathlib.Path(__file__).parent, "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
 
 
 def draw(done: Pass, pairs: Iterable[tuple[str, str]], seeds: Sequence[int], n: int) -> Samples:

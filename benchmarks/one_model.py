@@ -23,7 +23,7 @@ from typing import Any
 
 import many_sets
 import numpy as np
-from outcome import describe_machine, write_result
+from outcome import commit, describe_machine, write_result
 
 from fastflow_jax.data.layout import find_images
 from fastflow_jax.detector import Detector
@@ -132,7 +132,7 @@ def main() -> None:
     sets = many_sets.find_sets([*args.sets, *found])
     about = {
         "command": f"python benchmarks/one_model.py {shlex.join(sys.argv[1:])}",
-        "commit": many_sets.commit(),
+        "commit": commit(),
         "machine": describe_machine(),
         "seeds": "0",
         "data": ", ".join(sets),

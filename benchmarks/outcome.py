@@ -9,6 +9,7 @@ import platform
 import re
 import resource
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -44,6 +45,18 @@ def describe_machine(device: str | None = None) -> str:
         names = [line.partition(": ")[2] for line in lines if line.startswith("model name")][:1]
     parts = [*names, f"{os.cpu_count()} cores", platform.machine()]
     return ", ".join(([device] if device else []) + parts)
+
+
+def commit() -> str:
+    """Short hash of the commit that is checked out, or "unknown" outside of git.
+
+    It ends with "-dirty" if the checkout was changed.
+    """
+    here = str(pathlib.Path(__file__).parent)
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return "unknown"
 
 
 def versions(*packages: str) -> dict[str, str]:

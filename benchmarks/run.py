@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 
-from outcome import describe_machine, parse_ratios, write_result
+from outcome import commit, describe_machine, parse_ratios, write_result
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
@@ -81,14 +81,6 @@ def accelerator() -> str | None:
     return None if platform == "cpu" else kind
 
 
-def measured_commit() -> str:
-    """Short hash of the commit that is checked out, or "unknown" outside of git."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    return "unknown"
-
-
 def main() -> None:
     """Runs the requested benchmarks and stores the results of each as it ends."""
     parser = argparse.ArgumentParser(
@@ -113,7 +105,7 @@ def main() -> None:
     file = RESULTS / f"{args.name or ('gpu' if kind else 'cpu')}.json"
     result = json.loads(file.read_text()) if file.exists() else {}
     measured = result.setdefault("benchmarks", {})
-    commit, quick, failed = measured_commit(), args.quick or args.gpu, []
+    at, quick, failed = commit(), args.quick or args.gpu, []
     for name in args.benchmarks or (GPU_LIMITS if args.gpu else BENCHMARKS):
         arguments = ["--quick"] if quick else []
         if name == "time_to_quality" and args.tile and not quick:
@@ -127,7 +119,7 @@ def main() -> None:
         if found["ratios"] or found["table"]:
             measured[key] = {
                 "command": " ".join(["python", f"benchmarks/{name}.py", *arguments]),
-                "commit": commit,
+                "commit": at,
                 "machine": describe_machine(kind),
             } | found
             write_result(file, result)

@@ -12,11 +12,10 @@ import argparse
 import pathlib
 import shlex
 import shutil
-import subprocess
 import time
 
 import numpy as np
-from outcome import describe_machine, write_result
+from outcome import commit, describe_machine, write_result
 from tables import format_cell
 
 from fastflow_jax.config import default, fill
@@ -88,13 +87,11 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
     rows = {row["name"]: row for row in parse_json(args.out)["rows"]} if args.out.exists() else {}
-    command = ["git", "-C", pathlib.Path(__file__).parent, "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     words = ["benchmarks/tiles.py", "--sets", *(root.name for root in args.sets)]
     table = {
         "page": "docs/tiles.md",
         "command": shlex.join(["python", *words, "--detectors", *args.detectors]),
-        "commit": commit or "unknown",
+        "commit": commit(),
         "machine": describe_machine(),
         "seeds": "0",
         "data": "all images of the sets; small defects take at most 1 % of the image",

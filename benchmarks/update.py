@@ -17,12 +17,11 @@ set has the test images of the set. Nothing is chosen on them.
 import argparse
 import pathlib
 import shlex
-import subprocess
 import sys
 import time
 
 import numpy as np
-from outcome import describe_machine, write_result
+from outcome import commit, describe_machine, write_result
 from sklearn.metrics import roc_auc_score
 from tables import format_cell
 
@@ -148,8 +147,6 @@ def main() -> None:
     args = parser.parse_args()
     measured = parse_json(args.out)["rows"] if args.out.exists() else []
     rows = {row["name"]: row for row in measured}
-    command = ["git", "-C", pathlib.Path(__file__).parent, "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     for root in args.sets:
         files = lists_of(root)
         for name in args.detectors:
@@ -167,7 +164,7 @@ def main() -> None:
                 table = {
                     "page": "docs/teaching.md",
                     "command": shlex.join(["python", *words, "--detectors", *args.detectors]),
-                    "commit": commit or "unknown",
+                    "commit": commit(),
                     "machine": describe_machine(),
                     "seeds": "0",
                     "data": f"numbers of images in the table; at most {MOST} normal and {MOST_BAD} "

@@ -66,8 +66,8 @@ _INPUT = flags.DEFINE_string(
     "input",
     None,
     "With --mode=predict, batch or update, read images from this file, directory or glob pattern; "
-    "with --mode=predict also videos, or - for paths on stdin, one per line, each of which is "
-    "answered by a JSON line on stdout; with --mode=batch also from a text, CSV, JSON lines or "
+    "with --mode=predict also videos, or - for paths on stdin, one per line, to be answered by "
+    "a JSON line each on stdout; with --mode=batch also from a text, CSV, JSON lines or "
     "Parquet file; with --mode=submit, the directory of MVTec AD 2.",
 )
 _OUTPUT = flags.DEFINE_string(

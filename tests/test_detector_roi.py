@@ -193,7 +193,7 @@ def test_a_detector_without_masks_takes_none(detector):
 
 @pytest.fixture(scope="module")
 def of_masks(tmp_path_factory):
-    """Images, of which each has its own region; a detector of them, and the directory."""
+    """Images with a region each, a detector of them, and the directory."""
     root = tmp_path_factory.mktemp("own")
     for i, image in enumerate(changed_far(photographs())):
         region = np.zeros((SIDE, SIDE), np.uint8)

@@ -26,7 +26,7 @@ def open_streams() -> None:
 
 
 def show(text: str) -> None:
-    """Prints a text, of which the reader of stdout may take the beginning only, as `head` does."""
+    """Prints a text. The reader of stdout may end before it has read all of it, as `head` does."""
     with contextlib.suppress(BrokenPipeError):
         print(text, flush=True)
 

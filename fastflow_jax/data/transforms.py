@@ -385,8 +385,8 @@ def normalise(image: Any, mean: Sequence[float], std: Sequence[float], valid: An
         image: uint8 [..., 3].
         mean: [3].
         std: [3].
-        valid: bool [...], False in padded pixels, which become 0; or uint8 [...], the kinds of
-            pixels, of which `PADDING` becomes 0; or None without padding.
+        valid: bool [...], False in padded pixels; or uint8 [...], the kinds of pixels, `PADDING`
+            in padded ones; or None without padding. Padded pixels become 0.
 
     Returns:
         float32 [..., 3].

@@ -150,7 +150,7 @@ def _one_map(part: Part, size: tuple[int, int]) -> Part:
 def _projections(foreground: Foreground, maps: Sequence[Any], valid: Any) -> jax.Array:
     """Projections of features on the direction, averaged over 3x3 locations, [B, h, w].
 
-    On a coarse map, of which 3x3 locations are a large part, they are not averaged.
+    They are not averaged on coarse maps, where 3x3 locations are a large part of the map.
     """
     (x,) = maps
     values = (x.astype(jnp.float32) - foreground.mean) @ jnp.asarray(foreground.direction)

@@ -22,7 +22,7 @@ def test_pixels_that_do_not_count_have_the_lowest_value_of_the_others():
     for own, of_map, counts in zip(found, maps, valid, strict=True):
         assert (own[~counts] == of_map[counts].min()).all()
     np.testing.assert_array_equal(where_counted(maps, None), maps)
-    # Maps of another size, of which the pixels count at the same places.
+    # Larger maps: pixels count at the same places.
     large = maps.repeat(2, 1).repeat(2, 2)
     np.testing.assert_array_equal(
         where_counted(large, valid)[:, :, 8:].min((1, 2)), found.min((1, 2))

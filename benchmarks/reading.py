@@ -6,8 +6,8 @@
 Writes synthetic JPEG files to a temporary directory, trains the default detector on some of them
 (random weights of the backbone, which do not change its speed), and scores blocks of files and as
 many decoded images in turns. Both sides resize images and resize maps back; only one reads and
-decodes files. It prints images per second of both and their ratio. The rate of model inputs, which
-are neither resized nor read, is that of the backbone and the detector alone.
+decodes files. The rate of model inputs, which are neither resized nor read, is that of the backbone
+and the detector alone.
 """
 
 import argparse
@@ -15,10 +15,11 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from outcome import describe_machine, versions, write_result
+from outcome import commit, describe_machine, versions, write_result
 from PIL import Image
 
 from fastflow_jax import Detector
@@ -95,24 +96,44 @@ def main() -> None:
                 found[kind].append(sizes[kind] / wall)
                 busy[kind] += cpu / sizes[kind] / -(-args.images // args.block)
             print({kind: round(rates[-1], 1) for kind, rates in found.items()}, flush=True)
+    data = f"{args.images} JPEG files of {args.side}x{args.side}, {size:.0f} bytes each on average"
+    content = {"data": data, **table(found, busy)}
+    print(*(f"{row['name']}: {row['value']}" for row in content["rows"]), sep="\n")
+    write_result(args.out, content)
+
+
+def table(found: Mapping[str, Sequence[float]], busy: Mapping[str, float]) -> dict[str, Any]:
+    """The table of `tables.py`.
+
+    Args:
+      found: images per second of each block, by kind.
+      busy: CPU seconds per image, by kind.
+    """
     rates = {kind: statistics.median(of) for kind, of in found.items()}
-    ratios = [a / b for a, b in zip(found["files"], found["decoded"], strict=True)]
-    print(f"images per second: {rates}\nCPU seconds per image: {busy}")
-    print(f"ratio files_over_decoded {statistics.median(ratios):.3g}")
-    write_result(
-        args.out,
-        {
-            "ratio": statistics.median(ratios),
+    ratio = statistics.median(a / b for a, b in zip(found["files"], found["decoded"], strict=True))
+    values = {
+        "files over decoded images, images per second: median of blocks in turns": ratio,
+        "decoding over predicting decoded images, CPU time": busy["reading"] / busy["decoded"],
+        "cores that are busy while files are predicted": busy["files"] * rates["files"],
+        "reading files only, over scoring model inputs only, images per second": rates["reading"]
+        / rates["inputs"],
+    }
+    return {
+        "page": "docs/speed.md",
+        "command": "python benchmarks/reading.py --out benchmarks/results/reading.json",
+        "commit": commit(),
+        "machine": describe_machine(),
+        "seeds": "0",
+        "columns": {"name": "", "value": "value"},
+        "rows": [{"name": name, "value": f"{value:.3f}".lstrip("0")} for name, value in values.items()],
+        "measured": {
             "images_per_second": rates,
             "cpu_seconds_per_image": busy,
             "blocks": found,
-            "data": f"{args.images} JPEG files of {args.side}x{args.side}, {size:.0f} bytes each "
-            "on average",
-            "machine": describe_machine(),
             "threads": n_threads(),
-            "versions": versions("jax", "jaxlib", "pillow", "numpy"),
         },
-    )
+        "versions": versions("jax", "jaxlib", "pillow", "numpy"),
+    }
 
 
 if __name__ == "__main__":

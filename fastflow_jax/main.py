@@ -33,8 +33,8 @@ _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
     "With --mode=train or audit, store the run in this directory, by default "
-    "runs/<config>-<argument>-<backbone>; with --mode=predict, export, serve, update, batch or "
-    "submit, read the run in this directory.",
+    "runs/<config>-<argument>-<backbone>; with --mode=predict, export, migrate, serve, update, "
+    "batch or submit, read the run in this directory.",
 )
 _QUIET = flags.DEFINE_bool(
     "quiet", False, "Show only warnings and errors on stderr, and no progress bars."
@@ -74,14 +74,15 @@ _OUTPUT = flags.DEFINE_string(
     "output",
     None,
     "With --mode=predict, batch or submit, write results to this directory, which is optional for "
-    "--input=-; with --mode=export, write this file; with --mode=update, draw heat maps of images "
-    "that may be defective to this directory.",
+    "--input=-; with --mode=export, write this file; with --mode=migrate, write this new "
+    "directory or .zip file; with --mode=update, draw heat maps of images that may be defective to "
+    "this directory.",
 )
 _WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
-    "With --mode=predict, export, serve, update or submit, read the weights of the backbone from "
-    "this file, if it has moved.",
+    "With --mode=predict, export, migrate, serve, update or submit, read the weights of the "
+    "backbone from this file, if it has moved.",
 )
 _RATE = flags.DEFINE_float(
     "false_alarm_rate",
@@ -199,6 +200,8 @@ _MAX_BYTES = flags.DEFINE_integer(
     "max_bytes", 32 * 2**20, "With --mode=serve, refuse requests of more bytes."
 )
 
+_WRITERS = ("predict", "export", "migrate", "batch", "submit")  # modes that write to --output
+
 
 def main(argv: list[str]) -> int:
     """Runs the mode that the flags select; returns the exit status."""
@@ -241,6 +244,8 @@ def _main_with_jax() -> int:
         return _predict()
     if _MODE.value == "export":
         return _export()
+    if _MODE.value == "migrate":
+        return _migrate()
     if _MODE.value == "update":
         return _update()
     if _MODE.value == "submit":
@@ -286,7 +291,7 @@ def _check_flags(argv: list[str]) -> None:
     for flag in (_WORKDIR, _INPUT, _OUTPUT, _RUNTIME, _ROI):
         if flag.value == "":
             raise InputError(f"--{flag.name} is empty. Pass a path, or leave the flag out.")
-    if _MODE.value not in ("predict", "export", "serve", "batch", "update", "submit"):
+    if "config" in commands.COMMANDS[_MODE.value].flags:
         if _WEIGHTS.value is not None:
             raise InputError("--weights is for --mode=predict. Pass --config.weights=FILE instead.")
         if _CONFIG.value is None and _MODE.value != "data":
@@ -348,6 +353,15 @@ def _update() -> int:
         keep_threshold=_KEEP_THRESHOLD.value,
         tune=_FINETUNE.value,
     )
+
+
+def _migrate() -> int:
+    """Saves the detectors of a run, see `migrate.migrate`; returns the exit status."""
+    from fastflow_jax.migrate import migrate
+
+    for path in migrate(*_needed(_WORKDIR, _OUTPUT), weights=_WEIGHTS.value):
+        print(f"Saved detector: {path}")
+    return 0
 
 
 def _submit() -> int:
@@ -457,7 +471,7 @@ def _run(argv: list[str]) -> int:
         fail(message, process.status(stop), at_once=True)  # without waiting for threads of JAX
     except Exception as error:
         if remedy(error):
-            flag = _OUTPUT if _MODE.value in ("predict", "export", "batch", "submit") else _WORKDIR
+            flag = _OUTPUT if _MODE.value in _WRITERS else _WORKDIR
             fail(f"{error}. {remedy(error)}, or pass another --{flag.name}.", 2)
         if _MODE.value in (
             "predict",

@@ -14,7 +14,7 @@ ORDER = [
     *("errors", "parallel", "files", "state", "flows", "decision", "data", "prediction"),
     *("backbones", "features", "training", "detectors", "config", "evaluation", "exported"),
     *("report", "runs", "scoring", "export", "teach", "detector", "serve", "predict"),
-    *("finetune", "update", "batch", "submission", "cli", "main"),
+    *("finetune", "migrate", "update", "batch", "submission", "cli", "main"),
 ]
 DEVICES = {"devices", "local_devices", "device_put", "default_backend", "device_count"}
 DEVICES |= {"local_device_count", "process_count", "process_index", "process_indices"}

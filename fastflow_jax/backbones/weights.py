@@ -93,7 +93,8 @@ def licence(record: dict) -> str:
         return record["licence"]
     package = record.get("package", "").partition(" ")[0]
     if package:
-        return next(text for name, text in _LICENCES.items() if package.startswith(name))
+        known = (text for name, text in _LICENCES.items() if package.startswith(name))
+        return next(known, "unknown")
     if record["source"] == "hub":
         tag = record["tag"]
         return LICENCES.get(tag.partition(".")[2], f"stated on the page of {tag} on the timm hub")

@@ -53,6 +53,11 @@ COMMANDS = {
         "--workdir=runs/demo --output=detector.onnx",
         ("workdir", "output", "format", "opset", "resize", "runtime", "weights"),
     ),
+    "migrate": Command(
+        "Writes the detectors of a run, also of an earlier version, as saved detectors.",
+        "--workdir=runs/demo --output=detector.zip",
+        ("workdir", "output", "weights"),
+    ),
     "serve": Command(
         "Serves the detector of a run, or exported files, over HTTP.",
         "--workdir=runs/demo --port=8000",

@@ -7,6 +7,7 @@ are .safetensors files. docs/detector.md specifies the format; later versions mu
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import logging
 import pathlib
@@ -21,6 +22,7 @@ from ml_collections import ConfigDict
 import fastflow_jax
 from fastflow_jax import parallel
 from fastflow_jax.backbones.torch_pickle import reason
+from fastflow_jax.backbones.weights import licence
 from fastflow_jax.config import from_plain
 from fastflow_jax.data.profile import Profile
 from fastflow_jax.data.roi import CommonRegion
@@ -37,6 +39,7 @@ _log = logging.getLogger(__name__)
 DETECTOR = "detector.json"
 _FORMAT = 1
 _KEYS = {"format", "version", "config", "weights", "thresholds", "images", "files"}
+_LATER_KEYS = {"licence", "packages"}  # files of earlier versions do not have them
 _SCORER, _BACKBONE = "scorer.safetensors", "backbone.safetensors"
 _HELD_OUT, _REFERENCE = "held_out.safetensors", "shift.safetensors"
 _ROI = "roi.safetensors"  # region of interest; files of earlier versions do not have it
@@ -90,8 +93,10 @@ def write(path: pathlib.Path, content: Saved, *, backbone: bool | None = None) -
     about = {
         "format": _FORMAT,
         "version": fastflow_jax.__version__,
+        "packages": {name: importlib.metadata.version(name) for name in ("flax", "jax", "numpy")},
         "config": to_plain(content.config),
         "weights": content.weights,
+        "licence": licence(content.weights),
         "thresholds": plain_thresholds(content.image_threshold, content.pixel_threshold),
         "images": content.images and dataclasses.asdict(content.images),
         "files": {name: {"bytes": len(x), "sha256": _sha256(x)} for name, x in files.items()},
@@ -331,7 +336,7 @@ def _description(path: pathlib.Path, read_file: Callable[[str, int], bytes]) -> 
             f"{path} has the format {number!r}, and this version reads format {_FORMAT}. Install "
             "the version of fastflow-jax that wrote it, or a later one."
         )
-    if differing := about.keys() ^ _KEYS:
+    if differing := (about.keys() - _LATER_KEYS) ^ _KEYS:
         raise ValueError(f"the key {min(differing)!r} of {DETECTOR} is missing or unknown")
     if unknown := about["files"].keys() - set(_FILES):
         raise ValueError(f"the file {min(unknown)!r} in {DETECTOR} is unknown")

@@ -380,6 +380,12 @@ def change(
     durable.write_description(path, about)
 
 
+def trainings(run: pathlib.Path) -> list[pathlib.Path]:
+    """Directories of the finished trainings of a run, itself or below it; not saved detectors."""
+    folders = (file.parent for file in run.rglob(DETECTOR) if file.parent.parent.name != VERSIONS)
+    return sorted(folder for folder in folders if "format" not in _about(folder))
+
+
 def is_finished(directory: pathlib.Path) -> bool:
     """Whether a directory has a finished training or a saved detector."""
     return (directory / DETECTOR).exists()

@@ -125,7 +125,7 @@ def table(found: Mapping[str, Sequence[float]], busy: Mapping[str, float]) -> di
         "machine": describe_machine(),
         "seeds": "0",
         "columns": {"name": "", "value": "value"},
-        "rows": [{"name": name, "value": f"{value:.3f}".lstrip("0")} for name, value in values.items()],
+        "rows": [{"name": n, "value": f"{value:.3f}".lstrip("0")} for n, value in values.items()],
         "measured": {
             "images_per_second": rates,
             "cpu_seconds_per_image": busy,

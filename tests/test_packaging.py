@@ -19,16 +19,6 @@ def test_the_citation_has_the_version_of_the_package():
     assert version == [fastflow_jax.__version__]
 
 
-def test_the_oldest_packages_are_the_lower_bounds():
-    stated = [
-        re.fullmatch(r"([\w-]+)>=([\d.]+)", each).groups() for each in PROJECT["dependencies"]
-    ]
-    oldest = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / ".ci/oldest.txt").read_text(), re.M))
-    assert oldest.keys() == {name for name, _ in stated}
-    for name, version in stated:
-        assert f"{oldest[name]}.".startswith(f"{version}."), name
-
-
 def test_workflows_run_parts_that_exist():
     yaml = pytest.importorskip("yaml", reason="reads workflow files")
     parts = set(re.findall(r"^(\w+)\(\) \{", CI, re.M))

@@ -233,7 +233,8 @@ def statements(
 ) -> Iterator[dict[str, Any]]:
     """Yields the rows of a set."""
     for what, changed in {"image": {}, "tile": {"data.tile": 128, "data.resolution": 256}}.items():
-        pool = pool_of(fields | changed, folder / what, apart=apart)
+        with tempfile.TemporaryDirectory() as folder:
+            pool = pool_of(fields | changed, pathlib.Path(folder), apart=apart)
         n, shown = round(0.3 * len(pool)), number if what == "image" else number // 4
         found = list(tqdm(pool.splits(shown, rng), f"{name}, {what}s", shown, leave=False))
         of_images, of_pixels = (list(each) for each in zip(*found, strict=True))
@@ -266,11 +267,10 @@ def main() -> int:
     rows, warned = [], []
     for name, fields in find_sets(args.sets).items():
         rng, apart = np.random.default_rng(0), name in args.apart
-        with tempfile.TemporaryDirectory() as folder:
-            for each in statements(name, fields, args.splits, rng, pathlib.Path(folder), apart):
-                rows.append(each)
-                print(*each.values(), sep=" | ", flush=True)
-                write_result(args.out, about | {"rows": rows})
+        for each in statements(name, fields, args.splits, apart=apart):
+            rows.append(each)
+            print(*each.values(), sep=" | ", flush=True)
+            write_result(args.out, about | {"rows": rows})
         for each in warnings_of(fields, args.splits, rng, apart=apart):
             warned.append({"set": name} | each)
             print(*warned[-1].values(), sep=" | ", flush=True)

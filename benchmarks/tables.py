@@ -15,6 +15,8 @@ A file with a field `page` describes one table of that page, between the markers
     data       data sets and numbers of images
     columns    titles by key, in order
     rows       cells by key: a number, [mean, deviation], or text. A missing cell is empty.
+    table      optional: name of a table that several files share, in the order of their names;
+               their pages and columns are the same.
     benchmarks optional: results of `run.py`. A row that names a `benchmark` and a `ratio` takes
                its number from there, and is left out if it was not measured.
 """
@@ -33,12 +35,13 @@ _FIGURE = re.compile(r"\|[ *]*-?\d*\.\d+[ *]*(±|\|)")
 
 
 def read_tables(root: pathlib.Path = ROOT) -> dict[str, dict]:
-    """Returns the contents of all table files by name.
+    """Returns the tables by name: the content of a file, or of all files that share a table.
 
     Raises:
-      ValueError: a file lacks one of the fields that say how its figures were measured.
+      ValueError: a file lacks one of the fields that say how its figures were measured, or has
+        another page or other columns than a file that shares its table.
     """
-    tables = {}
+    tables: dict[str, dict] = {}
     for file in sorted((root / "benchmarks/results").glob("*.json")):
         table = json.loads(file.read_text())
         if "page" not in table:
@@ -46,20 +49,29 @@ def read_tables(root: pathlib.Path = ROOT) -> dict[str, dict]:
         for field in PROVENANCE:
             if not table.get(field):
                 raise ValueError(f'{file.name} has no "{field}". Add it, or write "unknown".')
-        tables[file.stem] = table
+        name = table.get("table", file.stem)
+        shared = tables.setdefault(name, table | {"rows": [], "sources": {}})
+        if any(shared[field] != table[field] for field in ("page", "columns")):
+            raise ValueError(
+                f"{file.name} and the table {name} differ in page or columns."
+            )
+        shared["rows"] += table["rows"]
+        shared["sources"][file.stem] = table["seeds"]
     return tables
 
 
 def format_cell(value: float | list[float] | str | None) -> str:
-    """Returns a cell's text: `.954`, `.954 ± .004`, the text itself, or nothing for None."""
+    """Returns a cell's text: `.954`, `.954 ± .004`, `1,200`, the text, or nothing for None."""
     if value is None or isinstance(value, str):
         return value or ""
+    if isinstance(value, int):
+        return f"{value:,}"
     numbers = value if isinstance(value, list) else [value]
     return " ± ".join(re.sub(r"^(-?)0\.", r"\1.", f"{number:.3f}") for number in numbers)
 
 
 def render(name: str, table: dict) -> str:
-    """Returns a table as Markdown between its markers, with a line on where it comes from."""
+    """Returns a table as Markdown between its markers, with a line on each file it comes from."""
     columns = table["columns"]
     lines = [
         f"| {' | '.join(columns.values())} |",
@@ -74,9 +86,11 @@ def render(name: str, table: dict) -> str:
             cells["ratio"] = f"{measured[row['ratio']]:.3g}"
         lines.append(f"| {' | '.join(format_cell(cells.get(key)) for key in columns)} |")
     folder = pathlib.PurePosixPath(table["page"]).parent
-    source = os.path.relpath(f"benchmarks/results/{name}.json", folder)
-    note = f"Seeds: {table['seeds']}. Command, commit, machine and data: [{name}.json]({source})."
-    body = "\n".join([*lines, "", note])
+    notes = []
+    for source, seeds in table.get("sources", {name: table["seeds"]}).items():
+        path = os.path.relpath(f"benchmarks/results/{source}.json", folder)
+        notes.append(f"Seeds: {seeds}. Command, commit, machine and data: [{source}.json]({path}).")
+    body = "\n".join([*lines, "", *notes])
     return f"<!-- table: {name} -->\n{body}\n<!-- end of table: {name} -->\n"
 
 

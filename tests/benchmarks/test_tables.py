@@ -100,6 +100,21 @@ def test_tables_of_words_need_no_file(root):
     assert tables.main([], root) == 0
 
 
+def test_files_share_a_table(root):
+    part = {"table": "one", "columns": {"name": "case", "tried": "tried"}, "seeds": "1"}
+    write_table(root, **part, rows=[{"name": "first", "tried": 1200}])
+    second = root / "benchmarks/results/two.json"
+    second.write_text(json.dumps(TABLE | part | {"seeds": "2", "rows": [{"name": "second"}]}))
+    assert tables.main([], root) == 0
+    text = (root / "docs/speed.md").read_text()
+    assert "| first | 1,200 |\n| second |  |\n" in text
+    assert "Seeds: 1. Command, commit, machine and data: [one.json]" in text
+    assert "Seeds: 2. Command, commit, machine and data: [two.json]" in text
+    second.write_text(json.dumps(TABLE | part | {"columns": {"name": "another"}}))
+    with pytest.raises(ValueError, match=r"two\.json and the table one differ in page or columns"):
+        tables.main(["--check"], root)
+
+
 @pytest.mark.parametrize("field", tables.PROVENANCE)
 def test_a_file_must_say_how_its_figures_were_measured(root, field):
     write_table(root, **{field: ""})

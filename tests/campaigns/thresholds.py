@@ -218,7 +218,7 @@ def warnings_of(fields: dict, number: int, rng: np.random.Generator, *, apart: b
         distances = [result.distance for result in detector.stream(images[:200])]
         drawn = (rng.choice(distances, min(30, len(distances)), False) for _ in range(number))
         found = [detector.find_shift(dict(enumerate(draw))) for draw in drawn]
-        share = float(np.mean([each.message is not None for each in found]))
+        share = float(np.mean([bool(each and each.message) for each in found]))
         rows.append({"what": kind, "draws": number, "warned": round(share, 3)})
     return rows
 

@@ -199,6 +199,12 @@ _QUEUE = flags.DEFINE_integer(
 _MAX_BYTES = flags.DEFINE_integer(
     "max_bytes", 32 * 2**20, "With --mode=serve, refuse requests of more bytes."
 )
+_FALSE_ALARMS = flags.DEFINE_string(
+    "false_alarms",
+    None,
+    "With --mode=serve, store images that users mark as false alarms in this directory, with a "
+    "sub-directory for each model; by default none are stored.",
+)
 
 _WRITERS = ("predict", "export", "migrate", "batch", "submit")  # modes that write to --output
 
@@ -288,7 +294,7 @@ def _check_flags(argv: list[str]) -> None:
         raise InputError(f"The argument {argv[1]!r} is unknown. Flags begin with two dashes.")
     if _THREADS.value is not None and _THREADS.value < 1:
         raise InputError(f"--threads must be at least 1, not {_THREADS.value}.")
-    for flag in (_WORKDIR, _INPUT, _OUTPUT, _RUNTIME, _ROI):
+    for flag in (_WORKDIR, _INPUT, _OUTPUT, _RUNTIME, _ROI, _FALSE_ALARMS):
         if flag.value == "":
             raise InputError(f"--{flag.name} is empty. Pass a path, or leave the flag out.")
     if "config" in commands.COMMANDS[_MODE.value].flags:
@@ -419,6 +425,7 @@ def _serve() -> int:
         latency_ms=_LATENCY.value,
         threads=_THREADS.value or 1,
         workers=_WORKERS.value,
+        false_alarms=_FALSE_ALARMS.value,
     )
 
 

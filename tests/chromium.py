@@ -1,5 +1,6 @@
 """Headless Chromium, controlled over a pipe with its DevTools protocol."""
 
+import base64
 import contextlib
 import itertools
 import json
@@ -86,6 +87,22 @@ class Page:
             raise RuntimeError(answer["exceptionDetails"])
         return answer["result"].get("value")
 
+    def key(self, name):
+        """Presses and releases a key, such as "f" or "ArrowDown"."""
+        text = {"text": name} if len(name) == 1 else {}
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=name, **text)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=name)
+
+    def choose(self, selector, files):
+        """Chooses files in an input of the page."""
+        expression = f"document.querySelector({json.dumps(selector)})"
+        chosen = self.call("Runtime.evaluate", expression=expression)["result"]["objectId"]
+        self.call("DOM.setFileInputFiles", objectId=chosen, files=[str(file) for file in files])
+
+    def screenshot(self):
+        """The window as the content of a PNG."""
+        return base64.b64decode(self.call("Page.captureScreenshot")["data"])
+
     def settle(self):
         """Waits for two frames, so that intersection observers have run."""
         self.run(
@@ -95,14 +112,14 @@ class Page:
 
 
 @contextlib.contextmanager
-def page(profile):
-    """Starts a Chromium with its profile in a directory and yields a page of it."""
+def page(profile, *more_flags):
+    """Starts a Chromium with its profile in a directory, and more flags; yields a page of it."""
     theirs_in, ours_out = os.pipe()
     ours_in, theirs_out = os.pipe()
     flags = [
         *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
         *("--no-first-run", "--disable-extensions", "--disable-background-networking"),
-        *("--remote-debugging-pipe", f"--user-data-dir={profile}"),
+        *("--remote-debugging-pipe", f"--user-data-dir={profile}", *more_flags),
     ]
     # Chromium reads from descriptor 3 and writes to 4.
     shell = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'

@@ -59,11 +59,11 @@ COMMANDS = {
         ("workdir", "output", "weights"),
     ),
     "serve": Command(
-        "Serves the detector of a run, or exported files, over HTTP.",
+        "Serves the detector of a run, or exported files, over HTTP, with a web page at /.",
         "--workdir=runs/demo --port=8000",
         (
             *("workdir", "model", "host", "port", "workers", "batch", "latency_ms", "queue"),
-            *("max_bytes", "engine", "weights"),
+            *("max_bytes", "false_alarms", "engine", "weights"),
         ),
     ),
     "update": Command(

@@ -1,7 +1,4 @@
-"use strict";
-
 const SIDE = 640; // longer side of a shown image in pixels
-const OUTLINE = [0, 255, 170, 255];
 const find = id => document.getElementById(id);
 const about = JSON.parse(find("about").textContent);
 
@@ -38,37 +35,12 @@ async function loaded() {
   };
 }
 
-/** A canvas with a drawing context; without alpha, transparent pixels are black. */
-function canvas(width, height, alpha) {
-  const element = document.createElement("canvas");
-  Object.assign(element, { width, height });
-  return [element, element.getContext("2d", { alpha, willReadFrequently: true })];
-}
-
 /** Pixels of an image file, turned by its EXIF orientation, without its colour profile. */
 async function decoded(file) {
   const bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" });
   const [, context] = canvas(bitmap.width, bitmap.height, false);
   context.drawImage(bitmap, 0, 0);
   return [bitmap, context.getImageData(0, 0, bitmap.width, bitmap.height)];
-}
-
-/** Draws the map in colours that are more opaque at higher values, with the mask's outline. */
-function drawMap(context, { anomaly_map: map, mask }, width, scale) {
-  const picture = context.createImageData(context.canvas.width, context.canvas.height);
-  const [low, high] = about.colour_range ?? [0, map.reduce((a, b) => Math.max(a, b))];
-  const at = (x, y) => Math.floor(y / scale) * width + Math.floor(x / scale);
-  const inside = (x, y) =>
-    x >= 0 && y >= 0 && x < picture.width && y < picture.height && mask[at(x, y)];
-  for (let y = 0, i = 0; y < picture.height; y++) {
-    for (let x = 0; x < picture.width; x++, i += 4) {
-      const value = Math.min(1, Math.max(0, (map[at(x, y)] - low) / (high - low)));
-      const isEdge = mask && inside(x, y)
-        && !(inside(x - 2, y) && inside(x + 2, y) && inside(x, y - 2) && inside(x, y + 2));
-      picture.data.set(isEdge ? OUTLINE : [255, 230 * value, 0, 200 * value], i);
-    }
-  }
-  context.putImageData(picture, 0, 0);
 }
 
 /** The pictures of an image: itself, and its map on top. */
@@ -81,7 +53,10 @@ function pictures(name, bitmap, outputs) {
   below.drawImage(bitmap, 0, 0, ...size);
   const [overlay, above] = canvas(...size, true);
   overlay.className = "map";
-  drawMap(above, outputs, bitmap.width, scale);
+  const { anomaly_map: map, mask } = outputs;
+  const [low, high] = about.colour_range ?? [0, map.reduce((a, b) => Math.max(a, b))];
+  above.drawImage(heat(map, bitmap.width, bitmap.height, low, high), 0, 0, ...size);
+  if (mask) above.drawImage(outline((i) => mask[i], bitmap.width, bitmap.height, SIDE), 0, 0);
   image.role = overlay.role = "img";
   image.ariaLabel = name;
   overlay.ariaLabel = `Anomaly map of ${name}`;

@@ -10,11 +10,14 @@ from typing import Any
 
 import jinja2
 
+import fastflow_jax
 from fastflow_jax.errors import InputError
 
 _HERE = pathlib.Path(__file__).parent
+_SHARED = pathlib.Path(fastflow_jax.__file__).parent / "report"  # with the other pages
 # Files of the npm package onnxruntime-web, by their id in the page.
 _RUNTIME = {"script": "ort.wasm.bundle.min.mjs", "wasm": "ort-wasm-simd-threaded.wasm"}
+_THEME = {"css": "theme.css", "js": "overlay.js"}
 _REMEDY = "Run `npm pack onnxruntime-web`, and pass the file that it writes as --runtime=FILE"
 
 
@@ -59,8 +62,10 @@ def page(model: bytes, runtime: Mapping[str, bytes], about: Mapping[str, Any]) -
         undefined=jinja2.StrictUndefined,
     )
     files = {name: _packed(content) for name, content in {**runtime, "model": model}.items()}
-    js = (_HERE / "page.js").read_text("utf-8")
-    return environment.get_template("page.html.jinja").render(about=about, files=files, js=js)
+    shared = {kind: (_SHARED / name).read_text("utf-8") for kind, name in _THEME.items()}
+    js = shared["js"] + (_HERE / "page.js").read_text("utf-8")
+    template = environment.get_template("page.html.jinja")
+    return template.render(about=about, files=files, css=shared["css"], js=js)
 
 
 def _packed(content: bytes) -> str:

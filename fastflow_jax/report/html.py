@@ -141,8 +141,12 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         undefined=jinja2.ChainableUndefined,
     )
-    files = {name: (_HERE / f"report.{name}").read_text("utf-8") for name in ("css", "js")}
-    return environment.get_template("report.html.jinja", globals=files)
+    parts = {"css": ("theme.css", "report.css"), "js": ("report.js",)}
+    texts = {
+        kind: "".join((_HERE / name).read_text("utf-8") for name in names)
+        for kind, names in parts.items()
+    }
+    return environment.get_template("report.html.jinja", globals=texts)
 
 
 def _figures(protocol: Mapping, mean: Mapping, std: Mapping | None) -> list[tuple[str, str, str]]:

@@ -1,4 +1,4 @@
-"""Server for exported detectors: scores of images over HTTP.
+"""Server for exported detectors: scores of images over HTTP, and a web page.
 
 Images are read and resized in threads of the server, and scored in worker processes, one or more
 for each detector. Needs `pip install 'fastflow-jax[serve]'`, and JAX only for detectors that are
@@ -26,6 +26,7 @@ def run(
     latency_ms: float = 5.0,
     threads: int | None = 1,
     workers: int = 1,
+    false_alarms: str | os.PathLike | None = None,
 ) -> int:
     """Serves detectors until SIGTERM or SIGINT, and then answers the requests it has accepted.
 
@@ -43,6 +44,8 @@ def run(
       latency_ms: longest time in ms that an image waits for others of its batch.
       threads: CPU threads of each worker process; None for one per core.
       workers: worker processes of each detector.
+      false_alarms: directory for images that users mark as false alarms, in a sub-directory for
+        each model; None to store none.
 
     Returns:
       Exit status 0.
@@ -68,4 +71,5 @@ def run(
         (host, port),
         Limits(max_bytes, queue, token),
         Engine(workers, threads, batch, latency_ms),
+        false_alarms,
     )

@@ -1,4 +1,4 @@
-"""The web application: scores of image files, health, metrics; `v2` has tensors."""
+"""The web application: scores of image files, false alarms, health, metrics; `v2` has tensors."""
 
 import asyncio
 import base64
@@ -21,7 +21,9 @@ from starlette.routing import Route
 
 from fastflow_jax.errors import InputError
 from fastflow_jax.prediction import MAP_FORMS, Prediction, encode_map
-from fastflow_jax.serve import v2
+from fastflow_jax.serve import page, v2
+from fastflow_jax.serve.about import describe
+from fastflow_jax.serve.false_alarms import FalseAlarms
 from fastflow_jax.serve.gate import Gate, Limits, Load, busy, error_response
 from fastflow_jax.serve.metrics import CONTENT_TYPE, Metrics
 from fastflow_jax.serve.models import MAX_IMAGES, Loaded, Model, watch
@@ -34,9 +36,17 @@ _WATCH_SECONDS = 1.0
 class Service:
     """Answers the requests for some models."""
 
-    def __init__(self, models: Mapping[str, Model], limits: Limits, load: Load, metrics: Metrics):
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        limits: Limits,
+        load: Load,
+        metrics: Metrics,
+        false_alarms: Mapping[str, FalseAlarms],
+    ):
         """Prepares the threads that read images and wait for workers; one for each request."""
-        self.models, self.load, self.metrics = models, load, metrics
+        self.models, self.limits, self.load, self.metrics = models, limits, load, metrics
+        self.false_alarms = false_alarms
         self._threads = ThreadPoolExecutor(limits.queue, thread_name_prefix="request")
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -83,9 +93,37 @@ class Service:
         return JSONResponse(found[0])
 
     async def list_models(self, request: Request) -> Response:
-        """Describes all models."""
+        """Describes all models, and the size of the largest request."""
         del request
-        return JSONResponse({"models": [_describe(model) for model in self.models.values()]})
+        models = [describe(model, self.false_alarms) for model in self.models.values()]
+        return JSONResponse({"models": models, "max_bytes": self.limits.max_bytes})
+
+    async def mark(self, request: Request) -> Response:
+        """Stores the image in the body as a false alarm; status 201 if it is new."""
+        model, marked = self._marked(request)
+        content = await request.body()
+
+        def add() -> tuple[str, bool]:
+            with model.use() as loaded:
+                return marked.add(content, loaded.format_of(content))
+
+        name, is_new = await self.in_thread(add)
+        return JSONResponse({"name": name, "images": len(marked)}, 201 if is_new else 200)
+
+    async def unmark(self, request: Request) -> Response:
+        """Removes a false alarm."""
+        _, marked = self._marked(request)
+        await self.in_thread(marked.remove, request.path_params["name"])
+        return JSONResponse({"images": len(marked)})
+
+    def _marked(self, request: Request) -> tuple[Model, FalseAlarms]:
+        """The model of a request, and its false alarms."""
+        model = self.find(request.query_params.get("model"))
+        if model.name not in self.false_alarms:
+            raise HTTPException(
+                404, "False alarms are not stored. Start the server with --false_alarms=DIR."
+            )
+        return model, self.false_alarms[model.name]
 
     async def live(self, request: Request) -> Response:
         """The process answers."""
@@ -120,7 +158,11 @@ class Service:
 
 
 def create_app(
-    models: Mapping[str, Model], limits: Limits, load: Load, metrics: Metrics
+    models: Mapping[str, Model],
+    limits: Limits,
+    load: Load,
+    metrics: Metrics,
+    false_alarms: Mapping[str, FalseAlarms],
 ) -> Starlette:
     """Returns the ASGI application.
 
@@ -129,13 +171,17 @@ def create_app(
       limits: what is accepted.
       load: updated with each request; the server sets `is_draining`.
       metrics: updated with each request.
+      false_alarms: where to store marked images, by model; empty to store none.
     """
-    service = Service(models, limits, load, metrics)
+    service = Service(models, limits, load, metrics, false_alarms)
     tensors = v2.Protocol(service.find, service.in_thread)
     return Starlette(
         routes=[
+            *page.routes(),
             Route("/v1/predict", service.predict, methods=["POST"]),
             Route("/v1/models", service.list_models),
+            Route("/v1/false_alarms", service.mark, methods=["POST"]),
+            Route("/v1/false_alarms/{name}", service.unmark, methods=["DELETE"]),
             Route("/healthz", service.live),
             Route("/readyz", service.ready),
             Route("/metrics", service.report),
@@ -227,15 +273,3 @@ def _png(array: np.ndarray) -> str:
     file = io.BytesIO()
     Image.fromarray(array).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
-
-
-def _describe(model: Model) -> dict[str, Any]:
-    loaded = model.current
-    return {
-        "name": model.name,
-        "version": loaded.version,
-        "ready": loaded.is_ready,
-        "image_size": list(loaded.image_size),
-        "threshold": loaded.threshold,
-        "metadata": {key: value for key, value in loaded.metadata.items() if key != "held_out"},
-    }

@@ -1,4 +1,4 @@
-"""Checks before a request is read: token, size, number of requests, shutdown."""
+"""Checks before a request is read: origin, token, size, number of requests, shutdown."""
 
 import asyncio
 import dataclasses
@@ -10,9 +10,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fastflow_jax.serve import origin, page
 from fastflow_jax.serve.metrics import Metrics
 
-_WITHOUT_TOKEN = {"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"}
+_WITHOUT_TOKEN = {"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"} | page.PATHS
+_READING = {"GET", "HEAD", "OPTIONS"}
 _BODY_SECONDS = 60
 
 
@@ -86,9 +88,13 @@ class Gate:
             self._metrics.seconds.labels(endpoint).observe(time.perf_counter() - start)
 
     def _refusal(self, scope: Scope, body: "_Body") -> Response | None:
-        limits = self._limits
+        limits, headers = self._limits, Headers(scope=scope)
+        if scope["method"] not in _READING:
+            message = origin.refusal(headers, has_token=limits.token is not None)
+            if message is not None:
+                return error_response(403, message)
         if limits.token is not None and scope["path"] not in _WITHOUT_TOKEN:
-            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+            scheme, _, given = headers.get("authorization", "").partition(" ")
             is_equal = hmac.compare_digest(given.strip().encode("latin-1"), limits.token.encode())
             if scheme.lower() != "bearer" or not is_equal:
                 message = "The token is missing or wrong. Send Authorization: Bearer TOKEN."

@@ -73,6 +73,7 @@ class Loaded(Predictor):
         self.tiling, self.places = description.tiling, description.places
         self.levels, self.roi = description.levels, description.roi
         self.decision, self.metadata = description.decision, description.metadata
+        self._colour_range = description.colour_range
         self.training_images, self.batch_size = None, engine.batch
         self._batcher = Batcher(
             self._workers,
@@ -98,6 +99,23 @@ class Loaded(Predictor):
         """Threshold of image scores; None if the detector has none."""
         threshold = self.decision.image_threshold
         return None if threshold is None else threshold.value
+
+    @property
+    def colour_range(self) -> tuple[float, float] | None:
+        """See `Predictor.colour_range`."""
+        return self._colour_range
+
+    def format_of(self, content: bytes) -> str | None:
+        """Decodes an image file, as `score` does, and returns the name of its format in Pillow.
+
+        Raises:
+          InputError: it is not an image, or has several pages.
+        """
+        with self._decoding:
+            _, _, header = next(Given("image", content=content).read(self.levels))
+        if header.pages > 1:
+            raise _too_many(1)
+        return header.format
 
     def run(self, images: np.ndarray, valid: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Scores model inputs, see `Predictor.run`. They share batches with other requests.
@@ -132,10 +150,7 @@ class Loaded(Predictor):
             with self._decoding:
                 for page, image, _ in Given(name, content=content).read(self.levels):
                     if len(inputs) == limit:
-                        raise InputError(
-                            f"The request has more images or pages than {limit}. Send at most "
-                            f"{MAX_IMAGES}, in a form."
-                        )
+                        raise _too_many(limit)
                     region = None
                     if self.roi is not None:  # the workers know it as well
                         region = self.roi(page, (image.shape[0], image.shape[1]))
@@ -246,6 +261,12 @@ class Model:
                 del self._users[loaded]
         for loaded in unused:
             loaded.close()
+
+
+def _too_many(limit: int) -> InputError:
+    return InputError(
+        f"The request has more images or pages than {limit}. Send at most {MAX_IMAGES}, in a form."
+    )
 
 
 def watch(models: Mapping[str, Model], seconds: float, stop: threading.Event) -> None:

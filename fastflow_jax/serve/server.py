@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import pathlib
 import re
 import signal
@@ -14,6 +15,7 @@ import uvicorn
 from fastflow_jax.errors import InputError
 from fastflow_jax.files import expanded
 from fastflow_jax.serve.app import create_app
+from fastflow_jax.serve.false_alarms import FalseAlarms
 from fastflow_jax.serve.gate import Limits, Load
 from fastflow_jax.serve.metrics import Metrics
 from fastflow_jax.serve.models import Engine, Model
@@ -26,13 +28,17 @@ _LOOPBACK = ("127.", "::1")
 
 
 def serve(
-    models: Mapping[str, Any], address: tuple[str, int], limits: Limits, engine: Engine
+    models: Mapping[str, Any],
+    address: tuple[str, int],
+    limits: Limits,
+    engine: Engine,
+    false_alarms: str | os.PathLike | None,
 ) -> int:
     """Serves detectors until a signal; for arguments and errors see `serve.run`."""
     _check(models, limits, engine)
     metrics, load = Metrics(), Load()
     with _listen(*address) as listening, _loaded(models, engine, metrics) as loaded:
-        app = create_app(loaded, limits, load, metrics)
+        app = create_app(loaded, limits, load, metrics, _stores(loaded, false_alarms))
         host, port = listening.getsockname()[:2]
         if not host.startswith(_LOOPBACK) and limits.token is None:
             _log.warning("No token is set: anyone who reaches %s can send requests.", host)
@@ -99,6 +105,20 @@ def _loaded(
     finally:
         for model in found.values():
             model.close()
+
+
+def _stores(
+    models: Mapping[str, Model], folder: str | os.PathLike | None
+) -> dict[str, FalseAlarms]:
+    """Where false alarms of each model are stored; empty without a directory."""
+    if folder is None:
+        return {}
+    stores = {}
+    for name, model in models.items():
+        run = model.file.absolute() if model.file.is_dir() else model.file.absolute().parent
+        is_run = (run / "detector.json").exists()
+        stores[name] = FalseAlarms(expanded(folder) / name, run if is_run else None)
+    return stores
 
 
 def _existing(file: pathlib.Path) -> pathlib.Path:

@@ -55,6 +55,7 @@ class Description:
     decision: Decision
     metadata: Mapping[str, Any]
     roi: CommonRegion | None = None  # region of interest of all images
+    colour_range: tuple[float, float] | None = None  # see `Predictor.colour_range`
 
 
 class Worker:
@@ -222,7 +223,8 @@ def serve(descriptor: int, file: str, threads: int | None, batch: int) -> None:
             return
         how = predictor.image_size, predictor.resize, predictor.levels
         how += predictor.tiling, predictor.places
-        connection.send(Description(*how, predictor.decision, metadata, predictor.roi))
+        how += predictor.decision, metadata, predictor.roi, predictor.colour_range
+        connection.send(Description(*how))
         while True:
             try:
                 request = connection.recv()

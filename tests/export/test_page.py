@@ -35,9 +35,7 @@ def scored(page, *files):
     """Chooses files in the page; returns the results that it shows for them."""
     known = page.run("document.querySelectorAll('#results li').length")
     page.run("queue.then(() => 0)")
-    answer = page.call("Runtime.evaluate", expression="document.getElementById('files')")
-    chosen = {"objectId": answer["result"]["objectId"], "files": [str(file) for file in files]}
-    page.call("DOM.setFileInputFiles", **chosen)
+    page.choose("#files", files)
     page.run("queue.then(() => 0)")
     found = page.run(
         "[...document.querySelectorAll('#results li')]"

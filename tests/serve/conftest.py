@@ -43,14 +43,16 @@ def client_of():
     from fastflow_jax.serve.models import Engine, Model
 
     @contextlib.contextmanager
-    def context(files, limits=None, engine=None, load=None):
+    def context(files, limits=None, engine=None, load=None, false_alarms=None):
         metrics, models = Metrics(), {}
         engine = Engine(threads=1) if engine is None else engine
         try:
             for name, file in files.items():
                 models[name] = Model(name, file, engine, metrics)
             load = Load() if load is None else load
-            app = create_app(models, Limits() if limits is None else limits, load, metrics)
+            limits = Limits() if limits is None else limits
+            stores = {} if false_alarms is None else false_alarms
+            app = create_app(models, limits, load, metrics, stores)
             with testclient.TestClient(app) as client:
                 yield client
         finally:

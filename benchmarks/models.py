@@ -22,12 +22,13 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 _NOTE = {
     "page": "docs/models.md",
     "command": "python benchmarks/models.py; figures are copied from seeds.json, cpu.json and "
-    "exported.json, which name their commands",
+    "footprint.json, which name their commands",
     "commit": "those of the files",
     "machine": "those of the files",
     "seeds": "those of the files",
     "data": "accuracy: the five sets of seeds.json; timm's seconds: one random image, random "
-    "weights; JAX's seconds: one model input of the exported default detector, wall time",
+    "weights; JAX's seconds: CPU time of one model input with FastFlow; memory: peak of a process "
+    "that loads FastFlow and scores one image",
 }
 _COLUMNS = {
     "name": "backbone",
@@ -37,7 +38,9 @@ _COLUMNS = {
     "image_auroc": "mean image AUROC of five sets",
     "aupro": "mean AUPRO of four sets",
     "timm": "timm's seconds over ours",
-    "onnx": "JAX's seconds over those of ONNX Runtime",
+    "onnx": "JAX's CPU seconds over those of ONNX Runtime",
+    "jax_memory": "peak memory in JAX, MiB",
+    "onnx_memory": "peak memory in ONNX Runtime, MiB",
 }
 
 
@@ -45,7 +48,12 @@ def _read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def _row(spec: Spec, timm: dict[str, float], of_default: dict[str, Any]) -> dict[str, Any]:
+def _row(
+    spec: Spec,
+    timm: dict[str, float],
+    footprints: dict[str, dict[str, Any]],
+    of_default: dict[str, Any],
+) -> dict[str, Any]:
     """The cells of a backbone; figures that were not measured are missing."""
     strides = sorted({stride for _, stride in spec.maps.values()})
     row = {
@@ -57,16 +65,21 @@ def _row(spec: Spec, timm: dict[str, float], of_default: dict[str, Any]) -> dict
     ratio = timm.get(f"{spec.name}_float32_batch1")
     if ratio is not None:
         row["timm"] = f"{ratio:.3g}"
+    if spec.name in footprints:
+        seconds, size = footprints[spec.name]["seconds"], footprints[spec.name]["bytes"]
+        row["onnx"] = f"{seconds['jax'] / seconds['onnx']:.3g}"
+        row |= {f"{engine}_memory": f"{size[engine] / 2**20:.0f}" for engine in ("jax", "onnx")}
     return row | (of_default if spec.name == default().backbone else {})
 
 
 def build() -> dict[str, Any]:
     """Returns the content of models.json."""
     (mean,) = (row for row in _read("seeds")["rows"] if row["name"] == "mean")
-    (one,) = (r for r in _read("exported")["rows"] if r["name"] == "score one model input")
     timm = _read("cpu")["benchmarks"]["backbones.py"]["ratios"]
-    of_default = {"image_auroc": mean["image AUROC"], "aupro": mean["AUPRO"], "onnx": one["wall"]}
-    rows = [_row(spec, timm, of_default) for spec in BACKBONES.values() if spec.tag]
+    footprints = {row["backbone"]: row for row in _read("footprint")["rows"]}
+    of_default = {"image_auroc": mean["image AUROC"], "aupro": mean["AUPRO"]}
+    known = (spec for spec in BACKBONES.values() if spec.tag)
+    rows = [_row(spec, timm, footprints, of_default) for spec in known]
     return {**_NOTE, "columns": _COLUMNS, "rows": rows}
 
 

@@ -278,6 +278,9 @@ def fill(config: ConfigDict) -> ConfigDict:
     Each variant lists all of its differences from the run, such as the input size and the feature
     maps of another backbone. A detector of "auto" is FastFlow, see `runs.few_images.resolve`.
 
+    Args:
+      config: a configuration with the fields of `default`.
+
     Raises:
       InputError: a value is not possible, or no detector of the run reads a changed field.
     """

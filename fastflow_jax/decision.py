@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 class Threshold:
     """Decision level: scores **above** `value` are anomalous."""
 
-    value: float
+    value: float  # in the unit of the scores or maps that it is for
     kind: str = "given"  # "image" or "pixel": from a false-alarm rate; "f1"; or "given"
     rate: float | None = None  # requested false-alarm rate
     interval: tuple[float, float] | None = None  # confidence interval of the true rate

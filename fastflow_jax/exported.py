@@ -41,6 +41,15 @@ class Exported(Predictor):
       metadata: the metadata of the file: "version" of the package, "detector", "backbone",
         "weights" with their "licence", "input", thresholds, "fingerprint", and "parity", the
         differences from the original detector that were measured when the file was written.
+      image_size: (height, width) of model inputs.
+      resize: how images become inputs, see `config.data.resize`.
+      tiling: how images are cut into tiles; None if they are not.
+      places: statistics of the tiles, with `config.data.aligned`; None without it.
+      levels: levels of images of more than 8 bits; None for their high byte.
+      decision: thresholds and scores of held-out images.
+      training_images: formats, sizes and colours of the training images; None if unknown.
+      roi: region of interest of all images; None if there is none, or if the model finds it.
+      region_inside: whether the model itself leaves out what is outside of the region of interest.
     """
 
     def __init__(
@@ -93,6 +102,9 @@ class Exported(Predictor):
         """Returns a copy with the threshold of a false-alarm rate, see `Detector.with_threshold`.
 
         This needs scipy and scikit-learn. The outputs of `run` keep the threshold of the file.
+
+        Args:
+          rate: false-alarm rate: the expected share of normal images above the threshold.
         """
         from fastflow_jax.evaluation.thresholds import image_threshold
 

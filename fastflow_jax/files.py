@@ -315,7 +315,12 @@ def write_text(file: Path, content: str) -> None:
 
 
 def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a .npz file atomically, in the first process."""
+    """Writes a .npz file atomically, in the first process.
+
+    Args:
+      file: path of the file; its directory exists.
+      arrays: arrays by name.
+    """
     if _is_main():
         with replacing(file, "wb") as opened:
             content: Any = {name: np.asarray(array) for name, array in arrays.items()}
@@ -324,6 +329,9 @@ def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def read_arrays(file: Path) -> dict[str, np.ndarray]:
     """Arrays of a .npz file.
+
+    Args:
+      file: path of the file.
 
     Raises:
       InputError: the file is damaged.

@@ -106,7 +106,7 @@ class Predictor:
     resize: str  # `config.data.resize`: how images become inputs
     tiling: Tiling | None = None  # of a detector that was trained on tiles
     places: Places | None = None  # statistics of the tiles, with `config.data.aligned`
-    decision: Decision
+    decision: Decision  # thresholds and scores of held-out images
     levels: Levels | None = None  # of images of more than 8 bits; None for their high byte
     training_images: Profile | None  # None if unknown
     batch_size: int  # largest number of images that are scored together
@@ -145,16 +145,28 @@ class Predictor:
         return None
 
     def for_prediction(self, prediction: Prediction) -> "Predictor":
-        """The predictor with the thresholds and colours of a prediction."""
+        """The predictor with the thresholds and colours of a prediction.
+
+        Args:
+          prediction: result of `predict` or `stream`.
+        """
         del prediction
         return self
 
     def with_threshold(self, *, rate: float) -> "Predictor":
-        """Returns a copy with the threshold of a false-alarm rate."""
+        """Returns a copy with the threshold of a false-alarm rate.
+
+        Args:
+          rate: false-alarm rate: the expected share of normal images above the threshold.
+        """
         raise NotImplementedError
 
     def find_shift(self, distances: Mapping[str, float | None]) -> Any:
-        """Tests whether images look shifted as a whole, see `Detector.find_shift`; None here."""
+        """Tests whether images look shifted as a whole, see `Detector.find_shift`; None here.
+
+        Args:
+          distances: distance of each image by its name, see `Prediction.distance`.
+        """
         del distances
 
     def predict(
@@ -258,6 +270,13 @@ class Predictor:
         """Yields each name with its model inputs or error; for the arguments see `stream`.
 
         Logs how files differ from the training images.
+
+        Args:
+          images: see `stream`.
+          tile: see `stream`.
+          live: see `stream`.
+          roi: see `stream`.
+          every: see `stream`.
         """
         tiling = self.tiling or (Tiling(self.image_size) if tile else None)
         region = self._region(images, tile, roi)
@@ -337,7 +356,11 @@ class Predictor:
                 yield self.prediction(outputs)
 
     def prediction(self, outputs: Outputs) -> Prediction:
-        """Returns the result for an image whose parts are scored."""
+        """Returns the result for an image whose parts are scored.
+
+        Args:
+          outputs: results of all parts of the image.
+        """
         score, anomaly_map = outputs.score, outputs.anomaly_map
         if not np.isfinite(score):
             raise InputError(

@@ -41,6 +41,10 @@ class Slot(NamedTuple):
 def check(state: State, slots: Mapping[str, Slot]) -> None:
     """Checks that a state dict has the arrays of `slots` and no others.
 
+    Args:
+      state: arrays by name.
+      slots: shape and type of each array by its name.
+
     Raises:
       InputError: an array is missing, unknown, or of another shape or type.
     """

@@ -104,6 +104,62 @@ def test_every_name_in_the_reference_has_a_docstring(documented, package):
     assert not undocumented
 
 
+def described(shown):
+    """Names of the arguments and fields that the docstring of an object describes."""
+    sections = shown.docstring.parse("google") if shown.has_docstring else ()
+    kinds = "parameters", "attributes"
+    return {entry.name for each in sections if each.kind.value in kinds for entry in each.value}
+
+
+def undescribed(shown):
+    """Names of the arguments of a function, or of the fields of a class, without a description.
+
+    A method may leave the description of its arguments to the same method of a base class.
+    """
+    if shown.is_class:
+        fields = [m for m in shown.members.values() if m.is_attribute]
+        missing = {m.name for m in fields if not m.has_docstring and "property" not in m.labels}
+        if "__init__" in shown.members:  # griffe adds that of a dataclass
+            missing |= undescribed(shown["__init__"]) - {m.name for m in fields if m.has_docstring}
+        return {name for name in missing if not name.startswith("_")} - described(shown)
+    if not shown.is_function:
+        return set()
+    bases = shown.parent.mro() if shown.parent.is_class else ()
+    known = described(shown).union(
+        *(described(base.members[shown.name]) for base in bases if shown.name in base.members)
+    )
+    named = (p.name for p in shown.parameters if not p.kind.value.startswith("variadic"))
+    return {*named} - {"self", "cls"} - known
+
+
+def test_every_field_and_argument_in_the_reference_is_described(documented, package):
+    missing = set()
+    for name in documented:
+        shown = package[name.removeprefix("fastflow_jax.")]
+        shown = shown.final_target if shown.is_alias else shown
+        missing |= {f"{shown.path}: {each}" for each in undescribed(shown)}
+    assert not missing
+
+
+def test_a_field_or_argument_without_a_description_is_found(tmp_path):
+    (tmp_path / "example.py").write_text(
+        "class Base:\n"
+        "  def run(self, image: int):\n"
+        "    '''Runs.\n\n    Args:\n      image: the image.\n    '''\n\n"
+        "class Shown(Base):\n"
+        "  '''Shown.\n\n  Attributes:\n    a: described.\n  '''\n\n"
+        "  a: int\n"
+        "  b: int  # described\n"
+        "  c: int\n\n"
+        "  def run(self, image, size):\n"
+        "    '''Runs.'''\n"
+    )
+    extensions = griffe.load_extensions(ROOT / "docs/griffe_docstrings.py")
+    shown = griffe.load("example", search_paths=[tmp_path], extensions=extensions)["Shown"]
+    assert undescribed(shown) == {"c"}
+    assert undescribed(shown["run"]) == {"size"}
+
+
 class Resources(html.parser.HTMLParser):
     """Collects what a page loads."""
 

@@ -120,7 +120,11 @@ class Backbone:
         )
 
     def probe(self, image_size: tuple[int, int]) -> tuple[float, ...] | None:
-        """Numbers that recognise the code of a function; None for other backbones."""
+        """Numbers that recognise the code of a function; None for other backbones.
+
+        Args:
+          image_size: (height, width) of the image that the function is tried on.
+        """
         if not isinstance(self.module, Function):
             return None
         return probe(self.module, self.variables, image_size)
@@ -248,6 +252,9 @@ def _backbone(
 def find_spec(name: str) -> Spec:
     """Returns the specification of a backbone.
 
+    Args:
+      name: timm's name of the backbone.
+
     Raises:
       InputError: the name is unknown.
     """
@@ -259,6 +266,9 @@ def find_spec(name: str) -> Spec:
 
 def spec_of(config: Any) -> Spec:
     """The specification of a configuration's backbone, with the configured normalisation.
+
+    Args:
+      config: a configuration, filled or not.
 
     Raises:
       InputError: the name is unknown.
@@ -337,6 +347,10 @@ def deepest_maps(spec: Spec, strides: Sequence[int]) -> tuple[str, ...]:
     """Returns the deepest layer of each stride, or `spec.layers` if a stride is missing.
 
     Transformers have one stride only.
+
+    Args:
+      spec: specification of the backbone.
+      strides: strides of the requested maps, in pixels.
     """
     last = {stride: name for name, (_, stride) in spec.maps.items()}
     return tuple(last[s] for s in strides) if last.keys() >= set(strides) else spec.layers

@@ -114,5 +114,10 @@ class Spec:
         return self.architecture.blocks
 
     def module(self, layers: tuple[str, ...], dtype: jnp.dtype = jnp.float32) -> Architecture:
-        """The network with `layers` as its outputs."""
+        """The network with `layers` as its outputs.
+
+        Args:
+          layers: names of the feature maps to return, in this order.
+          dtype: type of the computation; feature maps are float32.
+        """
         return self.architecture.clone(layers=layers, dtype=dtype)

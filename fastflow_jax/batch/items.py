@@ -27,8 +27,8 @@ CHUNK = 100  # images that are scored together and then stored
 class Cell(NamedTuple):
     """Place of the content of an image file in a Parquet file."""
 
-    file: str
-    column: str
+    file: str  # path of the Parquet file
+    column: str  # with the contents of image files
     group: int  # row group
     row: int  # in the row group
 
@@ -37,7 +37,7 @@ class Item(NamedTuple):
     """One image file."""
 
     path: str  # its path, or a unique name for its content
-    content: bytes | None = None
+    content: bytes | None = None  # of the file; None if it is read when it is scored
     cell: Cell | None = None  # place of its content, read when it is scored
 
     def given(self) -> Given:
@@ -75,12 +75,15 @@ def _contents(file: str, column: str, group: int) -> Any:
 class Shard:
     """Part `index`, from 1, of `count` parts of the images."""
 
-    index: int
-    count: int
+    index: int  # from 1 to `count`
+    count: int  # number of shards
 
     @classmethod
     def parse(cls, text: str) -> "Shard":
         """Parses "3/16".
+
+        Args:
+          text: number of the shard, and number of shards.
 
         Raises:
           InputError: it is not of this form, or there is no such part.
@@ -99,7 +102,11 @@ class Shard:
         return f"shard-{self.index:05}-of-{self.count:05}"
 
     def has(self, key: int) -> bool:
-        """Whether it is the shard of an image with this hash."""
+        """Whether it is the shard of an image with this hash.
+
+        Args:
+          key: hash of the image's path, or of its row group.
+        """
         return key % self.count == self.index - 1
 
 
@@ -153,7 +160,13 @@ def find_items(inputs: str, column: str, shard: Shard) -> dict[str, Item]:
 
 
 def chunks(items: list[Item], *, whole_groups: bool = False) -> Iterator[list[Item]]:
-    """Splits images into lists of up to `CHUNK`, or of all images of a row group."""
+    """Splits images into lists of up to `CHUNK`, or of all images of a row group.
+
+    Args:
+      items: images in the order of their paths or rows.
+      whole_groups: whether a list has all images of a row group of a Parquet file, whatever their
+        number.
+    """
     for place, same in itertools.groupby(items, lambda item: item.cell and item.cell[:3]):
         several = list(same)
         size = len(several) if whole_groups and place else CHUNK

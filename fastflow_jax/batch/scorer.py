@@ -46,6 +46,7 @@ class Scorer:
     Attributes:
       detector: the detector, with the threshold of `Options.rate`.
       fingerprint: hash of everything that scores and decisions of the detector depend on.
+      options: how images are scored.
     """
 
     def __init__(self, model: str | os.PathLike, options: Options | None = None):
@@ -79,6 +80,9 @@ class Scorer:
 
         An image that cannot be read has a row with an error. Differences from the training images
         are logged for the first batch only.
+
+        Args:
+          items: images to score.
         """
         known = [item.size_and_time() for item in items]
         index = {item.path: i for i, item in enumerate(items)}
@@ -121,7 +125,11 @@ class Scorer:
 
 
 def as_text(path: str) -> str:
-    """A path as valid UTF-8; other bytes are escaped."""
+    """A path as valid UTF-8; other bytes are escaped.
+
+    Args:
+      path: a path as the operating system returns it.
+    """
     return path.encode("utf-8", "backslashreplace").decode()
 
 

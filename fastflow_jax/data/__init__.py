@@ -73,7 +73,11 @@ def open_dataset(config: "ConfigDict") -> Dataset:
 
 
 def share_images(config: "ConfigDict") -> bool:
-    """Whether the categories of the data set are subsets of the same images, see `opener`."""
+    """Whether the categories of the data set are subsets of the same images, see `opener`.
+
+    Args:
+        config: `config.data`, with the name of the data set.
+    """
     return hasattr(_module(config), "opener")
 
 
@@ -82,6 +86,9 @@ def opener(config: "ConfigDict") -> Callable[[str | None], Dataset]:
 
     Categories that are subsets of the same images share them, see `Source.part_of`. The function
     raises the errors of `open_dataset`.
+
+    Args:
+        config: `config.data`, with the name of the data set.
 
     Raises:
         InputError: an unknown name.
@@ -112,6 +119,9 @@ def categories(config: "ConfigDict") -> tuple[str | None, ...]:
 
     For a data set without categories this is (None,).
 
+    Args:
+        config: `config.data`, with the name of the data set.
+
     Raises:
         InputError: an unknown name or category.
     """
@@ -125,7 +135,11 @@ def categories(config: "ConfigDict") -> tuple[str | None, ...]:
 
 
 def module_of(name: str | None) -> ModuleType:
-    """Returns the module of a data set. Raises InputError for an unknown name."""
+    """Returns the module of a data set. Raises InputError for an unknown name.
+
+    Args:
+        name: name of the data set, one of `DATASETS`.
+    """
     name = check_choice("data.name", name, DATASETS)
     return importlib.import_module(f"fastflow_jax.data.{_MODULES[name]}")
 

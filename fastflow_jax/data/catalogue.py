@@ -20,13 +20,13 @@ _log = logging.getLogger(__name__)
 class Entry(NamedTuple):
     """One data set."""
 
-    name: str
+    name: str  # value of `config.data.name`
     categories: int  # 0 for a set without categories
     images: str  # published numbers of training and test images, as text
     size: str  # of the download
     prepared: int  # number of categories, or 1 for a set without, that are prepared
     source: str  # of the files
-    licence: str
+    licence: str  # as its authors state it
 
     @property
     def state(self) -> str:

@@ -70,8 +70,8 @@ class Source:
     Either all examples of a source have masks or none has.
     """
 
-    names: tuple[str, ...]
-    defects: tuple[str, ...]
+    names: tuple[str, ...]  # of the examples, unique
+    defects: tuple[str, ...]  # kind of defect of each example, or `GOOD`
     load: Callable[[int], tuple[np.ndarray, np.ndarray | None]]  # index -> image, mask
     # For a subset: the whole source, without masks, and the rows of the images in it. Features of
     # the whole source serve all its subsets.
@@ -151,10 +151,10 @@ class Source:
 class Dataset:
     """Normal images for training, test images, and where they are from (JSON-able)."""
 
-    name: str
-    train: Source
-    test: Source | None
-    provenance: dict
+    name: str  # in tables and messages
+    train: Source  # normal images
+    test: Source | None  # None without test images
+    provenance: dict  # source, category, licence and numbers of images, for results.json
     # Normal images for calibration and thresholds. None: some training images are held out.
     calibration: Source | None = None
     # Images with labelled defects to learn from, see `evaluation.labelled`.

@@ -85,7 +85,12 @@ def _remaining(
 
 
 def subset(source: Source, rows: Sequence[int]) -> Source:
-    """Returns the images of a source at `rows`."""
+    """Returns the images of a source at `rows`.
+
+    Args:
+        source: the whole source.
+        rows: numbers of the images, in the order of the subset.
+    """
 
     def of_rows(values):
         return None if values is None else tuple(values[i] for i in rows)

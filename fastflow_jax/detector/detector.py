@@ -219,7 +219,13 @@ class Detector(PickledByFields, Predictor):
 
     @classmethod
     def of_record(cls, record: Saved, backbone: Backbone, folder: pathlib.Path) -> "Detector":
-        """The detector of a record that was read from a directory or a .zip file."""
+        """The detector of a record that was read from a directory or a .zip file.
+
+        Args:
+          record: content of the directory or file.
+          backbone: the backbone with its weights.
+          folder: where the record was read from.
+        """
         shapes, roi = _shapes(record.config, backbone), record.roi
         if roi is None and record.config.data.roi not in (None, ROI_AUTO):
             raise InputError(
@@ -593,7 +599,11 @@ class Detector(PickledByFields, Predictor):
         return self.reference and shift.find(self.reference, known, self.config.data.groups)
 
     def features(self, images: Images) -> Features:
-        """Returns features of images, [B, h, w, C] per scale, as `scorer` takes them."""
+        """Returns features of images, [B, h, w, C] per scale, as `scorer` takes them.
+
+        Args:
+          images: see `predict`.
+        """
         spec, found = self.backbone.spec, []
         # Features do not depend on masks.
         whole = (lambda name, size: np.ones(size, bool)) if self.needs_masks else None
@@ -608,6 +618,9 @@ class Detector(PickledByFields, Predictor):
     def latents(self, features: Features) -> Features:
         """Returns latents of features, [B, h, w, C] per scale; standard normal under the model.
 
+        Args:
+          features: features [B, h, w, C] per scale, see `features`.
+
         Raises:
           InputError: the detector has no latents.
         """
@@ -616,6 +629,9 @@ class Detector(PickledByFields, Predictor):
 
     def invert(self, latents: Features) -> Features:
         """Returns the features of latents, [B, h, w, C] per scale; the inverse of `latents`.
+
+        Args:
+          latents: latents [B, h, w, C] per scale.
 
         Raises:
           InputError: the detector has no latents, or its features were normalised in a way that

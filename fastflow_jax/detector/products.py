@@ -215,7 +215,12 @@ class Products(PickledByFields, Predictor):
         return path
 
     def export(self, file: str | os.PathLike, **options: Any) -> None:
-        """Refuses: a product is exported by itself, `detectors[name].export(file)`."""
+        """Refuses: a product is exported by itself, `detectors[name].export(file)`.
+
+        Args:
+          file: path that is named in the message.
+          **options: ignored.
+        """
         raise InputError(
             f"{file} is not written: a model of several products is not exported as a whole. Use "
             "the export of one product, model.detectors[name].export(file)."
@@ -258,7 +263,12 @@ class Products(PickledByFields, Predictor):
     def with_threshold(
         self, *, rate: float | None = None, pixel_rate: float | None = None
     ) -> "Products":
-        """Returns a copy with the thresholds of a false-alarm rate, see `Detector`."""
+        """Returns a copy with the thresholds of a false-alarm rate, see `Detector`.
+
+        Args:
+          rate: false-alarm rate of images of each product; None leaves their thresholds.
+          pixel_rate: false-alarm rate of pixels, likewise.
+        """
         rates = {"rate": rate, "pixel_rate": pixel_rate}
         each = {name: d.with_threshold(**rates) for name, d in self.detectors.items()}
         return dataclasses.replace(self, detectors=each)
@@ -311,7 +321,11 @@ class Products(PickledByFields, Predictor):
         return super().stream(images, on_error=on_error, live=live, roi=roi, every=every)
 
     def detector_of(self, product: str) -> Detector:
-        """The detector of a product; raises InputError if there is no such product."""
+        """The detector of a product; raises InputError if there is no such product.
+
+        Args:
+          product: name of the product.
+        """
         if product not in self.detectors:
             raise InputError(
                 f"The product {product!r} is unknown. Choose one of {', '.join(self.detectors)}."

@@ -81,11 +81,18 @@ class InvertibleScorer(Scorer, Protocol):
     """A scorer with invertible flows."""
 
     def latents(self, features: Features) -> tuple[np.ndarray, ...]:
-        """Latents of features, [B, h, w, C] per scale; standard normal under the model."""
+        """Latents of features, [B, h, w, C] per scale; standard normal under the model.
+
+        Args:
+          features: features [B, h, w, C] per scale.
+        """
         ...
 
     def invert(self, latents: Features) -> tuple[np.ndarray, ...]:
         """Features of latents, [B, h, w, C] per scale.
+
+        Args:
+          latents: latents [B, h, w, C] per scale.
 
         Raises:
           InputError: the features were normalised in a way that cannot be inverted.
@@ -100,19 +107,34 @@ class CalibratedScorer(Scorer, Protocol):
     def location_maps(
         self, features: Features, valid: np.ndarray | None = None
     ) -> tuple[np.ndarray, ...]:
-        """Energies per location before the calibration, [B, h, w] per map."""
+        """Energies per location before the calibration, [B, h, w] per map.
+
+        Args:
+          features: features [B, h, w, C] per scale.
+          valid: see `Scorer.score`.
+        """
         ...
 
     def score_maps(
         self, maps: tuple[np.ndarray, ...], valid: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns what `score` returns for features with these `location_maps` and `valid`."""
+        """Returns what `score` returns for features with these `location_maps` and `valid`.
+
+        Args:
+          maps: energies [B, h, w] per map, from `location_maps`.
+          valid: see `Scorer.score`.
+        """
         ...
 
     def recalibrated(
         self, maps: tuple[np.ndarray, ...], valid: np.ndarray | None = None
     ) -> "CalibratedScorer":
-        """A copy that is calibrated on other held-out images, given `location_maps` and `valid`."""
+        """A copy that is calibrated on other held-out images, given `location_maps` and `valid`.
+
+        Args:
+          maps: energies [n, h, w] per map of the held-out images.
+          valid: see `Scorer.score`.
+        """
         ...
 
 
@@ -141,6 +163,9 @@ class TeachableScorer(Scorer, Protocol):
 
     def extended(self, rows: Sequence[Rows]) -> "TeachableScorer":
         """A copy that stores these rows as well.
+
+        Args:
+          rows: results of `new_rows`.
 
         Raises:
           InputError: a memory bank would be too large.
@@ -181,8 +206,9 @@ class Method:
     reads: Sequence[str] = ()
     # Fields that it reads after `fit` only: runs that differ in them share a training.
     scoring: Sequence[str] = ()
-    # Lowest and highest values of its numbers, and possible values of its strings, by field.
+    # Lowest and highest values of its numbers, by field.
     bounds: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    # Possible values of its strings, by field.
     choices: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     # Sets fields of its own sections that depend on the backbone, for runs of any detector, and
     # checks fields that depend on each other, for runs of its own.
@@ -192,6 +218,9 @@ class Method:
 def method(name: str) -> Method:
     """The detector of a name.
 
+    Args:
+      name: name of the detector, one of `DETECTORS`.
+
     Raises:
       InputError: there is no detector of this name.
     """
@@ -200,7 +229,11 @@ def method(name: str) -> Method:
 
 
 def recipe(name: str) -> dict[str, Any]:
-    """Fields of the configuration that make a run use this detector, with its recipe."""
+    """Fields of the configuration that make a run use this detector, with its recipe.
+
+    Args:
+      name: name of the detector, one of `DETECTORS`.
+    """
     return {"detector": name, **method(name).recipe}
 
 
@@ -218,7 +251,14 @@ class PickledByFields:
 
 @parallel.cached_program
 def compiled(function: Callable, config: FrozenConfigDict, *arguments: Any) -> Callable:
-    """Compiles `function(config, *arguments, state, batch)` to a function (state, batch)."""
+    """Compiles `function(config, *arguments, state, batch)` to a function (state, batch).
+
+    Args:
+      function: a pure function. State and results are trees of arrays; each array of the batch and
+        of the results has the images on its first axis.
+      config: the filled configuration.
+      *arguments: hashable values, passed to `function` after the configuration.
+    """
     bound = functools.partial(function, config, *arguments)
     return parallel.per_example(bound, config.parallel, config.batch_size)
 
@@ -230,7 +270,7 @@ class CompiledScorer(PickledByFields):
     `arrays`; or `score`, if that cannot be one pure function.
     """
 
-    config: Any
+    config: Any  # filled
     # (config, size, state, (features, valid)) -> scores [B] and anomaly maps [B, *size]
     function: ClassVar[Callable | None] = None
     # The same, and log-likelihoods [B] in nats per dimension; None without a likelihood.
@@ -247,7 +287,13 @@ class CompiledScorer(PickledByFields):
         *,
         size: tuple[int, int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores features, see `Scorer.score`."""
+        """Scores features, see `Scorer.score`.
+
+        Args:
+          features: see `Scorer.score`.
+          valid: see `Scorer.score`.
+          size: see `Scorer.score`.
+        """
         function = type(self).function
         assert function is not None
         run = self._program(function, tuple(size or self.config.image_size))

@@ -240,7 +240,12 @@ def overlap_weights(mask: np.ndarray) -> np.ndarray:
 
 
 def regions_of(mask: np.ndarray) -> np.ndarray:
-    """Returns the number of each pixel's region, int32 [H, W], from 1 on; 0 in normal pixels."""
+    """Returns the number of each pixel's region, int32 [H, W], from 1 on; 0 in normal pixels.
+
+    Args:
+      mask: bool [H, W], True in defective pixels; pixels that touch at a corner are in the same
+        region.
+    """
     if not mask.any():
         return np.zeros(mask.shape, np.int32)
     found = scipy.ndimage.label(mask, structure=np.ones((3, 3)))

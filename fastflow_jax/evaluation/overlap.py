@@ -196,7 +196,7 @@ class SizeRecall:
 
     low: float  # size as a share of the image, at least
     high: float  # and below
-    regions: int
+    regions: int  # number of regions of this size
     found: int  # regions with at least one pixel above the threshold
     interval: list[float]  # of the share found, 95 % (Clopper & Pearson, 1934)
     overlap: float  # mean share of a region's pixels above the threshold

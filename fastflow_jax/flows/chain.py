@@ -57,7 +57,13 @@ class FlowStep(nn.Module):
     def __call__(
         self, x: jax.Array, condition: jax.Array | None = None, *, inverse: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """Transforms x [B, h, w, C], given `condition` [B, h, w, D] if any; log_det [B, h, w]."""
+        """Transforms x [B, h, w, C], given `condition` [B, h, w, D] if any; log_det [B, h, w].
+
+        Args:
+          x: features [B, h, w, C], or transformed ones with `inverse`.
+          condition: [B, h, w, D], a further input of the subnets; None for none.
+          inverse: whether to compute the inverse.
+        """
         layers = [
             partial(layer, condition=condition) if isinstance(layer, AffineCoupling) else layer
             for layer in self.layers

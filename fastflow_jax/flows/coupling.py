@@ -168,7 +168,13 @@ class AffineCoupling(nn.Module):
     def __call__(
         self, x: jax.Array, condition: jax.Array | None = None, *, inverse: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """Transforms x [..., C], given `condition` [..., D] if there is one; log_det [...]."""
+        """Transforms x [..., C], given `condition` [..., D] if there is one; log_det [...].
+
+        Args:
+          x: features [..., C], or transformed ones with `inverse`.
+          condition: [..., D], a further input of the subnet; None for none.
+          inverse: whether to compute the inverse.
+        """
         _, active = half_channels(x.shape[-1], self.swap)
         subnet = self.subnet(features=2 * active, name="subnet")
         return couple(x, subnet, condition, clamp=self.clamp, swap=self.swap, inverse=inverse)

@@ -47,7 +47,12 @@ class GlobalAffine(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, inverse: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Transforms x [..., C]; log_det [...] is the same at every location."""
+        """Transforms x [..., C]; log_det [...] is the same at every location.
+
+        Args:
+          x: features [..., C], or transformed ones with `inverse`.
+          inverse: whether to compute the inverse.
+        """
         if self.form not in _UNIT_RAW:
             raise ValueError(f"form must be 'softplus' or 'exp', not {self.form!r}.")
         channels = (x.shape[-1],)

@@ -59,12 +59,17 @@ def _as_attributes(tree: Any) -> Any:
 
 
 class ConvSubnet(_LinenLayer):
-    """Convolution, ReLU, convolution; [B, h, w, channels] -> [B, h, w, features].
-
-    Takes `channels`, the fields of `flows.ConvSubnet` and `rngs`.
-    """
+    """Convolution, ReLU, convolution; [B, h, w, channels] -> [B, h, w, features]."""
 
     def __init__(self, channels: int, *fields: Any, rngs: nnx.Rngs, **named: Any):
+        """Initialises the parameters.
+
+        Args:
+          channels: channels of the input.
+          *fields: fields of `flows.ConvSubnet` in their order.
+          rngs: keys; the parameters are drawn from "params".
+          **named: the same by their names.
+        """
         super().__init__(flows.ConvSubnet(*fields, **named), channels, rngs)
 
 
@@ -72,6 +77,12 @@ class GlobalAffine(_LinenLayer):
     """Learned scale and offset of each channel, see `flows.GlobalAffine`."""
 
     def __init__(self, channels: int, form: str = "softplus"):
+        """Initialises the parameters.
+
+        Args:
+          channels: channels of the input.
+          form: see `flows.GlobalAffine`.
+        """
         super().__init__(flows.GlobalAffine(form), channels, nnx.Rngs(0))  # draws no numbers
 
 
@@ -79,14 +90,17 @@ class Permute(_LinenLayer):
     """Fixed shuffle of the channels, drawn from the "params" key; see `flows.Permute`."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        """Draws the permutation.
+
+        Args:
+          channels: channels of the input.
+          rngs: keys; the permutation is drawn from "params".
+        """
         super().__init__(flows.Permute(), channels, rngs)
 
 
 class FlowStep(_LinenLayer):
-    """Coupling, learned scale and offset, channel shuffle; [B, h, w, C], log_det [B, h, w].
-
-    Takes `channels`, the fields of `flows.FlowStep`, `condition_channels` and `rngs`.
-    """
+    """Coupling, learned scale and offset, channel shuffle; [B, h, w, C], log_det [B, h, w]."""
 
     def __init__(
         self,
@@ -96,6 +110,15 @@ class FlowStep(_LinenLayer):
         rngs: nnx.Rngs,
         **named: Any,
     ):
+        """Initialises the parameters.
+
+        Args:
+          channels: channels of the input.
+          *fields: fields of `flows.FlowStep` in their order.
+          condition_channels: channels of the condition; 0 for none.
+          rngs: keys; the parameters are drawn from "params".
+          **named: the same by their names.
+        """
         super().__init__(flows.FlowStep(*fields, **named), channels, rngs, condition_channels)
 
 
@@ -118,6 +141,16 @@ class AffineCoupling(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
+        """Makes the subnet.
+
+        Args:
+          channels: channels of the input.
+          subnet: called as `subnet(channels, features, rngs=rngs)`.
+          clamp: bound of the log-scale.
+          swap: whether the last C//2 channels are passive.
+          condition_channels: channels of the condition; 0 for none.
+          rngs: keys, passed to `subnet`.
+        """
         passive, active = half_channels(channels, swap)
         self.subnet: Any = subnet(passive + condition_channels, 2 * active, rngs=rngs)
         self.clamp = clamp
@@ -126,17 +159,22 @@ class AffineCoupling(nnx.Module):
     def __call__(
         self, x: jax.Array, condition: jax.Array | None = None, *, inverse: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """Transforms x [..., C], given `condition` [..., D] if there is one; log_det [...]."""
+        """Transforms x [..., C], given `condition` [..., D] if there is one; log_det [...].
+
+        Args:
+          x: features [..., C], or transformed ones with `inverse`.
+          condition: [..., D], a further input of the subnet; None for none.
+          inverse: whether to compute the inverse.
+        """
         return couple(x, self.subnet, condition, clamp=self.clamp, swap=self.swap, inverse=inverse)
 
 
 class Flow(nnx.Module):
     """Chain of steps with alternating kernel sizes.
 
-    Takes `channels`, the fields of `flows.Flow`, `condition_channels` and `rngs`.
-
     Attributes:
       step: `nnx.List` of `FlowStep`.
+      reversible: see `flows.Flow`.
     """
 
     def __init__(
@@ -147,6 +185,15 @@ class Flow(nnx.Module):
         rngs: nnx.Rngs,
         **named: Any,
     ):
+        """Initialises the parameters of all steps.
+
+        Args:
+          channels: channels of the input.
+          *fields: fields of `flows.Flow` in their order.
+          condition_channels: channels of the condition; 0 for none.
+          rngs: keys; the parameters are drawn from "params".
+          **named: the same by their names.
+        """
         flow = flows.Flow(*fields, **named)
         shared = {"condition_channels": condition_channels, "rngs": rngs}
         self.step = nnx.List(
@@ -157,7 +204,13 @@ class Flow(nnx.Module):
     def __call__(
         self, x: jax.Array, condition: jax.Array | None = None, *, inverse: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """Maps features to latents, or latents to features, see `flows.Flow`."""
+        """Maps features to latents, or latents to features, see `flows.Flow`.
+
+        Args:
+          x: features [B, h, w, C], or latents with `inverse`.
+          condition: [B, h, w, D], see `flows.Flow`; None for none.
+          inverse: whether to map latents to features.
+        """
         if not self.reversible:
             return compose([partial(step, condition=condition) for step in self.step], x, inverse)
         parts = (nnx.split(step, nnx.Param, ...) for step in self.step)

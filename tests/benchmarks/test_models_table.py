@@ -16,7 +16,7 @@ from fastflow_jax.backbones import create_backbone
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A copy of the files that the table is made of, and of the table."""
-    for name in ("seeds", "cpu", "exported", "models"):
+    for name in ("seeds", "cpu", "footprint", "models"):
         shutil.copy(models.RESULTS / f"{name}.json", tmp_path)
     monkeypatch.setattr(models, "RESULTS", tmp_path)
     return tmp_path
@@ -42,6 +42,18 @@ def test_a_changed_figure_is_found_and_written(results, capsys):
     measured = {name for name, row in rows(results).items() if "image_auroc" in row}
     assert measured == {"`tf_efficientnet_lite0`"}
     assert rows(results)["`tf_efficientnet_lite0`"]["image_auroc"] == [0.5, 0.25]
+
+
+def test_memory_and_time_are_those_of_the_measured_backbones(results):
+    file = results / "footprint.json"
+    row = {"backbone": "resnet34", "seconds": {"jax": 0.3, "onnx": 0.2}}
+    row["bytes"] = {"jax": 500 * 2**20, "onnx": 100 * 2**20}
+    file.write_text(json.dumps({"rows": [row]}))
+    assert models.main([]) == 0
+    table = rows(results)
+    names = ("onnx", "jax_memory", "onnx_memory")
+    assert [table["`resnet34`"][name] for name in names] == ["1.5", "500", "100"]
+    assert not set(names) & table["`resnet18`"].keys()
 
 
 def test_rows_describe_the_backbones(results):

@@ -1,15 +1,17 @@
 """The notebooks run from top to bottom, in a small setting, on the CPU; outputs are not kept.
 
-What makes a setting small stands here, in a cell that is run after the one tagged "parameters".
+The small settings are in cells of this file, which run after the one tagged "parameters".
 """
 
 import json
 import os
 import pathlib
+import re
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
+DEVICES = "--xla_force_host_platform_device_count"
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 
 TINY = """
@@ -68,6 +70,17 @@ def measure_and_stop_once(scored):
 
 experiment.measure = measure_and_stop_once
 """
+# A detector without a training.
+KNN = """
+SETTINGS = {"detector": "knn", "weights": "random", "layers": ("blocks.2",)}
+SETTINGS |= {"image_size": (32,), "batch_size": 8}
+"""
+PIXELS = """
+SETTINGS = {"detector": "knn", "backbone": "pixels", "image_size": (16,), "batch_size": 8}
+"""
+THRESHOLDS = f"{PIXELS}NORMAL, NEW, SPLITS, HELD_OUT, PARTS = 60, 40, 100, (20, 30), 40"
+DEPLOY = f"{KNN}ROUNDS = 2"
+PRODUCTS = f"{PIXELS}IMAGES = 40"
 
 
 def run(name, folder, small, stopped_in="none", then=()):
@@ -102,7 +115,8 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _kernel(tmp_path, compiled, monkeypatch):
-    """The kernel finds the package, keeps its files to itself, and compiles things once."""
+    """The kernel finds the package, has one device and its own files, and compiles things once."""
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} {DEVICES}=1")
     paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
@@ -133,7 +147,8 @@ def test_quickstart(tmp_path):
     assert (tmp_path / "runs/painted/detector.json").is_file()
 
 
-def test_mvtec_keeps_its_run_on_storage_and_resumes(tmp_path):
+def test_mvtec_keeps_its_run_on_storage_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} {DEVICES}=4")
     notebook = run(
         "mvtec_tpu", tmp_path, MVTEC, "experiment.run(", then=["print(len(calls), 'calls')"]
     )
@@ -149,9 +164,50 @@ def test_mvtec_keeps_its_run_on_storage_and_resumes(tmp_path):
 
 
 def test_flow_layers(tmp_path):
-    notebook = run("flow_layers", tmp_path, "STEPS = 60")
-    assert "nats a point" in printed(notebook)
+    notebook = run("flow_layers", tmp_path, "STEPS, DEPTH = 30, 2")
+    (nats,) = re.findall(r"(\S+) nats a point", printed(notebook))
+    assert float(nats) < 2.84  # the flow has learned more than a Gaussian
     assert pictures(notebook) == 2
+
+
+def test_thresholds(tmp_path):
+    pytest.importorskip("skimage", reason="the textures come with scikit-image")
+    notebook = run("thresholds", tmp_path, THRESHOLDS)
+    said = printed(notebook)
+    on_average = re.findall(r"held out: (\S+)% on average", said)
+    assert len(on_average) == 2
+    assert all(float(share) < 7 for share in on_average)
+    flagged = {name: int(share) for share, name in re.findall(r"(\d+)% flagged: (.*)", said)}
+    assert len(flagged) == 5
+    assert flagged["new images"] <= 12
+    assert pictures(notebook) == 5
+
+
+def test_deploy(tmp_path):
+    for package in ("skimage", "onnx", "onnxruntime", "uvicorn", "starlette"):
+        pytest.importorskip(package, reason=f"the notebook needs {package}")
+    notebook = run("deploy", tmp_path, DEPLOY)
+    said = printed(notebook)
+    assert re.search("[1-9] held-out and [1-9]", said)
+    assert "decisions that differ: 0" in said
+    assert "JAX is loaded: False" in said
+    scores = re.findall(r"(\S+)   p .*new/(\w+)_\d+.png", said)
+    assert [name for _, name in scores] == ["crack", "good", "good", "patch", "stain"]
+    (served,) = re.findall(r'"score": ([\d.-]+)', said)
+    assert float(served) == pytest.approx(float(scores[0][0]), abs=0.01)
+    assert "exit status 0" in said
+    assert pictures(notebook) == 1
+
+
+def test_products(tmp_path):
+    pytest.importorskip("skimage", reason="the textures come with scikit-image")
+    notebook = run("products", tmp_path, PRODUCTS)
+    said = printed(notebook)
+    found = dict(re.findall(r"^(\w+_good|coffee) +(\w+) +[na]", said, re.M))
+    assert found == {"brick_good": "brick", "gravel_good": "gravel", "coffee": "unknown"}
+    assert re.search("gravel_good +as brick: anomalous", said)
+    assert said.endswith("brick gravel\n")
+    assert pictures(notebook) == 3
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
@@ -164,5 +220,27 @@ def test_notebooks_are_stripped_and_say_where_they_ran(file):
     first = notebook["cells"][0]
     assert first["cell_type"] == "markdown"
     assert "has been run on CPUs only" in "".join(first["source"]).replace("\n", " ")
-    assert "find_spec" in "".join(notebook["cells"][2]["source"])
-    assert file.stem in ("quickstart", "mvtec_tpu", "flow_layers"), "a notebook that nothing runs"
+    assert source(file, 2) == source(NOTEBOOKS[0], 2)  # the cell that installs the package
+    assert f'"{file.stem}", tmp_path' in pathlib.Path(__file__).read_text(), "nothing runs it"
+
+
+def source(file, number):
+    return "".join(json.loads(file.read_text())["cells"][number]["source"])
+
+
+@pytest.mark.parametrize(
+    ("checkout", "package"), [(False, "fastflow-jax"), (True, "..")], ids=["release", "checkout"]
+)
+def test_the_package_is_installed_if_it_is_missing(checkout, package, tmp_path, monkeypatch):
+    shells = pytest.importorskip("IPython.core.interactiveshell", reason="pip install ipykernel")
+    (tmp_path / "colab").mkdir()
+    if checkout:
+        (tmp_path / "pyproject.toml").touch()
+    monkeypatch.chdir(tmp_path / "colab")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("glob.glob", lambda pattern: [])
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    shell, calls = shells.InteractiveShell(), []
+    shell.register_magic_function(calls.append, magic_name="pip")
+    shell.run_cell(source(NOTEBOOKS[0], 2)).raise_error()
+    assert calls == [f'install -q "{package}[demo,hub,onnx,serve]" matplotlib']

@@ -558,6 +558,8 @@ def from_plain(plain: dict) -> ConfigDict:
             for k, v in section.items()
         }
 
+    if not isinstance(plain, dict):
+        raise InputError("The configuration is not an object. Restore it, or train again.")
     config = default()
     needed = {field for field, value in _flat(config.to_dict()).items() if value is not None}
     needed |= {"image_size", "layers", "batch_size"}
@@ -567,7 +569,7 @@ def from_plain(plain: dict) -> ConfigDict:
     unknown = [name for name in sorted(unknown) if not name.startswith("variants.")]
     if unknown:
         raise InputError(
-            f"The configuration was written by another version: there is no field {unknown[0]}. "
+            f"The configuration was written by another version: there is no field {unknown[0]!r}. "
             "Install that version, or train again."
         )
     with config.unlocked():

@@ -23,7 +23,7 @@ from fastflow_jax.data.roi import AUTO, CommonRegion
 from fastflow_jax.data.tiling import Places, Tiling
 from fastflow_jax.data.transforms import RESIZES
 from fastflow_jax.decision import Decision, Threshold
-from fastflow_jax.errors import InputError
+from fastflow_jax.errors import InputError, reason
 from fastflow_jax.files import expanded
 from fastflow_jax.prediction import Predictor
 
@@ -72,7 +72,7 @@ class Exported(Predictor):
         """
         self.file, self.threads, self.providers = expanded(file), threads, tuple(providers)
         self._session = _session(self.file, threads, self.providers)
-        self.metadata = _metadata(self.file, self._session.get_modelmeta().custom_metadata_map)
+        self.metadata = _metadata(self.file, self._session)
         given = self.metadata["input"]
         self.image_size: tuple[int, int] = (given["height"], given["width"])
         self.resize: str = given["resize"]
@@ -128,7 +128,12 @@ class Exported(Predictor):
           float32 [B], "is_anomalous" bool [B] and "mask" bool [B, H, W] if the detector has them.
         """
         del valid
-        found = self._session.run(self._outputs, {INPUT: images})
+        try:
+            found = self._session.run(self._outputs, {INPUT: images})
+        except Exception as error:  # as in `_session`
+            raise InputError(
+                f"{self.file} cannot score images ({reason(error)}). Export the detector again."
+            ) from error
         return dict(zip(self._outputs, found, strict=True))
 
     def __reduce__(self):
@@ -157,25 +162,28 @@ def _session(file, threads: int | None, providers: Sequence[str]) -> Any:
     try:
         return onnxruntime.InferenceSession(str(file), options, providers=list(providers))
     except Exception as error:  # of several classes without a common base
-        reason = str(error).splitlines()[0]
         raise InputError(
-            f"{file} cannot be loaded ({reason}). Export the detector again."
+            f"{file} cannot be loaded ({reason(error)}). Export the detector again."
         ) from error
 
 
-def _metadata(file, given: dict[str, str]) -> dict[str, Any]:
+def _metadata(file, session: Any) -> dict[str, Any]:
     """Metadata of a file; InputError if they are not those of an exported detector."""
-    if "format" not in given or "input" not in given:
-        raise InputError(
-            f"{file} is not an exported detector. Pass a file that --mode=export has written."
-        )
     try:
+        given = session.get_modelmeta().custom_metadata_map
+        if "format" not in given or "input" not in given:
+            raise InputError(
+                f"{file} is not an exported detector. Pass a file that --mode=export has written."
+            )
         found = {key: json.loads(value) for key, value in given.items()}
         if found["format"] == FORMAT:
+            _check_signature(session, found["input"])
             return found | _parsed(found)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # damaged metadata may cause any
         raise InputError(
-            f"The metadata of {file} are damaged ({error}). Export the detector again."
+            f"The metadata of {file} are damaged ({reason(error)}). Export the detector again."
         ) from error
     raise InputError(
         f"{file} was written by another version of this package ({found.get('version')}), in "
@@ -183,10 +191,20 @@ def _metadata(file, given: dict[str, str]) -> dict[str, Any]:
     )
 
 
+def _check_signature(session: Any, given: dict[str, Any]) -> None:
+    """Raises ValueError if a model has not the input and the outputs of an exported detector."""
+    sizes, (images,) = [given["height"], given["width"], 3], session.get_inputs()
+    if not all(type(size) is int for size in sizes) or images.shape[1:] != sizes:
+        raise ValueError(f"images of {sizes} for a model of {images.shape[1:]}")
+    if (images.name, images.type) != (INPUT, "tensor(uint8)"):
+        raise ValueError(f"an input {images.name} of {images.type}")
+    names = [output.name for output in session.get_outputs()]
+    if not set(OUTPUTS[:2]) <= set(names) <= set(OUTPUTS):
+        raise ValueError(f"outputs {', '.join(names)}")
+
+
 def _parsed(found: dict[str, Any]) -> dict[str, Any]:
     """The fields of the metadata that are objects."""
-    held_out = found["held_out"] or {"scores": None}
-    scores, groups, kinds = (held_out.get(name) for name in ("scores", "groups", "kinds"))
     profile, given = found["training_images"], found["input"]
     # Missing in files of older versions
     tiling, places = found.get("tiling"), found.get("places")
@@ -196,9 +214,7 @@ def _parsed(found: dict[str, Any]) -> dict[str, Any]:
         "decision": Decision(
             _threshold(found["image_threshold"]),
             _threshold(found["pixel_threshold"]),
-            None if scores is None else np.array(scores, np.float32),
-            None if groups is None else np.array(groups),
-            None if kinds is None else np.array(kinds),
+            **_held_out(found["held_out"] or {}),
         ),
         "tiling": None if tiling is None else Tiling(tuple(tiling["side"]), tiling["resolution"]),
         "places": None if places is None else Places(np.array(places).reshape(-1, 6)),
@@ -208,6 +224,20 @@ def _parsed(found: dict[str, Any]) -> dict[str, Any]:
         "region": found.get("region"),  # files of earlier versions have none
         **_region(found.get("region")),
     }
+
+
+def _held_out(plain: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Scores of held-out images, and their groups and kinds if there are some, as arrays [n]."""
+    scores = np.asarray(plain.get("scores") or (), np.float32)
+    if scores.ndim != 1 or not len(scores):
+        return {}
+    found = {"held_out": scores}
+    for name in ("groups", "kinds"):
+        if plain.get(name) is not None:
+            found[name] = np.asarray(plain[name])
+            if found[name].shape != scores.shape or found[name].dtype.kind not in "iu":
+                raise ValueError(f"{name} of held-out images that do not fit their scores")
+    return found
 
 
 def _region(plain: Any) -> dict[str, Any]:

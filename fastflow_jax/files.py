@@ -8,8 +8,10 @@ import errno
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -18,14 +20,13 @@ import sys
 import urllib.parse
 import uuid
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastflow_jax.errors import InputError
+from fastflow_jax.errors import InputError, reason
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -44,6 +45,8 @@ def expanded(path: str | os.PathLike) -> Path:
     """
     if not os.fspath(path):
         raise InputError("An empty path was given. Name a file or a directory.")
+    if "\0" in str(path):
+        raise InputError(f"The path {str(path)!r} has a NUL character. Correct it.")
     path = _without_scheme(path)
     try:
         return path if path.exists() else path.expanduser()
@@ -175,7 +178,9 @@ def sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}. Check its permissions."
+        ) from error
 
 
 PRODUCTS = "products.json"  # in the directory of a model of several products
@@ -216,20 +221,20 @@ def parse_json(file: Path) -> Any:
       InputError: the file is damaged.
     """
     try:
-        return json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{file} is damaged ({error}). Restore it, or train in a new directory."
         ) from error
 
 
 def read_lines(file: Path) -> list[dict]:
-    """Content of a file of JSON lines, without truncated lines; empty if there is no file."""
+    """Objects of a file of JSON lines, without damaged lines; empty if there is no file."""
     lines = []
-    for line in file.read_text("utf-8").splitlines() if file.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in file.read_bytes().splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(line))
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def write_json(file: Path, content: dict | list) -> None:
@@ -328,7 +333,7 @@ def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_arrays(file: Path) -> dict[str, np.ndarray]:
-    """Arrays of a .npz file.
+    """Arrays of a .npz file of `write_arrays`.
 
     Args:
       file: path of the file.
@@ -337,12 +342,54 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
       InputError: the file is damaged.
     """
     try:
-        with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        return read_npz(file)
+    except Exception as error:  # a damaged file may cause any
         raise InputError(
-            f"{file} is damaged ({error}). Restore it, or train in a new directory."
+            f"{file} is damaged ({reason(error)}). Restore it, or train in a new directory."
         ) from error
+
+
+def read_npz(file: Path) -> dict[str, np.ndarray]:
+    """Arrays of a .npz file without compression. Memory is bounded by the size of the file.
+
+    Raises:
+      Exception: the file is damaged.
+    """
+    with zipfile.ZipFile(file) as archive:
+        return {
+            name.removesuffix(".npy"): _parse_npy(archive.read(info))
+            for name, info in stored_members(archive, file.stat().st_size).items()
+        }
+
+
+def stored_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+    """Returns the members of a .zip file without compression by name.
+
+    Raises:
+      ValueError: a member is compressed, or the members claim more than `size` bytes together.
+        Either could unpack to any size.
+    """
+    members = {info.filename: info for info in archive.infolist()}
+    for name, info in members.items():
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+            raise ValueError(f"{name!r} is compressed; only plain archives are read")
+    if sum(info.file_size for info in members.values()) > size:
+        raise ValueError("its members claim more bytes than the file has")
+    return members
+
+
+def _parse_npy(content: bytes) -> np.ndarray:
+    """The array of a .npy file. Unlike `np.load`, allocates no more than the file has."""
+    file = io.BytesIO(content)
+    versions = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    shape, is_fortran, dtype = versions[np.lib.format.read_magic(file)](file)
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(content) - file.tell():
+        raise ValueError(f"it has not the numbers of an array {shape} of {dtype}")
+    array = np.frombuffer(content, dtype, offset=file.tell())
+    return array.reshape(shape, order="F" if is_fortran else "C").copy()
 
 
 def delete_oldest(folder: Path, max_bytes: int) -> None:

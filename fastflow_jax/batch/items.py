@@ -49,7 +49,8 @@ class Item(NamedTuple):
             file, column, group, row = self.cell
             content = _contents(file, column, group)[row].as_py()
         except (OSError, IndexError, pa.ArrowException) as error:
-            return Given(self.path, error=InputError(f"{self.path} cannot be read: {error}."))
+            problem = f"{self.path} cannot be read: {error}. Write {self.cell.file} again."
+            return Given(self.path, error=InputError(problem))
         if not content:
             return Given(self.path, error=InputError(f"{self.path} is empty. Remove the row."))
         return Given(self.path, content=content)
@@ -207,7 +208,10 @@ def _rows(read: Callable, file: str, column: str) -> Iterator[Any]:
             f"{file} has no column {column!r}. Pass one of its columns as --column: {names}."
         ) from error
     except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
+        raise InputError(
+            f"{file} cannot be read: {error.strerror or error}. Check its permissions, or write it "
+            "again."
+        ) from error
     except (ValueError, TypeError, csv.Error, pa.ArrowException) as error:
         if isinstance(error, InputError):
             raise

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -195,11 +196,12 @@ def _left_out(image: Image.Image) -> int | None:
     return samples if samples > 4 or not image.mode.startswith("RGB") else None
 
 
-def cannot_read(name: str | Path, error: OSError) -> InputError:
+def cannot_read(name: str | Path, error: Exception) -> InputError:
     """Returns the error for a file that the system cannot read."""
-    if Path(name).is_symlink() and not Path(name).exists():
+    if os.path.islink(name) and not os.path.exists(name):
         return missing_target(name)
-    return InputError(f"{name} cannot be read: {error.strerror or error}.")
+    reason = getattr(error, "strerror", None) or error
+    return InputError(f"{name} cannot be read: {reason}. Check its path and permissions.")
 
 
 def missing_target(name: str | Path) -> InputError:

@@ -74,14 +74,16 @@ def _from_table(names: Sequence[str], file: Path) -> tuple[str, ...]:
         with file.open(newline="", encoding="utf-8-sig") as lines:
             rows = list(csv.DictReader(lines))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"data.groups {file} cannot be read: {error}.") from error
+        raise InputError(
+            f"data.groups {file} cannot be read: {error}. Write it again, as CSV in UTF-8."
+        ) from error
     if not rows or not {"path", "group"} <= rows[0].keys():
         raise InputError(f"data.groups {file} must be a table with the columns path and group.")
     labels = {}
     for row in rows:
         path = (row["path"] or "").replace("\\", "/")
         if labels.setdefault(path, row["group"]) != row["group"]:
-            raise InputError(f"data.groups {file} has two groups for {path}. Keep one of them.")
+            raise InputError(f"data.groups {file} has two groups for {path!r}. Keep one of them.")
 
     def label(name: str) -> str:
         parts = name.split("/")

@@ -376,7 +376,7 @@ def _is_skipped(name: str, also: Collection[str] = ()) -> bool:
 
 
 def _cannot_list(error: OSError) -> InputError:
-    return InputError(f"{error.filename} cannot be read: {error.strerror}.")
+    return InputError(f"{error.filename} cannot be read: {error.strerror}. Check its permissions.")
 
 
 def no_images(folder: Path) -> InputError:

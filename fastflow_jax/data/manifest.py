@@ -11,6 +11,7 @@ A CSV file with a header, or a JSON file with a list of objects. Columns:
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,13 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         text = path.read_text("utf-8-sig")
         is_json = path.suffix.lower() == ".json"
         rows = json.loads(text) if is_json else list(csv.DictReader(text.splitlines()))
-    except (OSError, ValueError) as error:
-        raise InputError(f"data.manifest {path} cannot be read ({error}).") from error
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise InputError(
+            f"data.manifest {path} cannot be read ({error}). Write it again, in UTF-8."
+        ) from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path} must be a list of objects with the fields {_REQUIRED}.")
+        fields = ", ".join(_REQUIRED)
+        raise InputError(f"{path} must be a list of objects with the fields {fields}.")
     for number, row in enumerate(rows, 1 if is_json else 2):
         where = f"{path}, {'entry' if is_json else 'line'} {number}"
         for field in _REQUIRED:
@@ -76,13 +80,15 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         mask = row.get("mask") or []
         if isinstance(mask, str):
             mask = mask.split(";")
+        if not isinstance(mask, list) or not all(isinstance(name, str) for name in mask):
+            raise InputError(f"{where}: mask is {mask!r}. It must be a path, or a list of paths.")
         yield where, row | {"mask": [name.strip() for name in mask if name.strip()]}
 
 
 def _existing(path: Path, where: str) -> Path:
-    if path.is_symlink() and not path.exists():
+    if os.path.islink(path) and not os.path.exists(path):
         raise missing_target(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{where}: {path} does not exist. Correct the path, or set data.root.")
     return path
 

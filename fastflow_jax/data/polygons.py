@@ -55,7 +55,7 @@ def shapes_of(path: Path, image: Path, size: tuple[int, int]) -> list[Shape]:
         else:
             stated = content.get("imageHeight"), content.get("imageWidth")
             shapes = [_labelme_shape(path, shape) for shape in content["shapes"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} is damaged ({error!r}). Export it again.") from error
     if None not in stated and stated != size:
         raise InputError(
@@ -98,7 +98,7 @@ def fill(polygon: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     crossings = np.zeros((height, width + 1), np.int32)
     for (x0, y0), (x1, y1) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
         first, last = (int(np.ceil(y - 0.5)) for y in sorted((y0, y1)))
-        rows = np.arange(max(0, first), min(height, last))
+        rows = np.arange(min(max(0, first), height), min(max(0, last), height))
         if len(rows):
             x = x0 + (rows + 0.5 - y0) * (x1 - x0) / (y1 - y0)
             crossings[rows, np.clip(np.ceil(x - 0.5), 0, width).astype(int)] += 1
@@ -131,7 +131,7 @@ def _read(path: Path, modified_ns: int) -> _Coco | dict[str, Any]:
     """Content of a file of COCO or LabelMe; `modified_ns` makes changed files be read again."""
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}). Export it again.") from error
     if isinstance(content, dict) and "shapes" in content:
         return content
@@ -153,17 +153,27 @@ def _labelme_shape(path: Path, shape: dict) -> Shape:
         points = np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
     elif kind != "polygon":
         raise InputError(f"{path} has a shape of the type {kind}. Draw polygons or rectangles.")
-    return points.reshape(-1, 2)
+    return _polygon(points)
+
+
+def _polygon(points: Any) -> Shape:
+    """A polygon of JSON numbers; raises ValueError if they are not finite."""
+    polygon = np.asarray(points, float).reshape(-1, 2)
+    if not np.isfinite(polygon).all():
+        raise ValueError("a point is not finite")
+    return polygon
 
 
 def _coco_shapes(path: Path, segmentation: Any) -> Iterable[Shape]:
     if isinstance(segmentation, list):
-        return [np.asarray(polygon, float).reshape(-1, 2) for polygon in segmentation]
+        return [_polygon(polygon) for polygon in segmentation]
     counts, (height, width) = segmentation["counts"], segmentation["size"]
     if isinstance(counts, str):
         raise InputError(
             f"{path} has compressed run-length encodings. Export polygons, or mask images."
         )
+    if min(counts, default=0) < 0 or sum(counts) != height * width:
+        raise ValueError("the runs do not cover the image")
     values = np.arange(len(counts)) % 2 == 1  # runs alternate, beginning with normal pixels
     return [np.repeat(values, counts).reshape(width, height).T]
 

@@ -37,7 +37,7 @@ def read_file(path: Path) -> bytes:
     """Returns the content of a file. Raises an InputError if it cannot be read."""
     try:
         return path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for a NUL character in the path
         raise cannot_read(path, error) from error
 
 

@@ -4,7 +4,6 @@ import base64
 import gzip
 import pathlib
 import tarfile
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ _SHARED = pathlib.Path(fastflow_jax.__file__).parent / "report"  # with the othe
 # Files of the npm package onnxruntime-web, by their id in the page.
 _RUNTIME = {"script": "ort.wasm.bundle.min.mjs", "wasm": "ort-wasm-simd-threaded.wasm"}
 _THEME = {"css": "theme.css", "js": "overlay.js"}
+_LARGEST = 2**28  # bytes of a file of the runtime
 _REMEDY = "Run `npm pack onnxruntime-web`, and pass the file that it writes as --runtime=FILE"
 
 
@@ -37,12 +37,18 @@ def read_runtime(path: pathlib.Path | None) -> dict[str, bytes]:
             return {key: (path / "dist" / name).read_bytes() for key, name in _RUNTIME.items()}
         with tarfile.open(path, "r:gz") as archive:
             members = {key: f"package/dist/{name}" for key, name in _RUNTIME.items()}
-            opened = {key: archive.extractfile(member) for key, member in members.items()}
-            return {key: file.read() for key, file in opened.items() if file is not None}
-    except (OSError, KeyError, EOFError, tarfile.TarError, zlib.error) as error:
+            return {key: _member(archive, member) for key, member in members.items()}
+    except Exception as error:  # a damaged archive may cause any
         raise InputError(
             f"{path} is not the npm package onnxruntime-web ({error}). {_REMEDY}."
         ) from error
+
+
+def _member(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(name)
+    if file is None or archive.getmember(name).size > _LARGEST:
+        raise ValueError(f"{name} is not a file of at most {_LARGEST} bytes")
+    return file.read()
 
 
 def page(model: bytes, runtime: Mapping[str, bytes], about: Mapping[str, Any]) -> str:

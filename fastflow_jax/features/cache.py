@@ -145,7 +145,11 @@ class _DiskCache:
     def fill(self, compute: Callable, bar: tqdm) -> tuple[np.ndarray, ...]:
         """Computes the missing blocks; returns the arrays, which are read as they are indexed."""
         checksums = self._read_record()
-        if checksums is None:  # new files: another process may still read the old ones
+        # A link in the place of a file would lead writes elsewhere.
+        is_plain = all(_is_plain(path) for path in (self.record, *self.paths))
+        if (
+            checksums is None or not is_plain
+        ):  # new files: another process may still read the old ones
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             self.record.write_text(self.header)
@@ -179,9 +183,11 @@ class _DiskCache:
             return None
         checksums = {}
         for line in lines:
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # cut off
+            # Lines may be cut off or damaged.
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                 content = json.loads(line)
-                checksums[content["block"]] = content["crc32"]
+                if (block := content["block"]) in range(-(-self.n // self.block)):
+                    checksums[block] = content["crc32"]
         return checksums
 
     def _checksums(self, files: Sequence[IO[bytes]], block: int) -> list[int]:
@@ -212,6 +218,11 @@ class _DiskCache:
                 f"{_readable(free)}. Make room there, pass another --workdir, or pass "
                 "--config.train.cache=none to compute the features again in every epoch."
             )
+
+
+def _is_plain(path: pathlib.Path) -> bool:
+    """Whether a path is a file, but no link, or does not exist."""
+    return not path.is_symlink() and (path.is_file() or not path.exists())
 
 
 def _readable(size: int) -> str:

@@ -21,13 +21,12 @@ from ml_collections import ConfigDict
 
 import fastflow_jax
 from fastflow_jax import parallel
-from fastflow_jax.backbones.torch_pickle import reason
 from fastflow_jax.backbones.weights import licence
 from fastflow_jax.config import from_plain
 from fastflow_jax.data.profile import Profile
 from fastflow_jax.data.roi import CommonRegion
 from fastflow_jax.decision import Threshold
-from fastflow_jax.errors import InputError
+from fastflow_jax.errors import InputError, reason
 from fastflow_jax.evaluation.held_out import HeldOut
 from fastflow_jax.features.foreground import Foreground
 from fastflow_jax.features.shift import Reference
@@ -117,7 +116,7 @@ def change(
     path: pathlib.Path, weights: str | None, image: Threshold | None, pixel: Threshold | None
 ) -> None:
     """Changes `config.weights` and the thresholds of a saved detector; for errors see `write`."""
-    with _damage_is_named(path), _opened(path) as read_file:
+    with damage_is_named(path), _opened(path) as read_file:
         about = _description(path, read_file)
         about["config"]["weights"] = weights
         about["thresholds"] = plain_thresholds(image, pixel)
@@ -140,7 +139,7 @@ def read(path: pathlib.Path) -> Saved:
       InputError: it is not a saved detector, it is of another format, or a file is missing, has
         changed or is damaged.
     """
-    with _damage_is_named(path):
+    with damage_is_named(path):
         with _opened(path) as read_file:
             about = _description(path, read_file)
             states = {name: _verified(name, e, read_file) for name, e in about["files"].items()}
@@ -254,7 +253,8 @@ def _write_files(path: pathlib.Path, about: dict, files: Mapping[str, bytes]) ->
 
 
 @contextlib.contextmanager
-def _damage_is_named(path: pathlib.Path) -> Iterator[None]:
+def damage_is_named(path: pathlib.Path) -> Iterator[None]:
+    """Raises an InputError that names a file instead of other errors of the context."""
     try:
         yield
     except InputError:

@@ -118,15 +118,19 @@ def read(path: pathlib.Path) -> Saved:
     about = _about(path)
     if "format" in about:
         return durable.read(path)
-    training = (path / about["training"]).resolve()
-    limits = [read_threshold(about["thresholds"][of]) for of in ("image", "pixel")]
+    with durable.damage_is_named(path / DETECTOR):
+        training = (path / about["training"]).resolve()
+        limits = [read_threshold(about["thresholds"][of]) for of in ("image", "pixel")]
+        config, plain = from_plain(about["config"]), about.get("images")
+        images = None if plain is None else Profile.from_plain(plain)
+        weights, seed = dict(about["weights"]), int(about["seed"])
     if "taught" in about:
         return dataclasses.replace(
             _read_version(path, about),
-            config=from_plain(about["config"]),
+            config=config,
             image_threshold=limits[0],
             pixel_threshold=limits[1],
-            seed=about["seed"],
+            seed=seed,
             training=training,
         )
     if not (training / "checkpoints").exists():
@@ -135,17 +139,16 @@ def read(path: pathlib.Path) -> Saved:
     held_out = HeldOut.load(file) if file.exists() else None
     if held_out is None and any(t and t.kind in ("image", "pixel") for t in limits):
         raise InputError(f"{path} lacks its {_HELD_OUT}. Restore it, or train again.")
-    config, images = from_plain(about["config"]), about.get("images")
     return Saved(
         config=config,
-        weights=about["weights"],
+        weights=weights,
         state=method(config.detector).read(config, training),
         held_out=held_out,
         image_threshold=limits[0],
         pixel_threshold=limits[1],
-        images=None if images is None else Profile.from_plain(images),
+        images=images,
         reference=read_reference(training),
-        seed=about["seed"],
+        seed=seed,
         training=training,
         roi=read_region(training),
     )

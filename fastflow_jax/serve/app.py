@@ -81,11 +81,17 @@ class Service:
             )
 
         def score() -> list[dict]:
+            answers, n_pixels, most = [], 0, self.limits.max_map_pixels
             with model.use() as loaded:
-                return [
-                    _as_json(loaded, prediction, anomaly_map, mask)
-                    for prediction in loaded.score(files, MAX_IMAGES if is_form else 1)
-                ]
+                for prediction in loaded.score(files, MAX_IMAGES if is_form else 1):
+                    answers.append(_as_json(loaded, prediction, anomaly_map, mask))
+                    n_pixels += prediction.anomaly_map.size
+                    if (anomaly_map or mask) and n_pixels > most:
+                        raise InputError(
+                            f"The maps of the request have more than {most} pixels. Send fewer "
+                            "images at once, or leave map and mask out."
+                        )
+            return answers
 
         found = await self.in_thread(score)
         if is_form:

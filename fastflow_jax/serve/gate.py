@@ -25,6 +25,7 @@ class Limits:
     max_bytes: int = 32 * 2**20  # of the body of a request
     queue: int = 64  # requests with images that are answered at the same time
     token: str | None = None  # that requests must carry; None for no check
+    max_map_pixels: int = 10**8  # of all maps in an answer; small files may have many pixels
 
 
 @dataclasses.dataclass

@@ -179,6 +179,8 @@ def _respond(content: dict, found: dict[str, np.ndarray], loaded: Loaded) -> Res
         name = output.get("name") if isinstance(output, dict) else None
         if not isinstance(name, str) or name not in found:
             raise HTTPException(400, f"The output {name!r} is unknown. Pass some of {[*found]}.")
+        if any(name == other["name"] for other in outputs):  # of any size, from a short request
+            raise HTTPException(400, f"The output {name!r} is requested twice. Pass it once.")
         array = np.asarray(found[name])
         array = array.astype(np.float32) if array.dtype.kind == "f" else array
         described = {

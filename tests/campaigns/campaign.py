@@ -33,6 +33,7 @@ A trial raises `Skipped` where it cannot run, and then has no row. It may add fi
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import shlex
 import sys
@@ -129,14 +130,18 @@ def main(
     )
     parser.add_argument("--long", action="store_true", help="Run the long form.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of all random choices.")
-    parser.add_argument("--only", help="Run the trials whose row contains this text.")
-    parser.add_argument("--out", type=pathlib.Path, help="Write the results to this file.")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="Run the trials whose row contains one of these."
+    )
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        help="Write the results to this file; with --only, keep its other rows.",
+    )
     args = parser.parse_args(argv)
-    if args.only and args.out:
-        parser.error("--out needs all trials. Leave --only out.")
     rows = []
     for title, trial in trials.items():
-        if args.only and args.only not in title:
+        if not any(text in title for text in args.only):
             continue
         with tempfile.TemporaryDirectory(prefix="campaign_") as folder:
             options = Options(pathlib.Path(folder), args.seed, args.long)
@@ -153,5 +158,10 @@ def main(
     about["command"] += shlex.join(words)
     about |= {"commit": commit(), "machine": describe_machine(), "versions": versions(*packages)}
     about |= {"seeds": str(args.seed), "data": data, "columns": COLUMNS}
-    write_result(args.out, about | {"rows": [row.plain() for row in rows]})
+    known = {}
+    if args.only != [""] and args.out and args.out.exists():
+        known = {row["what"]: row for row in json.loads(args.out.read_text())["rows"]}
+    known |= {row.what: row.plain() | {"commit": commit()} for row in rows}
+    order = [known[title] for title in trials if title in known]
+    write_result(args.out, about | {"rows": order})
     return int(any(row.lost for row in rows))

@@ -3,7 +3,6 @@
 import json
 
 import campaign
-import pytest
 
 
 def mixed(options):
@@ -29,6 +28,7 @@ def test_the_script_writes_a_row_per_trial_that_ran(tmp_path, capsys):
     assert campaign.main("About.", trials, data="none", argv=words) == 1
     (row,) = json.loads(file.read_text())["rows"]
     assert row.pop("seconds") >= 0
+    assert row.pop("commit")
     assert row == {
         **{"what": "mixed", "tried": 2, "survived": 1, "lost": 1},
         **{"losses": ["case 1 of 3, seed 0"], "form": "long"},
@@ -38,7 +38,10 @@ def test_the_script_writes_a_row_per_trial_that_ran(tmp_path, capsys):
     assert "mixed: LOST: case 1 of 3, seed 0" in err
 
 
-def test_a_part_of_the_trials_is_not_written(tmp_path):
-    assert campaign.main("About.", {"mixed": mixed}, data="none", argv=["--only=none"]) == 0
-    with pytest.raises(SystemExit):
-        campaign.main("About.", {}, data="none", argv=["--only=a", f"--out={tmp_path}/a"])
+def test_a_part_of_the_trials_replaces_its_rows(tmp_path):
+    file = tmp_path / "results.json"
+    trials = {"first": mixed, "second": mixed}
+    for words in ([], ["--only=second", "--long"]):
+        campaign.main("About.", trials, data="none", argv=[*words, f"--out={file}"])
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["what"], row["form"]) for row in rows] == [("first", "short"), ("second", "long")]

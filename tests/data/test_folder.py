@@ -148,7 +148,10 @@ def test_an_unreadable_directory_is_named(tree, message, monkeypatch):
     monkeypatch.setattr(Path, "exists", denied)
     assert message(tree) == f"{tree} cannot be read: Permission denied. Check its permissions."
     monkeypatch.setattr(Path, "exists", lambda path: path == tree or denied(path))
-    assert message(tree) == f"{tree}/ground_truth cannot be read: Permission denied."
+    assert (
+        message(tree)
+        == f"{tree}/ground_truth cannot be read: Permission denied. Check its permissions."
+    )
 
 
 def test_links_are_followed(tree, tmp_path, open_folder):

@@ -53,7 +53,7 @@ def test_invalid_rules_are_named(groups, message):
         ("file,group\na.png,1\n", "must be a table with the columns path and group"),
         ("path,group\ngood/p1/a.png,1\n", r"has no line for good/p1/b\.png"),
         ("path,group\na.png,1\n", r"a line for a\.png, but 2 images have that name"),
-        ("path,group\np2/a.png,1\np2/a.png,2\n", r"has two groups for p2/a\.png"),
+        ("path,group\np2/a.png,1\np2/a.png,2\n", r"has two groups for 'p2/a\.png"),
         (b"path,group\n\xff\xfe,1\n", "cannot be read"),
     ],
 )

@@ -246,7 +246,7 @@ DAMAGES = {
         with_json(lambda a: a["files"]["shift.safetensors"].update(bytes=10**18)),
         "instead of 1000000000000000000",
     ),
-    "an unknown field": (with_json(lambda a: a["config"].update(depth=1)), "no field depth"),
+    "an unknown field": (with_json(lambda a: a["config"].update(depth=1)), "no field 'depth'"),
     "a field of another type": (
         with_json(lambda a: a["config"].update(batch_size="many")),
         "configuration is damaged",

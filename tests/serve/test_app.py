@@ -226,3 +226,14 @@ def test_images_of_12_bits_have_the_levels_of_the_detector(client_of, export, tm
     with client_of({"bits": file}) as client:
         answer = client.post("/v1/predict", content=content.getvalue())
     assert answer.json()["score"] == pytest.approx(128 / 255)
+
+
+def test_maps_of_very_many_pixels_are_refused(client_of, file, png):
+    """Small files would fill the memory with their maps."""
+    files = [("files", (name, png(1))) for name in ("a.png", "b.png")]  # 120 pixels each
+    with client_of({"tiny": file}, Limits(max_map_pixels=200)) as client:
+        assert client.post("/v1/predict", files=files).status_code == 200
+        assert client.post("/v1/predict?mask=png", files=files[:1]).status_code == 200
+        response = client.post("/v1/predict?mask=png", files=files)
+    assert response.status_code == 422
+    assert "have more than 200 pixels. Send fewer images" in response.json()["error"]

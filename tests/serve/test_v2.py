@@ -128,6 +128,7 @@ BAD = {
     "too many images": {"inputs": [tensor(shape=[65, 8, 8, 3], data=[0] * 65 * 192)]},
     "an output without a name": {"inputs": [tensor()], "outputs": [{"name": ["score"]}]},
     "an unknown output": {"inputs": [tensor()], "outputs": [{"name": "label"}]},
+    "an output twice": {"inputs": [tensor()], "outputs": [{"name": "score"}, {"name": "score"}]},
     "outputs that are no list": {"inputs": [tensor()], "outputs": "score"},
     "a list": [],
 }

@@ -4,12 +4,10 @@ import contextlib
 import functools
 import gzip
 import logging
-import lzma
 import shutil
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, cast
@@ -26,10 +24,6 @@ _log = logging.getLogger(__name__)
 
 _LOCK = ".unpacking"
 _SCRATCH = f"{_LOCK}-"
-_DAMAGE = (
-    *(tarfile.TarError, zipfile.BadZipFile),
-    *(gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError),
-)
 
 
 def manual_dir(config: DataConfig) -> Path:
@@ -168,8 +162,11 @@ def open_archive(archive: Path) -> Iterator[tarfile.TarFile | zipfile.ZipFile]:
                 # end of the compressed stream verifies its checksum.
                 while packed.fileobj is not None and packed.fileobj.read(1 << 20):
                     pass
-    except _DAMAGE as error:
-        problem = " ".join(str(error).split())  # messages of tarfile may have several lines
-        raise InputError(f"{archive} is damaged ({problem}). Download it again.") from error
     except NotImplementedError as error:  # an unknown compression of zipfile
         raise InputError(f"{archive} cannot be unpacked ({error}). Unpack it by hand.") from error
+    except Exception as error:  # a damaged archive may cause any
+        is_of_disk = isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile)
+        if is_of_disk or isinstance(error, InputError):
+            raise
+        problem = " ".join(str(error).split())  # messages of tarfile may have several lines
+        raise InputError(f"{archive} is damaged ({problem}). Download it again.") from error

@@ -1,0 +1,1 @@
+"""Hostile and broken input: how it is made, read under watch, and found to be harmless."""

@@ -247,7 +247,7 @@ def replacing(file: Path, mode: str, **how) -> Iterator[IO]:
     """Opens a new file for writing, which replaces `file` when the context ends.
 
     Content and name are synchronised to the disk, so that neither a killed process nor a power
-    failure leaves an incomplete file.
+    failure leaves an incomplete file. Processes that write the same file wait for each other.
 
     Args:
       file: target, which may exist.
@@ -255,16 +255,32 @@ def replacing(file: Path, mode: str, **how) -> Iterator[IO]:
       how: other arguments of `open`.
     """
     temporary = file.with_suffix(".tmp")
-    try:
-        with temporary.open(mode, **how) as opened:
+    with open(_open_locked(temporary), mode, **how) as opened:
+        try:
             yield opened
             opened.flush()
             os.fsync(opened.fileno())
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _synchronise(file.parent)
+            temporary.replace(file)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    _synchronise_directory(file.parent)
+
+
+def _open_locked(file: Path) -> int:
+    """Opens an empty file, and locks it until it is closed, where the file system has locks."""
+    while True:
+        opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(OSError):
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(file), os.fstat(opened)):
+                os.ftruncate(opened, 0)
+                return opened
+        os.close(opened)  # the process that had the lock has renamed or removed the file
+
+
+_STAGED = ".saving_"
 
 
 @contextlib.contextmanager
@@ -278,7 +294,7 @@ def staged(path: Path) -> Iterator[Path]:
       OSError: the directory is not writable, or `path` is a directory with files.
     """
     path = path.resolve()
-    temporary = path.with_name(f".saving_{uuid.uuid4().hex}")
+    temporary = path.with_name(f"{_STAGED}{uuid.uuid4().hex}")
     try:
         yield temporary
         temporary.replace(path)
@@ -287,16 +303,43 @@ def staged(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
         raise
-    _synchronise(path.parent)
+    _synchronise_directory(path.parent)
 
 
-def _synchronise(folder: Path) -> None:
+def delete_staged(folder: Path) -> None:
+    """Deletes what killed processes have left of `staged` in a directory that is locked."""
+    for path in folder.glob(f"{_STAGED}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def synchronise(path: Path) -> None:
+    """Synchronises a file or a directory, all that is below it, and its name to the disk.
+
+    What other libraries have written there survives a power failure afterwards.
+
+    Raises:
+      OSError: the disk is full or defective.
+    """
+    if path.is_file():
+        _fsync(path)
+    for directory, _, names in os.walk(path, topdown=False):
+        for name in names:
+            _fsync(Path(directory, name))
+        _synchronise_directory(Path(directory))
+    _synchronise_directory(path.parent)
+
+
+def _synchronise_directory(folder: Path) -> None:
     with contextlib.suppress(OSError):  # some file systems cannot synchronise directories
-        directory = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _is_main() -> bool:

@@ -15,6 +15,7 @@ import runpy
 import sys
 import traceback
 import warnings
+from typing import TypeGuard
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -480,6 +481,11 @@ def _run(argv: list[str]) -> int:
         if remedy(error):
             flag = _OUTPUT if _MODE.value in _WRITERS else _WORKDIR
             fail(f"{error}. {remedy(error)}, or pass another --{flag.name}.", 2)
+        if _was_removed(error):
+            fail(
+                f"{error.filename} was removed while it was needed. Start the same command again.",
+                2,
+            )
         if _MODE.value in (
             "predict",
             "batch",
@@ -496,6 +502,17 @@ def _run(argv: list[str]) -> int:
             "processes again; they continue from the last checkpoint."
         )
         fail(message, 1, at_once=True)  # without waiting for the other process
+
+
+def _was_removed(error: Exception) -> TypeGuard[FileNotFoundError]:
+    """Whether an error is that of a missing file in the directory that the command writes."""
+    if not isinstance(error, FileNotFoundError) or not isinstance(error.filename, str):
+        return False
+    folders = _WORKDIR.value or "runs", _OUTPUT.value
+    file = pathlib.Path(os.path.abspath(error.filename))
+    return any(file.is_relative_to(os.path.abspath(folder)) for folder in folders if folder) or (
+        _OUTPUT.value is not None and file.parent == pathlib.Path(_OUTPUT.value).absolute().parent
+    )
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -27,11 +27,13 @@ from fastflow_jax.exported import Exported
 from fastflow_jax.files import (
     PRODUCTS,
     expanded,
+    lock,
     make_folder,
     read_json,
     read_lines,
     replacing,
     sha256_of_detector,
+    synchronise,
     write_json,
 )
 from fastflow_jax.prediction import Prediction, Predictor, encode_map, needs_masks
@@ -143,10 +145,17 @@ def predict(
         names = ", ".join(path.name for path in others[:3])
         _log.info("not images, not scored: %s%s", names, more)
     settings = {"detector": sha256_of_detector(expanded(workdir)), "options": options}
-    kept = _lines_to_keep(output, settings, found.names)
-    if kept:
-        _log.info("%d images were already scored with the same options. Continuing.", len(kept))
-    counts = _score(detector, found, output, settings, kept, masks)
+
+    def refuse() -> None:
+        raise InputError(
+            f"{output} is in use by another process. Wait for it, or pass another --output."
+        )
+
+    with lock(output / ".lock", refuse):
+        kept = _lines_to_keep(output, settings, found.names, detector.batch_size)
+        if kept:
+            _log.info("%d images were already scored with the same options. Continuing.", len(kept))
+        counts = _score(detector, found, output, settings, kept, masks)
     return summarise(counts, len(others), output, detector.image_threshold is not None)
 
 
@@ -399,6 +408,8 @@ def _writer(
                 file.flush()
 
         yield write
+        for name in texts:
+            synchronise(output / name)
 
 
 def _json_line(line: Line) -> str:
@@ -418,18 +429,22 @@ def _csv_row(cells: Iterable) -> str:
     return file.getvalue()
 
 
-def _lines_to_keep(output: pathlib.Path, settings: dict, names: dict[str, str]) -> list[Line]:
-    """Returns the lines of an interrupted call with the same settings whose files are unchanged.
+def _lines_to_keep(
+    output: pathlib.Path, settings: dict, names: dict[str, str], batch_size: int
+) -> list[Line]:
+    """Returns the lines of an earlier call with the same settings whose files are unchanged.
 
-    Lines with errors and lines of pages are not kept: their files are scored again.
+    Lines with errors and lines of pages are not kept: their files are scored again. Of a call that
+    was interrupted, whole batches are kept, because the last digits of a score depend on its batch.
     """
     if not (output / _SETTINGS).exists():
         return []
-    if {k: v for k, v in read_json(output / _SETTINGS).items() if k != "shift"} != settings:
+    known = read_json(output / _SETTINGS)
+    if {k: v for k, v in known.items() if k != "shift"} != settings:
         return []
     fields = [field.name for field in dataclasses.fields(Line)]
     lines = [Line(**plain) for plain in read_lines(output / _JSONL) if [*plain] == fields]
-    return [
+    kept = [
         line
         for line in {line.path: line for line in lines}.values()
         if line.error is None
@@ -437,6 +452,8 @@ def _lines_to_keep(output: pathlib.Path, settings: dict, names: dict[str, str]) 
         and (line.bytes, line.modified_ns) == _size_and_time(line.path)
         and all((output / file).exists() for file in (line.heatmap, line.raw_map) if file)
     ]
+    is_finished = "shift" in known
+    return kept if is_finished else kept[: len(kept) // batch_size * batch_size]
 
 
 def _size_and_time(path: str) -> tuple[int, int] | tuple[None, None]:

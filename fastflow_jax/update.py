@@ -1,6 +1,8 @@
 """`--mode=update`: teaches new normal images to the detector of a run directory."""
 
 import dataclasses
+import hashlib
+import json
 import logging
 import os
 import pathlib
@@ -8,7 +10,7 @@ import pathlib
 from fastflow_jax.data.groups import labels_of
 from fastflow_jax.detector import Detector
 from fastflow_jax.errors import InputError
-from fastflow_jax.files import expanded, make_folder
+from fastflow_jax.files import expanded, make_folder, sha256
 from fastflow_jax.finetune import finetune
 from fastflow_jax.predict import EXPORTED, Found, draw_prediction, export_once, find_images
 from fastflow_jax.report.heatmaps import save_picture
@@ -29,7 +31,9 @@ def run_update(
 ) -> int:
     """Teaches normal images to the detector of a run, as a new version.
 
-    A detector that was exported for `--engine=onnx` is exported again, and servers reload it.
+    A detector that was exported for `--engine=onnx` is exported again, and servers reload it. No
+    version is added if the current one was taught the same images in the same way, for example by
+    a call that was killed at its end.
 
     Args:
       workdir: the run directory, or that of one of several trainings.
@@ -48,6 +52,11 @@ def run_update(
     """
     run, found = expanded(workdir), find_images(images)
     with versions.changing(run):
+        lesson = _lesson(found, keep_threshold, tune)
+        if lesson == versions.lesson(run):
+            print(f"These images are already taught. {run} has version {versions.current(run)}.")
+            _export_again(run, weights)
+            return 0
         before = Detector.load(run, weights=weights)
         files, first = [*found.names], None
         if tune:
@@ -57,7 +66,7 @@ def run_update(
         if first is not None:
             known = update(taught.detector, first, keep_threshold=True)
             taught = dataclasses.replace(taught, detector=known.detector, n=taught.n + known.n)
-        number = versions.add(run, taught.detector)
+        number = versions.add(run, taught.detector, lesson)
         taught.log()
         if output is not None:
             _draw(taught, found, expanded(output))
@@ -86,6 +95,12 @@ def run_undo(workdir: str | os.PathLike, *, weights: str | os.PathLike | None = 
         print(f"{run} has version {number}{which} again.")
         _export_again(run, weights)
     return 0
+
+
+def _lesson(found: Found, keep_threshold: bool, tune: bool) -> str:
+    """Checksum of images, their order and names, and of how they are taught."""
+    content = [(name, sha256(pathlib.Path(path))) for path, name in found.names.items()]
+    return hashlib.sha256(json.dumps([content, keep_threshold, tune]).encode()).hexdigest()
 
 
 def _halves(detector: Detector, files: list[str]) -> tuple[list[str], list[str]]:

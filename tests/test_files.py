@@ -1,6 +1,7 @@
 """Paths that begin with ~, URLs, unreadable paths, and atomic writes."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,32 @@ def test_files_that_cannot_be_deleted_are_left(tmp_path, monkeypatch):
         files.delete_oldest(tmp_path, 0)
     files.delete_oldest(tmp_path / "nowhere", 0)
     assert (tmp_path / "a").exists()
+
+
+def test_a_file_that_two_processes_write_is_always_whole(tmp_path):
+    """Threads stand for processes: each opens and locks the temporary file itself."""
+    file, contents, seen = tmp_path / "detector.onnx", ["1" * 10**6, "2" * 10**6], set()
+
+    def write(content):
+        for _ in range(10):
+            with files.replacing(file, "w") as opened:
+                opened.write(content)
+            seen.add(file.read_text())
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, contents))
+    assert seen == set(contents)
+    assert os.listdir(tmp_path) == ["detector.onnx"]
+
+
+def test_what_a_killed_process_has_left_is_replaced(tmp_path):
+    (tmp_path / "a.tmp").write_text("a long beginning")
+    files.write_text(tmp_path / "a.json", "new")
+    assert (tmp_path / "a.json").read_text() == "new"
+    (tmp_path / ".saving_1").mkdir()
+    (tmp_path / ".saving_1/a").touch()
+    files.delete_staged(tmp_path)
+    assert os.listdir(tmp_path) == ["a.json"]
 
 
 @pytest.mark.parametrize("is_folder", [False, True])

@@ -132,6 +132,19 @@ def test_a_run_interrupted_before_training_ends_in_one_message(environment, tmp_
     assert "Traceback" not in err
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+@pytest.mark.parametrize("is_in_run", [True, False])
+def test_a_directory_that_was_removed_is_named(is_in_run, started, tmp_path, monkeypatch, capsys):
+    missing = (tmp_path / "run" if is_in_run else tmp_path / "elsewhere") / "metrics.jsonl"
+    monkeypatch.setattr(experiment, "run", lambda config, workdir: missing.read_text())
+    if not is_in_run:  # a fault of the program
+        with pytest.raises(FileNotFoundError):
+            started([*TINY, f"--workdir={tmp_path}/run"])
+        return
+    assert started([*TINY, f"--workdir={tmp_path}/run"]) == 2
+    assert f"error: {missing} was removed while it was needed." in capsys.readouterr().err
+
+
 IGNORED_IN = {
     "garbage collection": """
 def callback(phase, info):

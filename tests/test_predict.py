@@ -17,6 +17,7 @@ from PIL import Image
 from fastflow_jax import Detector
 from fastflow_jax.config import default
 from fastflow_jax.errors import InputError
+from fastflow_jax.files import lock
 from fastflow_jax.predict import find_images, predict
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -572,7 +573,7 @@ def test_an_interrupted_prediction_continues(run, photos, tmp_path, monkeypatch)
     def interrupted(self, names, **options):
         read.append(list(names))
         for i, result in enumerate(stop(self, names, **options)):
-            if len(read) == 1 and i == 20:
+            if len(read) == 1 and i == 36:
                 raise KeyboardInterrupt
             yield result
 
@@ -583,10 +584,11 @@ def test_an_interrupted_prediction_continues(run, photos, tmp_path, monkeypatch)
     before, _ = lines_of(tmp_path / "out")
     (photos / "00.png").write_bytes((photos / "01.png").read_bytes())
     assert predict(*arguments, heatmaps=False) == 1
-    assert [len(names) for names in read] == [43, 24]  # 20 kept, less the changed one
+    # 36 were scored; without the changed one, a whole batch of 32 is kept.
+    assert [len(names) for names in read] == [43, 11]
     lines, rows = lines_of(tmp_path / "out")
     assert len(rows) == 43
-    kept = [name for name in before if name != "00.png"]
+    kept = [name for name in before if name != "00.png"][:32]
     assert all(lines[name] == before[name] for name in kept)
     assert lines["00.png"]["score"] != before["00.png"]["score"]
     # A finished call only reports; other options start again.
@@ -594,6 +596,32 @@ def test_an_interrupted_prediction_continues(run, photos, tmp_path, monkeypatch)
     assert read[2] == []
     assert predict(*arguments, heatmaps=False, rate=0.5) == 1
     assert len(read[3]) == 43
+
+
+def test_an_interrupted_prediction_ends_with_the_results_of_an_undisturbed_one(
+    run, photos, tmp_path
+):
+    for i in range(40):
+        Image.fromarray(photograph(i)).save(photos / f"{i:02}.png")
+    for name in ("whole", "cut"):
+        predict(run, str(photos), tmp_path / name, heatmaps=False)
+    expected = (tmp_path / "cut/predictions.jsonl").read_bytes()
+    settings = json.loads((tmp_path / "cut/predictions.json").read_text())
+    settings.pop("shift")
+    (tmp_path / "cut/predictions.json").write_text(json.dumps(settings))
+    (tmp_path / "cut/predictions.jsonl").write_bytes(b"".join(expected.splitlines(True)[:35]))
+    predict(run, str(photos), tmp_path / "cut", heatmaps=False)
+    for name in ("predictions.jsonl", "predictions.csv", "predictions.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_an_output_in_use_is_refused(run, photos, tmp_path):
+    (tmp_path / "out").mkdir()
+    with (
+        lock(tmp_path / "out/.lock", on_wait=lambda: None),
+        pytest.raises(InputError, match=r"out is in use by another process\. Wait for it, or pass"),
+    ):
+        predict(run, str(photos), tmp_path / "out", heatmaps=False)
 
 
 def test_a_format_that_differs_from_training_is_reported_once(tmp_path, caplog):

@@ -247,9 +247,10 @@ def score_of(run):
     return Detector.load(run).predict(photographs(1, 2, light=40)[0]).score
 
 
-def test_versions_are_added_and_taken_back(run, update, capsys):
+def test_versions_are_added_and_taken_back(run, update, photos, capsys):
     scores = [score_of(run)]
     for number in (2, 3):
+        Image.fromarray(photographs(1, number, light=40)[0]).save(photos / "another.png")
         assert update() == 0
         assert f"version {number} now" in capsys.readouterr().out
         scores.append(score_of(run))
@@ -280,6 +281,19 @@ def test_a_killed_update_leaves_the_earlier_version(run, update, monkeypatch):
     assert score_of(run) == before
     assert update() == 0
     assert score_of(run) < before
+    assert [path.name for path in (run / "versions").iterdir()] == ["2"]
+
+
+def test_the_same_images_are_not_taught_twice(run, update, photos, capsys):
+    assert update() == 0
+    taught = score_of(run)
+    assert update() == 0
+    assert "already taught" in capsys.readouterr().out
+    assert [path.name for path in (run / "versions").iterdir()] == ["2"]
+    assert score_of(run) == taught
+    assert update(f"--input={photos}", "--keep_threshold") == 0
+    assert update("--undo") == 0
+    assert "version 2 again" in capsys.readouterr().out
 
 
 def test_a_damaged_version_is_named_and_can_be_taken_back(run, update, capsys):

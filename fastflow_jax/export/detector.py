@@ -146,7 +146,7 @@ def _verified_model(detector, file: pathlib.Path, options: Options) -> tuple[byt
         limit = detector.pixel_threshold
         resize_inside(model, detector.image_size, limit and rounded_down(limit.value))
     fields = metadata(detector) | {"any_size": options.any_size, "opset": options.opset}
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix="fastflow_jax_") as folder:
         trial = pathlib.Path(folder, "trial.onnx")
         trial.write_bytes(_with_metadata(model, fields))
         parity = compare(detector, Exported(trial).run)

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fastflow_jax.errors import InputError
+from fastflow_jax.files import replacing
 from fastflow_jax.report.charts import ticks
 
 # Errors that are due to the name of a file: too long, not encodable, or in conflict with a folder.
@@ -141,12 +142,8 @@ def save_picture(path: str | os.PathLike, picture: Image.Image) -> None:
     """Writes a PNG or WebP file, as its suffix says, completely or not at all."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        picture.save(part, format=path.suffix.removeprefix("."))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path, "wb") as file:
+        picture.save(file, format=path.suffix.removeprefix("."))
 
 
 def _fit(image: Image.Image) -> Image.Image:

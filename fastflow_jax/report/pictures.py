@@ -15,7 +15,7 @@ from fastflow_jax.data.dataset import Source
 from fastflow_jax.data.transforms import Placement, seen_part
 from fastflow_jax.evaluation.evaluate import Scored
 from fastflow_jax.evaluation.metrics import PixelCurves, pixel_curves
-from fastflow_jax.files import write_json
+from fastflow_jax.files import synchronise, write_json
 from fastflow_jax.report.heatmaps import OF_THE_NAME, draw_heatmap, draw_strip, save_picture
 
 _log = logging.getLogger(__name__)
@@ -90,6 +90,9 @@ def write_pictures(
                 width = strip.width // (3 if mask is None else 4)
                 content["images"][i]["size"] = [width, strip.height]
         content["panels"] = _PANELS[: 3 if scored.masks is None else 4]
+    for name in ("heatmaps", "strips"):
+        if (folder / name).is_dir():
+            synchronise(folder / name)
     write_json(folder / "scores.json", content)
 
 

@@ -1,21 +1,24 @@
-"""Orbax checkpoints of a run; only the latest one is kept."""
+"""Orbax checkpoints of a run; only the latest one is kept, once it is on the disk."""
 
 import atexit
 import contextlib
 import functools
+import json
+import logging
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from fastflow_jax import parallel
 from fastflow_jax.errors import InputError
-from fastflow_jax.files import is_utf8, make_folder, remedy
+from fastflow_jax.files import is_utf8, make_folder, remedy, synchronise
 
+_log = logging.getLogger(__name__)
 _WILDCARDS = "*?[\\"
 _BUCKETS = ("gs", "s3", "az", "hf")  # etils takes /gs/... for gs://...
 
@@ -25,23 +28,29 @@ class Checkpoints:
 
     A checkpoint is written in the background and appears under its name only when it is complete,
     so that the process may be killed at any moment. Several processes write it together, into a
-    directory that all of them see. After every save, the structure of the checkpoint is read back:
-    at the next save, at `wait`, or at the end of the context.
+    directory that all of them see. After every save, the structure of the checkpoint is read back
+    and its files are synchronised to the disk: at the next save, at `wait`, or at the end of the
+    context. Only then is the earlier checkpoint deleted.
+
+    Args:
+      directory: of the checkpoints.
+      continues: whether a training continues from them. Checkpoints whose files a power failure has
+        cut off are then deleted, with a warning.
 
     Raises:
       InputError: a checkpoint in the directory is damaged, or cannot be read back.
     """
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: pathlib.Path, *, continues: bool = False):
         self._directory = directory.absolute()
+        if continues:
+            parallel.on_main(self._delete_incomplete)
         self._written: tuple[int, int] | None = None  # step and leaves of a save, until checked
         with contextlib.ExitStack() as stack:
             path = stack.enter_context(_literal_path(self._directory))
             with _damage_is_named(self._directory):
                 self._orbax = ocp.training.Checkpointer(
                     str(path),
-                    # Orbax annotates its own policies in another way than this argument.
-                    preservation_policy=cast(Any, ocp.training.preservation_policies.LatestN(1)),
                     cleanup_tmp_directories=True,
                 )
             self._link = stack.pop_all()
@@ -79,6 +88,34 @@ class Checkpoints:
         written, self._written = self._written, None
         if written is not None:
             parallel.on_main(lambda: self._check(*written))
+            parallel.on_main(lambda: synchronise(self._directory))
+            self._keep_latest()
+
+    def _keep_latest(self) -> None:
+        """Deletes all checkpoints but the latest one."""
+        latest = self.latest
+
+        def delete() -> None:
+            for step in _steps(self._directory):
+                if step != latest:
+                    shutil.rmtree(self._directory / str(step))
+
+        if len(self._orbax.checkpoints) > 1:
+            parallel.on_main(delete)
+            self._orbax.reload()
+
+    def _delete_incomplete(self) -> None:
+        """Deletes checkpoints with empty or truncated files, the latest first."""
+        for step in reversed(_steps(self._directory)):
+            folder = self._directory / str(step)
+            if _is_complete(folder):
+                return
+            _log.warning(
+                "%s is incomplete, as after a power failure. It is deleted, and the training "
+                "continues from the checkpoint before, if any.",
+                folder,
+            )
+            shutil.rmtree(folder)
 
     def _check(self, step: int, n_leaves: int) -> None:
         """Raises InputError unless the metadata of a checkpoint lists all arrays of its state."""
@@ -149,6 +186,25 @@ class Checkpoints:
             context.pytree.loading.partial_load = partial
             with context:
                 return parallel.to_own(self._orbax.load(step, abstract))
+
+
+def _steps(directory: pathlib.Path) -> list[int]:
+    """Steps of the checkpoints in a directory, in order."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _is_complete(folder: pathlib.Path) -> bool:
+    """Whether no file of a checkpoint is empty or truncated, as far as the files say themselves."""
+    texts = [*folder.glob("_*"), *folder.glob("*/_*"), *folder.glob("*/array_metadatas/*")]
+    try:
+        for file in texts:
+            json.loads(file.read_bytes())
+    except ValueError:
+        return False
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    has_manifest = any(folder.glob("*/manifest.ocdbt"))
+    return bool(texts) and has_manifest and all(file.stat().st_size for file in files)
 
 
 @contextlib.contextmanager

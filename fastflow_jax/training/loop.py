@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fastflow_jax import parallel
 from fastflow_jax.errors import InputError, Interrupted
 from fastflow_jax.features.extract import TrainingFeatures, in_batches
-from fastflow_jax.files import read_lines, write_text
+from fastflow_jax.files import read_lines, synchronise, write_text
 from fastflow_jax.training.checkpoints import Checkpoints
 from fastflow_jax.training.context import FitContext
 from fastflow_jax.training.step import (
@@ -204,10 +204,11 @@ class _Training:
         for run, state, line in zip(self._runs, states, lines, strict=True):
             line["seconds"] = seconds
             line |= on_epoch(epoch, state, run.seed)
-            # The line is written before its checkpoint, so that no saved epoch lacks one.
+            # The line is on the disk before its checkpoint, so that no saved epoch lacks one.
             if parallel.is_main():
                 with run.metrics_file.open("a") as file:
                     file.write(json.dumps(line) + "\n")
+                synchronise(run.metrics_file)
         return lines
 
     def save(self, states: Sequence[TrainState]) -> None:
@@ -274,7 +275,7 @@ def train_variables(
     """
 
     def opened(seed: int, directory: pathlib.Path) -> Run:
-        checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints"))
+        checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", continues=True))
         return Run(seed, checkpoints, directory / "metrics.jsonl")
 
     def on_epoch(epoch: int, state: TrainState, seed: int) -> dict:

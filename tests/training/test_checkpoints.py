@@ -111,3 +111,46 @@ def test_a_state_on_all_devices_is_saved_without_compiling(tmp_path, compilation
     assert compiled == []
     np.testing.assert_array_equal(restored["replicated"], x)
     np.testing.assert_array_equal(restored["split"], x + 1)
+
+
+def synchronised(monkeypatch):
+    """Names of files in the order in which they are synchronised from now on."""
+    names, sync = [], os.fsync
+
+    def record(descriptor):
+        names.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    return names
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="/proc names open files")
+def test_a_checkpoint_is_on_the_disk_before_the_earlier_one_is_deleted(tmp_path, monkeypatch):
+    remove, existed = shutil.rmtree, []
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, STATE)
+        checkpoints.wait()
+        names = synchronised(monkeypatch)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                shutil, "rmtree", lambda path, **how: (existed.extend(names), remove(path, **how))
+            )
+            checkpoints.save(2, STATE)
+            checkpoints.wait()
+    assert os.listdir(tmp_path) == ["2"]
+    files = {str(path) for path in [tmp_path, *(tmp_path / "2").rglob("*")]}
+    assert files <= set(existed)
+
+
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt"])
+def test_a_checkpoint_that_lost_power_is_replaced_by_the_one_before(name, tmp_path, caplog):
+    for step in (1, 2):
+        with Checkpoints(tmp_path / str(step)) as checkpoints:
+            checkpoints.save(step, {**STATE, "x": STATE["x"] + step})
+    os.rename(tmp_path / "2/2", tmp_path / "1/2")
+    os.truncate(tmp_path / "1/2" / name, 0)
+    with Checkpoints(tmp_path / "1", continues=True) as checkpoints:
+        assert checkpoints.latest == 1
+        np.testing.assert_array_equal(checkpoints.restore(1, STATE)["x"], STATE["x"] + 1)
+    assert f"{tmp_path}/1/2 is incomplete, as after a power failure. It is deleted" in caplog.text

@@ -18,7 +18,7 @@ from fastflow_jax.data.dataset import Counts, DataConfig, Dataset
 from fastflow_jax.data.tfds import prepared
 from fastflow_jax.data.tfds.prepared import Builder, Raw, data_dir
 from fastflow_jax.errors import InputError
-from fastflow_jax.files import expanded, lock
+from fastflow_jax.files import expanded, lock, synchronise
 
 _log = logging.getLogger(__name__)
 
@@ -125,6 +125,7 @@ def _unpack(archive: Path, target: Path) -> None:
             else:
                 packed.extractall(content)
         inner = [path for path in content.iterdir() if path.name != "__MACOSX"]
+        synchronise(content)
         is_wrapped = len(inner) == 1 and inner[0].is_dir()
         try:
             (inner[0] if is_wrapped else content).rename(target)

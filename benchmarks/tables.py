@@ -52,9 +52,7 @@ def read_tables(root: pathlib.Path = ROOT) -> dict[str, dict]:
         name = table.get("table", file.stem)
         shared = tables.setdefault(name, table | {"rows": [], "sources": {}})
         if any(shared[field] != table[field] for field in ("page", "columns")):
-            raise ValueError(
-                f"{file.name} and the table {name} differ in page or columns."
-            )
+            raise ValueError(f"{file.name} and the table {name} differ in page or columns.")
         shared["rows"] += table["rows"]
         shared["sources"][file.stem] = table["seeds"]
     return tables

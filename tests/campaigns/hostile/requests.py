@@ -41,7 +41,7 @@ def _port() -> int:
         models = {"tiny": Model("tiny", file, Engine(threads=1, batch=4), metrics)}
     finally:
         tempfile.tempdir = None
-    app = create_app(models, Limits(max_bytes=_MAX_BYTES), Load(), metrics)
+    app = create_app(models, Limits(max_bytes=_MAX_BYTES), Load(), metrics, {})
     # As in `serve.server`.
     config = uvicorn.Config(app, http="h11", ws="none", log_config=None, access_log=False)
     server, listening = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))

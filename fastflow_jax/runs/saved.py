@@ -385,8 +385,13 @@ def change(
 
 def trainings(run: pathlib.Path) -> list[pathlib.Path]:
     """Directories of the finished trainings of a run, itself or below it; not saved detectors."""
-    folders = (file.parent for file in run.rglob(DETECTOR) if file.parent.parent.name != VERSIONS)
-    return sorted(folder for folder in folders if "format" not in _about(folder))
+    return [folder for folder in _with_detectors(run) if "format" not in _about(folder)]
+
+
+def _with_detectors(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The directories in a directory, or itself, that have a `detector.json`; without versions."""
+    folders = (file.parent for file in directory.rglob(DETECTOR))
+    return sorted(folder for folder in folders if folder.parent.name != VERSIONS)
 
 
 def is_finished(directory: pathlib.Path) -> bool:
@@ -416,8 +421,6 @@ def _where_trainings_are(directory: pathlib.Path) -> str:
             f"{directory} is not a directory or a .zip file. Pass a saved detector, or the run "
             "directory of a training."
         )
-    folders = (file.parent for file in directory.rglob(DETECTOR))
-    found = sorted(str(folder) for folder in folders if folder.parent.name != VERSIONS)
-    if found:
+    if found := [str(folder) for folder in _with_detectors(directory)]:
         return f"{directory} has several trainings. Pass one of them:\n  " + "\n  ".join(found)
     return f"{directory} has no finished training, or one of an older version. Train there first."

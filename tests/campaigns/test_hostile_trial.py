@@ -21,7 +21,7 @@ MODULES = ("fastflow_jax.files",)
 
 @pytest.fixture(scope="module")
 def lost_by():
-    """What is lost when a reader reads one case."""
+    """Losses of a reader that reads one case."""
     watch, before = sandbox.Watch(), pathlib.Path.cwd()
 
     def try_case(read):

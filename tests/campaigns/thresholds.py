@@ -60,7 +60,7 @@ _MOST = 150  # new images of a split
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """What a split has found."""
+    """Outcome of a split."""
 
     inside: bool
     promised: float  # probability to be inside

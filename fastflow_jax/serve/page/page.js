@@ -4,7 +4,7 @@
 const SIDE = 640; // longer side of a stored map in pixels
 const THUMB = 112;
 const MOST = 200; // results that are kept
-const FORM_BYTES = 1000; // of a request besides its file, at most
+const FORM_BYTES = 1000; // upper bound of a request without its file
 const STATES = { waiting: "Waiting", sending: "Being scored", failed: "Not scored" };
 
 const find = (id) => document.getElementById(id);

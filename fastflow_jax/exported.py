@@ -177,7 +177,7 @@ def _metadata(file, session: Any) -> dict[str, Any]:
             )
         found = {key: json.loads(value) for key, value in given.items()}
         if found["format"] == FORMAT:
-            _check_signature(session, found["input"])
+            _check_signature(session, found)
             return found | _parsed(found)
     except InputError:
         raise
@@ -191,14 +191,12 @@ def _metadata(file, session: Any) -> dict[str, Any]:
     )
 
 
-def _check_signature(session: Any, given: dict[str, Any]) -> None:
+def _check_signature(session: Any, found: dict[str, Any]) -> None:
     """Raises ValueError if a model has not the input and the outputs of an exported detector."""
-    sizes, (images,) = [given["height"], given["width"], 3], session.get_inputs()
-    shape = list(images.shape[1:])
-    any_size = shape[:2] == ["height", "width"]  # the model resizes images itself
-    expected = [*shape[:2], 3] if any_size else sizes
-    if not all(type(size) is int for size in sizes) or shape != expected:
-        raise ValueError(f"images of {sizes} for a model of {shape}")
+    sizes, (images,) = [found["input"]["height"], found["input"]["width"], 3], session.get_inputs()
+    expected = ["height", "width", 3] if found.get("any_size") else sizes
+    if not all(type(size) is int for size in sizes) or list(images.shape[1:]) != expected:
+        raise ValueError(f"images of {sizes} for a model of {images.shape[1:]}")
     if (images.name, images.type) != (INPUT, "tensor(uint8)"):
         raise ValueError(f"an input {images.name} of {images.type}")
     names = [output.name for output in session.get_outputs()]

@@ -70,11 +70,14 @@ def import_timm():
 
 
 def timm_maps(name: str, state: dict, images: np.ndarray, layers: tuple[str, ...]) -> tuple:
-    """Feature maps of timm at `layers`, [B, h, w, C]; tokens after the norm of the model."""
+    """Feature maps of timm at `layers`, [B, h, w, C]; tokens after the norm of the model.
+
+    Computed in float64, so that differences are rounding errors of the other side alone.
+    """
     timm = import_timm()
     import torch
 
-    tensors = {key: torch.from_numpy(x) for key, x in state.items()}
+    tensors = {key: torch.from_numpy(x).double() for key, x in state.items()}
     size = {}
     if name.startswith(("vit", "deit")):
         depth = 1 + max(int(layer.removeprefix("blocks.")) for layer in layers)
@@ -85,7 +88,7 @@ def timm_maps(name: str, state: dict, images: np.ndarray, layers: tuple[str, ...
         tensors["pos_embed"] = timm.layers.resample_abs_pos_embed(
             tensors["pos_embed"], grid, num_prefix_tokens=0
         )
-    model = timm.create_model(name, pretrained=False, **size).eval()
+    model = timm.create_model(name, pretrained=False, **size).eval().double()
     assert not model.load_state_dict(tensors, strict=False).unexpected_keys
 
     found = {}
@@ -93,7 +96,7 @@ def timm_maps(name: str, state: dict, images: np.ndarray, layers: tuple[str, ...
     for layer in layers:
         modules[layer].register_forward_hook(lambda *a, layer=layer: found.update({layer: a[2]}))
     with torch.inference_mode():
-        model.forward_features(torch.from_numpy(images).permute(0, 3, 1, 2))
+        model.forward_features(torch.from_numpy(images).double().permute(0, 3, 1, 2))
         if not size:
             return tuple(found[layer].permute(0, 2, 3, 1).numpy() for layer in layers)
         stride = BACKBONES[name].maps[layers[0]][1]

@@ -43,5 +43,5 @@ if __name__ == "__main__":
             maps = timm_maps(name, state, seeded_images(height, width), layers)
             print(name, height, width, flush=True)
             for layer, picked in zip(layers, sample(maps), strict=True):
-                goldens[f"{name}/{height}x{width}/{layer}"] = picked
+                goldens[f"{name}/{height}x{width}/{layer}"] = picked.astype(np.float32)
     np.savez_compressed(HERE / "backbones.npz", **goldens)

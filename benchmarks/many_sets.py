@@ -52,7 +52,7 @@ from fastflow_jax.detectors.base import recipe
 from fastflow_jax.errors import InputError, Interrupted
 from fastflow_jax.evaluation.evaluate import measure, score_split
 from fastflow_jax.features.prepare import Prepared, feature_fingerprint, preparer
-from fastflow_jax.files import parse_json, read_arrays, replacing
+from fastflow_jax.files import parse_json, read_arrays, write_arrays
 from fastflow_jax.report.table import TITLES
 from fastflow_jax.runs.fit import fit
 
@@ -224,9 +224,7 @@ class Pass:
     def _add(self, entry: dict, counts: Mapping[str, np.ndarray]) -> None:
         file = self._file(entry)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file, "wb") as opened:
-            content: Any = counts
-            np.savez_compressed(opened, **content)
+        write_arrays(file, counts)
         self.trainings[entry["set"], entry["detector"], entry["seed"]] = entry
         self.write({k: v for k, v in self._content.items() if k != "trainings"})
 

@@ -275,7 +275,8 @@ def _open_locked(file: Path) -> int:
             fcntl.flock(opened, fcntl.LOCK_EX)
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(file), os.fstat(opened)):
-                os.ftruncate(opened, 0)
+                if os.fstat(opened).st_size:
+                    os.ftruncate(opened, 0)
                 return opened
         os.close(opened)  # the process that had the lock has renamed or removed the file
 

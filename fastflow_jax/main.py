@@ -76,8 +76,8 @@ _OUTPUT = flags.DEFINE_string(
     None,
     "With --mode=predict, batch or submit, write results to this directory, which is optional for "
     "--input=-; with --mode=export, write this file; with --mode=migrate, write this new "
-    "directory or .zip file; with --mode=update, draw heat maps of images that may be defective to "
-    "this directory.",
+    "directory or zip archive; with --mode=update, draw heat maps of images that may be defective "
+    "to this directory.",
 )
 _WEIGHTS = flags.DEFINE_string(
     "weights",

@@ -287,6 +287,15 @@ def runs_export(options, started, capsys):
     assert pathlib.Path("screws.onnx").is_file()
 
 
+def runs_migrate(options, started, capsys):
+    started([*training_of(options), *SMALL])
+    assert started(options) == 0
+    assert capsys.readouterr().out.endswith("Saved detector: screws.zip\n")
+    known, saved = Detector.load("runs/screws"), Detector.load("screws.zip")
+    image = np.zeros((20, 30, 3), np.uint8)
+    assert saved.predict(image).score == known.predict(image).score
+
+
 def runs_batch(options, started, capsys):
     with_ray = any(option.startswith("--ray") for option in options)
     for package in ("onnx", "pyarrow", *["ray"] * with_ray):
@@ -345,6 +354,7 @@ MODES = {
     "data": runs_data,
     "describe": runs_describe,
     "export": runs_export,
+    "migrate": runs_migrate,
     "predict": runs_predict,
     "train": runs_training,
     "update": runs_update,

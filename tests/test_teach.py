@@ -392,6 +392,9 @@ def test_fine_tuning_continues_the_training_with_new_images(tunable, photos, sta
     one, other = (np.concatenate([x.ravel() for x in leaves(tree)]) for tree in scale)
     # Three steps of Adam at a tenth of the rate, from there: ten of the training went further.
     assert 0 < np.abs(one - other).max() < 0.5 * after.config.train.learning_rate
+    assert started(command) == 0
+    assert "are already taught" in capsys.readouterr().out
+    min(photos.iterdir()).unlink()
     assert started(command) == 2
     assert "was updated before" in capsys.readouterr().err
     (tunable / "good" / "00.png").unlink()

@@ -147,9 +147,8 @@ class _DiskCache:
         checksums = self._read_record()
         # A link in the place of a file would lead writes elsewhere.
         is_plain = all(_is_plain(path) for path in (self.record, *self.paths))
-        if (
-            checksums is None or not is_plain
-        ):  # new files: another process may still read the old ones
+        if checksums is None or not is_plain:
+            # New files: another process may still read the old ones.
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             self.record.write_text(self.header)

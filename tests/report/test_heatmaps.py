@@ -120,7 +120,7 @@ def test_saving_replaces_the_whole_file_or_leaves_the_old_one(tmp_path, monkeypa
         np.testing.assert_array_equal(np.asarray(read), np.asarray(picture))
 
     def fill_the_disk(file, **_):
-        file.write_bytes(before[:30])
+        file.write(before[:30])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(picture, "save", fill_the_disk)

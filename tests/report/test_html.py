@@ -578,7 +578,7 @@ def test_a_run_directory_inside_another_keeps_its_report(tmp_path):
 
 def test_a_heat_map_with_too_long_a_name_is_skipped_with_a_warning(tmp_path, caplog):
     source, scored, maps = scored_images(6)
-    names = (f"{'x' * 250}.png", *source.names[1:])
+    names = (f"{'x' * 252}.png", *source.names[1:])  # 256 bytes
     source = dataclasses.replace(source, names=names)
     draw(tmp_path, source, scored, maps, heatmaps=6, strips=6)
     assert "xxx.png cannot be written" in caplog.text

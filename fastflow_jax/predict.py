@@ -435,7 +435,8 @@ def _lines_to_keep(
     """Returns the lines of an earlier call with the same settings whose files are unchanged.
 
     Lines with errors and lines of pages are not kept: their files are scored again. Of a call that
-    was interrupted, whole batches are kept, because the last digits of a score depend on its batch.
+    was interrupted, only whole batches are kept, because the last digits of a score depend on its
+    batch.
     """
     if not (output / _SETTINGS).exists():
         return []
@@ -443,17 +444,22 @@ def _lines_to_keep(
     if {k: v for k, v in known.items() if k != "shift"} != settings:
         return []
     fields = [field.name for field in dataclasses.fields(Line)]
-    lines = [Line(**plain) for plain in read_lines(output / _JSONL) if [*plain] == fields]
-    kept = [
-        line
-        for line in {line.path: line for line in lines}.values()
-        if line.error is None
-        and line.path in names
-        and (line.bytes, line.modified_ns) == _size_and_time(line.path)
-        and all((output / file).exists() for file in (line.heatmap, line.raw_map) if file)
-    ]
-    is_finished = "shift" in known
-    return kept if is_finished else kept[: len(kept) // batch_size * batch_size]
+    read = [Line(**plain) for plain in read_lines(output / _JSONL) if [*plain] == fields]
+    lines = list({line.path: line for line in read if line.score is not None}.values())
+
+    def is_valid(line: Line) -> bool:
+        return (
+            line.error is None
+            and line.path in names
+            and (line.bytes, line.modified_ns) == _size_and_time(line.path)
+            and all((output / file).exists() for file in (line.heatmap, line.raw_map) if file)
+        )
+
+    if "shift" in known:  # the call ended
+        return list(filter(is_valid, lines))
+    starts = range(0, len(lines) - batch_size + 1, batch_size)
+    batches = [lines[start : start + batch_size] for start in starts]
+    return [line for batch in batches if all(map(is_valid, batch)) for line in batch]
 
 
 def _size_and_time(path: str) -> tuple[int, int] | tuple[None, None]:

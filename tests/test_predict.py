@@ -566,14 +566,14 @@ def test_stdin_needs_an_output_for_maps(run):
 
 
 def test_an_interrupted_prediction_continues(run, photos, tmp_path, monkeypatch):
-    for i in range(40):
+    for i in range(80):
         Image.fromarray(photograph(i)).save(photos / f"{i:02}.png")
     read, stop = [], Detector.stream
 
     def interrupted(self, names, **options):
         read.append(list(names))
         for i, result in enumerate(stop(self, names, **options)):
-            if len(read) == 1 and i == 36:
+            if len(read) == 1 and i == 70:
                 raise KeyboardInterrupt
             yield result
 
@@ -584,18 +584,20 @@ def test_an_interrupted_prediction_continues(run, photos, tmp_path, monkeypatch)
     before, _ = lines_of(tmp_path / "out")
     (photos / "00.png").write_bytes((photos / "01.png").read_bytes())
     assert predict(*arguments, heatmaps=False) == 1
-    # 36 were scored; without the changed one, a whole batch of 32 is kept.
-    assert [len(names) for names in read] == [43, 11]
+    # 70 were scored, and 00.png has changed since: the second batch of 32 is kept, so that the
+    # other images form the same batches again.
+    kept = list(before)[32:64]
+    assert [len(names) for names in read] == [83, 51]
+    assert not set(read[1]) & {str(photos / name) for name in kept}
     lines, rows = lines_of(tmp_path / "out")
-    assert len(rows) == 43
-    kept = [name for name in before if name != "00.png"][:32]
+    assert len(rows) == 83
     assert all(lines[name] == before[name] for name in kept)
     assert lines["00.png"]["score"] != before["00.png"]["score"]
     # A finished call only reports; other options start again.
     assert predict(*arguments, heatmaps=False) == 1
     assert read[2] == []
     assert predict(*arguments, heatmaps=False, rate=0.5) == 1
-    assert len(read[3]) == 43
+    assert len(read[3]) == 83
 
 
 def test_an_interrupted_prediction_ends_with_the_results_of_an_undisturbed_one(

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from fastflow_jax.evaluation import kinds
 
@@ -13,8 +13,17 @@ SCORES = (RNG.normal(size=26) + 0.8 * LABELS).round(1)  # with ties
 
 
 def by_scikit_learn(scores, labels):
-    f1 = max(f1_score(labels, scores >= t) for t in np.unique(scores))
-    return [roc_auc_score(labels, scores), average_precision_score(labels, scores), f1]
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    return [roc_auc_score(labels, scores), average_precision_score(labels, scores), f1.max()]
+
+
+def by_pairs(scores, labels):
+    """AUROC and average precision by their definitions, which takes less time."""
+    bad, good = scores[labels], scores[~labels]
+    auroc = (np.sign(bad[:, None] - good).mean() + 1) / 2
+    precision = [(bad >= score).sum() / (scores >= score).sum() for score in bad]
+    return [auroc, np.mean(precision)]
 
 
 def test_metrics_of_resamples_equal_those_of_repeated_images():
@@ -39,11 +48,12 @@ def test_intervals_equal_those_of_a_plain_bootstrap(monkeypatch):
     for _ in range(1000):
         images = [rng.choice(np.flatnonzero(k == KINDS), (k == KINDS).sum()) for k in set(KINDS)]
         images = np.concatenate(images)
-        drawn.append(by_scikit_learn(SCORES[images], LABELS[images])[:2])
+        drawn.append(by_pairs(SCORES[images], LABELS[images]))
     low, high = np.percentile(drawn, (2.5, 97.5), axis=0)
     assert found["image_auroc"]["interval"] == pytest.approx([low[0], high[0]], abs=0.03)
     assert found["image_ap"]["interval"] == pytest.approx([low[1], high[1]], abs=0.03)
     expected = by_scikit_learn(SCORES, LABELS)
+    assert by_pairs(SCORES, LABELS) == pytest.approx(expected[:2])
     assert [found[m]["value"] for m in kinds.METRICS] == pytest.approx(expected)
     monkeypatch.setattr(kinds, "_BLOCK", 26 * 300)  # the draws of 300, 300, 300 and 100 resamples
     again = kinds.with_intervals(SCORES, LABELS, KINDS)["image_auroc"]["interval"]

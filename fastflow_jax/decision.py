@@ -23,6 +23,17 @@ class Threshold:
     n: int = 0  # number of images behind it; of groups, if images are grouped
     supported: bool = True  # False if n is too small for the rate
 
+    @property
+    def promise(self) -> str | None:
+        """The rate and its interval in words; None without a rate."""
+        if self.rate is None or self.interval is None:
+            return None
+        low, high = self.interval
+        return (
+            f"false-alarm rate {self.rate:.1%}, true rate between {low:.1%} and {high:.1%} "
+            f"({100 * (self.confidence or 0):.0f} %)"
+        )
+
 
 def p_values(
     scores: Any,

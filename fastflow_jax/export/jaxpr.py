@@ -98,7 +98,11 @@ def _folded(eqn: Any, inputs: list[Value]) -> list[Value] | None:
 
 def _called(eqn: Any) -> core.ClosedJaxpr:
     """The function that a primitive calls."""
-    inner = eqn.params[_CALLS[eqn.primitive.name]]
+    return _closed(eqn.params[_CALLS[eqn.primitive.name]])
+
+
+def _closed(inner: core.ClosedJaxpr | core.Jaxpr) -> core.ClosedJaxpr:
+    """A function of a primitive, which has no constants of its own if it is not closed."""
     return inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
 
 
@@ -121,32 +125,39 @@ def _branch(graph: Graph, eqn: Any, index: Value, *operands: Value) -> list[Valu
     """The results of the branch with a constant index."""
     if not isinstance(index, Constant):
         raise InputError("The ONNX export does not support branches that depend on the input.")
-    return convert(graph, eqn.params["branches"][int(index.array)], operands)
+    return convert(graph, _closed(eqn.params["branches"][int(index.array)]), operands)
 
 
 def _loop(graph: Graph, eqn: Any, *inputs: Value) -> list[Value]:
     """A loop over the rows of arrays: all rows at once if steps are independent, or unrolled."""
-    p = eqn.params
-    if not p["num_carry"]:
-        axes = [None] * p["num_consts"] + [0] * (len(inputs) - p["num_consts"])
+    body = _closed(eqn.params["jaxpr"])
+    # Inputs are constants, carried values and rows; results are carried values and rows. The
+    # parameters that count them differ between versions of JAX, so rows are recognised by their
+    # leading axis, which a step does not have.
+    n_rows = _with_leading_axis(eqn.invars, body.jaxpr.invars)
+    n_carried = len(eqn.outvars) - _with_leading_axis(eqn.outvars, body.jaxpr.outvars)
+    n_constants = len(inputs) - n_rows - n_carried
+    if not n_carried:
+        axes = [None] * n_constants + [0] * n_rows
         specs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
-        body = jax.vmap(core.jaxpr_as_fun(p["jaxpr"]), axes)
-        return convert(graph, jax.make_jaxpr(body)(*specs), inputs)
-    first = p["num_consts"] + p["num_carry"]
-    constants, carry, rows = (
-        inputs[: p["num_consts"]],
-        list(inputs[p["num_consts"] : first]),
-        inputs[first:],
-    )
+        at_once = jax.vmap(core.jaxpr_as_fun(body), axes)
+        return convert(graph, jax.make_jaxpr(at_once)(*specs), inputs)
+    constants, rows = inputs[:n_constants], inputs[n_constants + n_carried :]
+    carry = list(inputs[n_constants : n_constants + n_carried])
     steps = [np.broadcast_to(each.array, each.shape) for each in rows if isinstance(each, Constant)]
-    if len(steps) < len(rows) or len(eqn.outvars) > p["num_carry"] or not rows:
+    if len(steps) < len(rows) or len(eqn.outvars) > n_carried or not rows:
         raise InputError(
             "The ONNX export supports loops of dependent steps only over constants, and without "
             "results of each step."
         )
-    for step in list(zip(*steps, strict=True))[:: -1 if p["reverse"] else 1]:
-        carry = convert(graph, p["jaxpr"], [*constants, *carry, *map(_constant, step)])
+    for step in list(zip(*steps, strict=True))[:: -1 if eqn.params["reverse"] else 1]:
+        carry = convert(graph, body, [*constants, *carry, *map(_constant, step)])
     return carry
+
+
+def _with_leading_axis(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    """How many variables of a loop have one axis more than those of a step."""
+    return sum(a.aval.ndim > b.aval.ndim for a, b in zip(outer, inner, strict=True))
 
 
 _HANDLERS: Mapping[str, Callable] = {

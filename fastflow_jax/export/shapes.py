@@ -99,13 +99,23 @@ def stack(graph: Graph, eqn: Any, *values: Value) -> Value:
 
 def split(graph: Graph, eqn: Any, x: Value) -> list[Value]:
     """Cuts a value into parts along an axis."""
-    axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+    return _cut(graph, x, eqn.params["axis"], eqn.params["sizes"])
+
+
+def unstack(graph: Graph, eqn: Any, x: Value) -> list[Value]:
+    """Cuts a value into its entries along an axis, which is removed."""
+    axis = eqn.params["axis"] % len(x.shape)
+    entries = _cut(graph, x, axis, [1] * len(eqn.outvars))
+    return [without(graph, entry, [axis]) for entry in entries]
+
+
+def _cut(graph: Graph, x: Value, axis: int, sizes: Sequence[int]) -> list[Value]:
     x = with_axes(graph, x, [axis])
     names = graph.add_with_outputs(
         len(sizes), "Split", x.name, graph.integers(*sizes), axis=x.axes.index(axis)
     )
-    parts = zip(eqn.outvars, names, strict=True)
-    return [Tensor(var.aval.shape, name, x.axes) for var, name in parts]
+    shapes = [(*x.shape[:axis], size, *x.shape[axis + 1 :]) for size in sizes]
+    return [Tensor(shape, name, x.axes) for shape, name in zip(shapes, names, strict=True)]
 
 
 def slice_(graph: Graph, eqn: Any, x: Value) -> Value:
@@ -166,6 +176,7 @@ HANDLERS: Mapping[str, Callable] = {
     "concatenate": concatenate,
     "stack": stack,
     "split": split,
+    "unstack": unstack,
     "slice": slice_,
     "pad": pad,
     "iota": iota,

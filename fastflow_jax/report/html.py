@@ -15,7 +15,9 @@ from typing import Any, cast
 import jinja2
 import numpy as np
 
+from fastflow_jax.decision import Threshold
 from fastflow_jax.detectors.base import method
+from fastflow_jax.evaluation.advice import on_threshold
 from fastflow_jax.evaluation.thresholds import f1_optimal
 from fastflow_jax.files import files_in, parse_json, read_lines, write_text
 from fastflow_jax.report.audit import read_audit
@@ -168,6 +170,7 @@ def _protocol(results: Mapping, config: Mapping, part: Mapping | None = None, im
     if part:
         n, held_out = part["data"]["trained_on"], part["data"]["held_out"]
         lines.append(f"Trained on {n:,} good images, {held_out:,} held out.")
+        lines.append(on_threshold(part["thresholds"]["image"], part["data"]))
     seeds = [part["seed"]] if part else protocol["seeds"]
     weights = part["weights"] if part else protocol["weights"]
     control = " with random weights (a control)" if weights["source"] == "random" else ""
@@ -195,7 +198,7 @@ def _decision(images: list[dict], given: Mapping | None) -> dict[str, Any] | Non
     labels = np.array([image["label"] for image in images], bool)
     if given:
         threshold = given["value"]
-        threshold_is = f"false-alarm rate {given['rate']:.2g}, from {given['n']} held-out images"
+        threshold_is = Threshold(**given).promise
     elif labels.any():
         threshold = f1_optimal(scores, labels).value
         threshold_is = "below all scores" if labels.all() else "F1-optimal on the test labels"

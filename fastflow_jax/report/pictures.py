@@ -13,6 +13,7 @@ from tqdm import tqdm
 from fastflow_jax import parallel
 from fastflow_jax.data.dataset import Source
 from fastflow_jax.data.transforms import Placement, seen_part
+from fastflow_jax.decision import Threshold
 from fastflow_jax.evaluation.evaluate import Scored
 from fastflow_jax.evaluation.metrics import PixelCurves, pixel_curves
 from fastflow_jax.files import synchronise, write_json
@@ -144,10 +145,7 @@ def _mask_threshold(
 ) -> tuple[float, str]:
     """Returns the threshold of predicted masks and its description, see `write_pictures`."""
     if given is not None:
-        origin = (
-            f"false-alarm rate {given['rate']:.2g} of pixels, from {given['n']} held-out images"
-        )
-        return given["value"], origin
+        return given["value"], f"{Threshold(**given).promise}, of pixels"
     if curves is not None:
         best = np.float32(curves.thresholds[np.argmax(curves.f1)])  # maps that reach it count
         below = float(np.nextafter(best, np.float32(-np.inf)))

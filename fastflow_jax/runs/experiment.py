@@ -28,6 +28,7 @@ from fastflow_jax.data.tiles import image_means_of
 from fastflow_jax.data.tiling import Places
 from fastflow_jax.data.transforms import Placement, placement
 from fastflow_jax.detectors.base import DETECTORS, Scorer, method
+from fastflow_jax.evaluation import advice
 from fastflow_jax.evaluation.evaluate import (
     METRICS,
     Limits,
@@ -44,7 +45,7 @@ from fastflow_jax.files import expanded, read_json, read_lines, to_plain, write_
 from fastflow_jax.report.html import write_reports
 from fastflow_jax.report.pictures import write_pictures
 from fastflow_jax.report.table import check_metrics, format_csv, format_markdown
-from fastflow_jax.runs import advice, audit, products
+from fastflow_jax.runs import audit, products
 from fastflow_jax.runs.directory import claim
 from fastflow_jax.runs.fit import Fitted, fit
 from fastflow_jax.runs.levels import with_levels

@@ -17,6 +17,7 @@ from fastflow_jax.decision import Threshold
 from fastflow_jax.detectors.base import Scorer, method
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.held_out import HeldOut, Reweigh, score_held_out
+from fastflow_jax.evaluation.thresholds import DEFAULT_RATE
 from fastflow_jax.features.extract import image_means
 from fastflow_jax.features.foreground import Foreground
 from fastflow_jax.features.prepare import Prepared, is_augmented
@@ -38,7 +39,7 @@ _log = logging.getLogger(__name__)
 _HELD_OUT = "held_out.npz"
 _REFERENCE = "shift.npz"  # in the directory of the training
 _ROI = "roi.npz"  # region of interest, likewise
-_RATE, _PIXEL_RATE = 0.05, 0.01  # default false-alarm rates
+_PIXEL_RATE = 0.01  # default false-alarm rate of pixels
 VERSIONS = "versions"  # directory of the taught versions of a run, see `versions`
 # Training images whose cross-fitted scores give a threshold: the rate of 4 is one in five.
 MIN_CROSS_FITTED = 4
@@ -102,7 +103,7 @@ def record(
 
 def default_thresholds(held_out: HeldOut) -> tuple[Threshold, Threshold]:
     """The default thresholds of image scores and of anomaly maps."""
-    image = held_out.image_threshold(max(_RATE, 1 / (held_out.n_parts + 1)))
+    image = held_out.image_threshold(max(DEFAULT_RATE, 1 / (held_out.n_parts + 1)))
     return image, held_out.pixel_threshold(_PIXEL_RATE, warn=False)
 
 

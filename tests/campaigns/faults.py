@@ -11,6 +11,7 @@ import tempfile
 
 import campaign
 import disturbed
+import hosts
 import killed
 import power
 
@@ -20,6 +21,7 @@ TRIALS = {
     for name in killed.KILLS
 }
 TRIALS |= {
+    "`kill -9` of one of 2 or 4 host processes, continued by fewer and more": hosts.lost_process,
     "power failure, simulated": power.failures,
     "full disk": disturbed.full_disk,
     "directory of another user": disturbed.read_only,

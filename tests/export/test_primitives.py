@@ -80,6 +80,9 @@ FUNCTIONS = {
         [jnp.broadcast_to(jnp.arange(2.0)[:, None], (x.shape[0], 2, x.shape[3])), x[:, 0]], 1
     ),
     "stack": lambda x, y: jnp.stack([x, y, x], 2),
+    "unstack": lambda x, y: (
+        jnp.unstack(x, axis=-1)[1][..., None] + jnp.unstack(y, axis=2)[0][:, :, None]
+    ),
     "split": lambda x, y: jnp.split(x, [1], 2)[1] + jnp.split(y, [1], 2)[0],
     "slices": lambda x, y: x[:, 1:] + y[:, :-1, :1] + x[:, 0, 1, None, None],
     "strides": lambda x, y: x[:, ::2] + lax.slice_in_dim(y, 1, None, 2, 2)[:, :1, :1],

@@ -265,10 +265,11 @@ def test_the_slider_starts_at_the_given_threshold_or_else_at_the_best_f1(run_dir
         for name in ("results", "config", "part")
     )
     part["thresholds"]["image"] = {"value": 9.25, "rate": 0.05, "n": 40}
+    part["thresholds"]["image"] |= {"interval": [0.01, 0.09], "confidence": 0.95}
     page = part_page(part, run_directory, config, results)
     assert embedded(page)["threshold"] == 9.25
     assert embedded(page)["low"] < 9.25 < embedded(page)["high"]
-    assert "9.25: false-alarm rate 0.05, from 40 held-out images." in page
+    assert "9.25: false-alarm rate 5.0%, true rate between 1.0% and 9.0% (95 %)." in page
     assert "F1-optimal on the test labels" not in page
 
 

@@ -99,7 +99,7 @@ def test_a_directory_and_its_defects(folder, started, capsys):
     assert started(words) == 0
     log = capsys.readouterr().err
     assert "Only 5 normal images: the detector is k-NN" in log
-    assert "The threshold comes from 5 training images, for a false-alarm rate of 16.7%" in log
+    assert "The threshold comes from 5 training images: false-alarm rate 16.7%" in log
     detector = Detector.load(folder.parent / "run")
     assert detector.config.detector == "knn"
     assert detector.predict(bad).is_anomalous

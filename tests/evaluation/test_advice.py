@@ -1,12 +1,15 @@
 """Advice after a training on its threshold and its test set."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fastflow_jax.evaluation import metrics, thresholds
-from fastflow_jax.runs import advice
+from fastflow_jax.evaluation import advice, metrics, thresholds
+from fastflow_jax.features.split import split_holdout
 
 DATA = {"trained_on": 171, "held_out": 19, "test_good": 20, "test_defective": 60}
 
@@ -18,8 +21,8 @@ def plain(threshold):
 def test_advice_states_the_range_of_the_false_alarm_rate_and_images_for_a_stricter_one():
     threshold = thresholds.image_threshold(np.arange(19.0), 0.05)
     text = advice.after_training(plain(threshold), DATA, None)
-    assert "comes from 19 held-out images, for a false-alarm rate of 5.0%" in text
-    assert "between 0.1% and 17.6% (95 %). A rate of 1% needs 99 held-out images." in text
+    assert "comes from 19 held-out images: false-alarm rate 5.0%, true rate between 0.1%" in text
+    assert text.endswith("and 17.6% (95 %). A rate of 1% needs 99 held-out images.")
     many = thresholds.image_threshold(np.arange(99.0), 0.05)
     assert "needs" not in advice.after_training(plain(many), DATA | {"held_out": 99}, None)
 
@@ -28,7 +31,24 @@ def test_advice_counts_groups_if_images_are_grouped():
     threshold = thresholds.image_threshold(np.arange(19.0), 0.2, groups=np.arange(19) // 4)
     text = advice.after_training(plain(threshold), DATA, None)
     assert "comes from 5 held-out groups (19 images)" in text
-    assert "A rate of 1% needs 99 held-out groups" in text
+    assert text.endswith("5% needs 19 held-out groups, so 16.7%, the lowest rate of 5, was chosen.")
+
+
+@given(st.integers(20, 180))
+def test_the_advised_part_supports_the_default_rate(n):
+    kept, held = split_holdout(n, 0.1)
+    threshold = thresholds.image_threshold(np.arange(len(held)), 1 / (len(held) + 1))
+    data = {"trained_on": len(kept), "held_out": len(held)}
+    text = advice.on_threshold(plain(threshold), data)
+    found = re.search(r"For 5%, train with --config.data.holdout=([\d.]+)\.$", text)
+    if found is None:
+        assert n < 38
+        assert text.endswith("was chosen.")
+        return
+    assert "--config" not in advice.on_threshold(plain(threshold), data | {"calibration_images": 3})
+    part = float(found[1])
+    assert len(split_holdout(n, part)[1]) >= 19
+    assert len(split_holdout(n, part - 0.02)[1]) < 19
 
 
 def test_advice_states_the_error_of_the_auroc():

@@ -1,11 +1,16 @@
 """Advice after a training: how precise thresholds and metrics are, given the number of images."""
 
+import math
+from collections.abc import Mapping
+
+from fastflow_jax.decision import Threshold
 from fastflow_jax.evaluation.metrics import auroc_standard_error
+from fastflow_jax.evaluation.thresholds import DEFAULT_RATE
 
 _STRICTER = 0.01  # false-alarm rate whose required number of held-out images is stated
 
 
-def after_training(threshold: dict | None, data: dict, image_auroc: float | None) -> str:
+def after_training(threshold: Mapping | None, data: Mapping, image_auroc: float | None) -> str:
     """Returns sentences on the precision of the false-alarm rate and of the image AUROC.
 
     Args:
@@ -14,7 +19,7 @@ def after_training(threshold: dict | None, data: dict, image_auroc: float | None
         there are test images, `test_good` and `test_defective`.
       image_auroc: of the test images, or None.
     """
-    sentences = [_on_threshold(threshold, data)]
+    sentences = [on_threshold(threshold, data)]
     if image_auroc is not None:
         good, defective = data["test_good"], data["test_defective"]
         error = 1.96 * auroc_standard_error(image_auroc, good, defective)
@@ -25,7 +30,8 @@ def after_training(threshold: dict | None, data: dict, image_auroc: float | None
     return " ".join(sentences)
 
 
-def _on_threshold(threshold: dict | None, data: dict) -> str:
+def on_threshold(threshold: Mapping | None, data: Mapping) -> str:
+    """Returns sentences on where an image threshold comes from; for arguments, `after_training`."""
     cross_fitted = data.get("cross_fitted", 0)
     if threshold is None and cross_fitted:
         return f"There is no threshold: {cross_fitted} training images are too few for one."
@@ -34,14 +40,25 @@ def _on_threshold(threshold: dict | None, data: dict) -> str:
             "There is no threshold, because no images were held out. Set config.data.holdout, or "
             "put normal images into calibration/good."
         )
-    low, high = threshold["interval"]
-    n, rate = threshold["n"], threshold["rate"]
+    n, promise = threshold["n"], Threshold(**threshold).promise
     images, kind = cross_fitted or data["held_out"], "training" if cross_fitted else "held-out"
     what = "images" if n == images else f"groups ({images} images)"
-    needed = round(1 / _STRICTER) - 1
-    unit = what.split()[0]
-    advice = "" if n >= needed else f" A rate of {_STRICTER:.0%} needs {needed} held-out {unit}."
-    return (
-        f"The threshold comes from {n} {kind} {what}, for a false-alarm rate of {rate:.1%}. The "
-        f"true rate is between {low:.1%} and {high:.1%} (95 %).{advice}"
-    )
+    return f"The threshold comes from {n} {kind} {what}: {promise}.{_on_lower_rates(n, kind, data)}"
+
+
+def _on_lower_rates(n: int, kind: str, data: Mapping) -> str:
+    """What a lower rate than that of n images or groups needs; empty if the rate is low."""
+    needed, stricter = (round(1 / rate) - 1 for rate in (DEFAULT_RATE, _STRICTER))
+    if n >= stricter:
+        return ""
+    unit = "images" if n == (data.get("cross_fitted") or data["held_out"]) else "groups"
+    if n >= needed:
+        return f" A rate of {_STRICTER:.0%} needs {stricter} {kind} {unit}."
+    text = f" The default rate of {DEFAULT_RATE:.0%} needs {needed} {kind} {unit}"
+    if kind == "training":
+        return f"{text}."
+    text += f", so {1 / (n + 1):.1%}, the lowest rate of {n}, was chosen."
+    part = math.ceil(100 * needed / (data["trained_on"] + data["held_out"])) / 100
+    if unit == "images" and part <= 0.5 and "calibration_images" not in data:
+        return f"{text} For {DEFAULT_RATE:.0%}, train with --config.data.holdout={part:g}."
+    return text

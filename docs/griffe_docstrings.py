@@ -4,6 +4,7 @@
   lines directly above.
 - `height, width: of the image` in a section documents both.
 - A session, `>>> f(1)`, may be outside a section of examples.
+- A linen module is created with its fields as arguments.
 """
 
 import io
@@ -11,7 +12,17 @@ import pathlib
 import re
 import tokenize
 
-from griffe import Attribute, Docstring, Extension, Object
+from griffe import (
+    Attribute,
+    Class,
+    Docstring,
+    Extension,
+    Function,
+    Object,
+    Parameter,
+    ParameterKind,
+    Parameters,
+)
 
 # An entry of several names, with its further lines, which are indented more.
 _SEVERAL = re.compile(r"^( +)(\w+(?:, \w+)+): (.*(?:\n\1 +.*)*)", re.M)
@@ -30,6 +41,17 @@ class Docstrings(Extension):
         if obj.docstring is not None:
             text = _SEVERAL.sub(_apart, obj.docstring.value)
             obj.docstring.value = _SESSION.sub(r"```pycon\n\g<0>\n```", text)
+
+    def on_class_members(self, *, cls: Class, **_) -> None:
+        """Called by griffe for each class, after its members."""
+        if any(str(base) == "nn.Module" for base in cls.bases) and "__init__" not in cls.members:
+            kind = ParameterKind.positional_or_keyword
+            fields = (m for m in cls.members.values() if isinstance(m, Attribute) and m.annotation)
+            arguments = [
+                Parameter(f.name, annotation=f.annotation, kind=kind, default=f.value)
+                for f in fields
+            ]
+            cls.set_member("__init__", Function("__init__", parameters=Parameters(*arguments)))
 
     def on_attribute_instance(self, *, attr: Attribute, **_) -> None:
         """Called by griffe for each attribute."""

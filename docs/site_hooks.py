@@ -2,7 +2,7 @@
 
 Pages of docs/ link to `../README.md`, `../benchmarks/results/seeds.json` or `../examples/`, which
 work in a checkout. On the site, the documents of PAGES are pages, other files are copied to
-`repository/`, and a directory becomes a page that lists its files.
+`repository/`, and a directory becomes a page that lists its files. `FIELDS` becomes tables.
 """
 
 import os
@@ -10,6 +10,7 @@ import pathlib
 import posixpath
 import re
 
+import config_fields
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -21,6 +22,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
 }
+FIELDS = "<!-- fields -->"  # becomes the tables of the configuration's fields
 _LINK = re.compile(r"(\]\()(?!\w+:)([^)#\s]+)")
 _BLOCK = re.compile(r"(^ *```.*?^ *```$)", re.S | re.M)
 
@@ -97,5 +99,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[2]))
         return match[1] + posixpath.relpath(_place(target), posixpath.dirname(page.file.src_uri))
 
+    markdown = markdown.replace(FIELDS, config_fields.tables())
     parts = _BLOCK.split(markdown)
     return "".join(p if p.lstrip().startswith("```") else _LINK.sub(replace, p) for p in parts)

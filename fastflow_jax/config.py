@@ -30,7 +30,7 @@ def default() -> ConfigDict:
     c.seeds = 1  # number of runs, with seeds from `seed` on; the table reports mean and deviation
     c.one_model = False  # True trains one model of all categories, see docs/products.md
     c.products = 0  # number of products of a model, set by a run with `one_model`
-    # See `detectors.base.DETECTORS`; "auto": by the number of images, see `runs.few_images`
+    # A name of `detectors.base.DETECTORS`; "auto": by the number of images, see docs/few_images.md
     c.detector = "fastflow"
     c.parallel = "pmap"  # or "jit": how a batch is split over the devices of this machine
     c.data = _data()
@@ -38,15 +38,14 @@ def default() -> ConfigDict:
 
     # Backbone
     c.published = False  # True sets fields that are None to the values published for the backbone
-    c.backbone = "tf_efficientnet_lite0"
+    c.backbone = "tf_efficientnet_lite0"  # or another of the table in docs/models.md
     c.weights = placeholder(str)  # a file, a timm tag or "random"; None: the default source
-    # Normalisation of images in [0, 1], per channel; None: that of the weights
-    c.mean = placeholder(tuple)
-    c.std = placeholder(tuple)
+    c.mean = placeholder(tuple)  # per channel, of images in [0, 1]; None: that of the weights
+    c.std = placeholder(tuple)  # likewise; images become (image - mean) / std
     c.function = _function()
-    c.image_size = placeholder(tuple)  # (height, width), or (side,)
-    c.layers = placeholder(tuple)  # feature maps; None: the default of the detector,
-    c.layers_as = placeholder(str)  # or of another detector, if set
+    c.image_size = placeholder(tuple)  # of the input: (height, width), or (side,)
+    c.layers = placeholder(tuple)  # names of feature maps; None: the default of the detector
+    c.layers_as = placeholder(str)  # detector whose default layers are read, if not its own
     c.length_power = 0.5  # exponent of the lengths of feature vectors, see `extract.compress`
     c.feature_dtype = "float16"  # of cached features; or "bfloat16", "float32"
     c.batch_size = placeholder(int)  # of the backbone and of scoring; training has its own
@@ -63,7 +62,7 @@ def default() -> ConfigDict:
     c.variants = ConfigDict()
 
     # Outputs of a run
-    c.checkpoint_every = 1  # epochs
+    c.checkpoint_every = 1  # epochs between checkpoints
     c.evaluate_every = 0  # epochs between evaluations on test images, for study; 0: at the end
     c.audit = 0.08  # share of the normal images that the report and --mode=audit list; 0: none
     c.metrics = ()  # in tables and reports; (): the first five in `table.TITLES` that have values
@@ -78,7 +77,7 @@ def _function() -> ConfigDict:
     c = ConfigDict()
     c.layers = placeholder(tuple)  # names of its maps; None: the backbone is not a function
     c.channels = placeholder(tuple)  # of each map
-    c.strides = placeholder(tuple)
+    c.strides = placeholder(tuple)  # likewise, in pixels of the input
     c.sha256 = placeholder(str)  # of its variables
     c.probe = placeholder(tuple)  # of its code, see `Backbone.probe`
     return c
@@ -86,7 +85,7 @@ def _function() -> ConfigDict:
 
 def _data() -> ConfigDict:
     c = ConfigDict()
-    c.name = "folder"  # or another of `data.DATASETS`
+    c.name = "folder"  # or another name that `fastflow-jax data` lists
     c.category = placeholder(str)  # of that data set
     c.root = placeholder(str)  # directory of images
     c.manifest = placeholder(str)  # list of images of "folder", see data/manifest.py
@@ -141,19 +140,19 @@ def _train() -> ConfigDict:
     c.steps = 500  # rounded to whole epochs
     c.max_epochs = 10  # largest number of epochs, to avoid overfitting to few images
     c.epochs = placeholder(int)  # replaces `steps` and `max_epochs` if set
-    c.batch_size = 8
+    c.batch_size = 8  # of training
     c.window = 16  # side of the random window of each map in a step, in locations; 0: whole maps
     c.drop_last = False  # True drops a short last batch, as in the reference
     c.loss = "per_dimension"  # or "sum", as in the reference
     c.optimizer = "adam"  # or "sgd"
     c.beta2 = 0.99  # of Adam; lower than usual because trainings are short
-    c.learning_rate = 3e-3
+    c.learning_rate = 3e-3  # the highest of the schedule
     c.schedule = "cosine"  # decays to zero; or "constant"
     c.warmup = 0.1  # share of all steps in which the rate rises from zero
     c.weight_decay = 0.0  # L2 regularisation, as in torch's Adam
     c.clip = 1.0  # largest global norm of the gradient; 0: no clipping
     c.seeds_at_once = placeholder(int)  # trained in one program; None: all on GPU or TPU
-    c.cache = "auto"  # see `features.cache.CACHE_LOCATIONS`
+    c.cache = "auto"  # where features are cached, see `features.cache.CACHE_LOCATIONS`
     return c
 
 

@@ -1,5 +1,6 @@
 """Configurations: what is filled from the backbone, and what is refused."""
 
+import ast
 import importlib.util
 import json
 import pathlib
@@ -344,3 +345,25 @@ def test_describe_refuses_other_detectors():
     c.detector = "patchcore"
     with pytest.raises(InputError, match="Only fastflow can be described, not patchcore"):
         describe(fill(c))
+
+
+def test_the_reference_describes_every_field(monkeypatch):
+    monkeypatch.syspath_prepend(CONFIGS[0].parent.parent / "docs")
+    import config_fields
+
+    rows = [row for table in config_fields.rows().values() for row in table]
+    described = {name: ast.literal_eval(value) for name, value, text in rows if text}
+    c = default()
+    values = {
+        name: each
+        for name, each in c.items()
+        if not isinstance(each, ConfigDict) or name == "variants"
+    }
+    sections = {name: each for name, each in c.items() if name not in values}
+    while sections:
+        prefix, section = sections.popitem()
+        for name, each in section.items():
+            (sections if isinstance(each, ConfigDict) else values)[f"{prefix}.{name}"] = each
+    values["variants"] = values["variants"].to_dict()
+    assert len(rows) == len(described)
+    assert described == values

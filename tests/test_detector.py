@@ -41,7 +41,7 @@ def tiny(kind="fastflow", **fields):
     c.backbone, c.image_size = "pixels", (16,)
     c.batch_size, c.data.holdout = 8, 0.25
     own = {
-        "fastflow": {"flow.steps": 2, "flow.hidden_ratio": 2.0},
+        "fastflow": {"flow.steps": 2, "flow.hidden_ratio": 2.0, "map.bank": 200},
         "cflow": {"cflow.steps": 1, "cflow.encoding": 8},
         "vae": {"vae.width": 4},
         "gan": {"gan.width": 4},

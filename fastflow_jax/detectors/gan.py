@@ -205,9 +205,9 @@ METHOD = Method(
         "gan": {
             "width": 16,  # channels of the first convolution; each next one has twice as many
             "latent": 100,  # size of the code of an image
-            "adversarial": 1.0,  # weights of the three losses of the generator
-            "contextual": 50.0,
-            "encoder": 1.0,
+            "adversarial": 1.0,  # weight of this loss of the generator
+            "contextual": 50.0,  # likewise
+            "encoder": 1.0,  # likewise
         }
     },
     # The gradient is not clipped: a norm over both players would make one depend on the other.

@@ -24,7 +24,8 @@ class FlowStep(nn.Module):
       clamp: bound of a coupling's log-scale.
       coupling: "single" transforms the second half of the channels; "double" also transforms the
         first half, given the transformed second half.
-      affine: form of `GlobalAffine`.
+      affine: form of `GlobalAffine`: "softplus", or "exp", which adapts faster to features whose
+        scale is far from 1.
       zero_init: see `ConvSubnet`.
       dtype: type of the convolutions' computation; None for the input's.
       out_kernel: side of the subnet's last kernel; None or 0 for `kernel_size`.
@@ -99,6 +100,8 @@ class Flow(nn.Module):
     out_kernel: int | None = None
 
     def setup(self):
+        if isinstance(self.kernels, int):
+            raise ValueError(f"kernels must be a tuple such as (3, 1), not {self.kernels}.")
         self.step = [FlowStep(**step_fields(self, i)) for i in range(self.steps)]
 
     def __call__(

@@ -120,6 +120,9 @@ class ConvSubnet(nn.Module):
       dtype: type of the convolutions' computation, None for the input's; parameters are float32.
       out_kernel: side of the last kernel; None or 0 for `kernel_size`. With 1, a location depends
         only on its nearest neighbours, for about half of the computation.
+
+    Raises:
+      ValueError: the input has no height and width.
     """
 
     features: int
@@ -141,6 +144,11 @@ class ConvSubnet(nn.Module):
             how = {"kernel_init": init, "bias_init": init, "dtype": self.dtype}
             return nn.Conv(features, (side, side), name=name, **how)(inputs)
 
+        if x.ndim < 3:
+            raise ValueError(
+                f"The input of a ConvSubnet is [B, h, w, C], not {list(x.shape)}. Pass vectors as "
+                "x[:, None, None]."
+            )
         hidden = hidden_channels(x.shape[-1], self.hidden_ratio)
         h = nn.relu(conv(x, hidden, self.kernel_size, "conv_in", False))
         out_kernel = self.out_kernel or self.kernel_size

@@ -38,9 +38,10 @@ class GlobalAffine(nn.Module):
     Kingma & Dhariwal, Glow (arXiv 1807.03039), section 3.1, without data-dependent initialisation.
 
     Attributes:
-      form: see `global_affine`. "softplus" is the form of FrEIA's `AllInOneBlock` and of the
-        published FastFlow; a step of Adam changes g by a tenth of the learning rate. "exp" is
-        Glow's; a step of Adam changes log g by the learning rate.
+      form: of the scale g. "softplus", g = 0.2 * log(1 + exp(raw / 2)), is that of FrEIA's
+        `AllInOneBlock` and of the published FastFlow; a step of Adam changes g by a tenth of the
+        learning rate. "exp", g = exp(raw), is Glow's; a step of Adam changes log g by the learning
+        rate.
     """
 
     form: str = "softplus"
@@ -54,7 +55,10 @@ class GlobalAffine(nn.Module):
           inverse: whether to compute the inverse.
         """
         if self.form not in _UNIT_RAW:
-            raise ValueError(f"form must be 'softplus' or 'exp', not {self.form!r}.")
+            raise ValueError(
+                f"The form of GlobalAffine, `affine` of a step, must be 'softplus' or 'exp', not "
+                f"{self.form!r}."
+            )
         channels = (x.shape[-1],)
         raw = self.param("scale", nn.initializers.constant(_UNIT_RAW[self.form]), channels)
         offset = self.param("offset", nn.initializers.zeros, channels)

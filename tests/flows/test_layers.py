@@ -187,6 +187,14 @@ def test_invalid_arguments_are_refused():
         flows.ConvSubnet(features=2, hidden_ratio=0.1).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="4 channels for 2 active channels, not 5"):
         flows.affine_coupling(jnp.zeros((1, 2)), jnp.zeros((1, 5)))
+    with pytest.raises(
+        ValueError, match=r"\[B, h, w, C\], not \[8, 2\]\. Pass vectors as x\[:, None"
+    ):
+        flows.Flow().init(jax.random.key(0), jnp.zeros((8, 4)))
+    with pytest.raises(ValueError, match=r"a tuple such as \(3, 1\), not 3"):
+        flows.Flow(kernels=3).init(jax.random.key(0), jnp.zeros((1, 2, 2, 4)))
+    with pytest.raises(ValueError, match=r"`affine` of a step, must be .* not 'log'"):
+        flows.Flow(affine="log").init(jax.random.key(0), jnp.zeros((1, 2, 2, 4)))
 
 
 class Scales(nn.Module):

@@ -425,7 +425,7 @@ METHOD = Method(
     fields={
         "flow": {
             "norm": str,  # "whiten", "standardise", "layer", "layer_plain" or "none"
-            "steps": int,
+            "steps": int,  # steps of the flow of each scale
             "kernels": tuple,  # kernel sizes of the steps in turn: (3,) or (3, 1)
             "out_kernel": 1,  # size of a subnet's last kernel; 0: as its first, as in the reference
             "hidden_ratio": float,  # hidden channels of a subnet over its input's

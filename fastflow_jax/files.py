@@ -97,15 +97,27 @@ def remedy(error: BaseException | None) -> str | None:
     return _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
 
 
+def create_folder(path: Path) -> None:
+    """Creates a directory and its parents if they do not exist, and synchronises their names.
+
+    Raises:
+      OSError: the path cannot be a directory.
+    """
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        _synchronise_directory(each.parent)
+
+
 def make_folder(path: Path) -> None:
-    """Creates a directory and its parents if they do not exist.
+    """Creates a directory as `create_folder`, for a path that a user has chosen.
 
     Raises:
       InputError: the path cannot be a directory.
       OSError: the disk is full or not writable, see `remedy`.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        create_folder(path)
     except OSError as error:
         if remedy(error):
             raise

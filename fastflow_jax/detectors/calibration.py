@@ -24,7 +24,7 @@ from fastflow_jax.detectors.maps import (
 )
 from fastflow_jax.errors import InputError
 from fastflow_jax.features.extract import Features, in_batches, inside
-from fastflow_jax.files import read_arrays, to_plain, write_arrays
+from fastflow_jax.files import create_folder, read_arrays, to_plain, write_arrays
 from fastflow_jax.state import Slot, State, check, flatten, unflatten
 from fastflow_jax.training.context import FitContext
 
@@ -259,7 +259,7 @@ def finish_fit(
       maps: number of maps that `scorer.locate` returns.
     """
     config, file = context.config, context.directory / _VARIABLES
-    file.parent.mkdir(parents=True, exist_ok=True)
+    create_folder(file.parent)
     write_arrays(file, variables)
     held_out = context.holdout, context.holdout_valid
     weight = np.ones(maps, np.float32)

@@ -34,7 +34,7 @@ from fastflow_jax.detectors.nearest import k_center, nearest
 from fastflow_jax.detectors.teaching import choose_rows, grown
 from fastflow_jax.errors import InputError, Interrupted
 from fastflow_jax.features.extract import Features, in_batches, inside, without_padding
-from fastflow_jax.files import read_arrays, write_arrays
+from fastflow_jax.files import create_folder, read_arrays, write_arrays
 from fastflow_jax.state import Slot, State, check
 from fastflow_jax.training.context import FitContext
 from fastflow_jax.training.loop import signalled, signals_set_a_flag
@@ -67,7 +67,7 @@ def fit(context: FitContext) -> "PatchCoreScorer":
         rows = _patch_rows(context, "bank", received)
         bank = [patches[here] for patches, here in zip(rows, chosen, strict=True)]
         scorer = PatchCoreScorer(config, context.train.shapes, np.concatenate(bank))
-        file.parent.mkdir(parents=True, exist_ok=True)
+        create_folder(file.parent)
         write_arrays(file, scorer.state_dict())
         _stop_if(received, "after the memory bank was saved")
     return scorer

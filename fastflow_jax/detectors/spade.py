@@ -29,7 +29,7 @@ from fastflow_jax.detectors.base import CompiledScorer, Method, Rows
 from fastflow_jax.detectors.maps import resize_map, where_counted
 from fastflow_jax.detectors.nearest import nearest
 from fastflow_jax.features.extract import Features, inside, without_padding
-from fastflow_jax.files import read_arrays, write_arrays
+from fastflow_jax.files import create_folder, read_arrays, write_arrays
 from fastflow_jax.state import Slot, State, check
 from fastflow_jax.training.context import FitContext
 
@@ -51,7 +51,7 @@ def fit(context: FitContext) -> "SpadeScorer":
         parts = [part for part, _ in features.parts()]
         maps = tuple(map(np.concatenate, zip(*parts, strict=True)))
     scorer = SpadeScorer(config, maps, features.valid)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    create_folder(file.parent)
     write_arrays(file, scorer.state_dict())
     return scorer
 

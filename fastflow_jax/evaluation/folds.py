@@ -21,6 +21,7 @@ from fastflow_jax.evaluation import thresholds
 from fastflow_jax.evaluation.held_out import HeldOut, score_location_maps
 from fastflow_jax.evaluation.labelled import Defects, choose
 from fastflow_jax.features.extract import Features, Part, cached_features, in_batches
+from fastflow_jax.files import create_folder
 from fastflow_jax.training.context import FitContext
 
 
@@ -85,7 +86,7 @@ def _score_fold(context: FitContext, left_out: np.ndarray, i: int) -> tuple[np.n
     """
     config, times = context.config, context.train.n // len(left_out)
     directory = context.directory / "folds" / str(i)
-    parallel.on_main(lambda: directory.mkdir(parents=True, exist_ok=True))
+    parallel.on_main(lambda: create_folder(directory))
     fitted = method(config.detector).fit(
         FitContext(
             config=config,

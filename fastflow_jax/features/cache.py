@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from fastflow_jax import parallel
 from fastflow_jax.errors import InputError
+from fastflow_jax.files import create_folder
 
 # "auto" uses the first of the next three that has room. "device" is "memory", with a copy on the
 # devices during training, so that an epoch is one program; on CPU the two are the same. "none"
@@ -150,7 +151,7 @@ class _DiskCache:
         if checksums is None or not is_plain:
             # New files: another process may still read the old ones.
             shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
+            create_folder(self.folder)
             self.record.write_text(self.header)
             checksums = {}
         with contextlib.ExitStack() as stack:

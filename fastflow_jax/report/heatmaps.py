@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fastflow_jax.errors import InputError
-from fastflow_jax.files import replacing
+from fastflow_jax.files import create_folder, replacing
 from fastflow_jax.report.charts import ticks
 
 # Errors that are due to the name of a file: too long, not encodable, or in conflict with a folder.
@@ -141,7 +141,7 @@ def stack_pictures(pictures: Sequence[Image.Image], columns: int = 1) -> Image.I
 def save_picture(path: str | os.PathLike, picture: Image.Image) -> None:
     """Writes a PNG or WebP file, as its suffix says, completely or not at all."""
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    create_folder(path.parent)
     with replacing(path, "wb") as file:
         picture.save(file, format=path.suffix.removeprefix("."))
 

@@ -22,7 +22,7 @@ from fastflow_jax.evaluation.cross_fit import SIMILAR, CrossFitted, cross_fit
 from fastflow_jax.features.extract import Features, in_batches
 from fastflow_jax.features.prepare import Prepared, preparer
 from fastflow_jax.features.split import split
-from fastflow_jax.files import expanded, write_json, write_text
+from fastflow_jax.files import create_folder, expanded, write_json, write_text
 from fastflow_jax.report.heatmaps import draw_strip, save_picture
 from fastflow_jax.report.html import write_audit_page
 from fastflow_jax.runs.directory import claim
@@ -91,7 +91,7 @@ def run(config, workdir: str | pathlib.Path) -> list[dict]:
         )
         for category in categories:
             folder = workdir / category if category and len(categories) > 1 else workdir
-            folder.mkdir(parents=True, exist_ok=True)
+            create_folder(folder)
             prepared = prepare(c, category, c.seed)
             scorer = train_flow(c, prepared, folder / "flow", label=f"{category or 'audit'}: flow")
             audit = write_audit(c, prepared, folder, category, scorer, similar=SIMILAR)

@@ -18,6 +18,7 @@ from fastflow_jax.evaluation.labelled import Defects, choose
 from fastflow_jax.features.extract import Features, in_batches
 from fastflow_jax.features.prepare import Prepared
 from fastflow_jax.features.shift import Reference
+from fastflow_jax.files import create_folder
 from fastflow_jax.runs import saved
 from fastflow_jax.runs.directory import check_same_data
 from fastflow_jax.runs.products import Membership
@@ -76,7 +77,7 @@ def fit(
         )
     training = training or directory
     for each in (directory, training, *(sibling for _, sibling in sibling_runs)):
-        each.mkdir(parents=True, exist_ok=True)
+        create_folder(each)
     for each in (training, *(sibling for _, sibling in sibling_runs)):
         check_same_data(each, prepared.contents, prepared.backbone.weights)
     began = time.perf_counter()

@@ -18,7 +18,14 @@ from fastflow_jax.features.gate import Gate, find_products
 from fastflow_jax.features.joined import joined, joined_held_out
 from fastflow_jax.features.prepare import Prepared, preparer
 from fastflow_jax.features.shift import Reference
-from fastflow_jax.files import PRODUCTS, read_arrays, read_json, write_arrays, write_json
+from fastflow_jax.files import (
+    PRODUCTS,
+    create_folder,
+    read_arrays,
+    read_json,
+    write_arrays,
+    write_json,
+)
 from fastflow_jax.runs.directory import check_same_data
 from fastflow_jax.runs.saved import read_reference
 from fastflow_jax.training.context import FitContext
@@ -119,7 +126,7 @@ def fit_shared(
     train = method(config.detector).fit_shared
     if train is None:
         return None
-    directory.mkdir(parents=True, exist_ok=True)
+    create_folder(directory)
     contents = [f"{name}: {each}" for name, p in prepared.items() for each in p.contents]
     weights = next(iter(prepared.values())).backbone.weights
     check_same_data(directory, contents, weights)

@@ -19,10 +19,12 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import processes
 from campaign import Options, Skipped
 from stages import STAGES, Place, Stage, place, refusal
 
 _NOBODY, _CAP_DAC_OVERRIDE = 65534, 1
+_LONG = 3600.0  # seconds until the demo counts as hanging
 _GRACE = 10.0  # seconds between SIGTERM and SIGKILL on clusters
 _DAY = 86_400
 
@@ -185,6 +187,41 @@ def little_memory(options: Options) -> Iterator[str | None]:
     """A process may have 2 GiB of data in memory."""
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_DATA, (2**31, 2**31))
     yield from _limited(options, limit, "2 GiB of memory")
+
+
+@contextlib.contextmanager
+def _container(size: int) -> Iterator[pathlib.Path]:
+    """Makes a control group with a limit of memory; yields the file that processes join it by."""
+    root = pathlib.Path("/sys/fs/cgroup")
+    is_first = (root / "memory").is_dir()  # version 1
+    group = root / "memory/campaign" if is_first else root / "campaign"
+    limit = "memory.limit_in_bytes" if is_first else "memory.max"
+    try:
+        group.mkdir()
+        (group / limit).write_text(str(size))
+    except OSError as error:
+        raise Skipped(f"no control group can be made: {error}") from error
+    try:
+        yield group / "cgroup.procs"
+    finally:
+        group.rmdir()
+
+
+def _join(file: pathlib.Path) -> None:
+    file.write_text(str(os.getpid()))
+
+
+def container(options: Options) -> Iterator[str | None]:
+    """The demo in a container of 2 GiB finishes, or says what to reduce."""
+    if not options.long:
+        raise Skipped("it takes minutes")
+    words = ["train", "--config=demo", f"--workdir={options.folder / 'run'}"]
+    with _container(2 * 2**30) as file:
+        how = {"prepare": functools.partial(_join, file)}
+        command = processes.start(words, options.folder / "log", **how)
+        yield refusal(command, _LONG)
+    finished = (options.folder / "run/results.json").exists()
+    options.figures["finished"] = finished
 
 
 def no_locks(options: Options) -> Iterator[str | None]:

@@ -29,6 +29,7 @@ TRIALS |= {
     "clock set back by a day": disturbed.clock,
     "256 file descriptors": disturbed.few_files,
     "2 GiB of memory": disturbed.little_memory,
+    "2 GiB of memory, container with the demo": disturbed.container,
     "SIGTERM, and SIGKILL after 10 s": disturbed.terminated,
     "two processes on one directory": disturbed.together,
     "file system without `flock`": disturbed.no_locks,

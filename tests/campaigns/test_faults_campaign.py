@@ -9,13 +9,13 @@ import campaign
 import faults
 
 # The others take longer. Tests of their own cover some: tests/test_main.py kills a training, and
-# tests/training/test_checkpoints.py loses power. With the compiler flags of the tests, a prediction
-# after a power failure is not bit-identical, see docs/trust.md.
+# tests/test_parallel.py one of two processes.
 QUICK = (
     "of data preparation",
     "of update",
     "of prediction",
     "full disk",
+    "power",
     "SIGTERM",
     "two",
 )

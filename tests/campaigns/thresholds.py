@@ -224,12 +224,7 @@ def warnings_of(fields: dict, number: int, rng: np.random.Generator, *, apart: b
 
 
 def statements(
-    name: str,
-    fields: dict,
-    number: int,
-    rng: np.random.Generator,
-    folder: pathlib.Path,
-    apart: bool,
+    name: str, fields: dict, number: int, rng: np.random.Generator, *, apart: bool
 ) -> Iterator[dict[str, Any]]:
     """Yields the rows of a set."""
     for what, changed in {"image": {}, "tile": {"data.tile": 128, "data.resolution": 256}}.items():
@@ -267,7 +262,7 @@ def main() -> int:
     rows, warned = [], []
     for name, fields in find_sets(args.sets).items():
         rng, apart = np.random.default_rng(0), name in args.apart
-        for each in statements(name, fields, args.splits, apart=apart):
+        for each in statements(name, fields, args.splits, rng, apart=apart):
             rows.append(each)
             print(*each.values(), sep=" | ", flush=True)
             write_result(args.out, about | {"rows": rows})

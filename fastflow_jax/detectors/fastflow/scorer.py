@@ -46,7 +46,7 @@ from fastflow_jax.features.extract import (
     without_padding,
 )
 from fastflow_jax.features.joined import split_products
-from fastflow_jax.files import read_json, write_json
+from fastflow_jax.files import create_folder, read_json, write_json
 from fastflow_jax.flows import Flow
 from fastflow_jax.flows.chain import is_double
 from fastflow_jax.flows.coupling import half_channels
@@ -165,7 +165,7 @@ def _link(context: FitContext) -> None:
     """Records the shared training of a product in the place of checkpoints of its own."""
     assert context.shared is not None
     file = context.directory / _SHARED
-    file.parent.mkdir(parents=True, exist_ok=True)
+    create_folder(file.parent)
     shared = os.path.relpath(context.shared, context.directory)
     write_json(file, {"training": shared, "product": context.product})
 

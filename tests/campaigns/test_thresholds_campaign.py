@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import thresholds as campaign
+import tiny
 
 from fastflow_jax.evaluation.thresholds import image_threshold, pixel_threshold, tails
 
@@ -30,6 +31,23 @@ def test_a_promise_is_lost_if_new_images_differ(splits, shift, lost):
     row = campaign.row("simulated", "", 40, list(splits(shift)))
     assert row["lost"] == lost
     assert (row["inside"] > 0.9) == (not lost)
+
+
+def test_all_statements_are_tried_on_a_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(campaign, "_TILES", {"data.tile": 16, "data.resolution": 32})
+    monkeypatch.setattr(campaign, "_UPDATED", {"image_size": (16,)})
+    tiny.write_images(tmp_path, train=24, test=6)
+    fields = {"data.name": "folder", "data.root": str(tmp_path), "backbone": "pixels"}
+    fields |= {"image_size": (32,), "layers": None, "knn.points": 100}
+    rows = list(campaign.statements("tiny", fields, 4, np.random.default_rng(0), apart=False))
+    assert [(row["what"], row["n"], row["splits"]) for row in rows] == [
+        ("whole images", 5, 4),
+        ("pixels of whole images", 5, 4),
+        ("images of tiles", 4, 1),
+        ("pixels of images of tiles", 4, 1),
+        ("images after an update", 6, 1),
+    ]
+    assert not any(row["lost"] for row in rows)
 
 
 def test_the_range_of_alarms_is_that_of_simulations():

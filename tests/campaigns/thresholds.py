@@ -55,6 +55,8 @@ COLUMNS = {
     **{"rate": "stated rate", "alarms": "mean rate of alarms", "lost": "lost"},
 }
 _CONFIDENCE, _LEVEL = 0.95, 1e-3  # of intervals; of the binomial test
+_TILES = {"data.tile": 128, "data.resolution": 256}
+_UPDATED = {"image_size": (128,)}  # of updates, and of the test for a shift
 _MOST = 150  # new images of a split
 
 
@@ -165,20 +167,24 @@ def exposed(image: np.ndarray) -> np.ndarray:
     return np.round(image * 0.8).astype(np.uint8)
 
 
-def updates(fields: dict, number: int, rng: np.random.Generator) -> Iterator[Split]:
-    """Yields the statement on images of another exposure after they were taught."""
-    config = configuration("knn", {**fields, "image_size": (128,)})
+def updates(fields: dict, number: int, rng: np.random.Generator) -> tuple[int, Iterator[Split]]:
+    """The number of taught images, and the statement on others of their exposure for each split."""
+    config = configuration("knn", {**fields, **_UPDATED})
     images = [example.image for example in open_dataset(config.data).train]
     half = len(images) // 2
     detector = Detector.fit(images[:half], config=config)
     new = [exposed(image) for image in images[half:]]
     n = min(40, len(new) // 2)
-    for _ in range(number):
-        order = rng.permutation(len(new))
-        taught = detector.update([new[i] for i in order[:n]])
-        scores = [result.score for result in taught.stream([new[i] for i in order[n : n + 60]])]
-        threshold = dataclasses.replace(taught.image_threshold, n=n)
-        yield image_split(threshold, np.array(scores), upper_only=True)
+
+    def splits() -> Iterator[Split]:
+        for _ in range(number):
+            order = rng.permutation(len(new))
+            taught = detector.update([new[i] for i in order[:n]])
+            scores = [result.score for result in taught.stream([new[i] for i in order[n : n + 60]])]
+            threshold = dataclasses.replace(taught.image_threshold, n=n)
+            yield image_split(threshold, np.array(scores), upper_only=True)
+
+    return n, splits()
 
 
 def row(name: str, what: str, n: int, splits: list[Split]) -> dict[str, Any]:
@@ -200,7 +206,7 @@ def warnings_of(fields: dict, number: int, rng: np.random.Generator, *, apart: b
 
     The detector is trained on the left half of each image of a half of the training images.
     """
-    config = configuration("knn", {**fields, "image_size": (128,)})
+    config = configuration("knn", {**fields, **_UPDATED})
     dataset = open_dataset(config.data)
     train = [example.image for example in dataset.train]
     half, middle = len(train) // 2, train[0].shape[1] // 2
@@ -227,7 +233,7 @@ def statements(
     name: str, fields: dict, number: int, rng: np.random.Generator, *, apart: bool
 ) -> Iterator[dict[str, Any]]:
     """Yields the rows of a set."""
-    for what, changed in {"image": {}, "tile": {"data.tile": 128, "data.resolution": 256}}.items():
+    for what, changed in {"image": {}, "tile": _TILES}.items():
         with tempfile.TemporaryDirectory() as folder:
             pool = pool_of(fields | changed, pathlib.Path(folder), apart=apart)
         n, shown = round(0.3 * len(pool)), number if what == "image" else number // 4
@@ -236,8 +242,9 @@ def statements(
         word = "whole images" if what == "image" else "images of tiles"
         yield row(name, word, n, of_images)
         yield row(name, f"pixels of {word}", n, of_pixels)
-    found = list(tqdm(updates(fields, number // 4, rng), f"{name}, updates", leave=False))
-    yield row(name, "images after an update", 40, found)
+    n, splits = updates(fields, number // 4, rng)
+    found = list(tqdm(splits, f"{name}, updates", number // 4, leave=False))
+    yield row(name, "images after an update", n, found)
 
 
 def main() -> int:

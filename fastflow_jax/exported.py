@@ -153,7 +153,7 @@ def _session(file, threads: int | None, providers: Sequence[str]) -> Any:
             "onnxruntime is not installed. Install it: pip install 'fastflow-jax[onnx]'."
         ) from error
     if not file.is_file():
-        raise InputError(f"{file} was not found. Pass a file that --mode=export has written.")
+        raise InputError(f"{file} was not found. Pass a file of `fastflow-jax export`.")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or n_threads()
     options.log_severity_level = 3  # errors are raised as well
@@ -173,7 +173,7 @@ def _metadata(file, session: Any) -> dict[str, Any]:
         given = session.get_modelmeta().custom_metadata_map
         if "format" not in given or "input" not in given:
             raise InputError(
-                f"{file} is not an exported detector. Pass a file that --mode=export has written."
+                f"{file} is not an exported detector. Pass a file of `fastflow-jax export`."
             )
         found = {key: json.loads(value) for key, value in given.items()}
         if found["format"] == FORMAT:

@@ -300,13 +300,13 @@ def _check_flags(argv: list[str]) -> None:
             raise InputError(f"--{flag.name} is empty. Pass a path, or leave the flag out.")
     if "config" in commands.COMMANDS[_MODE.value].flags:
         if _WEIGHTS.value is not None:
-            raise InputError("--weights is for --mode=predict. Pass --config.weights=FILE instead.")
+            raise InputError("--weights is for predictions. Pass --config.weights=FILE instead.")
         if _CONFIG.value is None and _MODE.value != "data":
             raise InputError("--config is missing. Pass, for example, --config=demo.")
     elif _CONFIG.value is not None:
         raise InputError(
-            f"--mode={_MODE.value} reads the configuration of the run. Leave --config out, and "
-            "pass a weight file that has moved as --weights=FILE."
+            f"The command {_MODE.value} reads the configuration of the run. Leave --config out, "
+            "and pass a weight file that has moved as --weights=FILE."
         )
     commands.check_flags(_MODE.value, flags.FLAGS)
 
@@ -436,7 +436,7 @@ def _score_batch() -> int:
     from fastflow_jax.errors import InputError
 
     if len(_MODELS.value) > 1:
-        raise InputError("--mode=batch has one detector. Pass --model once.")
+        raise InputError("The command batch has one detector. Pass --model once.")
     (model,) = _MODELS.value or _needed(_WORKDIR)
     return batch.run(
         model,
@@ -454,7 +454,7 @@ def _needed(*paths: flags.FlagHolder[str | None]) -> list[str]:
 
     for flag in paths:
         if flag.value is None:
-            raise InputError(f"--mode={_MODE.value} needs --{flag.name}. See --help.")
+            raise InputError(f"The command {_MODE.value} needs --{flag.name}. See --help.")
     return [flag.value for flag in paths if flag.value is not None]
 
 
@@ -537,7 +537,7 @@ def _parse(argv: list[str]) -> list[str]:
         if error.flagname.startswith("config."):
             message = f"--{error.flagname} needs --config. Pass, for example, --config=folder."
         if error.flagname == "config.weights":
-            message = "--config.weights needs --config. For --mode=predict, pass --weights=FILE."
+            message = "--config.weights needs --config. For predictions, pass --weights=FILE."
         fail(message, 2)
     except (flags.Error, InputError) as error:
         # An error in a configuration file comes with its traceback.

@@ -219,7 +219,7 @@ def export_once(workdir: pathlib.Path, weights: str | os.PathLike | None = None)
     if workdir.is_file():
         raise InputError(
             f"{workdir} is a file, and cannot take an exported detector. Export it with "
-            "--mode=export, and use that file."
+            "`fastflow-jax export`, and use that file."
         )
     file = workdir / EXPORTED
     if file.exists():

@@ -398,7 +398,8 @@ def needs_masks() -> InputError:
     """Returns the error for missing masks."""
     return InputError(
         "The detector was trained with a mask per image (config.data.roi_dir), and needs one for "
-        "each new image. Pass them to Detector.predict as roi, or as --roi to --mode=predict."
+        "each new image. Pass them to Detector.predict as roi, or to `fastflow-jax predict` as "
+        "--roi."
     )
 
 

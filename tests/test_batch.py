@@ -477,4 +477,4 @@ def test_the_command_line_scores_a_shard(model, folder, output, started, capsys)
         assert started([*command, *flags]) == 2
         assert message in capsys.readouterr().err
     assert started(command[:1] + command[2:]) == 2
-    assert "error: --mode=batch needs --workdir" in capsys.readouterr().err
+    assert "error: The command batch needs --workdir" in capsys.readouterr().err

@@ -89,7 +89,7 @@ NOT_RUN = {
     "npm": "it would download a package",
     "fastflow-jax train --distributed": "it needs a TPU pod, Slurm or MPI",
     "fastflow-jax train --coordinator": "it waits for another process; test_parallel.py starts two",
-    "python -m fastflow_jax.main --mode=export --workdir=runs/screws --format=html": "it needs the "
+    "fastflow-jax export --workdir=runs/screws --format=html": "it needs the "
     "npm package; tests/export/test_page.py exports web pages",
     "curl": "it needs a server; tests/serve/ sends such requests",
     "docker": "containers are not available to tests",

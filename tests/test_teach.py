@@ -301,7 +301,7 @@ def test_a_damaged_version_is_named_and_can_be_taken_back(run, update, capsys):
     assert update() == 0
     file = run / "versions" / "2" / "detector.json"
     file.write_text(file.read_text().replace("knn", "knm"))
-    with pytest.raises(InputError, match=r"has changed. Restore it.*--mode=update --undo"):
+    with pytest.raises(InputError, match=r"has changed. Restore it.*fastflow-jax update --undo"):
         Detector.load(run)
     assert update("--undo") == 0
     assert score_of(run) == before

@@ -69,8 +69,8 @@ class Scorer:
         if detector.needs_masks:
             raise InputError(
                 "The detector was trained with a mask per image (config.data.roi_dir), which are "
-                "not passed here. Use --mode=predict --roi=MASKS, or fit with one mask of all "
-                "images, config.data.roi=FILE."
+                "not passed here. Use `fastflow-jax predict --roi=MASKS`, or fit with one mask of "
+                "all images, config.data.roi=FILE."
             )
         self.detector = with_rate(detector, self.options.rate)
         self._reader = self.detector

@@ -117,7 +117,7 @@ def run(config, workdir: str | pathlib.Path) -> dict:
         parallel.on_main(lambda: None)  # all processes wait until the files are written
         _log.info(_advice(parts))
         if len(plan) == 1 or config.one_model:
-            predict = f"--mode=predict --workdir={workdir} --input=IMAGES --output=RESULTS"
+            predict = f"fastflow-jax predict --workdir={workdir} --input=IMAGES --output=RESULTS"
             _log.info("To score new images, use %s", predict)
         return results
 

@@ -185,7 +185,7 @@ def _read_version(run: pathlib.Path, about: dict) -> Saved:
     if not file.is_file() or sha256(file) != known["sha256"]:
         raise InputError(
             f"{file} is missing or has changed. Restore it from a copy, or go back to the version "
-            f"before: --mode=update --undo --workdir={run}."
+            f"before: `fastflow-jax update --undo --workdir={run}`."
         )
     return durable.read(folder)
 
@@ -357,7 +357,7 @@ def _find_weights(
             return str(file)
     raise InputError(
         f"{directory} was trained with the weight file {recorded}, which does not exist. Put it "
-        f"there or into {run}, or pass its path: --weights=FILE with --mode=predict, or "
+        f"there or into {run}, or pass its path: --weights=FILE of a command, or "
         "Detector.load(folder, weights=FILE)."
     )
 

@@ -128,5 +128,6 @@ class FalseAlarms:
 
     def _full(self, amount: str) -> HTTPException:
         return HTTPException(
-            507, f"{self._folder} has {amount}. Teach them with --mode=update, then empty it."
+            507,
+            f"{self._folder} has {amount}. Teach them with `fastflow-jax update`, then empty it.",
         )

@@ -105,7 +105,7 @@ def test_a_missing_weight_file_is_named_with_remedies(moved):
         Detector.load(moved)
     assert str(error.value) == (
         f"{moved} was trained with the weight file /no/such/folder/mine.npz, which does not exist. "
-        f"Put it there or into {moved}, or pass its path: --weights=FILE with --mode=predict, or "
+        f"Put it there or into {moved}, or pass its path: --weights=FILE of a command, or "
         "Detector.load(folder, weights=FILE)."
     )
 
@@ -136,7 +136,7 @@ def test_a_weight_file_for_a_backbone_without_weights_is_refused(trained, tmp_pa
 def test_predict_takes_a_weight_file(trained, moved, tmp_path):
     Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
     image, output = str(tmp_path / "a.png"), tmp_path / "out"
-    with pytest.raises(InputError, match="--weights=FILE with --mode=predict"):
+    with pytest.raises(InputError, match="--weights=FILE of a command"):
         predict(moved, image, output)
     assert not output.exists()
     predict(moved, image, output, weights=trained / "mine.npz", heatmaps=False)

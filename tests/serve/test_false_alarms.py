@@ -94,7 +94,7 @@ def test_only_single_images_are_stored(marking, folder, png):
 def test_number_and_size_are_limited(marking, folder, png):
     stored = [marking.post(MARK, content=png(level)) for level in range(4)]
     assert [response.status_code for response in stored] == [201, 201, 201, 507]
-    assert "has 3 images. Teach them with --mode=update" in stored[3].json()["error"]
+    assert "has 3 images. Teach them with `fastflow-jax update`" in stored[3].json()["error"]
     assert marking.post(MARK, content=png(0)).status_code == 200  # stored before
     marking.delete(f"{MARK}/{stored[0].json()['name']}")
     large = io.BytesIO()

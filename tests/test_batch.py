@@ -472,7 +472,7 @@ def test_the_command_line_scores_a_shard(model, folder, output, started, capsys)
     assert all(row["anomaly_map"] for row in rows_of(output).values())
     for flags, message in (
         (["--shard=3/2"], "error: The shard '3/2' does not exist"),
-        (["--raw=npy", f"--model={model}"], "error: --mode=batch has one detector"),
+        (["--raw=npy", f"--model={model}"], "error: The command batch has one detector"),
     ):
         assert started([*command, *flags]) == 2
         assert message in capsys.readouterr().err

@@ -242,7 +242,7 @@ def test_the_command_line_takes_masks(of_masks, started, tmp_path, capsys):
     assert status in (0, 1)
     assert "of 16 images are anomalous" in capsys.readouterr().out
     assert started([*words, f"--output={tmp_path / 'none'}"]) == 2
-    assert "--roi to `fastflow-jax predict`" in capsys.readouterr().err
+    assert "to `fastflow-jax predict` as --roi" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 

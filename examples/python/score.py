@@ -2,7 +2,8 @@
 
 python score.py screws.onnx photos/*.jpg
 
-Needs numpy, Pillow and onnxruntime.
+Needs numpy, Pillow and onnxruntime: pip install numpy pillow onnxruntime, then
+pip install --no-deps fastflow-jax.
 """
 
 import sys

@@ -156,7 +156,7 @@ def test_the_weights_flag_of_predict(trained, moved, tmp_path, started, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mode=predict", "--config.weights=a.npz"], "For --mode=predict, pass --weights=FILE"),
+        (["--mode=predict", "--config.weights=a.npz"], "For predictions, pass --weights=FILE"),
         (
             ["--mode=predict", "--config=configs/demo.py", "--config.weights=a.npz"],
             "pass a weight file that has moved as --weights=FILE",

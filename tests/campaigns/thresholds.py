@@ -32,7 +32,7 @@ import math
 import pathlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -92,9 +92,9 @@ def _range(m: int, n: int, rate: float, upper_only: bool) -> tuple[int, int, flo
     return low, high, float(law.cdf(high) - law.cdf(low - 1))
 
 
-def pixel_split(threshold: Threshold, maps: np.ndarray) -> Split:
-    """Pixels above the threshold in the anomaly maps [m, H, W] of new normal images."""
-    shares = (maps > threshold.value).mean((1, 2))
+def pixel_split(threshold: Threshold, maps: Iterable[np.ndarray]) -> Split:
+    """Pixels above the threshold in the anomaly maps [H, W] of new normal images."""
+    shares = np.array([(anomaly_map > threshold.value).mean() for anomaly_map in maps])
     error = scipy.stats.norm.ppf((1 + _CONFIDENCE) / 2) * shares.std(ddof=1) / len(shares) ** 0.5
     low, high = threshold.interval
     inside = low - error <= shares.mean() <= high + error
@@ -139,7 +139,7 @@ class Pool:
 
     @staticmethod
     def _score(scorer: Any, maps: tuple[np.ndarray, ...], tiles: Any) -> tuple:
-        """Scores [m] and anomaly maps [m, H, W] of images."""
+        """Scores [m] and anomaly maps [H, W] of m images."""
         scored = [
             scorer.score_maps(tuple(m[i : i + 32] for m in maps))
             for i in range(0, len(maps[0]), 32)
@@ -147,7 +147,8 @@ class Pool:
         if tiles is None:
             return tuple(np.concatenate(each) for each in zip(*scored, strict=True))
         whole = tiles.whole(range(len(maps[0])), scored)
-        return tuple(map(np.stack, zip(*((w.score, w.anomaly_map) for w in whole), strict=True)))
+        scores, shown = zip(*((w.score, w.anomaly_map) for w in whole), strict=True)
+        return np.array(scores), shown
 
 
 def pool_of(fields: dict, folder: pathlib.Path, *, apart: bool) -> Pool:

@@ -29,8 +29,9 @@ class Threshold:
         if self.rate is None or self.interval is None:
             return None
         low, high = self.interval
+        wanted = "" if self.supported else " (wanted, but too low for so few images)"
         return (
-            f"false-alarm rate {self.rate:.1%}, true rate between {low:.1%} and {high:.1%} "
+            f"false-alarm rate {self.rate:.1%}{wanted}, true rate between {low:.1%} and {high:.1%} "
             f"({100 * (self.confidence or 0):.0f} %)"
         )
 

@@ -1,5 +1,7 @@
 """Decisions agree between numpy and JAX, and with the definition in float64."""
 
+import dataclasses
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -43,3 +45,11 @@ def test_a_threshold_between_two_floats_separates_them(value):
     found = Decision(Threshold(value))(scores, scores)
     assert found.keys() == {"is_anomalous"}
     np.testing.assert_array_equal(found["is_anomalous"], scores.astype(np.float64) > value)
+
+
+def test_a_threshold_states_its_promise():
+    limit = Threshold(1.0, "image", 0.05, (0.001, 0.176), 0.95, 19)
+    assert limit.promise == "false-alarm rate 5.0%, true rate between 0.1% and 17.6% (95 %)"
+    unsupported = dataclasses.replace(limit, rate=0.01, supported=False)
+    assert "rate 1.0% (wanted, but too low for so few images), true" in unsupported.promise
+    assert Threshold(1.0).promise is None

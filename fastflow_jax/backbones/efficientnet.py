@@ -11,7 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fastflow_jax.backbones.convolution import Conv, conv_norm
 from fastflow_jax.backbones.spec import (
@@ -39,7 +39,7 @@ class SqueezeExcite(nn.Module):
     """
 
     hidden: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -56,7 +56,7 @@ class SeparableBlock(nn.Module):
     channels: int
     conv_norm: Callable
     lite: bool
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -77,7 +77,7 @@ class InvertedResidual(nn.Module):
     stride: int
     conv_norm: Callable
     lite: bool
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

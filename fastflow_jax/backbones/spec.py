@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Maps = dict[str, tuple[int, int]]  # (channels, stride) of each layer, in order of depth
 
@@ -31,7 +32,7 @@ class Architecture(nn.Module):
     """
 
     layers: tuple[str, ...] = ()
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @property
     def maps(self) -> Maps:
@@ -113,7 +114,7 @@ class Spec:
         """Channels and stride of all maps that `layers` may name: of `maps` and of their blocks."""
         return self.architecture.blocks
 
-    def module(self, layers: tuple[str, ...], dtype: jnp.dtype = jnp.float32) -> Architecture:
+    def module(self, layers: tuple[str, ...], dtype: DTypeLike = jnp.float32) -> Architecture:
         """The network with `layers` as its outputs.
 
         Args:

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from fastflow_jax.backbones.convolution import Conv
 from fastflow_jax.backbones.positions import resize_positions, rotate, rotations
@@ -33,7 +34,7 @@ class PatchEmbed(nn.Module):
 
     patch: int
     width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -63,7 +64,7 @@ class Mlp(nn.Module):
 
     hidden: int
     form: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -81,7 +82,7 @@ class Mlp(nn.Module):
 class MixHeads(nn.Module):
     """Linear layer over the heads of [heads, B, queries, keys]."""
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -103,7 +104,7 @@ class Attention(nn.Module):
     """
 
     heads: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
     talking: bool = False
     use_bias: bool = True
 
@@ -156,7 +157,7 @@ class Block(nn.Module):
     talking: bool
     use_bias: bool
     epsilon: float
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array, rotation: Rotation | None = None) -> jax.Array:

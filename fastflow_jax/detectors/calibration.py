@@ -142,7 +142,8 @@ def fuse(
     moments = calibration.scale_mean, calibration.scale_std
     for m, mean, std, weight in zip(maps, *moments, weights, strict=True):
         m = (m - mean) / std
-        m = (jnp.arcsinh(m) if compress else m) * border_weights(m.shape[1:3], border)
+        m = jnp.arcsinh(m) if compress else m
+        m *= border_weights((m.shape[1], m.shape[2]), border)
         total += weight * resize_map(m, size, sigma)
     return total / sum(weights)
 

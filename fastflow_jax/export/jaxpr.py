@@ -19,12 +19,12 @@ _CALLS = {
 }
 
 
-def convert(graph: Graph, closed: core.ClosedJaxpr, arguments: Sequence[Value]) -> list[Value]:
+def convert(graph: Graph, closed: Any, arguments: Sequence[Value]) -> list[Value]:
     """Adds the nodes of a traced function to a graph.
 
     Args:
       graph: to add to.
-      closed: the function.
+      closed: the function, as `jax.make_jaxpr` returns it.
       arguments: of the function.
 
     Returns:
@@ -96,14 +96,16 @@ def _folded(eqn: Any, inputs: list[Value]) -> list[Value] | None:
     return [Constant(s, np.asarray(r)) for s, r in zip(outputs, results, strict=True)]
 
 
-def _called(eqn: Any) -> core.ClosedJaxpr:
+def _called(eqn: Any) -> Any:
     """The function that a primitive calls."""
     return _closed(eqn.params[_CALLS[eqn.primitive.name]])
 
 
-def _closed(inner: core.ClosedJaxpr | core.Jaxpr) -> core.ClosedJaxpr:
-    """A function of a primitive, which has no constants of its own if it is not closed."""
-    return inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
+def _closed(inner: Any) -> Any:
+    """A function of a primitive with its constants; JAX 0.11 and later have no other form."""
+    if hasattr(inner, "consts"):
+        return inner
+    return core.ClosedJaxpr(inner, ())  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _constant(array: Any) -> Constant:

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fastflow_jax.flows.coupling import AffineCoupling, ConvSubnet
 from fastflow_jax.flows.elementwise import GlobalAffine
@@ -37,7 +38,7 @@ class FlowStep(nn.Module):
     coupling: str = "single"
     affine: str = "softplus"
     zero_init: bool = False
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
     out_kernel: int | None = None
 
     def setup(self):
@@ -95,7 +96,7 @@ class Flow(nn.Module):
     coupling: str = "single"
     affine: str = "softplus"
     zero_init: bool = False
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
     reversible: bool = False
     out_kernel: int | None = None
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 
 def affine_coupling(
@@ -129,7 +130,7 @@ class ConvSubnet(nn.Module):
     hidden_ratio: float = 1.0
     kernel_size: int = 3
     zero_init: bool = False
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
     out_kernel: int | None = None
 
     @nn.compact

@@ -141,6 +141,9 @@ def prepare(config: "ConfigDict") -> int:
         where = dataset.provenance.get("prepared") or dataset.provenance["source"]
         _log.info("%s: %s", category or config.name, os.fspath(where))
     print(_aligned(rows))
+    if config.holdout and any(row[2] == "-" for row in rows):
+        part = f"{config.holdout:.0%} of the training images"
+        _log.info("Without calibration images, %s are held out for thresholds.", part)
     return int(differs)
 
 

@@ -68,7 +68,9 @@ def test_the_numbers_of_the_synthetic_set_are_right():
 def test_a_category_is_prepared_and_counted(folder, started, capsys):
     assert entry("mpdd").state == "no"
     assert started(["data", "mpdd/tubes"]) == 0
-    head, row = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    head, row = out.splitlines()
+    assert "10% of the training images are held out" in err
     assert re.split("  +", head) == [
         "category",
         "training",

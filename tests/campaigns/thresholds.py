@@ -211,12 +211,12 @@ def warnings_of(
 ) -> Iterator[dict[str, Any]]:
     """Yields, for each kind of normal images, the share of draws with a warning of a shift.
 
-    The detector is trained on the left half of each image of a half of the training images. Kinds
-    with too few images for the test are left out.
+    The detector is trained on the left half of each image of a half of the training images, chosen
+    at random. Kinds with too few images for the test are left out.
     """
     config = configuration("knn", {**fields, **_UPDATED})
     dataset = open_dataset(config.data)
-    train = [example.image for example in dataset.train]
+    train = [dataset.train[int(i)].image for i in rng.permutation(len(dataset.train))]
     half, middle = len(train) // 2, train[0].shape[1] // 2
     detector = Detector.fit([image[:, :middle] for image in train[:half]], config=config)
     kinds = {

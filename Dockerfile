@@ -9,7 +9,7 @@ COPY configs configs
 RUN python -m venv /venv \
  && pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
  && /venv/bin/pip install --no-cache-dir \
-    'numpy>=2.0' 'pillow>=11.0' 'onnxruntime>=1.20' 'starlette>=0.46' 'uvicorn>=0.34' \
+    'numpy>=2.0' 'pillow>=12.0' 'onnxruntime>=1.20' 'starlette>=0.46' 'uvicorn>=0.34' \
     'python-multipart>=0.0.18' 'prometheus-client>=0.20' \
  && /venv/bin/pip install --no-cache-dir --no-deps /wheels/*.whl
 

@@ -88,7 +88,7 @@ _WEIGHTS = flags.DEFINE_string(
 _RATE = flags.DEFINE_float(
     "false_alarm_rate",
     None,
-    "With --mode=predict or batch, allow this share of normal images, such as 0.05, to be called "
+    "With --mode=predict or batch, allow this share of normal images, from 0 to 1, to be called "
     "anomalous.",
 )
 _PRODUCT = flags.DEFINE_string(

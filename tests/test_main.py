@@ -225,7 +225,7 @@ def test_a_finished_run_is_not_repeated(undisturbed, started, capsys, monkeypatc
         (["--config.seed=1"], "config.seed"),
         ([], "--config"),
         (["--mode=predict", "--input=photos", "--output="], "--output is empty"),
-        (["--mode=export"], "--mode=export needs --output"),
+        (["--mode=export"], "The command export needs --output"),
         (["--mode=export", "--output=x.onnx", "--config=configs/demo.py"], "Leave --config out"),
         (["--mode=serve", "--model=screws.onnx"], "--model=screws.onnx is not a new NAME=FILE"),
         (["--mode=serve", "--model=a=x.onnx", "--model=a=y.onnx"], "--model=a=y.onnx is not a new"),

@@ -277,6 +277,7 @@ def main() -> int:
         "machine": describe_machine(),
         "versions": versions("jax", "numpy", "scipy"),
         "seeds": "0",
+        "data": "normal images of each set; ELPV mono is public, the others were given",
         "columns": SHIFT_COLUMNS if args.shift else COLUMNS,
     }
     rows = []

@@ -28,7 +28,8 @@ class Trial:
         """Tries every valid file once, which imports and compiles what reading needs."""
         self.target, self._watch, self._folder = target, watch, folder
         self._current = folder / "current"  # read by the parent if this process ends
-        self._seeds = list(target.seeds())
+        with self._in_folder():  # where temporary files are, see child.py
+            self._seeds = list(target.seeds())
         self._coverage = Coverage(target.modules)
         self.n_cases = 0
         self.lost: list[str] = []  # problem and content of each case that was not survived

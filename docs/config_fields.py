@@ -1,10 +1,10 @@
 """Tables of the configuration's fields, from the sources: names, defaults and comments."""
 
 import ast
-import io
 import pathlib
-import tokenize
 from collections.abc import Iterator
+
+from comments import Comments
 
 _PACKAGE = pathlib.Path(__file__).parent.parent / "fastflow_jax"
 _SECTIONS = {"default": "", "_data": "data", "_augment": "augment", "_train": "train"}
@@ -42,23 +42,7 @@ class _Source:
     """A file, and the comments in it."""
 
     def __init__(self, path: pathlib.Path):
-        text = path.read_text()
-        self.tree = ast.parse(text)
-        self._behind: dict[int, str] = {}
-        self._alone: dict[int, str] = {}
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type == tokenize.COMMENT:
-                is_alone = token.line.lstrip().startswith("#")
-                (self._alone if is_alone else self._behind)[token.start[0]] = token.string[2:]
-
-    def comment(self, first: int, last: int) -> str:
-        """Comment of lines: behind the last one, or else on the lines above the first one."""
-        if last in self._behind:
-            return self._behind[last]
-        lines: list[str] = []
-        while (first := first - 1) in self._alone:
-            lines.insert(0, self._alone[first])
-        return " ".join(lines)
+        self.tree, self.comments = ast.parse(path.read_text()), Comments(path)
 
 
 def _default(value: ast.expr) -> str:
@@ -78,7 +62,7 @@ def _assigned(source: _Source, function: ast.FunctionDef, section: str) -> Itera
         is_call = isinstance(node.value, ast.Call)
         if is_call and not ast.unparse(node.value).startswith("placeholder") and name != "variants":
             continue  # a section
-        text = source.comment(node.lineno, node.end_lineno or node.lineno)
+        text = source.comments.of(node.lineno, node.end_lineno or node.lineno)
         yield f"{section}.{name}".strip("."), _default(node.value), text
 
 
@@ -102,4 +86,4 @@ def _in_dict(source: _Source, node: ast.Dict, prefix: str) -> Iterator[Row]:
         if isinstance(value, ast.Dict):
             yield from _in_dict(source, value, f"{name}.")
         else:
-            yield name, _default(value), source.comment(key.lineno, value.end_lineno or 0)
+            yield name, _default(value), source.comments.of(key.lineno, value.end_lineno or 0)

@@ -7,10 +7,9 @@
 - A linen module is created with its fields as arguments.
 """
 
-import io
 import pathlib
 import re
-import tokenize
+import sys
 
 from griffe import (
     Attribute,
@@ -24,6 +23,9 @@ from griffe import (
     Parameters,
 )
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from comments import Comments
+
 # An entry of several names, with its further lines, which are indented more.
 _SEVERAL = re.compile(r"^( +)(\w+(?:, \w+)+): (.*(?:\n\1 +.*)*)", re.M)
 _SESSION = re.compile(r"^>>> .*(?:\n.+)*", re.M)
@@ -34,7 +36,7 @@ class Docstrings(Extension):
 
     def __init__(self) -> None:
         super().__init__()
-        self._comments: dict[pathlib.Path, dict[int, tuple[str, bool]]] = {}
+        self._comments: dict[pathlib.Path, Comments] = {}
 
     def on_instance(self, *, obj: Object, **_) -> None:
         """Called by griffe for each object with a docstring or without."""
@@ -57,28 +59,11 @@ class Docstrings(Extension):
         """Called by griffe for each attribute."""
         if attr.docstring or not attr.lineno or not attr.endlineno:
             return
-        comments = self._in(pathlib.Path(str(attr.filepath)))
-        lines = []
-        if attr.endlineno in comments:
-            lines = [comments[attr.endlineno][0]]
-        else:
-            line = attr.lineno - 1
-            while line in comments and comments[line][1]:
-                lines.insert(0, comments[line][0])
-                line -= 1
-        if lines:
-            attr.docstring = Docstring(" ".join(lines), lineno=attr.lineno, parent=attr)
-
-    def _in(self, file: pathlib.Path) -> dict[int, tuple[str, bool]]:
-        """Comments by line, each with whether it is alone on its line."""
+        file = pathlib.Path(str(attr.filepath))
         if file not in self._comments:
-            tokens = tokenize.generate_tokens(io.StringIO(file.read_text()).readline)
-            self._comments[file] = {
-                token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
-                for token in tokens
-                if token.type == tokenize.COMMENT
-            }
-        return self._comments[file]
+            self._comments[file] = Comments(file)
+        if text := self._comments[file].of(attr.lineno, attr.endlineno):
+            attr.docstring = Docstring(text, lineno=attr.lineno, parent=attr)
 
 
 def _apart(match: re.Match[str]) -> str:

@@ -9,6 +9,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -103,7 +104,7 @@ def create_folder(path: Path) -> None:
     Raises:
       OSError: the path cannot be a directory.
     """
-    missing = [each for each in (path, *path.parents) if not each.exists()]
+    missing = list(itertools.takewhile(lambda each: not each.exists(), (path, *path.parents)))
     path.mkdir(parents=True, exist_ok=True)
     for each in missing:
         _synchronise_directory(each.parent)

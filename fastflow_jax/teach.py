@@ -18,6 +18,7 @@ from fastflow_jax.detectors.base import TeachableScorer
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.held_out import HeldOut
 from fastflow_jax.evaluation.teaching import Lesson, reinforce, teach
+from fastflow_jax.evaluation.thresholds import fewest
 from fastflow_jax.features.extract import image_means, in_batches
 from fastflow_jax.prediction import Prediction
 
@@ -237,7 +238,7 @@ def _on_the_rate(
     if before.rate is None:
         text = "The threshold was not chosen by a false-alarm rate, and stays. Check it."
         return [*found, (logging.WARNING, text)]
-    rate, needed = before.rate, int(np.ceil(np.round(1 / before.rate, 9))) - 1
+    rate, needed = before.rate, fewest(before.rate)
     if keep:
         return [*found, (logging.INFO, "The threshold stays.")]
     if not is_kind:

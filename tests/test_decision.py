@@ -47,6 +47,16 @@ def test_a_threshold_between_two_floats_separates_them(value):
     np.testing.assert_array_equal(found["is_anomalous"], scores.astype(np.float64) > value)
 
 
+def test_a_compiled_decision_is_that_of_numpy():
+    held_out = np.float32([0.5, 1, 2, 4])
+    decision = Decision(Threshold(1.0), Threshold(0.3), held_out, np.array([0, 0, 1, 1]))
+    scores, maps = np.float32([0.1, 1, 3]), np.linspace(0, 1, 9, dtype=np.float32)
+    found, traced = decision(scores, maps), jax.jit(decision)(scores, maps)
+    np.testing.assert_allclose(traced["p_value"], found["p_value"], rtol=1e-6)
+    for name in ("is_anomalous", "mask"):
+        np.testing.assert_array_equal(traced[name], found[name])
+
+
 def test_a_threshold_states_its_promise():
     limit = Threshold(1.0, "image", 0.05, (0.001, 0.176), 0.95, 19)
     assert limit.promise == "false-alarm rate 5.0%, true rate between 0.1% and 17.6% (95 %)"

@@ -18,7 +18,7 @@ from fastflow_jax import Detector
 from fastflow_jax.config import default
 from fastflow_jax.errors import InputError
 from fastflow_jax.files import lock
-from fastflow_jax.predict import find_images, predict
+from fastflow_jax.predict import draw_prediction, find_images, predict
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 
@@ -107,6 +107,17 @@ def test_a_broken_image_is_reported_and_the_others_are_scored(
     assert "skipped" in caplog.text
     assert "1 of 3 images are anomalous, 1 unreadable, 1 other files" in capsys.readouterr().out
     assert "not images, not scored: notes.txt" in caplog.messages
+
+
+def test_the_threshold_is_logged_and_written(run, photos, tmp_path, caplog):
+    caplog.set_level("INFO")
+    predict(run, str(photos), tmp_path / "out", heatmaps=False, rate=0.5)
+    threshold = Detector.load(run).with_threshold(rate=0.5).image_threshold
+    assert f"The threshold comes from {threshold.n} normal images" in caplog.text
+    assert "false-alarm rate 50.0%, true rate between" in caplog.text
+    stated = json.loads((tmp_path / "out/predictions.json").read_text())["threshold"]
+    assert (stated["value"], stated["rate"]) == (threshold.value, 0.5)
+    assert stated["interval"] == list(threshold.interval)
 
 
 @pytest.mark.parametrize(("n", "brighter"), [(50, 60), (50, 0), (34, 60)])
@@ -708,3 +719,14 @@ def test_one_image_is_predicted_by_onnx_runtime_without_jax(run, photos, environ
     imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
     assert "onnxruntime" in imported
     assert not imported & {"jax", "flax", "scipy", "sklearn", "tensorflow_datasets"}
+
+
+def test_the_title_of_a_heat_map_has_score_threshold_and_decision(run, photos, monkeypatch):
+    titles, module = [], sys.modules["fastflow_jax.predict"]
+    monkeypatch.setattr(module, "draw_heatmap", lambda *_, title, **__: titles.append(title))
+    detector = Detector.load(run)
+    result = detector.predict(photos / "bad.jpg")
+    draw_prediction(detector, result)
+    value = detector.image_threshold.value
+    assert titles[0].startswith(f"bad.jpg  score {result.score:.3f} (threshold {value:.3f})  p ")
+    assert titles[0].endswith("  anomalous")

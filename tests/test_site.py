@@ -160,6 +160,12 @@ def test_a_field_or_argument_without_a_description_is_found(tmp_path):
     assert undescribed(shown["run"]) == {"size"}
 
 
+def test_the_signature_of_a_linen_module_has_its_fields(package):
+    arguments = {p.name: str(p.default) for p in package["flows.Flow.__init__"].parameters}
+    assert list(arguments)[:2] == ["steps", "kernels"]
+    assert (arguments["steps"], arguments["kernels"]) == ("8", "(3, 1)")
+
+
 class Resources(html.parser.HTMLParser):
     """Collects what a page loads."""
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from fastflow_jax.decision import Threshold
 from fastflow_jax.evaluation.metrics import auroc_standard_error
-from fastflow_jax.evaluation.thresholds import DEFAULT_RATE
+from fastflow_jax.evaluation.thresholds import DEFAULT_RATE, default_rate, fewest
 
 _STRICTER = 0.01  # false-alarm rate whose required number of held-out images is stated
 
@@ -42,22 +42,23 @@ def on_threshold(threshold: Mapping | None, data: Mapping) -> str:
         )
     n, promise = threshold["n"], Threshold(**threshold).promise
     images, kind = cross_fitted or data["held_out"], "training" if cross_fitted else "held-out"
-    what = "images" if n == images else f"groups ({images} images)"
-    return f"The threshold comes from {n} {kind} {what}: {promise}.{_on_lower_rates(n, kind, data)}"
+    unit = "images" if n == images else "groups"
+    what = unit if n == images else f"{unit} ({images} images)"
+    text = f"The threshold comes from {n} {kind} {what}: {promise}."
+    return text + _on_lower_rates(n, kind, unit, data)
 
 
-def _on_lower_rates(n: int, kind: str, data: Mapping) -> str:
+def _on_lower_rates(n: int, kind: str, unit: str, data: Mapping) -> str:
     """What a lower rate than that of n images or groups needs; empty if the rate is low."""
-    needed, stricter = (round(1 / rate) - 1 for rate in (DEFAULT_RATE, _STRICTER))
+    needed, stricter = fewest(DEFAULT_RATE), fewest(_STRICTER)
     if n >= stricter:
         return ""
-    unit = "images" if n == (data.get("cross_fitted") or data["held_out"]) else "groups"
     if n >= needed:
         return f" A rate of {_STRICTER:.0%} needs {stricter} {kind} {unit}."
     text = f" The default rate of {DEFAULT_RATE:.0%} needs {needed} {kind} {unit}"
     if kind == "training":
         return f"{text}."
-    text += f", so {1 / (n + 1):.1%}, the lowest rate of {n}, was chosen."
+    text += f", so {default_rate(n):.1%}, the lowest rate of {n}, was chosen."
     part = math.ceil(100 * needed / (data["trained_on"] + data["held_out"])) / 100
     if unit == "images" and part <= 0.5 and "calibration_images" not in data:
         return f"{text} For {DEFAULT_RATE:.0%}, train with --config.data.holdout={part:g}."

@@ -28,6 +28,24 @@ DEFAULT_RATE = 0.05  # false-alarm rate of images, if enough are held out
 EXCEEDANCES = np.concatenate([np.logspace(0, -5, 101), [0.0]])
 
 
+def fewest(rate: float) -> int:
+    """Returns the smallest number n of held-out images that supports a rate: 1 / (n + 1) <= rate.
+
+    Args:
+      rate: false-alarm rate, between 0 and 1.
+    """
+    return int(np.ceil(np.round(1 / rate, 9))) - 1
+
+
+def default_rate(n: int) -> float:
+    """Returns `DEFAULT_RATE`, or the lowest rate that n images support if that is higher.
+
+    Args:
+      n: number of held-out images, or of groups.
+    """
+    return max(DEFAULT_RATE, 1 / (n + 1))
+
+
 def image_threshold(
     held_out: ArrayLike,
     rate: float,
@@ -81,11 +99,10 @@ def image_threshold(
     alpha = (1 - confidence) / 2
     low, high = scipy.special.betaincinv(n + 1 - k, k, [alpha, 1 - alpha])
     if warn and not supported:
-        needed = int(np.ceil(np.round(1 / rate, 9))) - 1
         units = _units(groups)
         warnings.warn(
-            f"{n} held-out {units} cannot support a false-alarm rate of {rate:g} ({needed} are "
-            "needed). The highest held-out score is the threshold, with a rate of "
+            f"{n} held-out {units} cannot support a false-alarm rate of {rate:g} ({fewest(rate)} "
+            "are needed). The highest held-out score is the threshold, with a rate of "
             f"{1 / (n + 1):.3g} on average. Hold out more {units} for a lower rate.",
             stacklevel=2,
         )

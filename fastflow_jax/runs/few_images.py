@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from fastflow_jax import data
 from fastflow_jax.config import AUTO
 from fastflow_jax.detectors.base import recipe
+from fastflow_jax.evaluation.thresholds import default_rate
 from fastflow_jax.runs.saved import MIN_CROSS_FITTED
 
 # Normal images from which on a flow is trained, see docs/few_images.md.
@@ -60,5 +61,5 @@ def _threshold(n: int) -> str:
         )
     return (
         "Each image is scored by a detector of the others, for a threshold with a false-alarm rate "
-        f"of {max(0.05, 1 / (n + 1)):.1%}."
+        f"of {default_rate(n):.1%}."
     )

@@ -17,7 +17,7 @@ from fastflow_jax.decision import Threshold
 from fastflow_jax.detectors.base import Scorer, method
 from fastflow_jax.errors import InputError
 from fastflow_jax.evaluation.held_out import HeldOut, Reweigh, score_held_out
-from fastflow_jax.evaluation.thresholds import DEFAULT_RATE
+from fastflow_jax.evaluation.thresholds import default_rate
 from fastflow_jax.features.extract import image_means
 from fastflow_jax.features.foreground import Foreground
 from fastflow_jax.features.prepare import Prepared, is_augmented
@@ -103,7 +103,7 @@ def record(
 
 def default_thresholds(held_out: HeldOut) -> tuple[Threshold, Threshold]:
     """The default thresholds of image scores and of anomaly maps."""
-    image = held_out.image_threshold(max(DEFAULT_RATE, 1 / (held_out.n_parts + 1)))
+    image = held_out.image_threshold(default_rate(held_out.n_parts))
     return image, held_out.pixel_threshold(_PIXEL_RATE, warn=False)
 
 

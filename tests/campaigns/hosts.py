@@ -43,12 +43,12 @@ def lost_process(options: Options) -> Iterator[str | None]:
 
 def _start(here: Place, stage: Stage, case: pathlib.Path, n: int) -> list[processes.Command]:
     """Starts the processes of a command, each with a log of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
     words = stage.words(here.shared, case)
     if n == 1:
         return [processes.start(words, case / "log_0")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
     shared = [*words, address, f"--processes={n}"]
     return [processes.start([*shared, f"--process={i}"], case / f"log_{i}") for i in range(n)]
 
@@ -56,7 +56,7 @@ def _start(here: Place, stage: Stage, case: pathlib.Path, n: int) -> list[proces
 def _killed(
     here: Place, stage: Stage, case: pathlib.Path, n: int, victim: int, moment: float
 ) -> tuple[str | None, bool]:
-    """What is wrong with the end of the other processes, and whether the victim was killed."""
+    """Kills a process; returns what is wrong with the other ones, and whether it still ran."""
     started = _start(here, stage, case, n)
     started[victim].watch(moment)
     started[victim].send(signal.SIGKILL)

@@ -5,6 +5,7 @@
 The short form uses one detector, the long form all of them.
 """
 
+import contextlib
 import itertools
 import logging
 import pathlib
@@ -235,8 +236,9 @@ def _peak(folder: pathlib.Path, n: int) -> int:
     command, peak = processes.start(words, folder / "log"), 0
     status = pathlib.Path(f"/proc/{command.process.pid}/status")
     while command.is_running:
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        peak = max(peak, int(found[1]) if found else 0)
+        with contextlib.suppress(OSError):  # it has just ended
+            found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+            peak = max(peak, int(found[1]) if found else 0)
         time.sleep(0.05)
     if command.status() != 0:
         raise RuntimeError(command.text[-500:])

@@ -10,9 +10,9 @@ test images are a pool. Each split draws held-out images from the pool, calibrat
 thresholds, and counts alarms among the other images of the pool. With --apart, normal test images
 are not in the pool, because they show other parts or another material than the training images.
 
-- **images**: with n held-out images of which the k-th lowest score is the threshold, the number of
-  alarms among m new images has a beta-binomial distribution, for any distribution of scores. A
-  split is inside if the number is in its central 95 % range.
+- **images**: the threshold is the k-th lowest of n held-out scores. The number of alarms among m
+  new images then has a beta-binomial distribution, whatever the distribution of scores. A split is
+  inside if the number is in the central 95 % of that distribution.
 - **tiles**: the same for images that are cut into tiles, and their whole scores.
 - **pixels**: a split is inside if the share of pixels above the threshold, within the error of its
   own sample, is in the interval of the threshold.
@@ -47,6 +47,7 @@ from fastflow_jax import Detector
 from fastflow_jax.data import open_dataset
 from fastflow_jax.decision import Threshold
 from fastflow_jax.evaluation.held_out import score_location_maps
+from fastflow_jax.evaluation.thresholds import default_rate
 from fastflow_jax.features.extract import in_batches
 from fastflow_jax.features.prepare import preparer
 from fastflow_jax.runs.fit import fit
@@ -122,7 +123,7 @@ class Pool:
             found = score_location_maps(self.scorer, maps, tiles=tiles)
             scorer = self.scorer.recalibrated(maps)
             scores, shown = self._score(scorer, *self._of(new))
-            image = found.image_threshold(max(0.05, 1 / (n + 1)))
+            image = found.image_threshold(default_rate(n))
             yield image_split(image, scores), pixel_split(found.pixel_threshold(0.01), shown)
 
     def _of(self, images: np.ndarray) -> tuple[tuple[np.ndarray, ...], Any]:

@@ -270,6 +270,7 @@ def test_the_slider_starts_at_the_given_threshold_or_else_at_the_best_f1(run_dir
     assert embedded(page)["threshold"] == 9.25
     assert embedded(page)["low"] < 9.25 < embedded(page)["high"]
     assert "9.25: false-alarm rate 5.0%, true rate between 1.0% and 9.0% (95 %)." in page
+    assert "The threshold comes from 40 held-out groups (6 images): false-alarm rate 5.0%" in page
     assert "F1-optimal on the test labels" not in page
 
 

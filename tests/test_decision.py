@@ -15,13 +15,19 @@ numbers = st.floats(-1e3, 1e3, width=32, allow_subnormal=False)  # XLA takes the
 
 
 @settings(deadline=None)
-@given(st.lists(numbers, min_size=1, max_size=20), numbers, numbers, st.booleans(), st.booleans())
-def test_numpy_and_jax_decide_alike(held_out, score, threshold, grouped, of_kinds):
+@given(
+    held_out=st.lists(numbers, min_size=1, max_size=20),
+    score=numbers,
+    image_level=numbers,
+    pixel_level=numbers,
+    grouped=st.booleans(),
+    of_kinds=st.booleans(),
+)
+def test_numpy_and_jax_decide_alike(held_out, score, image_level, pixel_level, grouped, of_kinds):
     held_out = np.float32(held_out)
     groups = np.arange(len(held_out)) // 2 if grouped else None
     kinds = np.arange(len(held_out)) // 8 if of_kinds else None
-    limits = Threshold(threshold), Threshold(threshold / 3)
-    decision = Decision(*limits, held_out, groups, kinds)
+    decision = Decision(Threshold(image_level), Threshold(pixel_level), held_out, groups, kinds)
     scores, maps = np.float32([score, held_out[0]]), np.full((2, 3, 4), score, np.float32)
     found, other = decision(scores, maps), decision(jnp.asarray(scores), jnp.asarray(maps))
     assert found.keys() == other.keys() == {"p_value", "is_anomalous", "mask"}
@@ -32,8 +38,8 @@ def test_numpy_and_jax_decide_alike(held_out, score, threshold, grouped, of_kind
     assert {name: each.shape for name, each in shapes.items()} == {
         name: each.shape for name, each in found.items()
     }
-    np.testing.assert_array_equal(found["is_anomalous"], np.float64(scores) > threshold)
-    np.testing.assert_array_equal(found["mask"], np.float64(maps) > threshold / 3)
+    np.testing.assert_array_equal(found["is_anomalous"], np.float64(scores) > image_level)
+    np.testing.assert_array_equal(found["mask"], np.float64(maps) > pixel_level)
 
 
 @pytest.mark.parametrize("value", [0.1, -0.1, 1 / 3, 1e-40, 123456.789])

@@ -445,6 +445,21 @@ def test_ray_has_the_same_results(model, folder, output, tmp_path):
     assert found == [90, 200, 10]
 
 
+@pytest.mark.filterwarnings("ignore")  # of Ray
+def test_relative_paths_are_found_by_a_session_of_another_directory(
+    model, folder, output, monkeypatch
+):
+    ray = pytest.importorskip("ray", reason="Ray workers need the extra ray")
+    monkeypatch.chdir(model.parent)
+    ray.init(log_to_driver=False, include_dashboard=False)
+    try:
+        monkeypatch.chdir(folder.parent)
+        assert run(model, folder.name, output, ray=2) == 1
+    finally:
+        ray.shutdown()
+    assert rows_of(output).keys() == {f"images/{name}" for name in LEVELS}
+
+
 @pytest.mark.filterwarnings("ignore")  # of Ray and Beam
 def test_the_code_of_the_page_runs(model, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

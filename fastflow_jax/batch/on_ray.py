@@ -1,5 +1,7 @@
 """Scores of images by the workers of a Ray cluster, with Ray Data."""
 
+import contextlib
+import os
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -12,9 +14,11 @@ from fastflow_jax.batch.scorer import Scorer
 
 
 class _Worker:
-    """A `Scorer` of tables of items."""
+    """A `Scorer` of tables of items, whose relative paths are those of the directory `folder`."""
 
-    def __init__(self, model: str, options: Options):
+    def __init__(self, model: str, options: Options, folder: str):
+        with contextlib.suppress(OSError):  # another machine needs it for relative paths only
+            os.chdir(folder)
         self._scorer = Scorer(model, options)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -39,22 +43,21 @@ def score_on_ray(
         the images.
       options: how images are scored.
       items: the images.
-      workers: number of worker processes, each with one CPU.
+      workers: largest number of worker processes, each with one CPU.
     """
     is_own = not ray.is_initialized()
     if is_own:
         ray.init(log_to_driver=False, include_dashboard=False)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
-        scored = ray.data.from_arrow(
-            [_to_table(chunk) for chunk in chunks(items, whole_groups=True)]
-        ).map_batches(
+        tables = [_to_table(chunk) for chunk in chunks(items, whole_groups=True)]
+        scored = ray.data.from_arrow(tables).map_batches(
             _Worker,
-            fn_constructor_args=(model, options),
+            fn_constructor_args=(model, options, os.getcwd()),
             batch_size=None,
             batch_format="pyarrow",
             zero_copy_batch=True,
-            compute=ray.data.ActorPoolStrategy(size=workers),
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(tables))),
             num_cpus=1,
         )
         yield from scored.iter_batches(batch_size=None, batch_format="pyarrow")

@@ -541,7 +541,8 @@ def _parse(argv: list[str]) -> list[str]:
         fail(message, 2)
     except (flags.Error, InputError) as error:
         # An error in a configuration file comes with its traceback.
-        fail(str(error).rpartition(f"{InputError.__name__}: ")[2].strip(), 2)
+        message = str(error).rpartition(f"{InputError.__name__}: ")[2].strip()
+        fail(commands.flag_problem(message), 2)
     except (AttributeError, KeyError, ValueError):  # of ml_collections
         from fastflow_jax.config import misspelt
 

@@ -1,5 +1,6 @@
 """Commands of `fastflow-jax`: each is a mode of `main.py`, with the flags that it reads."""
 
+import contextlib
 import difflib
 import pathlib
 import re
@@ -146,6 +147,25 @@ def check_flags(name: str, values: flags.FlagValues) -> None:
             raise InputError(
                 f"--{flag} has no effect on {name}. Leave it out; it is for {', '.join(readers)}."
             )
+
+
+_NO_NUMBER = re.compile(
+    r"flag (--[\w.]+)=(.*): (could not convert string to float|invalid literal)"
+)
+
+
+def flag_problem(message: str) -> str:
+    """Returns a message of absl on a flag, where its value is no number, as "problem. remedy."."""
+    if (found := _NO_NUMBER.match(message)) is None:
+        return message
+    flag, value, reason = found.groups()
+    if reason == "invalid literal":
+        return f"{flag} must be a whole number, not {value!r}."
+    percent = re.fullmatch(r"([\d.]+) ?%", value)
+    with contextlib.suppress(ValueError):
+        if percent is not None:
+            return f"{flag} must be a share, not {value!r}. Write {float(percent[1]) / 100:g}."
+    return f"{flag} must be a number, not {value!r}."
 
 
 def help_of(argv: Sequence[str], values: flags.FlagValues) -> str | None:

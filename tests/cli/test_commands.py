@@ -100,6 +100,16 @@ def test_a_command_is_the_same_as_its_mode(started, capsys):
             "--port has no effect on predict. Leave it out; it is for serve",
         ),
         (["--mode=describe", "--config=folder", "--notile"], "--tile has no effect on describe"),
+        (
+            ["predict", "--false_alarm_rate=5%"],
+            "--false_alarm_rate must be a share, not '5%'. Write 0.05.",
+        ),
+        (["predict", "--false_alarm_rate=1.2.3%"], "must be a number, not '1.2.3%'."),
+        (["serve", "--port=http"], "--port must be a whole number, not 'http'."),
+        (
+            ["train", "--config=folder", "--config.data.holdout=10 %"],
+            "--config.data.holdout must be a share, not '10 %'. Write 0.1.",
+        ),
         (["data", "--config.data.dir=x"], "--config.data.dir needs --config"),
         (["data", "mvtec_add"], "data.name is 'mvtec_add'. Choose one of"),
     ],

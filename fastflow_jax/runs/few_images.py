@@ -60,6 +60,6 @@ def _threshold(n: int) -> str:
             f"{1 / (MIN_CROSS_FITTED + 1):.0%}."
         )
     return (
-        "Each image is scored by a detector of the others, for a threshold with a false-alarm rate "
-        f"of {default_rate(n):.1%}."
+        "Each image is scored by a detector of the other folds, for a threshold with a "
+        f"false-alarm rate of {default_rate(n):.1%}."
     )

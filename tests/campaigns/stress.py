@@ -225,7 +225,10 @@ def many_images(options: Options) -> Iterator[str | None]:
 
 
 def _peak(folder: pathlib.Path, n: int) -> int:
-    """Highest resident memory in MiB of a training on n images, with features on disk."""
+    """Highest memory in MiB of a training on n images, with features on disk.
+
+    Pages of the mapped features do not count, because the system can drop them at any time.
+    """
     rng = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     for i in range(n):
@@ -237,8 +240,8 @@ def _peak(folder: pathlib.Path, n: int) -> int:
     status = pathlib.Path(f"/proc/{command.process.pid}/status")
     while command.is_running:
         with contextlib.suppress(OSError):  # it has just ended
-            found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-            peak = max(peak, int(found[1]) if found else 0)
+            found = re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status.read_text(), re.MULTILINE)
+            peak = max(peak, sum(map(int, found)))
         time.sleep(0.05)
     if command.status() != 0:
         raise RuntimeError(command.text[-500:])

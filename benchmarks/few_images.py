@@ -5,8 +5,8 @@
 
 A set is a registered data set or a directory, see `many_sets.py`. From each, --draws random sets of
 1, 2, 4, ... normal images are drawn among its first 160 training images in random order. k-NN and
-other detectors without training are cross-fitted, as `runs/few_images.py` does; FastFlow holds out
-a tenth of the images. Both have the same draws.
+other detectors without training are cross-fitted in up to 16 folds. FastFlow is cross-fitted in
+--folds folds, or with 0 holds out a tenth of the images. All have the same draws.
 
 Test images are at most --tested good and as many defective ones, evenly spaced. False alarms are
 those of the default threshold on at most --tested other training images. Features of an image are
@@ -45,7 +45,7 @@ from fastflow_jax.training.context import FitContext
 
 SIZES = (1, 2, 4, 8, 16, 32)
 _POOL, _TRAIN, _GOOD, _DEFECTIVE = 160, 320, 150, 200  # images to draw from; stored features
-_CROSS_FITTED = ("knn", "gaussian", "subspace", "patchcore")
+_CROSS_FITTED, _FOLDS = ("knn", "gaussian", "subspace", "patchcore"), 16
 _FEWEST = 4  # images of a detector that holds some out
 
 
@@ -86,13 +86,13 @@ def features_of(arrays: dict[str, np.ndarray], split: str, rows: np.ndarray) -> 
     return tuple(arrays[f"{split}_{i}"][rows] for i in range(scales))
 
 
-def fit(detector: str, train: Features) -> tuple[Scorer, HeldOut | None]:
+def fit(detector: str, train: Features, folds: int) -> tuple[Scorer, HeldOut | None]:
     """Fits a detector to all features; also returns the scores that thresholds come from."""
-    n, cross_fitted = len(train[0]), detector in _CROSS_FITTED
-    fields = {"data.holdout": 0.0, "data.folds": 16} if cross_fitted else {}
+    n = len(train[0])
+    fields = {"data.holdout": 0.0, "data.folds": folds} if folds else {}
     config = configuration(detector, fields)
     rows, held = np.arange(n), np.arange(0)
-    if not cross_fitted:
+    if not folds:
         rows, held = split_holdout(n, config.data.holdout)
     holdout = tuple(scale[held] for scale in train) if len(held) else None
     with tempfile.TemporaryDirectory() as folder:
@@ -103,17 +103,19 @@ def fit(detector: str, train: Features) -> tuple[Scorer, HeldOut | None]:
             holdout=holdout,
         )
         scorer = method(detector).fit(context)
-        if cross_fitted:
+        if folds:
             return cross_fit(context, scorer, n)
     return scorer, None if holdout is None else score_held_out(config, scorer, holdout)
 
 
-def run(detector: str, arrays: dict[str, np.ndarray], n: int, draw: int, tested: int) -> dict:
+def run(
+    detector: str, arrays: dict[str, np.ndarray], n: int, draw: int, tested: int, folds: int
+) -> dict:
     """Fits a detector to a draw of n images and tests it."""
     total = len(arrays["train_0"])
     order = np.random.default_rng((n, draw)).permutation(min(_POOL, total))
     others = np.concatenate([order[n:], np.arange(len(order), total)])
-    scorer, held_out = fit(detector, features_of(arrays, "train", order[:n]))
+    scorer, held_out = fit(detector, features_of(arrays, "train", order[:n]), folds)
 
     def scores(split: str, rows: np.ndarray) -> np.ndarray:
         part = features_of(arrays, split, rows)
@@ -122,9 +124,7 @@ def run(detector: str, arrays: dict[str, np.ndarray], n: int, draw: int, tested:
     labels = arrays["labels"]
     rows = np.concatenate([evenly(np.flatnonzero(labels == i), tested) for i in (0, 1)])
     entry = {"image_auroc": image_auroc(scores("test", rows), labels[rows])}
-    if held_out is not None and held_out.n_parts >= (
-        MIN_CROSS_FITTED if detector in _CROSS_FITTED else 1
-    ):
+    if held_out is not None and held_out.n_parts >= (MIN_CROSS_FITTED if folds else 1):
         threshold = held_out.image_threshold(max(0.05, 1 / (held_out.n_parts + 1)))
         others = evenly(others, tested)
         flagged = int((scores("train", others) > threshold.value).sum())
@@ -135,9 +135,11 @@ def run(detector: str, arrays: dict[str, np.ndarray], n: int, draw: int, tested:
 def table_of(entries: list[dict], sets: list[str]) -> list[dict]:
     """Rows of the table: image AUROC by set, rates and false alarms."""
     rows = []
-    for detector, n in dict.fromkeys((e["detector"], e["n"]) for e in entries):
-        here = [e for e in entries if (e["detector"], e["n"]) == (detector, n)]
-        row: dict[str, Any] = {"name": detector, "n": str(n)}
+    for key in dict.fromkeys(map(_kind, entries)):
+        here = [e for e in entries if _kind(e) == key]
+        detector, folds, n = key
+        row: dict[str, Any] = {"name": method(detector).title, "n": str(n)}
+        row["scores"] = f"{min(folds, n)} folds" if folds else "held out"
         values = {s: [e["image_auroc"] for e in here if e["set"] == s] for s in sets}
         values = {s: found for s, found in values.items() if found}
         row |= {s: _cell(found) for s, found in values.items()}
@@ -150,6 +152,11 @@ def table_of(entries: list[dict], sets: list[str]) -> list[dict]:
             row["flagged"] = round(float(np.mean(shares)), 4)
         rows.append(row)
     return rows
+
+
+def _kind(entry: dict) -> tuple[str, int, int]:
+    """What a row of the table counts together."""
+    return entry["detector"], entry["folds"], entry["n"]
 
 
 def _cell(values: list[float]) -> float | list[float]:
@@ -168,23 +175,25 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES)
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--tested", type=int, default=60, help="test images of each kind")
+    parser.add_argument("--folds", type=int, default=0, help="of FastFlow")
     parser.add_argument("--features", type=pathlib.Path, required=True, help="directory")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON file")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     sets = find_sets(args.sets)
     content = parse_json(args.out) if args.out.exists() else {"entries": []}
-    known = {(e["detector"], e["n"], e["set"], e["draw"]) for e in content["entries"]}
+    known = {(*_kind(e), e["set"], e["draw"]) for e in content["entries"]}
     for name, fields in sets.items():
         arrays = read_features(name, fields, args.features)
         for detector, n, draw in itertools.product(args.detectors, args.sizes, range(args.draws)):
             fits = n <= min(_POOL, len(arrays["train_0"]))
-            fits = fits and (detector in _CROSS_FITTED or n >= _FEWEST)
-            if not fits or (detector, n, name, draw) in known:
+            folds = _FOLDS if detector in _CROSS_FITTED else args.folds
+            fits = fits and (folds > 0 or n >= _FEWEST)
+            if not fits or (detector, folds, n, name, draw) in known:
                 continue
-            key = {"detector": detector, "n": n, "set": name, "draw": draw}
-            content["entries"].append(key | run(detector, arrays, n, draw, args.tested))
-            content["entries"].sort(key=lambda e: (e["n"], e["detector"]))
+            key = {"detector": detector, "folds": folds, "n": n, "set": name, "draw": draw}
+            content["entries"].append(key | run(detector, arrays, n, draw, args.tested, folds))
+            content["entries"].sort(key=lambda e: (e["n"], e["detector"], e["folds"]))
             content["command"] = shlex.join(["python", "benchmarks/few_images.py", *sys.argv[1:]])
             content["machine"] = describe_machine()
             every = list(dict.fromkeys(e["set"] for e in content["entries"]))

@@ -20,6 +20,8 @@ _NEIGHBOUR = 10
 _MIN_TRAINING = 24  # training images
 _MIN_QUERIES = 8  # images whose neighbours are searched
 _MAX_QUERIES = 500
+_MAX_OTHERS = 2000  # training images of the median distance
+_BLOCK = 32  # images that are compared with all others at a time
 _SAME = 1e-3  # distance of equal images, which differ by rounding, relative to the median distance
 
 
@@ -60,25 +62,50 @@ def find(trained_on: Features, held_out: Features, *, same_source: bool) -> Sibl
     train, held = image_means(trained_on), image_means(held_out)[:_MAX_QUERIES]
     center, scale = train.mean(0), train.std(0)
     scale = np.where(scale > 0, scale, 1.0)
-    train, held = (train - center) / scale, (held - center) / scale
-    distances = scipy.spatial.distance.cdist(held, train)
-    median = np.median(distances)
+    for means in (train, held):
+        means -= center
+        means /= scale
+    others = train[_spread(len(train), _MAX_OTHERS)]
+    median = np.median(scipy.spatial.distance.cdist(held, others))
     if len(train) < 2 or median == 0:
         return None
-    nearest = distances.min(1)
-    closest = int(nearest.argmin())
-    pair = closest, int(distances[closest].argmin())
-    if copies := int((nearest < _SAME * median).sum()):
+    distances, rows = _neighbours(held, train)
+    closest = int(distances[:, 0].argmin())
+    pair = closest, int(rows[closest])
+    if copies := int((distances[:, 0] < _SAME * median).sum()):
         return Siblings(f"{copies} of the held-out images are equal to training images", *pair)
     if same_source:
-        rows = np.linspace(0, len(train) - 1, min(len(train), _MAX_QUERIES)).astype(int)
-        among = scipy.spatial.distance.cdist(train[rows], train)
-        among[np.arange(len(rows)), rows] = np.inf
-        distances = np.concatenate([distances, among])
+        own = _spread(len(train), _MAX_QUERIES)
+        distances = np.concatenate([distances, _neighbours(train[own], train, own)[0]])
     if len(train) < _MIN_TRAINING or len(distances) < _MIN_QUERIES:
         return None
-    sorted_ = np.partition(distances, (0, _NEIGHBOUR - 1), axis=1)
-    of_tenth = np.median(sorted_[:, 0] / sorted_[:, _NEIGHBOUR - 1])
-    if of_tenth >= _OF_TENTH and np.median(sorted_[:, 0]) / median >= _OF_MEDIAN:
+    nearest, tenth = distances.T
+    if np.median(nearest / tenth) >= _OF_TENTH and np.median(nearest) / median >= _OF_MEDIAN:
         return None
     return Siblings("many images are much closer to another one than to the rest", *pair)
+
+
+def _neighbours(
+    images: np.ndarray, others: np.ndarray, own: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distances to the nearest and the tenth nearest other image, [M, 2]; rows of the nearest, [M].
+
+    Args:
+      images: means of channels, [M, C].
+      others: those of the other images, [N, C].
+      own: rows of the images among the others, int [M], if they are; they are not compared then.
+    """
+    distances, rows = [], []
+    for i in range(0, len(images), _BLOCK):
+        found = scipy.spatial.distance.cdist(images[i : i + _BLOCK], others)
+        if own is not None:
+            found[np.arange(len(found)), own[i : i + _BLOCK]] = np.inf
+        rows.append(found.argmin(1))
+        ends = [0, min(_NEIGHBOUR, len(others)) - 1]
+        distances.append(np.partition(found, ends, axis=1)[:, ends])
+    return np.concatenate(distances), np.concatenate(rows)
+
+
+def _spread(n: int, most: int) -> np.ndarray:
+    """At most `most` of n rows, evenly spaced."""
+    return np.linspace(0, n - 1, min(n, most)).astype(int)

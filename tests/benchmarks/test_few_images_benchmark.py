@@ -16,8 +16,8 @@ from fastflow_jax.evaluation import labelled
 
 def test_rows_have_means_over_draws_and_sets_and_shares_of_false_alarms():
     entries = [
-        {"detector": "knn", "n": 4, "set": name, "draw": draw, "image_auroc": value}
-        | {"rate": 0.2, "flagged": flagged, "others": others}
+        {"detector": "knn", "folds": 16, "n": 4, "set": name, "draw": draw}
+        | {"image_auroc": value, "rate": 0.2, "flagged": flagged, "others": others}
         for name, draw, value, flagged, others in [
             ("a", 0, 0.5, 1, 10),
             ("a", 1, 0.7, 3, 10),
@@ -30,8 +30,14 @@ def test_rows_have_means_over_draws_and_sets_and_shares_of_false_alarms():
     assert row["mean"] == pytest.approx(0.75)
     assert (row["draws"], row["rate"]) == ("1", 0.2)
     assert row["flagged"] == pytest.approx(0.2)  # set b has no other images
+    assert (row["name"], row["n"], row["scores"]) == ("Whitened k-NN", "4", "4 folds")
     (row,) = few_images.table_of(entries[:2], ["a", "b"])
     assert "mean" not in row
+    for entry in entries[1:]:
+        entry["folds"] = 0
+    first, second = few_images.table_of(entries, ["a", "b"])
+    assert (first["scores"], second["scores"]) == ("4 folds", "held out")
+    assert (first["a"], second["a"]) == (0.5, 0.7)
 
 
 def test_evenly_spaced_rows_include_both_ends():

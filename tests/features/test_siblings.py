@@ -1,5 +1,7 @@
 """Held-out images that show the same part as training images are found, others are not."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -60,3 +62,12 @@ def test_constant_images_have_no_siblings():
     same = maps_of(np.ones((30, 4)))
     same = tuple(np.ones_like(m) for m in same)
     assert siblings.find(same, tuple(m[:3] for m in same), same_source=True) is None
+
+
+def test_memory_grows_with_the_images_not_with_their_pairs():
+    train, held = maps_of(parts(20_000)), maps_of(parts(600))
+    tracemalloc.start()
+    assert siblings.find(train, held, same_source=True) is None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6  # 500 x 20,000 distances take 80e6

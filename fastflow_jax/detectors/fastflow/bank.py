@@ -84,12 +84,13 @@ def draw(
     chosen = np.zeros(features.n, bool)
     chosen[np.random.default_rng(seed).choice(features.n, images, replace=False)] = True
     each = -(-size // images)
-    parts, rngs = [], []
+    parts, rngs = [], []  # rows are many, so they are rounded at once
     for maps, valid in features.in_batches(batch_size, chosen):
         found = vectors(maps, valid)
         rngs = rngs or [np.random.default_rng((seed, i)) for i in range(len(found))]
-        parts.append([_draw(rng, m, valid, each) for rng, m in zip(rngs, found, strict=True)])
-    return tuple(np.concatenate(rows).astype(np.float16) for rows in zip(*parts, strict=True))
+        drawn = (_draw(rng, m, valid, each) for rng, m in zip(rngs, found, strict=True))
+        parts.append([rows.astype(np.float16) for rows in drawn])
+    return tuple(np.concatenate(rows) for rows in zip(*parts, strict=True))
 
 
 def draw_coresets(

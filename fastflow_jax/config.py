@@ -458,6 +458,11 @@ def check_one_model(config: ConfigDict) -> None:
                 f"config.data.{field} is not possible for one model of several products. Leave it "
                 "out, or train a detector for each product."
             )
+    if config.data.folds and method(config.detector).fit_shared is not None:
+        raise InputError(
+            "config.data.folds would train flows of single products instead of the shared ones. "
+            "Leave it out, and set config.data.holdout."
+        )
     if config.data.window is not None and config.data.levels is None:
         raise InputError(
             "config.data.window is for one product. For a model of several, set config.data.levels "

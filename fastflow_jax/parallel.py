@@ -391,6 +391,22 @@ def per_own_example(function: Callable, kind: str, batch_size: int) -> Callable:
     return call
 
 
+def run_once(function: Callable) -> Callable:
+    """`jax.jit` of a function that runs once: on a CPU, it is compiled without optimisation.
+
+    Random numbers take long to compile: the initial state took a third of all compilation.
+    """
+    if not on_cpu():
+        return jax.jit(function)
+    compiled = jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+    def run(*arguments):  # JAX refuses such options while another function is traced
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
+        return function(*arguments) if traced else compiled(*arguments)
+
+    return run
+
+
 def split(tree: Any) -> Any:
     """Splits arrays over this process's devices along the first axis, for use with `jax.jit`.
 

@@ -261,6 +261,7 @@ def test_a_product_is_exported_by_itself(model, tmp_path):
         ({"data.tile": 24}, "config.data.tile is not possible for one model"),
         ({"data.roi": "auto"}, "config.data.roi is not possible for one model"),
         ({"data.roi_dir": "masks"}, "config.data.roi_dir is not possible for one model"),
+        ({"data.folds": 5, "data.holdout": 0.0}, "config.data.folds would train"),
         ({"data.window": (1, 99)}, "set config.data.levels"),
     ],
 )

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from fastflow_jax import parallel
 from fastflow_jax.backbones import deepest_maps
 from fastflow_jax.detectors.base import CompiledScorer, Method, compiled
 from fastflow_jax.detectors.fastflow.model import Latents, location_energies
@@ -159,7 +160,7 @@ def objective(config) -> Objective:
     """-log sigmoid(log p) of a fiber of each scale, summed over the scales (equation 6)."""
     model = _model(config)
     each = -(-config.cflow.fiber // config.train.batch_size)  # vectors of an image
-    fresh = jax.jit(model.init)
+    fresh = parallel.run_once(model.init)
 
     def init(key, features):
         return fresh(key, features, _conditions(config, features))

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from fastflow_jax import parallel
 from fastflow_jax.detectors import convnets
 from fastflow_jax.detectors.base import CompiledScorer, Method, Scorer
 from fastflow_jax.detectors.convnets import (
@@ -97,7 +98,7 @@ def objective(config) -> Objective:
     respect to the parameters of either network is the gradient of its own loss.
     """
     generator, discriminator = _generator(config), Encoder(config.gan.width, 1)
-    fresh, fresh_judge = jax.jit(generator.init), jax.jit(discriminator.init)
+    fresh, fresh_judge = map(parallel.run_once, (generator.init, discriminator.init))
 
     def init(key, features):
         x = only_map(features)

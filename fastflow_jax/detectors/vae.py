@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from fastflow_jax import parallel
 from fastflow_jax.detectors import convnets
 from fastflow_jax.detectors.base import CompiledScorer, Method, Scorer
 from fastflow_jax.detectors.convnets import (
@@ -107,7 +108,7 @@ def negative_log_density(x: jax.Array, mean: jax.Array, log_variance: jax.Array)
 def objective(config) -> Objective:
     """The negative evidence lower bound, in nats per value (equation 10)."""
     model = _model(config)
-    fresh = jax.jit(model.init)
+    fresh = parallel.run_once(model.init)
 
     def init(key, features):
         x = only_map(features)

@@ -24,6 +24,8 @@ from fastflow_jax.features.extract import Features, Part, cached_features, in_ba
 from fastflow_jax.files import create_folder
 from fastflow_jax.training.context import FitContext
 
+_LAST = 10**9  # of epochs
+
 
 def cross_fit(
     context: FitContext,
@@ -84,7 +86,9 @@ def _score_fold(context: FitContext, left_out: np.ndarray, i: int) -> tuple[np.n
       Location maps [M, h, w] of each map; or scores [M] and `thresholds.tails`, of a detector
       without location maps.
     """
-    config, times = context.config, context.train.n // len(left_out)
+    config = context.config.copy_and_resolve_references()
+    config.checkpoint_every = _LAST  # a fold is short, and reading checkpoints back takes time
+    times = context.train.n // len(left_out)
     directory = context.directory / "folds" / str(i)
     parallel.on_main(lambda: create_folder(directory))
     fitted = method(config.detector).fit(

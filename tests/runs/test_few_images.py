@@ -36,13 +36,50 @@ def folder(tmp_path):
 
 
 def test_the_number_of_images_decides():
-    few = as_dataset(images(few_images.ENOUGH - 1))
-    chosen = few_images.resolve(automatic(), few)
-    assert (chosen.detector, chosen.data.holdout) == ("knn", 0)
-    enough = fill(few_images.resolve(automatic(), as_dataset(images(few_images.ENOUGH))))
-    expected = automatic()
+    def chosen(n):
+        c = few_images.resolve(automatic(), as_dataset(images(n)))
+        return c.detector, c.data.holdout, c.data.folds
+
+    assert chosen(few_images.ENOUGH - 1) == ("knn", 0, 16)
+    assert chosen(few_images.ENOUGH) == ("fastflow", 0, 5)
+    assert chosen(few_images.ENOUGH_TO_HOLD_OUT - 1) == ("fastflow", 0, 5)
+    dataset = as_dataset(images(few_images.ENOUGH_TO_HOLD_OUT))
+    enough, expected = fill(few_images.resolve(automatic(), dataset)), automatic()
     expected.detector = "fastflow"
     assert enough == fill(expected)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"data.holdout": 0.3},
+        {"data.holdout": 0.0, "data.folds": 4},
+        {"data.tile": 8},
+        {"train.cache": "none"},
+        {"augment.rotate": 10.0},
+        {"one_model": True},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+@pytest.mark.parametrize("n", [few_images.ENOUGH - 1, few_images.ENOUGH])
+def test_images_are_held_out_as_configured(fields, n):
+    given = automatic(**fields)
+    chosen = few_images.resolve(given, as_dataset(images(n)))
+    assert (chosen.data.holdout, chosen.data.folds) == (given.data.holdout, given.data.folds)
+
+
+def test_a_flow_of_few_images_is_cross_fitted(caplog):
+    config = automatic(**{"flow.steps": 1, "train.steps": 4, "map.bank": 50})
+    with caplog.at_level("INFO", "fastflow_jax"):
+        detector = Detector.fit(images(few_images.ENOUGH + 4), config=config)
+    assert any("20 normal images: the detector is FastFlow, and none" in m for m in caplog.messages)
+    assert (detector.config.detector, detector.held_out.n_parts) == ("fastflow", 20)
+    assert detector.image_threshold.rate == 0.05
+    bad = images(1, seed=9)[0]
+    bad[6:16, 12:24] = (250, 20, 20)
+    assert detector.predict(bad).is_anomalous
+    taught = detector.update(images(4, seed=3))
+    assert taught.predict(bad).is_anomalous
 
 
 def test_a_named_detector_is_kept():
@@ -127,7 +164,7 @@ def test_folds_and_held_out_images_exclude_each_other():
 
 @pytest.mark.parametrize("page", ["few_images", "labelled_defects"])
 def test_the_code_of_the_pages_runs(page, tmp_path, monkeypatch):
-    for name, n, seed in (("first_eight", 8, 0), ("train/good", 24, 1), ("found_defects", 5, 2)):
+    for name, n, seed in (("first_eight", 8, 0), ("train/good", 12, 1), ("found_defects", 5, 2)):
         folder = tmp_path / "photos/screws" / name
         folder.mkdir(parents=True)
         for i, image in enumerate(images(n, seed)):

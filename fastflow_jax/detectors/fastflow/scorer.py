@@ -272,7 +272,7 @@ def _functions(
     def validation(variables, features, valid):
         return _nll(model, variables, features, valid, True)
 
-    return jax.jit(model.init), loss, validation
+    return parallel.run_once(model.init), loss, validation
 
 
 def _nll(model, variables, features, valid, per_dimension, cut=lambda scale, x: x) -> jax.Array:

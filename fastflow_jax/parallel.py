@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -401,7 +402,7 @@ def run_once(function: Callable) -> Callable:
     compiled = jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
     def run(*arguments):  # JAX refuses such options while another function is traced
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments))
         return function(*arguments) if traced else compiled(*arguments)
 
     return run

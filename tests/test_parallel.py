@@ -262,6 +262,16 @@ def test_a_step_is_compiled_once_for_all_shardings_of_its_state(kind):
     assert float(state) == 12.0
 
 
+def test_a_program_that_runs_once_has_the_usual_numbers_and_can_be_traced():
+    def draw(key):
+        return jax.random.normal(key, (100,))
+
+    once, key = parallel.run_once(draw), jax.random.key(0)
+    np.testing.assert_allclose(once(key), jax.jit(draw)(key), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(once)(key), once(key), rtol=1e-5)
+    assert jax.eval_shape(once, key).shape == (100,)
+
+
 def test_available_host_memory_is_plausible():
     assert 2**20 < parallel.available_host_memory() < 2**50
 

@@ -191,7 +191,7 @@ def test_deploy(tmp_path):
     assert re.search("[1-9] held-out and [1-9]", said)
     assert "decisions that differ: 0" in said
     assert "JAX is loaded: False" in said
-    scores = re.findall(r"(\S+)   p .*new/(\w+)_\d+.png", said)
+    scores = re.findall(r"(\S+)   p .*new/([a-z]+)\S*.png", said)
     assert [name for _, name in scores] == ["crack", "good", "good", "patch", "stain"]
     (served,) = re.findall(r'"score": ([\d.-]+)', said)
     assert float(served) == pytest.approx(float(scores[0][0]), abs=0.01)

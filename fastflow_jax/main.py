@@ -314,11 +314,12 @@ def _check_flags(argv: list[str]) -> None:
 def _data() -> int:
     """Lists the data sets, or prepares that of --config; returns the exit status."""
     from fastflow_jax.data import catalogue
+    from fastflow_jax.runs import few_images
 
     if _CONFIG.value is None:
         process.show(catalogue.listing())
         return 0
-    return catalogue.prepare(_CONFIG.value.copy_and_resolve_references().data)
+    return catalogue.prepare(few_images.resolve(_CONFIG.value).data)
 
 
 def _predict() -> int:

@@ -100,7 +100,10 @@ def test_missing_files_are_requested(folder, started, capsys):
 def test_images_of_a_directory_are_counted(folder, started, capsys):
     root = folder / "downloads/manual/mpdd/tubes"
     assert started(["data", "--config=folder", f"--config.data.root={root}"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split() == ["all", "5", "-", "3", "2"]
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1].split() == ["all", "5", "-", "3", "2"]
+    assert "Only 5 normal images: the detector is k-NN" in err
+    assert "are held out" not in err
 
 
 @pytest.mark.parametrize(

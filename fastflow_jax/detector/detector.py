@@ -115,8 +115,8 @@ class Detector(PickledByFields, Predictor):
             - a dictionary of the images of each product by its name.
             Some images are held out for calibration and thresholds, see `config.data.holdout`.
           config: the configuration, see `config.default`; or the name of a detector for its recipe.
-            FastFlow by default; k-NN if there are fewer than `few_images.ENOUGH` images, see
-            docs/few_images.md.
+            By default the number of images decides, see docs/few_images.md: k-NN below 16 images,
+            otherwise FastFlow; below 100 images, none is held out.
           workdir: the run directory, as with `main`. An interrupted fit is continued; a finished
             one is loaded with its saved thresholds. By default a temporary one, which is removed;
             call `save` to keep the detector.

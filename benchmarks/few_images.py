@@ -140,6 +140,8 @@ def table_of(entries: list[dict], sets: list[str]) -> list[dict]:
         detector, folds, n = key
         row: dict[str, Any] = {"name": method(detector).title, "n": str(n)}
         row["scores"] = f"{min(folds, n)} folds" if folds else "held out"
+        if n == 1:
+            row["scores"] = "none"
         values = {s: [e["image_auroc"] for e in here if e["set"] == s] for s in sets}
         values = {s: found for s, found in values.items() if found}
         row |= {s: _cell(found) for s, found in values.items()}

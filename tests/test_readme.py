@@ -150,6 +150,7 @@ def workplace(tmp_path, monkeypatch):
     region[2:18, 4:22] = 255
     Image.fromarray(region).save(tmp_path / "photos/roi.png")
     monkeypatch.setattr(choice, "ENOUGH", 2)
+    monkeypatch.setattr(choice, "ENOUGH_TO_HOLD_OUT", 2)
     opener = data.opener
     monkeypatch.setattr(data, "opener", lambda c: (opener if c.name == "folder" else few_images)(c))
     monkeypatch.chdir(tmp_path)

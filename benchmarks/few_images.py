@@ -157,7 +157,7 @@ def table_of(entries: list[dict], sets: list[str]) -> list[dict]:
 
 
 def _kind(entry: dict) -> tuple[str, int, int]:
-    """What a row of the table counts together."""
+    """Detector, folds and number of images; entries with equal ones make a row of the table."""
     return entry["detector"], entry["folds"], entry["n"]
 
 

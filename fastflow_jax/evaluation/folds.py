@@ -24,7 +24,7 @@ from fastflow_jax.features.extract import Features, Part, cached_features, in_ba
 from fastflow_jax.files import create_folder
 from fastflow_jax.training.context import FitContext
 
-_LAST = 10**9  # of epochs
+_NEVER = 10**9  # epochs between checkpoints; the last epoch always has one
 
 
 def cross_fit(
@@ -87,7 +87,7 @@ def _score_fold(context: FitContext, left_out: np.ndarray, i: int) -> tuple[np.n
       without location maps.
     """
     config = context.config.copy_and_resolve_references()
-    config.checkpoint_every = _LAST  # a fold is short, and reading checkpoints back takes time
+    config.checkpoint_every = _NEVER  # a fold is short, and each checkpoint is read back
     times = context.train.n // len(left_out)
     directory = context.directory / "folds" / str(i)
     parallel.on_main(lambda: create_folder(directory))
